@@ -1,0 +1,231 @@
+"""Cost of Hessian-vector products in units of one gradient, side by side. Opt-in.
+
+    python -m benchmarks.hvp [--rounds 9] [--threads 1] [--clock wall]
+        [--attention sdpa] [--json FILE]
+
+Each round times every method once, in an order rotated from round to round, so that a machine
+that slows down or speeds up does so for all. Ratios are formed within a round; the table gives
+their median and range. Peak memory is that of one product in a fresh process: the high-water mark
+VmHWM of /proc/self/status (Linux) less the resident set before the product. It counts whole pages
+and what the allocator keeps, so differences of a few MB mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import re
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+from healing.curvature import HessianOperator
+from healing.lanczos import gaussian
+
+VOCABULARY, ROWS, LENGTH = 2048, 8, 128
+COLUMNS = 4
+# CPU time leaves out what other processes took; with several threads it adds them up.
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+TARGETS = {"exact": 3.5, "finite difference": 2.1}
+Timed = Callable[[], object]
+
+
+def build(attention: str) -> tuple[nn.Module, Tensor]:
+    """Random GPT-NeoX of hidden 128, 4 layers, 4 heads, and one batch of 8 x 128 tokens."""
+    torch.manual_seed(0)
+    settings: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 128,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "max_position_embeddings": LENGTH,
+        "attn_implementation": attention,
+        "use_cache": False,
+    }
+    model: Any = GPTNeoXForCausalLM(GPTNeoXConfig(**settings))
+    return model.eval(), torch.randint(0, VOCABULARY, (ROWS, LENGTH))
+
+
+def next_token_loss(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Mean nats per predicted token."""
+    logits = model(tokens).logits[:, :-1]
+    return F.cross_entropy(logits.reshape(-1, VOCABULARY), tokens[:, 1:].reshape(-1))
+
+
+class _Logits(nn.Module):
+    """Logits as `(rows, classes, positions)`, the layout of `CrossEntropyLoss`."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        logits: Tensor = self.network(tokens).logits[:, :-1].mT
+        return logits
+
+
+def curvlinops_product(model: nn.Module, tokens: Tensor, vector: Tensor) -> Timed | None:
+    """One product by curvlinops (forward over reverse), or None where it is not importable."""
+    try:
+        curvlinops = importlib.import_module("curvlinops")
+    except ImportError:
+        return None
+    operator = curvlinops.HessianLinearOperator(
+        _Logits(model),
+        nn.CrossEntropyLoss(),
+        list(model.parameters()),
+        [(tokens, tokens[:, 1:])],
+        check_deterministic=False,
+    )
+
+    def product() -> object:
+        with sdpa_kernel(SDPBackend.MATH):
+            return operator @ vector
+
+    return product
+
+
+def methods(attention: str, stack: ExitStack) -> dict[str, Timed]:
+    """Every timed call by name; `stack` holds the retained graphs open."""
+    model, tokens = build(attention)
+    exact = HessianOperator(model, next_token_loss, [tokens], [1])
+    difference = HessianOperator(model, next_token_loss, [tokens], [1], method="finite_difference")
+    # A model of its own, since the finite difference assigns the parameters of the other one.
+    retained = HessianOperator(build(attention)[0], next_token_loss, [tokens], [1])
+    stack.enter_context(retained.retained_graphs())
+    vector = gaussian(exact, torch.Generator().manual_seed(0))
+    matrix = vector[:, None].expand(-1, COLUMNS)
+    calls: dict[str, Timed] = {
+        "gradient": exact.gradient,
+        "exact": lambda: exact(vector),
+        f"exact, {COLUMNS} columns": lambda: exact.matmat(matrix),
+        "exact, retained": lambda: retained(vector),
+        "finite difference": lambda: difference(vector),
+    }
+    oracle = curvlinops_product(model, tokens, vector)
+    return calls if oracle is None else calls | {"curvlinops": oracle}
+
+
+def time_call(call: Timed, clock: Callable[[], float]) -> float:
+    """Seconds of one call."""
+    start = clock()
+    call()
+    return clock() - start
+
+
+def time_interleaved(
+    calls: dict[str, Timed], rounds: int, clock: Callable[[], float]
+) -> dict[str, list[float]]:
+    """Seconds of every call in every round, after two rounds of warm-up."""
+    names = list(calls)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(-2, rounds):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            elapsed = time_call(calls[name], clock)
+            if turn >= 0:
+                seconds[name].append(elapsed)
+    return seconds
+
+
+def resident_mib(field: str) -> float:
+    """VmRSS or VmHWM of this process, MiB."""
+    status = Path("/proc/self/status").read_text()
+    match = re.search(rf"{field}:\s+(\d+) kB", status)
+    if match is None:
+        raise RuntimeError(f"{field} is not in /proc/self/status")
+    return int(match[1]) / 1024
+
+
+def peak_of_one_product(name: str, attention: str) -> float:
+    """MiB that one call adds to this process at its peak."""
+    with ExitStack() as stack:
+        call = methods(attention, stack)[name]
+        before = resident_mib("VmRSS")
+        call()
+        return resident_mib("VmHWM") - before
+
+
+def peak_in_fresh_process(name: str, options: argparse.Namespace) -> float:
+    """The same, measured where nothing ran before."""
+    command = [sys.executable, "-m", "benchmarks.hvp", "--memory-of", name]
+    command += ["--attention", options.attention, "--threads", str(options.threads)]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return float(output.split()[-1])
+
+
+def report(seconds: dict[str, list[float]], peaks: dict[str, float]) -> list[dict[str, Any]]:
+    """One row per method; ratios to the gradient of the same round, per column."""
+    rows = []
+    for name, times in seconds.items():
+        columns = COLUMNS if "columns" in name else 1
+        ratios = [t / g / columns for t, g in zip(times, seconds["gradient"], strict=True)]
+        rows.append(
+            {
+                "method": name,
+                "median_ms": 1e3 * statistics.median(times) / columns,
+                "gradients": statistics.median(ratios),
+                "gradients_min": min(ratios),
+                "gradients_max": max(ratios),
+                "target": TARGETS.get(name),
+                "peak_mib": peaks.get(name),
+            }
+        )
+    return rows
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """Markdown table of the report."""
+    print("| method | ms per product | gradients, median (min-max) | target | peak MiB |")
+    print("| --- | --- | --- | --- | --- |")
+    for row in rows:
+        ratio = f"{row['gradients']:.2f} ({row['gradients_min']:.2f}-{row['gradients_max']:.2f})"
+        target = "" if row["target"] is None else f"<= {row['target']}"
+        peak = "" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
+        print(f"| {row['method']} | {row['median_ms']:.1f} | {ratio} | {target} | {peak} |")
+
+
+def main() -> None:
+    """Parse, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--attention", choices=["sdpa", "eager"], default="sdpa")
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    # curvlinops 3.0.1 reaches torch.jit.script, deprecated since torch 2.12
+    warnings.filterwarnings("ignore", message=".*torch.jit.script", category=DeprecationWarning)
+    if options.memory_of:
+        print(peak_of_one_product(options.memory_of, options.attention))
+        return
+    with ExitStack() as stack:
+        calls = methods(options.attention, stack)
+        seconds = time_interleaved(calls, options.rounds, CLOCKS[options.clock])
+    peaks = {name: peak_in_fresh_process(name, options) for name in seconds}
+    rows = report(seconds, peaks)
+    print_table(rows)
+    if options.json:
+        settings: dict[str, object] = {"torch": torch.__version__, "rounds": options.rounds}
+        settings |= {"threads": options.threads, "attention": options.attention}
+        settings["clock"] = options.clock
+        options.json.write_text(json.dumps({"settings": settings, "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""Click commands made from configuration classes; errors become one line and exit code 1."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from healing.config import ConfigError
+from healing.options import AUTO, fields_of, flag_name
+
+
+class NumberOrAuto(click.ParamType):
+    """A number, or the word ``auto``."""
+
+    def __init__(self, kind: type) -> None:
+        self.kind = kind
+        self.name = f"{'integer' if kind is int else 'number'}|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == AUTO or isinstance(value, self.kind):
+            return value
+        try:
+            return self.kind(value)
+        except ValueError:
+            wanted = "a whole number" if self.kind is int else "a number"
+            self.fail(f"{value!r} is neither {wanted} nor 'auto'", param, ctx)
+
+
+def _click_type(kind: type, may_be_auto: bool, choices: tuple[str, ...] | None) -> Any:
+    if choices:
+        return click.Choice(choices)
+    if may_be_auto:
+        return NumberOrAuto(kind)
+    return {int: click.INT, float: click.FLOAT, str: click.STRING, bool: click.BOOL}[kind]
+
+
+def options_of(config_class: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: one ``--option`` per field of a configuration class."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        for field, kind, may_be_auto in reversed(list(fields_of(config_class))):
+            function = click.option(
+                flag_name(field.name),
+                field.name,
+                type=_click_type(kind, may_be_auto, field.metadata["choices"]),
+                default=field.default,
+                show_default=field.default != "",
+                help=field.metadata["help"],
+            )(function)
+        return function
+
+    return decorate
+
+
+def run_stage(stage: Callable[[Any], Any], config_class: type, values: dict[str, Any]) -> None:
+    """Validate, run, and turn an expected failure into one line on stderr and exit code 1."""
+    # Imported here so that --help and option errors need no torch.
+    try:
+        config = config_class(**values)
+    except ConfigError as error:
+        raise click.UsageError(str(error)) from error
+    from healing.experiment.errors import EXPECTED
+
+    try:
+        stage(config)
+    except EXPECTED as error:
+        click.echo(f"error: {' '.join(str(error).split())}", err=True)
+        sys.exit(1)

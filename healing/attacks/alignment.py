@@ -1,0 +1,73 @@
+"""Alignment ρ of a token sequence's gradient with the low-curvature subspace, and its baselines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from healing.models import block_matrices
+from healing.subspaces import LowCurvatureSubspace
+
+
+def sequence_loss(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
+    """Mean cross entropy of one sequence (tokens,), nats per token."""
+    ids = tokens.unsqueeze(0)
+    loss: torch.Tensor = model(input_ids=ids, labels=ids).loss
+    return loss
+
+
+def gradients_of(
+    model: PreTrainedModel, loss: torch.Tensor, *, differentiable: bool = False
+) -> dict[str, torch.Tensor]:
+    """Gradients of a loss with respect to the block matrices, by name."""
+    matrices = block_matrices(model)
+    found = torch.autograd.grad(
+        loss, list(matrices.values()), create_graph=differentiable, retain_graph=differentiable
+    )
+    return dict(zip(matrices, found, strict=True))
+
+
+def sequence_alignment(
+    model: PreTrainedModel, subspace: LowCurvatureSubspace, tokens: torch.Tensor
+) -> float:
+    """ρ of the gradient that one sequence induces."""
+    return float(subspace.alignment(gradients_of(model, sequence_loss(model, tokens))))
+
+
+def random_sequences(
+    count: int, length: int, vocab_size: int, generator: torch.Generator
+) -> torch.Tensor:
+    """Uniform random tokens, int64 (count, length)."""
+    return torch.randint(vocab_size, (count, length), generator=generator)
+
+
+@dataclass(frozen=True)
+class AlignmentBaselines:
+    """What ρ is compared with, at any weights.
+
+    Attributes:
+        subspace: N of the healthy model.
+        random: Random sequences, int64 (draws, length).
+        clean: One clean sequence, int64 (length,).
+    """
+
+    subspace: LowCurvatureSubspace
+    random: torch.Tensor
+    clean: torch.Tensor
+
+    def metrics(
+        self, model: PreTrainedModel, delta: Mapping[str, torch.Tensor], draws: int = 4
+    ) -> dict[str, float]:
+        """ρ of random tokens (mean of ``draws``), clean text, an isotropic direction, and of ΔW."""
+        random = [sequence_alignment(model, self.subspace, row) for row in self.random[:draws]]
+        values = {
+            "alignment_random_tokens": sum(random) / len(random),
+            "alignment_clean_text": sequence_alignment(model, self.subspace, self.clean),
+            "alignment_isotropic": self.subspace.isotropic_alignment,
+        }
+        if any(bool(delta[name].any()) for name in self.subspace.matrices):
+            values["alignment_weight_change"] = float(self.subspace.alignment(delta))
+        return values

@@ -1,0 +1,301 @@
+"""Clean text: where it comes from, its three disjoint splits, and packed token windows.
+
+A corpus is a sequence of documents. Each document belongs to ``train`` (fine-tuning), ``attack``
+(curvature and text controls) or ``probe`` (measurement) by the hash of its *text*, so a text that
+occurs twice cannot be in two splits and the order of the source does not matter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import pathlib
+import sysconfig
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DOCUMENTS_PER_CALL = 64
+"""Documents tokenized at once (the tokenizer works on them in parallel)."""
+
+SPLITS = ("train", "attack", "probe")
+SPLIT_BOUNDS = {"train": (0.0, 0.8), "attack": (0.8, 0.9), "probe": (0.9, 1.0)}
+PILE_ID = "monology/pile-uncopyrighted"
+LOCAL_FORMATS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
+ALTERNATIVES = (
+    "use --corpus stdlib (no network), a local .txt, .jsonl or .parquet file or folder, "
+    "pile, or a Hub dataset id such as owner/name"
+)
+
+# Parts of the standard library that many distributions leave out or that are not prose-like code
+# (character tables), so that one Python version gives one corpus wherever it was installed from.
+STDLIB_EXCLUDED = frozenset(
+    [
+        "site-packages",
+        "dist-packages",
+        "test",
+        "tests",
+        "idlelib",
+        "lib2to3",
+        "distutils",
+        "ensurepip",
+        "turtledemo",
+        "encodings",
+        "tkinter",
+        "__pycache__",
+    ]
+)
+
+
+def batched(items: Iterable[str], size: int) -> Iterator[list[str]]:
+    """Lists of at most ``size`` items (``itertools.batched`` of Python 3.12)."""
+    iterator = iter(items)
+    while group := list(itertools.islice(iterator, size)):
+        yield group
+
+
+class CorpusError(RuntimeError):
+    """Text cannot be loaded or is too small for what was asked."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents by split.
+
+    Attributes:
+        name: What the user asked for.
+        documents: Split name → texts, ordered by content hash.
+        digests: Split name → hash of the split's texts (16 hex digits).
+    """
+
+    name: str
+    documents: dict[str, tuple[str, ...]]
+    digests: dict[str, str]
+    _packed: dict[tuple[object, ...], torch.Tensor] = field(
+        default_factory=dict, compare=False, repr=False
+    )
+
+    def windows(
+        self,
+        split: str,
+        tokenizer: PreTrainedTokenizerBase,
+        length: int,
+        max_tokens: int | None = None,
+    ) -> torch.Tensor:
+        """Packed windows of a split (see :func:`pack`), kept for the next caller.
+
+        Returns:
+            int64 (windows, length); shared, not to be changed in place.
+
+        Raises:
+            CorpusError: The split is too small.
+        """
+        key = (split, tokenizer.name_or_path, len(tokenizer), length, max_tokens)
+        if key not in self._packed:
+            try:
+                self._packed[key] = pack(self.documents[split], tokenizer, length, max_tokens)
+            except CorpusError as error:
+                raise CorpusError(f"{split} split of corpus {self.name!r}: {error}") from error
+        return self._packed[key]
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def split_of(text: str) -> str:
+    """Split a document belongs to, by the first 52 bits of its SHA-256 as a uniform number."""
+    position = int(_hash(text)[:13], 16) / 16**13
+    return next(name for name, (low, high) in SPLIT_BOUNDS.items() if low <= position < high)
+
+
+def split_documents(name: str, texts: Iterable[str]) -> Corpus:
+    """Assign texts to their splits; duplicates count once, blank texts are dropped.
+
+    Raises:
+        CorpusError: A split is left without a document.
+    """
+    by_hash = {_hash(text): text for text in texts if text.strip()}
+    parts: dict[str, list[str]] = {split: [] for split in SPLITS}
+    for key in sorted(by_hash):
+        parts[split_of(by_hash[key])].append(by_hash[key])
+    empty = [split for split in SPLITS if not parts[split]]
+    if empty:
+        raise CorpusError(
+            f"corpus {name!r} has {len(by_hash)} document(s), which leaves the split "
+            f"{', '.join(empty)} empty: give more documents (a .txt file is split at blank lines)"
+        )
+    digests = {s: _hash("".join(_hash(text) for text in parts[s]))[:16] for s in SPLITS}
+    return Corpus(name, {s: tuple(parts[s]) for s in SPLITS}, digests)
+
+
+def _stdlib_documents() -> Iterator[str]:
+    from pydoc_data import topics
+
+    root = pathlib.Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).parts
+        generated = path.name.startswith(("_sysconfigdata", "topics"))
+        if (
+            STDLIB_EXCLUDED.isdisjoint(parts)
+            and not parts[0].startswith("config-")
+            and not generated
+        ):
+            # A few sources declare another encoding; what is not UTF-8 there is not our text.
+            yield path.read_text(encoding="utf-8", errors="ignore")
+    yield from topics.topics.values()
+
+
+def _text_column(columns: list[str] | None, name: str) -> str:
+    for candidate in ("text", "content"):
+        if columns and candidate in columns:
+            return candidate
+    raise CorpusError(
+        f"corpus {name!r} has no column 'text' or 'content' (it has: {', '.join(columns or [])}): "
+        "rename the column that holds the documents"
+    )
+
+
+def _take(dataset: Any, name: str, limit: int) -> list[str]:
+    column = _text_column(dataset.column_names, name)
+    return [row[column] for row in dataset.take(limit)]
+
+
+def _local_documents(path: pathlib.Path, limit: int) -> list[str]:
+    import datasets
+
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    files = [p for p in files if p.suffix in LOCAL_FORMATS]
+    formats = {p.suffix for p in files}
+    if not files or len(formats) > 1:
+        found = ", ".join(sorted(formats)) or "no such file"
+        raise CorpusError(
+            f"{path}: expected .txt, .jsonl or .parquet files of one kind, found {found}"
+        )
+    suffix = formats.pop()
+    # In one text file blank lines part the documents; in a folder of texts each file is one.
+    options = (
+        {"sample_by": "document" if path.is_dir() else "paragraph"} if suffix == ".txt" else {}
+    )
+    try:
+        dataset = datasets.load_dataset(
+            LOCAL_FORMATS[suffix],
+            data_files=[str(p) for p in files],
+            split="train",
+            streaming=True,
+            **options,
+        )
+        return _take(dataset, str(path), limit)
+    except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
+        raise CorpusError(f"{path} could not be read as {suffix}: {error}") from error
+
+
+def _hub_documents(dataset_id: str, limit: int) -> list[str]:
+    import datasets
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    try:
+        dataset = datasets.load_dataset(dataset_id, split="train", streaming=True)
+        return _take(dataset, dataset_id, limit)
+    except (
+        OSError,
+        ValueError,
+        HfHubHTTPError,
+        HFValidationError,
+        OfflineModeIsEnabled,
+        datasets.exceptions.DatasetsError,
+    ) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CorpusError(
+            f"dataset {dataset_id!r} could not be loaded from the Hub ({reason}): {ALTERNATIVES}"
+        ) from error
+
+
+def load_corpus(name: str, max_documents: int = 20_000) -> Corpus:
+    """Load and split a corpus; nothing is ever substituted for what was asked.
+
+    Args:
+        name: ``stdlib``, ``pile``, a local file or folder, or a Hub dataset id.
+        max_documents: Upper bound on documents read (streams stop there).
+
+    Raises:
+        CorpusError: It cannot be loaded; the message names the alternatives.
+    """
+    path = pathlib.Path(name).expanduser()
+    looks_local = path.suffix in LOCAL_FORMATS or name.startswith((".", "/", "~"))
+    if name == "stdlib":
+        texts: Iterable[str] = list(_stdlib_documents())[:max_documents]
+    elif path.exists():
+        texts = _local_documents(path, max_documents)
+    elif looks_local or (name != "pile" and name.count("/") != 1):
+        raise CorpusError(f"no corpus {name!r} (no such file, and not a Hub id): {ALTERNATIVES}")
+    else:
+        texts = _hub_documents(PILE_ID if name == "pile" else name, max_documents)
+    return split_documents(name, texts)
+
+
+def pack(
+    texts: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    max_tokens: int | None = None,
+) -> torch.Tensor:
+    """Tokenize and pack documents, separated by end-of-text, into windows without padding.
+
+    Args:
+        texts: Documents.
+        tokenizer: Its ``eos_token_id`` parts the documents.
+        length: Tokens per window.
+        max_tokens: Stop after this many tokens; ``None`` = all.
+
+    Returns:
+        int64 tensor (windows, length); the last incomplete window is dropped.
+
+    Raises:
+        CorpusError: The text does not fill ``max_tokens`` or one window.
+    """
+    stream: list[int] = []
+    separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    for group in batched(texts, DOCUMENTS_PER_CALL):
+        encoded = tokenizer(group, add_special_tokens=False, verbose=False)["input_ids"]
+        for ids in encoded:
+            stream += ids + separator
+        if max_tokens is not None and len(stream) >= max_tokens:
+            break
+    wanted = length if max_tokens is None else max_tokens
+    if len(stream) < wanted:
+        raise CorpusError(
+            f"the text gives {len(stream)} tokens where {wanted} are needed: "
+            "use a larger corpus, or a smaller --probe-tokens or --sequence-length"
+        )
+    windows = (max_tokens or len(stream)) // length
+    return torch.tensor(stream[: windows * length], dtype=torch.int64).view(windows, length)
+
+
+def batches(
+    windows: torch.Tensor, batch_size: int, generator: torch.Generator
+) -> Iterator[torch.Tensor]:
+    """Endless random batches: a fresh permutation of the windows each epoch.
+
+    Args:
+        windows: (windows, length) int64.
+        batch_size: Rows per batch.
+        generator: CPU generator of the data order.
+
+    Raises:
+        CorpusError: There are fewer windows than one batch needs.
+    """
+    if len(windows) < batch_size:
+        raise CorpusError(
+            f"{len(windows)} training windows cannot fill a batch of {batch_size}: "
+            "use a larger corpus or a smaller --batch-size"
+        )
+    while True:
+        order = torch.randperm(len(windows), generator=generator)
+        for start in range(0, len(order) - batch_size + 1, batch_size):
+            yield windows[order[start : start + batch_size]]

@@ -1,0 +1,284 @@
+"""Stage ``attack``: hurt a healthy model, measure the damage, store the collapsed checkpoint."""
+
+from __future__ import annotations
+
+import math
+import pathlib
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from healing import plots, tracking
+from healing.attacks.arms import make_arm
+from healing.attacks.driver import AttackRecord, WeightChange, run_attack
+from healing.attacks.haep import Catalyst
+from healing.config import RAW_DATA, AttackConfig, as_params, fingerprint, resolve
+from healing.experiment.console import Console
+from healing.experiment.files import JsonLines, write_json
+from healing.experiment.loading import code_digest, load_inputs, use_threads
+from healing.models import (
+    CHECKPOINT_NAME,
+    LoadedModel,
+    read_checkpoint,
+    save_checkpoint,
+    state_digest,
+)
+from healing.probe import Measurement
+from healing.randomness import named_generator
+from healing.recovery import Damage, State
+from healing.tracking import RunLogger
+
+
+@dataclass(frozen=True)
+class AttackOutcome:
+    """What an attack cell leaves.
+
+    Attributes:
+        config: Resolved configuration.
+        fingerprint: Hash of what determined the result.
+        loaded: The model, now collapsed.
+        healthy: Measurement before.
+        collapsed: Measurement after.
+        last: Last record of the trajectory.
+        catalyst: Result of the search (``haep`` only).
+        digests: Corpus digests by split.
+    """
+
+    config: AttackConfig
+    fingerprint: str
+    loaded: LoadedModel
+    healthy: Measurement
+    collapsed: Measurement
+    last: AttackRecord
+    catalyst: Catalyst | None
+    digests: dict[str, str]
+
+    @property
+    def damage(self) -> Damage:
+        """Healthy and collapsed state."""
+        return Damage(state_of(self.healthy), state_of(self.collapsed))
+
+    @property
+    def status(self) -> str:
+        """``ok``, or ``nonfinite`` where the attack ended on a step that could not be taken."""
+        return "ok" if self.last.outcome.finite else "nonfinite"
+
+    @property
+    def reached_target(self) -> bool:
+        """Whether the rank fell by the target share."""
+        return self.damage.rank_reduction_pct >= 100.0 * self.config.target_rank_reduction
+
+    def summary(self) -> dict[str, Any]:
+        """Final numbers, as stored in ``attack_summary.json`` and logged as metrics."""
+        damage = self.damage
+        return {
+            "healthy_effective_rank": damage.healthy.effective_rank,
+            "healthy_perplexity": damage.healthy.perplexity,
+            "healthy_loss": damage.healthy.loss,
+            "collapsed_effective_rank": damage.collapsed.effective_rank,
+            "collapsed_perplexity": damage.collapsed.perplexity,
+            "collapsed_loss": damage.collapsed.loss,
+            "rank_reduction_pct": damage.rank_reduction_pct,
+            "perplexity_ratio": damage.collapsed.perplexity / damage.healthy.perplexity,
+            "rank_standard_error": self.healthy.rank_standard_error,
+            "attack_steps_done": self.last.step,
+            **(self.catalyst.metrics() if self.catalyst else {}),
+        }
+
+
+def state_of(measurement: Measurement) -> State:
+    """The part of a measurement that recovery needs."""
+    return State(
+        measurement.effective_rank,
+        measurement.loss,
+        measurement.perplexity,
+        measurement.rank_standard_error,
+    )
+
+
+def attack_fingerprint(config: AttackConfig, healthy_digest: str, digests: dict[str, str]) -> str:
+    """Fingerprint of an attack: configuration, healthy weights, texts, code, and the referenced
+    attack's weights instead of its path.
+    """
+    reference = ""
+    if config.reference_checkpoint:
+        reference = state_digest(read_checkpoint(pathlib.Path(config.reference_checkpoint)).state)
+    bare = replace(config, reference_checkpoint="")
+    return fingerprint("attack", bare, reference, healthy_digest, digests, code_digest())
+
+
+def attack_cell(
+    config: AttackConfig, on_record: Callable[[AttackRecord], None] = lambda _: None
+) -> AttackOutcome:
+    """One attack as a function of its configuration; neither files nor MLflow are touched.
+
+    Args:
+        config: May hold ``auto``.
+        on_record: Called with every record as it is made.
+    """
+    config = resolve(config)
+    corpus, loaded, probe = load_inputs(config)
+    mark = attack_fingerprint(config, loaded.digest, corpus.digests)
+    healthy = probe.measure(loaded.model, named_generator(config.seed, "bootstrap"))
+    change = WeightChange(loaded.model)
+    arm, catalyst = make_arm(config, loaded, corpus, change)
+    for record in run_attack(loaded, arm, config, probe, healthy, change):
+        on_record(record)
+    collapsed = probe.measure(loaded.model, named_generator(config.seed, "bootstrap"))
+    return AttackOutcome(config, mark, loaded, healthy, collapsed, record, catalyst, corpus.digests)
+
+
+def attack_name(config: AttackConfig, mark: str) -> str:
+    """Folder and run name of an attack."""
+    return f"{config.model}_{config.arm}_seed{config.seed}_attack_{mark[:8]}"
+
+
+def raw_data_folder(output_dir: str, name: str) -> pathlib.Path:
+    """Local folder of one run."""
+    return pathlib.Path(output_dir).expanduser().resolve() / RAW_DATA / name
+
+
+def describe(outcome: AttackOutcome) -> str:
+    """Markdown description of an attack run."""
+    s, damage, config = outcome.summary(), outcome.damage, outcome.config
+    lines = [
+        f"Attack **{config.arm}** on **{config.model}**, seed {config.seed}: "
+        f"**{damage.spectral_state}**.",
+        "",
+        "| | healthy | after the attack | change |",
+        "|---|---|---|---|",
+        f"| effective rank (mean over blocks) | {s['healthy_effective_rank']:.2f} | "
+        f"{s['collapsed_effective_rank']:.2f} | {-s['rank_reduction_pct']:+.1f} % |",
+        f"| perplexity | {s['healthy_perplexity']:.4g} | {s['collapsed_perplexity']:.4g} | "
+        f"x {s['perplexity_ratio']:.4g} |",
+    ]
+    if outcome.catalyst:
+        c = outcome.catalyst
+        lines += [
+            "",
+            f"Catalyst search **{c.status}**: alignment {c.alignment:.4f}, random tokens "
+            f"{s['random_alignment_mean']:.4f} (highest of {len(c.random_alignments)}: "
+            f"{s['random_alignment_max']:.4f}).",
+        ]
+    return "\n".join(lines)
+
+
+def _tags(outcome: AttackOutcome) -> dict[str, Any]:
+    tags = {
+        "fingerprint": outcome.fingerprint,
+        "spectral_state": outcome.damage.spectral_state,
+        "attack_status": outcome.status,
+        "target_reached": str(outcome.reached_target).lower(),
+    }
+    if outcome.catalyst:
+        tags["catalyst"] = outcome.catalyst.status
+    return tags
+
+
+def _store(run: RunLogger, outcome: AttackOutcome, folder: pathlib.Path) -> pathlib.Path:
+    config = outcome.config
+    checkpoint = folder / "checkpoints" / CHECKPOINT_NAME
+    save_checkpoint(
+        checkpoint,
+        outcome.loaded.model,
+        outcome.last.step,
+        f"{config.model} after {outcome.last.step} steps of {config.arm}, seed {config.seed}: "
+        f"{outcome.damage.spectral_state}",
+        {
+            **as_params(config),
+            "fingerprint": outcome.fingerprint,
+            "attack_run_id": run.run_id,
+            "healthy_digest": outcome.loaded.digest,
+            "corpus_digests": outcome.digests,
+        },
+    )
+    write_json(folder / "config.json", as_params(config))
+    summary = {**outcome.summary(), **_tags(outcome), "attack_run_id": run.run_id}
+    if outcome.catalyst:
+        summary["catalyst_tokens"] = outcome.catalyst.tokens.tolist()
+        summary["catalyst_history"] = list(outcome.catalyst.history)
+    write_json(folder / "attack_summary.json", summary)
+    states = {"healthy": outcome.healthy, "collapsed": outcome.collapsed}
+    spectra = {name: m.mean_spectrum() for name, m in states.items()}
+    write_json(folder / "spectra.json", spectra)
+    plots.spectral_decay(folder / "plots" / "spectral_decay.png", spectra)
+    return checkpoint
+
+
+def upload(run: RunLogger, folder: pathlib.Path) -> None:
+    """Store every file of a local run folder as artifacts, in the same layout."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            parent = path.parent.relative_to(folder).as_posix()
+            run.artifact(path, None if parent == "." else parent)
+
+
+def log_corpora(run: RunLogger, config: Any, digests: dict[str, str], used: dict[str, str]) -> None:
+    """Record the splits that a run used: split name → what for."""
+    for split, context in used.items():
+        facts = {"corpus": config.corpus, "split": split}
+        run.dataset(f"{pathlib.Path(config.corpus).name}-{split}", digests[split], context, facts)
+
+
+def open_run(
+    parent: RunLogger | None, title: str, tags: dict[str, Any]
+) -> AbstractContextManager[RunLogger]:
+    """The process' own run, or a child of the given one."""
+    if parent is None:
+        return tracking.start(title, tags)
+    return tracking.child(parent, title, {**tags, "parent": parent.run_id})
+
+
+def attack(
+    config: AttackConfig, *, parent: RunLogger | None = None, console: Console | None = None
+) -> tuple[str, pathlib.Path]:
+    """Run, log and store one attack.
+
+    Returns:
+        MLflow run id and the local checkpoint.
+    """
+    console = console or Console(config.verbosity)
+    config = resolve(config)
+    title = f"attack {config.model} {config.arm} seed {config.seed}"
+    own = {"stage": "attack", "arm": config.arm, "model": config.model}
+    use_threads(config)
+    with open_run(parent, title, own) as run:
+        run.params("attack", as_params(config))
+        corpus, loaded, _ = load_inputs(config)
+        run.params("model", {"n_params": loaded.n_params})
+        log_corpora(run, config, corpus.digests, {"attack": "attack", "probe": "probe"})
+        mark = attack_fingerprint(config, loaded.digest, corpus.digests)
+        folder = raw_data_folder(config.output_dir, attack_name(config, mark))
+        lines, begin, trajectory = JsonLines(folder / "metrics.jsonl"), time.perf_counter(), []
+        with console.bar(int(config.attack_steps), title) as bar:
+
+            def on_record(record: AttackRecord) -> None:
+                values = record.metrics()
+                run.metrics({k: v for k, v in values.items() if not math.isnan(v)}, record.step)
+                seconds = time.perf_counter() - begin
+                lines.append({"step": record.step, "seconds": seconds, **values})
+                trajectory.append((record.step, values))
+                bar.set_postfix_str(
+                    f"rank {values['effective_rank']:.1f}, perplexity {values['perplexity']:.3g}"
+                )
+                bar.update(record.step - bar.n)
+
+            outcome = attack_cell(config, on_record)
+        run.metrics({f"summary/{k}": v for k, v in outcome.summary().items()}, outcome.last.step)
+        run.tags(_tags(outcome))
+        checkpoint = _store(run, outcome, folder)
+        plots.rank_collapse(
+            folder / "plots" / "rank_collapse.png", trajectory, config.arm, config.model
+        )
+        run.describe(describe(outcome))
+        upload(run, folder)
+        s = outcome.summary()
+        catalyst = f", catalyst {outcome.catalyst.status}" if outcome.catalyst else ""
+        console.detail(
+            f"{title}: {outcome.damage.spectral_state}, rank {s['healthy_effective_rank']:.1f} → "
+            f"{s['collapsed_effective_rank']:.1f}, perplexity {s['healthy_perplexity']:.3g} → "
+            f"{s['collapsed_perplexity']:.3g}{catalyst}"
+        )
+        return run.run_id, checkpoint

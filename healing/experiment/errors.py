@@ -1,0 +1,18 @@
+"""Failures that are the user's to mend: shown as one line, without a traceback."""
+
+from __future__ import annotations
+
+from healing.config import ConfigError
+from healing.corpora import CorpusError
+from healing.models import CheckpointError, ModelError
+from healing.tracking import TrackingError
+
+
+class SweepError(RuntimeError):
+    """Some cells of a sweep failed."""
+
+    def __init__(self, failures: list[str]) -> None:
+        super().__init__(f"{len(failures)} cell(s) failed; first: {failures[0]}")
+
+
+EXPECTED = (ConfigError, CorpusError, ModelError, CheckpointError, TrackingError, SweepError)

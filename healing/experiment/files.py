@@ -1,0 +1,58 @@
+"""Files of a run: written whole, JSON without invented numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def plain(value: Any) -> Any:
+    """A JSON-ready copy: non-finite floats become the strings NaN, Infinity, -Infinity.
+
+    Bare ``NaN`` is not JSON and breaks other readers; ``null`` would hide which it was.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [plain(v) for v in value]
+    return value
+
+
+def number(value: Any) -> Any:
+    """Inverse of :func:`plain` for one value."""
+    special = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+    return special.get(value, value) if isinstance(value, str) else value
+
+
+def write_json(path: pathlib.Path, value: Any) -> pathlib.Path:
+    """Write one JSON document; the file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(path.suffix + ".partial")
+    partial.write_text(json.dumps(plain(value), indent=2, allow_nan=False) + "\n")
+    partial.replace(path)
+    return path
+
+
+class JsonLines:
+    """A ``.jsonl`` file that grows by one flushed line per record; a crash keeps the rest."""
+
+    def __init__(self, path: pathlib.Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        path.write_text("")
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Add one record."""
+        with self.path.open("a") as stream:
+            stream.write(json.dumps(plain(record), allow_nan=False) + "\n")
+
+
+def read_jsonl(path: pathlib.Path) -> list[dict[str, Any]]:
+    """All records of a ``.jsonl`` file, with NaN and infinities restored."""
+    lines = path.read_text().splitlines()
+    return [{k: number(v) for k, v in json.loads(line).items()} for line in lines if line.strip()]

@@ -1,0 +1,72 @@
+"""Inputs of a cell, loaded once per process: corpora and training windows are pure functions of
+their arguments, so they are kept.
+"""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+
+import torch
+
+import healing
+from healing.config import BaseConfig, fingerprint
+from healing.corpora import Corpus, CorpusError, load_corpus
+from healing.models import LoadedModel, load_model
+from healing.probe import Probe
+
+cached_corpus = functools.lru_cache(maxsize=4)(load_corpus)
+
+NUMERICAL_MODULES = (
+    "attacks/alignment",
+    "attacks/arms",
+    "attacks/driver",
+    "attacks/haep",
+    "corpora",
+    "models",
+    "probe",
+    "randomness",
+    "recovery",
+    "sft",
+    "spectra",
+    "subspaces",
+)
+"""Modules whose source decides a cell's numbers."""
+
+
+@functools.cache
+def code_digest() -> str:
+    """Hash of the numerical modules' source and of torch's version."""
+    root = pathlib.Path(healing.__file__).parent
+    sources = [(root / f"{name}.py").read_text() for name in NUMERICAL_MODULES]
+    return fingerprint(torch.__version__, *sources)
+
+
+def training_windows(config: BaseConfig, corpus: Corpus, loaded: LoadedModel) -> torch.Tensor:
+    """Packed windows of the ``train`` split, int64 (windows, length); not to be changed in place.
+
+    Raises:
+        CorpusError: The split does not fill one batch.
+    """
+    windows = corpus.windows("train", loaded.tokenizer, config.sequence_length)
+    if len(windows) < int(config.batch_size):
+        raise CorpusError(
+            f"train split of corpus {config.corpus!r} fills {len(windows)} windows of "
+            f"{config.sequence_length} tokens, a batch needs {config.batch_size}: "
+            "use a larger corpus or a smaller --batch-size"
+        )
+    return windows
+
+
+def use_threads(config: BaseConfig) -> None:
+    """Set torch's CPU threads: how sums are divided changes their last bits."""
+    if int(config.threads) and torch.get_num_threads() != int(config.threads):
+        torch.set_num_threads(int(config.threads))
+
+
+def load_inputs(config: BaseConfig) -> tuple[Corpus, LoadedModel, Probe]:
+    """Corpus, healthy model and probe of a resolved configuration, cheapest check first."""
+    corpus = cached_corpus(config.corpus, config.max_documents)
+    loaded = load_model(config.model, config.device)
+    probe = Probe.of(corpus, loaded, int(config.probe_tokens), config.sequence_length)
+    return corpus, loaded, probe

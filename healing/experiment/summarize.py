@@ -1,0 +1,161 @@
+"""Stage ``summarize``: pool stored healing runs into recovery statistics, figures and tables."""
+
+from __future__ import annotations
+
+import csv
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from healing import plots, report, tracking
+from healing.config import SummarizeConfig, as_params
+from healing.experiment.attack import open_run
+from healing.experiment.console import Console
+from healing.experiment.files import read_jsonl, write_json
+from healing.pooling import ENDPOINTS, GroupSummary, HealRun, Summary, summarize_runs
+from healing.tracking import RunLogger, RunView, TrackingError
+
+HEAL_RUNS = "tags.stage = 'heal'"
+BOOTSTRAP_SEED = 0
+
+
+def _trajectory(view: RunView) -> tuple[tuple[int, ...], dict[str, tuple[float, ...]]]:
+    rows = read_jsonl(tracking.download(f"runs:/{view.run_id}/metrics.jsonl"))
+    steps = tuple(int(row["step"]) for row in rows)
+    return steps, {e: tuple(float(row.get(e, math.nan)) for row in rows) for e in ENDPOINTS}
+
+
+def read_run(view: RunView) -> HealRun:
+    """A stored run as the statistics see it; its trajectory comes from its own artifact."""
+    tags = view.tags
+    if view.status != "FINISHED":
+        why = tags.get("failure", f"status {view.status}")
+        return HealRun(view.run_id, view.name, finished=False, failure=why)
+    try:
+        steps, trajectory = _trajectory(view)
+    except TrackingError as error:
+        return HealRun(view.run_id, view.name, finished=False, failure=str(error))
+    return HealRun(
+        run_id=view.run_id,
+        name=view.name,
+        finished=True,
+        model=tags["model"],
+        arm=tags["arm"],
+        settings=tags["settings"],
+        checkpoint=tags["checkpoint_id"],
+        seed=tags["attack_seed"],
+        n_params=int(view.params["model.n_params"]),
+        final={e: trajectory[e][-1] for e in ENDPOINTS},
+        steps=steps,
+        trajectory=trajectory,
+        status=tags["status"],
+        spectral_state=tags["spectral_state"],
+        undefined_reason=tags.get("rank_undefined_reason", ""),
+    )
+
+
+def find_runs(config: SummarizeConfig) -> list[RunView]:
+    """The healing runs of the query; parents of several runs are not runs themselves.
+
+    Raises:
+        TrackingError: No such experiment, a bad filter, or nothing matches.
+    """
+    experiment = tracking.find_experiment(config.experiment)
+    query = HEAL_RUNS + (f" and {config.filter}" if config.filter else "")
+    views = [v for v in tracking.search(experiment, query) if v.tags.get("role") != "parent"]
+    if not views:
+        raise TrackingError(
+            f"no healing runs match {query!r} in experiment {config.experiment or experiment}: "
+            "run the heal entry point first, or widen --filter"
+        )
+    return views
+
+
+def _log_groups(run: RunLogger, summary: Summary) -> None:
+    """Final numbers per group, and mean trajectories with their bounds, as metrics."""
+    history: list[tuple[int, Mapping[str, float]]] = []
+    for group in summary.groups:
+        prefix = f"{group.model}-{report.group_label(group, summary.groups).replace(' #', '-')}"
+        numbers: dict[str, float] = {"runs": group.n_runs, "checkpoints": group.n_checkpoints}
+        for endpoint, interval in group.intervals.items():
+            numbers |= _bounds(endpoint, interval.point, interval.low, interval.high)
+        history.append((0, {f"final/{prefix}/{k}": v for k, v in numbers.items()}))
+        for endpoint, band in group.bands.items():
+            for step, i in zip(band.steps, band.intervals, strict=True):
+                values = _bounds(endpoint, i.point, i.low, i.high)
+                history.append((step, {f"mean/{prefix}/{k}": v for k, v in values.items()}))
+    run.history([(s, {k: v for k, v in row.items() if not math.isnan(v)}) for s, row in history])
+
+
+def _bounds(name: str, point: float, low: float, high: float) -> dict[str, float]:
+    return {f"{name}_mean": point, f"{name}_low": low, f"{name}_high": high}
+
+
+def write_csv(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """One line per group."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]) if rows else ["model"])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _write(folder: pathlib.Path, summary: Summary) -> list[pathlib.Path]:
+    write_json(folder / "summary.json", report.as_json(summary))
+    write_csv(folder / "summary.csv", report.group_rows(summary))
+    (folder / "summary.md").write_text(report.markdown(summary))
+    if summary.groups:
+        plots.mean_recovery(folder / "mean_recovery.png", summary.groups)
+        plots.final_recovery(folder / "final_recovery.png", summary.groups)
+        plots.recovery_against_parameters(
+            folder / "recovery_against_parameters.png", summary.groups
+        )
+    return sorted(p for p in folder.iterdir() if p.is_file())
+
+
+def summarize(
+    config: SummarizeConfig,
+    *,
+    views: list[RunView] | None = None,
+    parent: RunLogger | None = None,
+    console: Console | None = None,
+) -> Summary:
+    """Pool healing runs, log and store the result as a run of its own.
+
+    Args:
+        config: Query and confidence level.
+        views: The runs to pool; ``None`` = those of the query.
+        parent: The run that the summary is a child of.
+        console: Where to print; ``None`` = by the configured verbosity.
+    """
+    console = console or Console(config.verbosity)
+    with open_run(parent, "summary", {"stage": "summarize"}) as run:
+        run.params("summarize", as_params(config))
+        runs = [read_run(view) for view in (find_runs(config) if views is None else views)]
+        summary = summarize_runs(runs, config.confidence, np.random.default_rng(BOOTSTRAP_SEED))
+        folder = pathlib.Path(config.output_dir).expanduser().resolve() / "summaries" / run.run_id
+        folder.mkdir(parents=True, exist_ok=True)
+        _log_groups(run, summary)
+        for path in _write(folder, summary):
+            run.artifact(path)
+        run.tags(
+            {"runs": len(runs), "failed_runs": len(summary.failed), **_verdicts(summary.groups)}
+        )
+        run.describe(report.markdown(summary))
+        console.say("\n" + report.text_table(summary))
+        for model in summary.comparisons:
+            console.say(report.comparison_sentence(model, summary))
+        for failed in summary.failed:
+            console.say(f"failed: {failed.name}: {failed.failure}")
+        console.say(f"summary → {folder}")
+    return summary
+
+
+def _verdicts(groups: Sequence[GroupSummary]) -> dict[str, str]:
+    return {
+        f"verdict.{g.model}.{report.group_label(g, groups).replace(' #', '-')}": g.verdict
+        for g in groups
+    }

@@ -1,0 +1,232 @@
+"""Stage ``main``: models × arms × seeds, each attacked and healed, then summarized."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from healing import tracking
+from healing.config import (
+    AUTO,
+    MODELS,
+    AttackConfig,
+    HealConfig,
+    SummarizeConfig,
+    SweepConfig,
+    as_params,
+    preset_for,
+    resolve,
+)
+from healing.experiment.attack import attack, attack_fingerprint, attack_name, raw_data_folder
+from healing.experiment.console import Console
+from healing.experiment.errors import EXPECTED, SweepError
+from healing.experiment.heal import HealCell, heal_fingerprint, heal_one
+from healing.experiment.loading import load_inputs
+from healing.experiment.summarize import summarize
+from healing.models import CHECKPOINT_NAME, read_checkpoint, resolve_device
+from healing.pooling import CONTROL, TREATMENT, Summary
+from healing.report import markdown
+from healing.tracking import RunLogger, RunView
+
+
+@dataclass(frozen=True)
+class SweepCell:
+    """One attack and the healing of its checkpoint."""
+
+    model: str
+    arm: str
+    seed: int
+
+    @property
+    def title(self) -> str:
+        """For the progress bar."""
+        return f"{self.model} {self.arm} seed {self.seed}"
+
+
+def plan(config: SweepConfig) -> list[list[SweepCell]]:
+    """Chains of cells: the arms of one model and seed, the largest model first.
+
+    Within a chain the noise comes after the attack whose weight change it matches.
+    """
+    arms = sorted(config.arm_list(), key=lambda arm: arm == CONTROL)
+    return [
+        [SweepCell(model, arm, seed) for arm in arms]
+        for model in sorted(config.model_list(), key=MODELS.index, reverse=True)
+        for seed in config.seed_list()
+    ]
+
+
+def worker_count(config: SweepConfig) -> int:
+    """Cells at a time: more than one only where a cell uses one thread and no accelerator."""
+    if config.workers != AUTO:
+        return int(config.workers)
+    on_cpu = resolve_device(config.device).type == "cpu"
+    single = all(preset_for(model).threads == 1 for model in config.model_list())
+    return min(4, os.cpu_count() or 1) if on_cpu and single else 1
+
+
+def _shared(config: SweepConfig) -> dict[str, Any]:
+    names = (
+        "corpus",
+        "batch_size",
+        "sequence_length",
+        "measurement_interval",
+        "device",
+        "output_dir",
+    )
+    return {name: getattr(config, name) for name in names} | {"verbosity": "quiet"}
+
+
+def attack_config(config: SweepConfig, cell: SweepCell, reference: str) -> AttackConfig:
+    """Resolved configuration of a cell's attack."""
+    return resolve(
+        AttackConfig(
+            model=cell.model,
+            arm=cell.arm,
+            seed=cell.seed,
+            attack_steps=config.attack_steps,
+            reference_checkpoint=reference,
+            **_shared(config),
+        )
+    )
+
+
+def heal_config(config: SweepConfig, cell: SweepCell) -> HealConfig:
+    """Resolved configuration of a cell's healing."""
+    steps = config.healing_steps
+    if steps == AUTO:
+        steps = preset_for(cell.model).sweep_healing_steps
+    return resolve(
+        HealConfig(
+            model=cell.model,
+            arm=cell.arm,
+            seed=cell.seed,
+            healing_steps=int(steps),
+            healing_lr=config.healing_lr,
+            **_shared(config),
+        )
+    )
+
+
+@dataclass(frozen=True)
+class CellResult:
+    """What became of one cell: its healing run, or why there is none."""
+
+    cell: SweepCell
+    view: RunView | None = None
+    reused: bool = False
+    failure: str = ""
+
+
+class Sweep:
+    """The cells of one sweep, run in one process under one parent run."""
+
+    def __init__(self, config: SweepConfig, run: RunLogger) -> None:
+        self.config, self.run, self.console = config, run, Console("quiet")
+
+    def _attack(self, cell: SweepCell, reference: str) -> pathlib.Path:
+        settings = attack_config(self.config, cell, reference)
+        corpus, loaded, _ = load_inputs(settings)
+        mark = attack_fingerprint(settings, loaded.digest, corpus.digests)
+        done = tracking.find_finished(self.run.experiment_id, mark)
+        if done is None:
+            return attack(settings, parent=self.run, console=self.console)[1]
+        folder = raw_data_folder(settings.output_dir, attack_name(settings, mark))
+        path = folder / "checkpoints" / CHECKPOINT_NAME
+        if path.is_file():
+            return path
+        return tracking.download(f"runs:/{done.run_id}/checkpoints/{CHECKPOINT_NAME}")
+
+    def _heal(self, cell: SweepCell, path: pathlib.Path) -> tuple[RunView, bool]:
+        unit = HealCell(heal_config(self.config, cell), str(path))
+        corpus, loaded, _ = load_inputs(unit.config)
+        mark = heal_fingerprint(unit, read_checkpoint(path), loaded.digest, corpus.digests)
+        done = tracking.find_finished(self.run.experiment_id, mark)
+        if done is not None:
+            return done, True
+        heal_one(unit, self.console, parent=self.run)
+        fresh = tracking.find_finished(self.run.experiment_id, mark)
+        assert fresh is not None, "a healing run that just finished is in its own store"
+        return fresh, False
+
+    def run_chain(
+        self, chain: Sequence[SweepCell], on_done: Callable[[CellResult], None]
+    ) -> list[CellResult]:
+        """The arms of one model and seed in order; a failing cell does not stop the others."""
+        results, reference = [], ""
+        for cell in chain:
+            try:
+                path = self._attack(cell, reference if cell.arm == CONTROL else "")
+                if cell.arm == TREATMENT:
+                    reference = str(path)
+                view, reused = self._heal(cell, path)
+                results.append(CellResult(cell, view, reused))
+            except EXPECTED as error:
+                results.append(CellResult(cell, failure=f"{cell.title}: {error}"))
+            on_done(results[-1])
+        return results
+
+    def run_all(self, console: Console) -> list[CellResult]:
+        """Every chain, several at a time; results in the order of the plan.
+
+        Threads, not processes: torch releases the interpreter lock in its kernels, each cell
+        computes on one thread, and imports and corpora are shared.
+        """
+        chains = plan(self.config)
+        workers = worker_count(self.config)
+        with (
+            console.bar(sum(map(len, chains)), "sweep", unit="cell") as bar,
+            concurrent.futures.ThreadPoolExecutor(workers) as pool,
+        ):
+
+            def on_done(result: CellResult) -> None:
+                bar.set_postfix_str(f"last: {result.cell.title}")
+                bar.update(1)
+                if result.failure:
+                    console.say(f"failed: {result.failure}")
+                elif result.view is not None:
+                    console.detail(f"{result.cell.title}: {result.view.tags['verdict']}")
+
+            futures = [pool.submit(self.run_chain, chain, on_done) for chain in chains]
+            try:
+                return [result for future in futures for result in future.result()]
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+
+def _describe(config: SweepConfig, summary: Summary, results: list[CellResult]) -> str:
+    reused = sum(r.reused for r in results)
+    again = f" ({reused} of them finished earlier and not run again)" if reused else ""
+    return (
+        f"Models {config.models}; arms {config.arms}; seeds {config.seeds}. "
+        f"{len(results)} cells{again}.\n\n{markdown(summary)}"
+    )
+
+
+def sweep(config: SweepConfig) -> Summary:
+    """Run the whole experiment and summarize it.
+
+    Raises:
+        SweepError: A cell failed; raised after all others ran and were summarized.
+    """
+    console = Console(config.verbosity)
+    name = f"{config.models} x {config.arms} x seeds {config.seeds}"
+    with tracking.start(name, {"stage": "main"}) as run:
+        run.params("main", as_params(config))
+        results = Sweep(config, run).run_all(console)
+        views = [r.view for r in results if r.view is not None]
+        failures = [r.failure for r in results if r.failure]
+        if not views:
+            raise SweepError(failures)
+        query = SummarizeConfig(output_dir=config.output_dir, verbosity=config.verbosity)
+        summary = summarize(query, views=views, parent=run, console=console)
+        run.describe(_describe(config, summary, results))
+        run.tags({"heal_runs": len(views), "reused_runs": sum(r.reused for r in results)})
+        if failures:
+            raise SweepError(failures)
+    return summary

@@ -1,0 +1,313 @@
+"""Healing runs pooled into groups: the statistics of the summary, as plain data in and out."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import numpy as np
+
+from healing.comparison import PRIMARY_ENDPOINTS, ArmComparison, compare_arms, paired_differences
+from healing.scaling import ScalingSlope, scaling_slope
+from healing.stats import (
+    ClusterMeans,
+    DegenerateDataWarning,
+    Interval,
+    bca_interval,
+    cluster_means,
+    group_verdict,
+    t_interval,
+)
+from healing.survival import half_recovery_time, kaplan_meier
+
+ENDPOINTS = (*PRIMARY_ENDPOINTS, "ppl_improvement_pct")
+TREATMENT, CONTROL = "haep", "gaussian_noise"
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class HealRun:
+    """One healing run as the statistics see it.
+
+    Attributes:
+        run_id: Where it is stored.
+        name: What a person calls it.
+        finished: Whether it ended well; otherwise ``failure`` says why.
+        model: Model size.
+        arm: Way of hurting.
+        settings: Hash of everything but seed and replicate; runs of other settings are not pooled.
+        checkpoint: The collapsed state: the independent unit.
+        seed: Of the attack; pairs the arms.
+        n_params: Parameters of the model.
+        final: Endpoint → percent after the last step; NaN where undefined.
+        steps: Measured steps.
+        trajectory: Endpoint → percent at each step.
+        status: ``ok``, ``nonfinite_steps`` or ``lockout``.
+        spectral_state: ``collapsed``, ``inflated``, ``unchanged``, ``undefined``.
+        undefined_reason: Why rank recovery is undefined; empty where defined.
+        failure: Why the run failed.
+    """
+
+    run_id: str
+    name: str
+    finished: bool
+    model: str = ""
+    arm: str = ""
+    settings: str = ""
+    checkpoint: str = ""
+    seed: str = ""
+    n_params: int = 0
+    final: Mapping[str, float] = field(default_factory=dict)
+    steps: tuple[int, ...] = ()
+    trajectory: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    status: str = "ok"
+    spectral_state: str = ""
+    undefined_reason: str = ""
+    failure: str = ""
+
+
+@dataclass(frozen=True)
+class Band:
+    """Mean trajectory of a group with its interval at every step."""
+
+    steps: tuple[int, ...]
+    intervals: tuple[Interval, ...]
+
+
+@dataclass(frozen=True)
+class GroupSummary:
+    """Statistics of the runs of one model, arm and settings.
+
+    Attributes:
+        model: Model size.
+        arm: Way of hurting.
+        settings: Hash that parts otherwise equal groups.
+        n_params: Parameters of the model.
+        n_runs: Finished runs.
+        n_checkpoints: Independent units among them.
+        n_undefined: Runs without a defined rank recovery.
+        n_lockout: Runs that could not compute.
+        spectral_states: State → number of runs.
+        means: Endpoint → checkpoint means.
+        intervals: Endpoint → Student t interval.
+        bootstrap: Endpoint → BCa interval (from 10 checkpoints).
+        verdict: By the interval of rank recovery.
+        verdict_loss: By the interval of loss recovery.
+        half_recovery: Endpoint → Kaplan–Meier median of the steps to 50 %.
+        bands: Endpoint → mean trajectory.
+        notes: What the data did not determine.
+    """
+
+    model: str
+    arm: str
+    settings: str
+    n_params: int
+    n_runs: int
+    n_checkpoints: int
+    n_undefined: int
+    n_lockout: int
+    spectral_states: Mapping[str, int]
+    means: Mapping[str, ClusterMeans]
+    intervals: Mapping[str, Interval]
+    bootstrap: Mapping[str, Interval]
+    verdict: str
+    verdict_loss: str
+    half_recovery: Mapping[str, Interval]
+    bands: Mapping[str, Band]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The whole table.
+
+    Attributes:
+        groups: Ordered by model size, then arm.
+        comparisons: Model → HAEP against Gaussian noise, paired by seed.
+        slopes: Arm → rank recovery against log10(parameters), from three sizes on.
+        failed: Runs that did not finish.
+        undefined: Finished runs without a defined rank recovery.
+        confidence: Level of all intervals.
+    """
+
+    groups: tuple[GroupSummary, ...]
+    comparisons: Mapping[str, ArmComparison]
+    slopes: Mapping[str, ScalingSlope]
+    failed: tuple[HealRun, ...]
+    undefined: tuple[HealRun, ...]
+    confidence: float
+
+
+class _Notes:
+    """Collects what the statistics warn about instead of printing it."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def call(self, function: Callable[..., T], *args: object, **options: object) -> T:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", DegenerateDataWarning)
+            result = function(*args, **options)
+        for warning in caught:
+            text = str(warning.message)
+            if text not in self.texts:
+                self.texts.append(text)
+        return result
+
+
+def _settings_order(runs: Iterable[HealRun]) -> dict[tuple[str, str, str], list[HealRun]]:
+    groups: dict[tuple[str, str, str], list[HealRun]] = {}
+    for run in sorted(runs, key=lambda r: (r.n_params, r.model, r.arm, r.settings)):
+        groups.setdefault((run.model, run.arm, run.settings), []).append(run)
+    return groups
+
+
+def _band(runs: Sequence[HealRun], endpoint: str, confidence: float, notes: _Notes) -> Band:
+    """Interval over checkpoints at every step that all runs measured."""
+    shared = sorted(set.intersection(*(set(r.steps) for r in runs))) if runs else []
+    checkpoints = [r.checkpoint for r in runs]
+    intervals = []
+    for step in shared:
+        values = [r.trajectory[endpoint][r.steps.index(step)] for r in runs]
+        with warnings.catch_warnings():
+            # Step 0 has no spread by definition; the summary notes speak of the final values.
+            warnings.simplefilter("ignore", DegenerateDataWarning)
+            means = cluster_means(values, checkpoints).means
+            intervals.append(t_interval(means, confidence))
+    return Band(tuple(shared), tuple(intervals))
+
+
+def _half_recovery(
+    runs: Sequence[HealRun], endpoint: str, confidence: float, notes: _Notes
+) -> Interval:
+    """Kaplan–Meier median over checkpoints; replicates are averaged first."""
+    times, censored = [], []
+    for checkpoint in dict.fromkeys(r.checkpoint for r in runs):
+        own = [r for r in runs if r.checkpoint == checkpoint]
+        shared = sorted(set.intersection(*(set(r.steps) for r in own)))
+        rows = [[r.trajectory[endpoint][r.steps.index(s)] for s in shared] for r in own]
+        found = notes.call(half_recovery_time, shared, rows)
+        times.append(found.time)
+        censored.append(found.censored)
+    return notes.call(kaplan_meier, times, censored, confidence).median
+
+
+def summarize_group(
+    runs: Sequence[HealRun], confidence: float, rng: np.random.Generator
+) -> GroupSummary:
+    """Statistics of runs that share model, arm and settings.
+
+    Args:
+        runs: Finished runs, at least one.
+        confidence: Level of the intervals.
+        rng: Draws the bootstrap.
+    """
+    first, notes = runs[0], _Notes()
+    checkpoints = [r.checkpoint for r in runs]
+    means = {
+        e: notes.call(cluster_means, [r.final.get(e, math.nan) for r in runs], checkpoints)
+        for e in ENDPOINTS
+    }
+    intervals = {e: notes.call(t_interval, means[e].means, confidence) for e in ENDPOINTS}
+    enough = len(set(checkpoints)) >= 10
+    bootstrap = {
+        e: notes.call(bca_interval, means[e].means, rng, confidence) for e in ENDPOINTS if enough
+    }
+    states = [r.spectral_state for r in runs]
+    return GroupSummary(
+        model=first.model,
+        arm=first.arm,
+        settings=first.settings,
+        n_params=first.n_params,
+        n_runs=len(runs),
+        n_checkpoints=len(set(checkpoints)),
+        n_undefined=means["rank_recovery_pct"].n_undefined,
+        n_lockout=sum(r.status == "lockout" for r in runs),
+        spectral_states={s: states.count(s) for s in sorted(set(states))},
+        means=means,
+        intervals=intervals,
+        bootstrap=bootstrap,
+        verdict=_verdict(means, intervals, "rank_recovery_pct"),
+        verdict_loss=_verdict(means, intervals, "loss_recovery_pct"),
+        half_recovery={e: _half_recovery(runs, e, confidence, notes) for e in PRIMARY_ENDPOINTS},
+        bands={e: _band(runs, e, confidence, notes) for e in PRIMARY_ENDPOINTS},
+        notes=tuple(notes.texts),
+    )
+
+
+def _verdict(
+    means: Mapping[str, ClusterMeans], intervals: Mapping[str, Interval], endpoint: str
+) -> str:
+    return group_verdict(intervals[endpoint], means[endpoint].undefined_fraction)
+
+
+def _by_seed(runs: Sequence[HealRun], endpoint: str) -> ClusterMeans:
+    values = [r.final.get(endpoint, math.nan) for r in runs]
+    return cluster_means(values, [r.seed for r in runs])
+
+
+def _compare(treatment: Sequence[HealRun], control: Sequence[HealRun]) -> ArmComparison | None:
+    """HAEP against noise of the same seeds; ``None`` where no seed is in both."""
+    if not {r.seed for r in treatment} & {r.seed for r in control}:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DegenerateDataWarning)
+        differences = {
+            e: paired_differences(_by_seed(treatment, e), _by_seed(control, e)).differences
+            for e in PRIMARY_ENDPOINTS
+        }
+        return compare_arms(differences)
+
+
+def _comparisons(groups: Mapping[tuple[str, str, str], list[HealRun]]) -> dict[str, ArmComparison]:
+    found = {}
+    for model in dict.fromkeys(key[0] for key in groups):
+        arms = {
+            arm: [runs for (m, a, _), runs in groups.items() if (m, a) == (model, arm)]
+            for arm in (TREATMENT, CONTROL)
+        }
+        # With several settings per arm nothing says which pairs belong together.
+        if all(len(candidates) == 1 for candidates in arms.values()):
+            comparison = _compare(arms[TREATMENT][0], arms[CONTROL][0])
+            if comparison is not None:
+                found[model] = comparison
+    return found
+
+
+def _slopes(groups: Sequence[GroupSummary], confidence: float) -> dict[str, ScalingSlope]:
+    slopes = {}
+    for arm in dict.fromkeys(g.arm for g in groups):
+        points = [
+            (math.log10(g.n_params), mean)
+            for g in groups
+            if g.arm == arm
+            for mean in g.means["rank_recovery_pct"].means
+            if math.isfinite(mean)
+        ]
+        if len({x for x, _ in points}) >= 3:
+            slopes[arm] = scaling_slope([x for x, _ in points], [y for _, y in points], confidence)
+    return slopes
+
+
+def summarize_runs(runs: Sequence[HealRun], confidence: float, rng: np.random.Generator) -> Summary:
+    """Group, estimate, compare; nothing is left out without being listed.
+
+    Args:
+        runs: All runs of the query, finished or not.
+        confidence: Level of the intervals.
+        rng: Draws the bootstrap.
+    """
+    finished = [r for r in runs if r.finished]
+    grouped = _settings_order(finished)
+    groups = tuple(summarize_group(members, confidence, rng) for members in grouped.values())
+    return Summary(
+        groups=groups,
+        comparisons=_comparisons(grouped),
+        slopes=_slopes(groups, confidence),
+        failed=tuple(r for r in runs if not r.finished),
+        undefined=tuple(r for r in finished if r.undefined_reason),
+        confidence=confidence,
+    )

@@ -1,0 +1,129 @@
+"""Recovery of one healing run: formulas, when they are undefined, spectral state, verdict."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+IRREVERSIBLE, REVERSIBLE, PARTIAL, UNDEFINED = (
+    "irreversible pathology",
+    "acute structural failure",
+    "partial",
+    "undefined",
+)
+IRREVERSIBLE_BELOW, REVERSIBLE_ABOVE = 20.0, 70.0
+"""Recovery in percent that separates the verdicts."""
+
+RELATIVE_CHANGE = 0.05
+"""What the attack changed by less than this share of its healthy value has no recovery."""
+
+STANDARD_ERRORS = 3.0
+"""Nor has an effective rank that changed by less than this many standard errors."""
+
+
+@dataclass(frozen=True)
+class State:
+    """What recovery needs of one state.
+
+    Attributes:
+        effective_rank: Mean over blocks.
+        loss: Nats per token.
+        perplexity: exp(loss).
+        rank_standard_error: Of ``effective_rank``; NaN where unknown (healed states).
+    """
+
+    effective_rank: float
+    loss: float
+    perplexity: float
+    rank_standard_error: float = math.nan
+
+
+def recovery_pct(now: float, collapsed: float, healthy: float) -> float:
+    """100·(now − collapsed)/(healthy − collapsed), unclamped; NaN where the attack changed nothing.
+
+    Negative: it moved on from the healthy value. Above 100: it went past the healthy value.
+    """
+    if not all(map(math.isfinite, (now, collapsed, healthy))) or healthy == collapsed:
+        return math.nan
+    return 100.0 * (now - collapsed) / (healthy - collapsed)
+
+
+def ppl_improvement_pct(now: float, collapsed: float) -> float:
+    """100·(collapsed − now)/collapsed, in percent of the collapsed perplexity."""
+    if not math.isfinite(collapsed) or not math.isfinite(now):
+        return math.nan
+    return 100.0 * (collapsed - now) / collapsed
+
+
+def verdict_of(recovery: float) -> str:
+    """< 20 % irreversible, > 70 % reversible, between partial; NaN undefined."""
+    if math.isnan(recovery):
+        return UNDEFINED
+    if recovery < IRREVERSIBLE_BELOW:
+        return IRREVERSIBLE
+    return REVERSIBLE if recovery > REVERSIBLE_ABOVE else PARTIAL
+
+
+@dataclass(frozen=True)
+class Damage:
+    """The healthy and the collapsed state, and what may be said of recovery between them."""
+
+    healthy: State
+    collapsed: State
+
+    @property
+    def rank_threshold(self) -> float:
+        """Smallest |Δrank| that counts as a change: max(5 % of healthy, 3 standard errors)."""
+        errors = (self.healthy.rank_standard_error, self.collapsed.rank_standard_error)
+        combined = math.hypot(*(0.0 if math.isnan(e) else e for e in errors))
+        return max(RELATIVE_CHANGE * self.healthy.effective_rank, STANDARD_ERRORS * combined)
+
+    @property
+    def rank_reason(self) -> str:
+        """Why rank recovery is undefined; empty where it is defined."""
+        change = self.collapsed.effective_rank - self.healthy.effective_rank
+        if math.isnan(change):
+            return "effective rank is not finite"
+        if abs(change) < self.rank_threshold:
+            return (
+                f"the attack changed the effective rank by {change:+.3g}, "
+                f"less than the {self.rank_threshold:.3g} that can be told from none"
+            )
+        return ""
+
+    @property
+    def loss_reason(self) -> str:
+        """Why loss recovery is undefined; empty where it is defined."""
+        change = self.collapsed.loss - self.healthy.loss
+        if math.isnan(change):
+            return "loss is not finite"
+        if abs(change) < RELATIVE_CHANGE * self.healthy.loss:
+            return f"the attack changed the loss by {change:+.3g} nats, under 5 % of healthy"
+        return ""
+
+    @property
+    def spectral_state(self) -> str:
+        """``collapsed``, ``inflated`` (the rank rose), ``unchanged``, or ``undefined``."""
+        change = self.collapsed.effective_rank - self.healthy.effective_rank
+        if math.isnan(change):
+            return UNDEFINED
+        if abs(change) < self.rank_threshold:
+            return "unchanged"
+        return "collapsed" if change < 0 else "inflated"
+
+    @property
+    def rank_reduction_pct(self) -> float:
+        """100·(healthy − collapsed)/healthy; negative where the rank rose."""
+        healthy = self.healthy.effective_rank
+        return 100.0 * (healthy - self.collapsed.effective_rank) / healthy
+
+    def recovery(self, now: State) -> dict[str, float]:
+        """The three recovery numbers of a state, in percent; NaN where undefined."""
+        healthy, collapsed = self.healthy, self.collapsed
+        rank = recovery_pct(now.effective_rank, collapsed.effective_rank, healthy.effective_rank)
+        loss = recovery_pct(now.loss, collapsed.loss, healthy.loss)
+        return {
+            "rank_recovery_pct": math.nan if self.rank_reason else rank,
+            "loss_recovery_pct": math.nan if self.loss_reason else loss,
+            "ppl_improvement_pct": ppl_improvement_pct(now.perplexity, collapsed.perplexity),
+        }

@@ -1,0 +1,218 @@
+"""Tables of a summary: rows for CSV and JSON, Markdown for people."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from healing.pooling import Band, GroupSummary, HealRun, Summary
+from healing.stats import Interval
+
+ENDPOINT_LABELS = {
+    "rank_recovery_pct": "rank recovery (%)",
+    "loss_recovery_pct": "loss recovery (%)",
+    "ppl_improvement_pct": "perplexity improvement (%)",
+}
+VERDICT_MEANING = (
+    "Verdict by the interval of rank recovery: lower bound over 70 % is *acute structural failure* "
+    "(it heals), upper bound under 20 % is *irreversible pathology* within this budget, an "
+    "interval inside 20–70 % is *partial*, anything else *inconclusive*; *undefined* where the "
+    "attack did not change the rank measurably."
+)
+
+
+def number_text(value: float, digits: int = 1) -> str:
+    """A number for people; NaN is an en dash."""
+    return "–" if math.isnan(value) else f"{value:.{digits}f}"
+
+
+def interval_text(interval: Interval) -> str:
+    """Point and bounds: ``12.3 [8.1, 16.5]``; without bounds the point and ``[no interval]``."""
+    if math.isnan(interval.point):
+        return "undefined"
+    if not interval.defined:
+        return f"{interval.point:.1f} [no interval]"
+    return f"{interval.point:.1f} [{interval.low:.1f}, {interval.high:.1f}]"
+
+
+def group_label(group: GroupSummary, groups: Sequence[GroupSummary]) -> str:
+    """Arm, with the settings' hash where the model has several settings of the arm."""
+    twins = [g for g in groups if (g.model, g.arm) == (group.model, group.arm)]
+    return group.arm if len(twins) == 1 else f"{group.arm} #{group.settings[:6]}"
+
+
+def group_rows(summary: Summary) -> list[dict[str, Any]]:
+    """One flat row per group, for CSV."""
+    rows = []
+    for group in summary.groups:
+        row: dict[str, Any] = {
+            "model": group.model,
+            "arm": group.arm,
+            "settings": group.settings,
+            "n_params": group.n_params,
+            "runs": group.n_runs,
+            "checkpoints": group.n_checkpoints,
+            "undefined": group.n_undefined,
+            "lockout": group.n_lockout,
+            "verdict": group.verdict,
+            "verdict_loss": group.verdict_loss,
+        }
+        for endpoint, interval in group.intervals.items():
+            name = endpoint.removesuffix("_pct")
+            row |= {
+                f"{name}_mean_pct": interval.point,
+                f"{name}_low_pct": interval.low,
+                f"{name}_high_pct": interval.high,
+            }
+        for endpoint, interval in group.half_recovery.items():
+            row[f"half_{endpoint.removesuffix('_pct')}_steps"] = interval.point
+        rows.append(row)
+    return rows
+
+
+def _cells(group: GroupSummary, groups: Sequence[GroupSummary]) -> list[str]:
+    states = ", ".join(f"{count} {state}" for state, count in group.spectral_states.items())
+    return [
+        group.model,
+        group_label(group, groups),
+        f"{group.n_checkpoints} ({group.n_runs})",
+        states,
+        interval_text(group.intervals["rank_recovery_pct"]),
+        interval_text(group.intervals["loss_recovery_pct"]),
+        group.verdict,
+    ]
+
+
+def table(summary: Summary) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the main table."""
+    level = f"{100 * summary.confidence:g} %"
+    header = [
+        "model",
+        "arm",
+        "checkpoints (runs)",
+        "after the attack",
+        f"rank recovery % [{level}]",
+        f"loss recovery % [{level}]",
+        "verdict",
+    ]
+    return header, [_cells(g, summary.groups) for g in summary.groups]
+
+
+def text_table(summary: Summary) -> str:
+    """The main table for a terminal."""
+    header, rows = table(summary)
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = [
+        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+        for row in [header, *rows]
+    ]
+    return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
+
+
+def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    divider = ["---"] * len(header)
+    return ["| " + " | ".join(row) + " |" for row in [header, divider, *rows]]
+
+
+def comparison_sentence(model: str, summary: Summary) -> str:
+    """HAEP against noise for one model, in one line."""
+    comparison = summary.comparisons[model]
+    parts = []
+    for endpoint in comparison.endpoints:
+        difference = endpoint.superiority.interval
+        label = ENDPOINT_LABELS[endpoint.endpoint].replace(" (%)", "")
+        parts.append(f"{label} {interval_text(difference)} points")
+    return (
+        f"{model}: HAEP minus Gaussian noise of equal weight change, paired by seed: "
+        f"{'; '.join(parts)} → {comparison.statement}"
+    )
+
+
+def _run_lines(runs: Sequence[HealRun], reason: str) -> list[str]:
+    return [f"- `{run.name}` ({run.run_id}): {getattr(run, reason)}" for run in runs]
+
+
+def markdown(summary: Summary) -> str:
+    """The summary for people (``summary.md``)."""
+    header, rows = table(summary)
+    lines = ["# Recovery summary", "", *_markdown_table(header, rows), "", VERDICT_MEANING, ""]
+    lines += [
+        "Intervals are Student t over checkpoint means (replicates averaged first); none is given "
+        "under three checkpoints. Recovery is unclamped: below 0 % the model moved away from the "
+        "healthy value, above 100 % it went past it.",
+        "",
+    ]
+    if summary.comparisons:
+        lines += ["## HAEP against Gaussian noise", ""]
+        lines += [f"- {comparison_sentence(m, summary)}" for m in summary.comparisons] + [""]
+    if summary.slopes:
+        lines += ["## Scaling with size", ""]
+        lines += [
+            f"- {arm}: {interval_text(slope.slope)} points per tenfold parameters"
+            for arm, slope in summary.slopes.items()
+        ]
+        lines.append("")
+    lines += _listing("Failed runs", summary.failed, "failure")
+    lines += _listing("Runs without a defined rank recovery", summary.undefined, "undefined_reason")
+    notes = [(g, n) for g in summary.groups for n in g.notes]
+    if notes:
+        lines += ["## What the data do not determine", ""]
+        lines += [f"- {g.model} {group_label(g, summary.groups)}: {n}" for g, n in notes] + [""]
+    return "\n".join(lines)
+
+
+def _listing(title: str, runs: Sequence[HealRun], reason: str) -> list[str]:
+    return [f"## {title} ({len(runs)})", "", *_run_lines(runs, reason), ""] if runs else []
+
+
+GROUP_FIELDS = (
+    "model", "arm", "settings", "n_params", "n_runs", "n_checkpoints", "n_undefined", "n_lockout",
+    "verdict", "verdict_loss", "notes",
+)  # fmt: skip
+
+
+def _intervals(found: Mapping[str, Interval]) -> dict[str, Any]:
+    return {endpoint: dataclasses.asdict(interval) for endpoint, interval in found.items()}
+
+
+def _trajectory(band: Band) -> dict[str, list[float]]:
+    return {
+        "step": [float(step) for step in band.steps],
+        "mean": [i.point for i in band.intervals],
+        "low": [i.low for i in band.intervals],
+        "high": [i.high for i in band.intervals],
+    }
+
+
+def _group_json(group: GroupSummary) -> dict[str, Any]:
+    return {
+        **{name: getattr(group, name) for name in GROUP_FIELDS},
+        "spectral_states": dict(group.spectral_states),
+        "checkpoint_means": {
+            endpoint: dict(zip(map(str, means.labels), means.means.tolist(), strict=True))
+            for endpoint, means in group.means.items()
+        },
+        "intervals": _intervals(group.intervals),
+        "bootstrap": _intervals(group.bootstrap),
+        "half_recovery_steps": _intervals(group.half_recovery),
+        "trajectory": {endpoint: _trajectory(band) for endpoint, band in group.bands.items()},
+    }
+
+
+def as_json(summary: Summary) -> dict[str, Any]:
+    """The summary as plain data (``summary.json``)."""
+    return {
+        "confidence": summary.confidence,
+        "groups": [_group_json(group) for group in summary.groups],
+        "haep_minus_gaussian_noise": {
+            m: dataclasses.asdict(c) for m, c in summary.comparisons.items()
+        },
+        "scaling": {arm: dataclasses.asdict(s) for arm, s in summary.slopes.items()},
+        "failed": [{"run_id": r.run_id, "name": r.name, "why": r.failure} for r in summary.failed],
+        "undefined": [
+            {"run_id": r.run_id, "name": r.name, "why": r.undefined_reason}
+            for r in summary.undefined
+        ],
+    }

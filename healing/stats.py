@@ -1,0 +1,325 @@
+"""Recovery statistics whose unit is the checkpoint: cluster means, intervals, group verdicts.
+
+A *checkpoint* is one collapsed state, a *replicate* is one healing run started from it. Replicates
+of one checkpoint share its weights and are not independent, so they are averaged first and every
+interval is computed from the averages. Values are recovery percentages unless stated otherwise.
+
+Degenerate data give NaN and a subclass of ``DegenerateDataWarning``; bad arguments raise
+``ValueError``. Undefined values enter as NaN, are left out and are counted.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import special, stats
+
+FloatArray = NDArray[np.float64]
+GroupVerdict = Literal[
+    "acute structural failure", "irreversible pathology", "partial", "undefined", "inconclusive"
+]
+
+REVERSIBLE_ABOVE = 70.0
+"""A group recovers ("acute structural failure") where the lower bound exceeds this percentage."""
+IRREVERSIBLE_BELOW = 20.0
+"""A group is an "irreversible pathology" where the upper bound is below this percentage."""
+MAX_UNDEFINED_FRACTION = 0.5
+"""A group is "undefined" where more than this fraction of its runs is."""
+MIN_CHECKPOINTS = 3
+"""Fewest checkpoints that get an interval."""
+MIN_BOOTSTRAP_CHECKPOINTS = 10
+"""Fewest checkpoints that get a bootstrap interval."""
+RELATIVE_SPREAD_FLOOR = 1e-12
+"""A spread below this fraction of the largest magnitude is rounding, not variance."""
+
+
+class DegenerateDataWarning(RuntimeWarning):
+    """The data do not determine the quantity; NaN is returned."""
+
+
+class TooFewCheckpointsWarning(DegenerateDataWarning):
+    """Fewer independent units than the method needs."""
+
+
+class ZeroVarianceWarning(DegenerateDataWarning):
+    """The values do not vary, so that their variance says nothing about the error."""
+
+
+class UndefinedDataWarning(DegenerateDataWarning):
+    """No value, or not enough of them, is defined."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A confidence interval around a point estimate, in the unit of the estimate.
+
+    ``n`` counts the independent units behind it and ``confidence`` is the nominal coverage. Bounds
+    are NaN where the data do not determine them and infinite where they bound one side only.
+    """
+
+    low: float
+    point: float
+    high: float
+    n: int
+    method: str
+    confidence: float = 0.95
+
+    @property
+    def defined(self) -> bool:
+        """Whether both bounds are numbers (an infinite bound is one)."""
+        return not (math.isnan(self.low) or math.isnan(self.high))
+
+
+@dataclass(frozen=True, eq=False)
+class ClusterMeans:
+    """Means of the defined replicates of each checkpoint, labels in order of first appearance."""
+
+    labels: tuple[Hashable, ...]
+    means: FloatArray
+    """Shape ``(checkpoints,)``; NaN where no replicate is defined."""
+    counts: NDArray[np.int64]
+    """Defined replicates, shape ``(checkpoints,)``."""
+    n_replicates: int
+    n_undefined: int
+
+    @property
+    def undefined_fraction(self) -> float:
+        """Fraction of all replicates that are undefined."""
+        return self.n_undefined / self.n_replicates
+
+
+def as_vector(name: str, values: ArrayLike) -> FloatArray:
+    """Return ``values`` as a float64 vector that holds finite numbers and NaN.
+
+    Raises:
+        ValueError: not one-dimensional, or infinite entries.
+    """
+    vector = np.asarray(values, dtype=np.float64)
+    if vector.ndim != 1:
+        raise ValueError(f"{name} has shape {vector.shape}; pass a one-dimensional sequence")
+    if np.isinf(vector).any():
+        n = int(np.isinf(vector).sum())
+        raise ValueError(f"{name} holds {n} infinite entries; pass an undefined value as NaN")
+    return vector
+
+
+def require_open_unit(name: str, value: float) -> None:
+    """Reject a probability outside (0, 1).
+
+    Raises:
+        ValueError: outside (0, 1) or NaN.
+    """
+    if not 0.0 < value < 1.0:
+        raise ValueError(f"{name} is {value}; pass a number strictly between 0 and 1")
+
+
+def require_same_length(**vectors: FloatArray) -> None:
+    """Reject vectors of different lengths, naming them.
+
+    Raises:
+        ValueError: the lengths differ.
+    """
+    lengths = {name: len(vector) for name, vector in vectors.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"lengths differ: {lengths}; pass one entry per observation in each")
+
+
+def has_no_spread(values: FloatArray) -> bool:
+    """Whether the values are equal up to rounding."""
+    return bool(np.ptp(values) <= RELATIVE_SPREAD_FLOOR * np.abs(values).max())
+
+
+def drop_undefined(values: FloatArray) -> FloatArray:
+    """Return the entries that are not NaN."""
+    return values[~np.isnan(values)]
+
+
+def degeneracy(values: FloatArray, minimum: int) -> tuple[type[DegenerateDataWarning], str] | None:
+    """Why these independent values determine no standard error: warning and reason, or None."""
+    if len(values) < minimum:
+        reason = f"{len(values)} checkpoints, at least {minimum} needed"
+        return TooFewCheckpointsWarning, reason
+    if has_no_spread(values):
+        return ZeroVarianceWarning, f"all {len(values)} values are equal"
+    return None
+
+
+def _mean_without_bounds(means: FloatArray, method: str, confidence: float) -> Interval:
+    point = float(means.mean()) if len(means) else math.nan
+    return Interval(math.nan, point, math.nan, len(means), method, confidence)
+
+
+def undetermined(
+    estimate: Interval, category: type[DegenerateDataWarning], reason: str
+) -> Interval:
+    """Warn with ``category`` that ``estimate`` has no bounds, and hand it back."""
+    warnings.warn(f"{estimate.method}: {reason}; the bounds are NaN", category, stacklevel=3)
+    return estimate
+
+
+def with_t_bounds(estimate: Interval, standard_error: float, df: int) -> Interval:
+    """Set the bounds point ± t(df, (1 + confidence)/2) · standard error."""
+    half_width = float(special.stdtrit(df, (1.0 + estimate.confidence) / 2.0)) * standard_error
+    return replace(estimate, low=estimate.point - half_width, high=estimate.point + half_width)
+
+
+def exp_interval(log_interval: Interval) -> Interval:
+    """Carry an interval on the log scale back; bounds too large for a float become infinite."""
+    with np.errstate(over="ignore"):
+        low, point, high = np.exp([log_interval.low, log_interval.point, log_interval.high])
+    return replace(log_interval, low=float(low), point=float(point), high=float(high))
+
+
+def cluster_means(values: ArrayLike, clusters: Iterable[Hashable]) -> ClusterMeans:
+    """Average the replicates of each checkpoint, leaving out and counting undefined (NaN) ones.
+
+    Args:
+        values: one per replicate, shape ``(replicates,)``.
+        clusters: the checkpoint of each replicate (a seed, a run id), same length.
+
+    Raises:
+        ValueError: no values, different lengths, infinite values, or NaN as a label.
+
+    Warns:
+        UndefinedDataWarning: every replicate is undefined.
+    """
+    vector, memberships = as_vector("values", values), list(clusters)
+    if len(vector) == 0:
+        raise ValueError("values is empty; pass at least one replicate")
+    if len(vector) != len(memberships):
+        lengths = f"{len(vector)} values but {len(memberships)} clusters"
+        raise ValueError(f"{lengths}; pass one checkpoint label per replicate")
+    if any(isinstance(label, float) and math.isnan(label) for label in memberships):
+        raise ValueError("clusters holds NaN; pass a seed or a run id for every replicate")
+
+    position = {label: i for i, label in enumerate(dict.fromkeys(memberships))}
+    index = np.array([position[label] for label in memberships])
+    defined = ~np.isnan(vector)
+    if not defined.any():
+        warnings.warn("cluster_means: no replicate is defined", UndefinedDataWarning, stacklevel=2)
+    counts = np.bincount(index[defined], minlength=len(position))
+    sums = np.bincount(index[defined], vector[defined], minlength=len(position))
+    means = np.divide(sums, counts, out=np.full(len(position), math.nan), where=counts > 0)
+    n_undefined = int(len(vector) - defined.sum())
+    return ClusterMeans(tuple(position), means, counts, len(vector), n_undefined)
+
+
+def t_interval(cluster_means: ArrayLike, confidence: float = 0.95) -> Interval:
+    """Student t interval of the mean over checkpoints.
+
+    mean ± t(n − 1, (1 + confidence)/2) · s/√n, s the standard deviation with n − 1 (Student 1908).
+
+    Args:
+        cluster_means: one mean per checkpoint, shape ``(checkpoints,)``; NaN is left out.
+        confidence: nominal coverage.
+
+    Raises:
+        ValueError: bad shape, infinite entries, or confidence outside (0, 1).
+
+    Warns:
+        TooFewCheckpointsWarning: n < 3; the bounds are NaN, the point is still the mean.
+        ZeroVarianceWarning: equal means; the bounds are NaN.
+    """
+    require_open_unit("confidence", confidence)
+    means = drop_undefined(as_vector("cluster_means", cluster_means))
+    estimate = _mean_without_bounds(means, "Student t", confidence)
+    problem = degeneracy(means, MIN_CHECKPOINTS)
+    if problem is not None:
+        return undetermined(estimate, *problem)
+    standard_error = float(means.std(ddof=1)) / math.sqrt(len(means))
+    return with_t_bounds(estimate, standard_error, df=len(means) - 1)
+
+
+def bca_interval(
+    cluster_means: ArrayLike,
+    bootstrap_rng: np.random.Generator,
+    confidence: float = 0.95,
+    n_resamples: int = 9999,
+) -> Interval:
+    """Bias-corrected and accelerated bootstrap interval of the mean (Efron 1987), for n >= 10.
+
+    Secondary to ``t_interval``: on normal data at n = 10 it covers about 90 % instead of 95 %.
+
+    Args:
+        cluster_means: one mean per checkpoint, shape ``(checkpoints,)``; NaN is left out.
+        bootstrap_rng: draws the resamples.
+        confidence: nominal coverage.
+        n_resamples: bootstrap samples.
+
+    Raises:
+        ValueError: bad shape, infinite entries, confidence outside (0, 1), no generator, or
+            fewer than 1 resample.
+
+    Warns:
+        TooFewCheckpointsWarning: n < 10; the bounds are NaN, the point is still the mean.
+        ZeroVarianceWarning: equal means; the bounds are NaN.
+    """
+    require_open_unit("confidence", confidence)
+    if not isinstance(bootstrap_rng, np.random.Generator):
+        kind = type(bootstrap_rng).__name__
+        raise ValueError(f"bootstrap_rng is a {kind}; pass numpy.random.default_rng(seed)")
+    if n_resamples < 1:
+        raise ValueError(f"n_resamples is {n_resamples}; pass at least 1, e.g. 9999")
+    means = drop_undefined(as_vector("cluster_means", cluster_means))
+    estimate = _mean_without_bounds(means, "BCa bootstrap", confidence)
+    problem = degeneracy(means, MIN_BOOTSTRAP_CHECKPOINTS)
+    if problem is not None:
+        return undetermined(estimate, *problem)
+    bounds = stats.bootstrap(
+        (means,),
+        np.mean,
+        n_resamples=n_resamples,
+        confidence_level=confidence,
+        method="BCa",
+        rng=bootstrap_rng,
+    ).confidence_interval
+    return replace(estimate, low=float(bounds.low), high=float(bounds.high))
+
+
+def group_verdict(
+    interval: Interval | None,
+    undefined_fraction: float,
+    reversible_above: float = REVERSIBLE_ABOVE,
+    irreversible_below: float = IRREVERSIBLE_BELOW,
+) -> GroupVerdict:
+    """Verdict of a group of runs, read from the confidence interval of its mean recovery.
+
+    Most runs undefined: "undefined". Lower bound above ``reversible_above``: "acute structural
+    failure" (it heals). Upper bound under ``irreversible_below``: "irreversible pathology" (within
+    this budget). Interval inside both thresholds: "partial". Otherwise, or without an interval:
+    "inconclusive".
+
+    Raises:
+        ValueError: undefined_fraction outside [0, 1], or thresholds in the wrong order.
+    """
+    if not 0.0 <= undefined_fraction <= 1.0:
+        raise ValueError(f"undefined_fraction is {undefined_fraction}; pass a share in [0, 1]")
+    require_ordered_thresholds(irreversible_below, reversible_above)
+    if undefined_fraction > MAX_UNDEFINED_FRACTION:
+        return "undefined"
+    if interval is None or not interval.defined:
+        return "inconclusive"
+    if interval.low > reversible_above:
+        return "acute structural failure"
+    if interval.high < irreversible_below:
+        return "irreversible pathology"
+    if interval.low >= irreversible_below and interval.high <= reversible_above:
+        return "partial"
+    return "inconclusive"
+
+
+def require_ordered_thresholds(irreversible_below: float, reversible_above: float) -> None:
+    """Reject verdict thresholds that leave no room between them.
+
+    Raises:
+        ValueError: irreversible_below is not under reversible_above.
+    """
+    if not irreversible_below < reversible_above:
+        pair = f"irreversible_below {irreversible_below}, reversible_above {reversible_above}"
+        raise ValueError(f"{pair}: thresholds out of order; pass the lower one first")

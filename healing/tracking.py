@@ -1,0 +1,345 @@
+"""MLflow: the only module that imports it. Runs, lineage, batched logging, queries.
+
+A stage asks for a run with :func:`start`, logs through the returned :class:`RunLogger`, and never
+sees an MLflow type. A run that leaves its context by an exception is FAILED with the reason as a
+tag; what was logged before stays.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import math
+import os
+import pathlib
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+# One bar per downloaded file would bury the summary's table.
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+# One unreachable server must not hang a run for minutes (default: 7 retries, about 4 minutes).
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+
+import mlflow
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+
+DEFAULT_EXPERIMENT = "llm-healing"
+FLUSH_SECONDS = 2.0
+METRICS_PER_REQUEST = 1000
+SHARED_PARAMS = ("model", "arm", "seed")
+"""Parameters logged under their bare name in every stage, so that runs group by them."""
+
+
+class TrackingError(RuntimeError):
+    """The tracking store cannot be reached, or a run or artifact is not in it."""
+
+
+def _text(value: Any) -> str:
+    return str(value)
+
+
+class RunLogger:
+    """Writes to one MLflow run; every call is one batched request where MLflow has one."""
+
+    def __init__(self, run: Run) -> None:
+        self.run_id: str = run.info.run_id
+        self.experiment_id: str = run.info.experiment_id
+        self._client = MlflowClient()
+        # What `mlflow run` logged itself, in its own spelling: a parameter cannot be changed.
+        self._taken = set(run.data.params)
+        self._buffer: list[Metric] = []
+        self._flushed = time.monotonic()
+
+    def params(self, prefix: str, values: Mapping[str, Any]) -> None:
+        """Log parameters as ``prefix.name``; the shared ones under their bare name too."""
+        wanted = {f"{prefix}.{name}": _text(value) for name, value in values.items()}
+        wanted |= {name: _text(values[name]) for name in SHARED_PARAMS if name in values}
+        fresh = {name: value for name, value in wanted.items() if name not in self._taken}
+        self._client.log_batch(self.run_id, params=[Param(k, v) for k, v in fresh.items()])
+        self._taken |= fresh.keys()
+
+    def tags(self, values: Mapping[str, Any]) -> None:
+        """Set tags in one request."""
+        tags = [RunTag(name, _text(value)) for name, value in values.items()]
+        self._client.log_batch(self.run_id, tags=tags)
+
+    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
+        """Log the metrics of one step (NaN and infinities included).
+
+        Points are sent together, at most :data:`FLUSH_SECONDS` late: a request costs tens of
+        milliseconds however many points it carries.
+        """
+        now = int(time.time() * 1000)
+        self._buffer += [Metric(name, float(value), now, step) for name, value in values.items()]
+        if time.monotonic() - self._flushed >= FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send what is still held back."""
+        for start in range(0, len(self._buffer), METRICS_PER_REQUEST):
+            chunk = self._buffer[start : start + METRICS_PER_REQUEST]
+            self._client.log_batch(self.run_id, metrics=chunk)
+        self._buffer = []
+        self._flushed = time.monotonic()
+
+    def history(self, points: Sequence[tuple[int, Mapping[str, float]]]) -> None:
+        """Log the metrics of many steps: pairs (step, metrics)."""
+        for step, values in points:
+            self.metrics(values, step)
+
+    def describe(self, markdown: str) -> None:
+        """Set the run's description (shown first in the UI)."""
+        self.tags({"mlflow.note.content": markdown})
+
+    def artifact(self, path: pathlib.Path, folder: str | None = None) -> None:
+        """Store one file."""
+        self._client.log_artifact(self.run_id, str(path), folder)
+
+    def dataset(self, name: str, digest: str, context: str, facts: Mapping[str, Any]) -> None:
+        """Record an input by name and content digest, without copying it."""
+        source = {"tags": {key: _text(value) for key, value in facts.items()}}
+        data = Dataset(name, digest, "code", json.dumps(source))
+        tag = InputTag("mlflow.data.context", context)
+        self._client.log_inputs(self.run_id, datasets=[DatasetInput(data, [tag])])
+
+
+def _git(*arguments: str) -> str:
+    root = pathlib.Path(__file__).parent
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=root, capture_output=True, text=True, timeout=10, check=False
+        )
+    except OSError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+@functools.cache
+def code_version() -> dict[str, str]:
+    """Commit of the code and whether it has uncommitted changes ({} outside a checkout)."""
+    commit = _git("rev-parse", "HEAD")
+    if not commit:
+        return {}
+    return {"git_commit": commit, "git_dirty": str(bool(_git("status", "--porcelain"))).lower()}
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text[:2000]
+
+
+@contextlib.contextmanager
+def _failure_recorded(logger: RunLogger) -> Iterator[None]:
+    """Send what is held back, and the reason where the block fails."""
+    try:
+        yield
+        logger.flush()
+    except BaseException as error:
+        logger.flush()
+        logger.tags({"failure": _one_line(error), "failure_type": type(error).__name__})
+        raise
+
+
+@contextlib.contextmanager
+def start(name: str, tags: Mapping[str, Any]) -> Iterator[RunLogger]:
+    """The outermost run of a process: FINISHED when the block ends well, else FAILED with the
+    reason in the tag ``failure``.
+
+    Under ``mlflow run`` it is the run that MLflow made; otherwise a new one in the experiment of
+    ``MLFLOW_EXPERIMENT_NAME`` (default ``llm-healing``).
+
+    Args:
+        name: Shown in the UI.
+        tags: At least ``stage``.
+
+    Raises:
+        TrackingError: The store cannot be reached.
+    """
+    joined = "MLFLOW_RUN_ID" in os.environ
+    try:
+        if not joined and "MLFLOW_EXPERIMENT_ID" not in os.environ:
+            mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", DEFAULT_EXPERIMENT))
+        context = mlflow.start_run(run_name=name)
+    except MlflowException as error:
+        raise TrackingError(
+            f"MLflow store {mlflow.get_tracking_uri()} cannot be used ({_one_line(error)[:200]}): "
+            "check MLFLOW_TRACKING_URI"
+        ) from error
+    with context as run:
+        logger = RunLogger(run)
+        with _failure_recorded(logger):
+            # `mlflow run` names its run at random.
+            logger.tags({"mlflow.runName": name, **tags, **code_version()})
+            yield logger
+
+
+@contextlib.contextmanager
+def child(parent: RunLogger, name: str, tags: Mapping[str, Any]) -> Iterator[RunLogger]:
+    """A run nested below another, with the same promises as :func:`start`.
+
+    Made through the client, not the fluent API, whose notion of the active run is one per thread:
+    children of one parent may run in several threads.
+    """
+    client = MlflowClient()
+    system = {"mlflow.parentRunId": parent.run_id, "mlflow.source.type": "LOCAL"}
+    run = client.create_run(
+        parent.experiment_id,
+        run_name=name,
+        tags={**system, **{k: _text(v) for k, v in {**tags, **code_version()}.items()}},
+    )
+    logger = RunLogger(run)
+    status = "FAILED"
+    try:
+        with _failure_recorded(logger):
+            yield logger
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        client.set_terminated(logger.run_id, status)
+
+
+@dataclass(frozen=True)
+class RunView:
+    """One stored run, as far as the other modules need it.
+
+    Attributes:
+        run_id: MLflow's id.
+        name: Shown in the UI.
+        status: FINISHED, FAILED, RUNNING or KILLED.
+        experiment_id: MLflow's id.
+        params: As strings.
+        tags: As strings.
+        metrics: Last value of each.
+    """
+
+    run_id: str
+    name: str
+    status: str
+    experiment_id: str
+    params: Mapping[str, str]
+    tags: Mapping[str, str]
+    metrics: Mapping[str, float]
+
+
+def _view(run: Run) -> RunView:
+    return RunView(
+        run.info.run_id,
+        run.info.run_name,
+        run.info.status,
+        run.info.experiment_id,
+        dict(run.data.params),
+        dict(run.data.tags),
+        {key: finite(value) for key, value in run.data.metrics.items()},
+    )
+
+
+def find_experiment(name_or_id: str) -> str:
+    """Id of an experiment given by name or id; empty = where new runs would go.
+
+    Raises:
+        TrackingError: There is none.
+    """
+    client = MlflowClient()
+    wanted = (
+        name_or_id
+        or os.environ.get("MLFLOW_EXPERIMENT_ID")
+        or os.environ.get("MLFLOW_EXPERIMENT_NAME", DEFAULT_EXPERIMENT)
+    )
+    try:
+        found = client.get_experiment_by_name(wanted)
+        if found is None and wanted.isdecimal():
+            found = client.get_experiment(wanted)
+    except MlflowException as error:
+        raise TrackingError(f"experiment {wanted!r}: {_one_line(error)[:200]}") from error
+    if found is None:
+        known = ", ".join(repr(e.name) for e in client.search_experiments(max_results=10))
+        raise TrackingError(
+            f"no experiment {wanted!r} in {mlflow.get_tracking_uri()} (there are: {known}): "
+            "name one with --experiment, or set MLFLOW_TRACKING_URI"
+        )
+    return str(found.experiment_id)
+
+
+def search(experiment_id: str, filter_string: str) -> list[RunView]:
+    """All runs of an experiment that match, oldest first.
+
+    Raises:
+        TrackingError: The filter string is not valid.
+    """
+    runs: list[RunView] = []
+    token: str | None = None
+    while True:
+        try:
+            page = MlflowClient().search_runs(
+                [experiment_id],
+                filter_string,
+                max_results=1000,
+                order_by=["attributes.start_time ASC"],
+                page_token=token,
+            )
+        except MlflowException as error:
+            raise TrackingError(f"--filter {filter_string!r}: {_one_line(error)[:300]}") from error
+        runs += [_view(run) for run in page]
+        token = page.token
+        if not token:
+            return runs
+
+
+def get_run(run_id: str) -> RunView:
+    """One run by id.
+
+    Raises:
+        TrackingError: There is none.
+    """
+    try:
+        return _view(MlflowClient().get_run(run_id))
+    except MlflowException as error:
+        raise TrackingError(
+            f"no run {run_id!r} in {mlflow.get_tracking_uri()}: "
+            "check the id and MLFLOW_TRACKING_URI"
+        ) from error
+
+
+def find_finished(experiment_id: str, fingerprint: str) -> RunView | None:
+    """The newest finished run with this fingerprint, if there is one."""
+    runs = search(
+        experiment_id, f"tags.fingerprint = '{fingerprint}' and attributes.status = 'FINISHED'"
+    )
+    return runs[-1] if runs else None
+
+
+def download(uri: str) -> pathlib.Path:
+    """Local path of an artifact given by ``runs:/…`` or another MLflow URI.
+
+    Raises:
+        TrackingError: It is not there.
+    """
+    try:
+        return pathlib.Path(mlflow.artifacts.download_artifacts(artifact_uri=uri))
+    except (MlflowException, OSError) as error:
+        raise TrackingError(f"artifact {uri} cannot be had: {_one_line(error)[:200]}") from error
+
+
+def run_link(run_id: str, experiment_id: str) -> str:
+    """Path of a run in the MLflow UI."""
+    return f"/#/experiments/{experiment_id}/runs/{run_id}"
+
+
+def tracking_uri() -> str:
+    """Where runs are stored."""
+    return str(mlflow.get_tracking_uri())
+
+
+def finite(value: float) -> float:
+    """Undo the store's spelling of infinity (±1.797e308)."""
+    return math.copysign(math.inf, value) if abs(value) > 1.79e308 else value
