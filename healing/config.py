@@ -48,8 +48,8 @@ class Preset:
 
 
 _EMBEDDED = {
-    "nano": Preset("embedded", "stdlib", 4096, 8, 3e-2, 40, 1e-3, 100, 1),
-    "micro": Preset("embedded", "stdlib", 4096, 8, 3e-2, 40, 1e-3, 100, 1),
+    "nano": Preset("embedded", "stdlib", 4096, 8, 2e-2, 40, 1e-3, 100, 1),
+    "micro": Preset("embedded", "stdlib", 4096, 8, 2e-2, 40, 1e-3, 100, 1),
 }
 _PYTHIA = {
     size: Preset(f"EleutherAI/pythia-{size}", "pile", tokens, 8, 1e-3, 100, 1e-4, 500, 0)
@@ -148,7 +148,7 @@ class AttackConfig(BaseConfig):
         exclusive_minimum=True,
     )
     catalyst_length: int = option(
-        64, "Tokens of the sequence the attack trains on.", minimum=8, maximum=2048
+        16, "Tokens of the sequence the attack trains on.", minimum=8, maximum=2048
     )
     search_steps: int = option(
         12, "Rounds of the catalyst search (haep); 0 = keep the random start.", minimum=0

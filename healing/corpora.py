@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import pathlib
+import re
 import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ SPLITS = ("train", "attack", "probe")
 SPLIT_BOUNDS = {"train": (0.0, 0.8), "attack": (0.8, 0.9), "probe": (0.9, 1.0)}
 PILE_ID = "monology/pile-uncopyrighted"
 LOCAL_FORMATS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
+BLANK_LINES = re.compile(r"\n[ \t]*\n")
 ALTERNATIVES = (
     "use --corpus stdlib (no network), a local .txt, .jsonl or .parquet file or folder, "
     "pile, or a Hub dataset id such as owner/name"
@@ -151,19 +153,24 @@ def _stdlib_documents() -> Iterator[str]:
     yield from topics.topics.values()
 
 
-def _text_column(columns: list[str] | None, name: str) -> str:
+def _text_column(row: dict[str, Any], name: str) -> str:
     for candidate in ("text", "content"):
-        if columns and candidate in columns:
+        if candidate in row:
             return candidate
     raise CorpusError(
-        f"corpus {name!r} has no column 'text' or 'content' (it has: {', '.join(columns or [])}): "
+        f"corpus {name!r} has no column 'text' or 'content' (it has: {', '.join(row)}): "
         "rename the column that holds the documents"
     )
 
 
-def _take(dataset: Any, name: str, limit: int) -> list[str]:
-    column = _text_column(dataset.column_names, name)
-    return [row[column] for row in dataset.take(limit)]
+def _take(dataset: Iterable[dict[str, Any]], name: str, limit: int) -> list[str]:
+    rows = iter(dataset)
+    first = next(rows, None)
+    if first is None:
+        return []
+    column = _text_column(first, name)
+    texts = (str(row[column]) for row in itertools.chain([first], rows))
+    return list(itertools.islice(texts, limit))
 
 
 def _local_documents(path: pathlib.Path, limit: int) -> list[str]:
@@ -178,21 +185,20 @@ def _local_documents(path: pathlib.Path, limit: int) -> list[str]:
             f"{path}: expected .txt, .jsonl or .parquet files of one kind, found {found}"
         )
     suffix = formats.pop()
-    # In one text file blank lines part the documents; in a folder of texts each file is one.
-    options = (
-        {"sample_by": "document" if path.is_dir() else "paragraph"} if suffix == ".txt" else {}
-    )
     try:
         dataset = datasets.load_dataset(
             LOCAL_FORMATS[suffix],
             data_files=[str(p) for p in files],
             split="train",
             streaming=True,
-            **options,
+            **({"sample_by": "document"} if suffix == ".txt" else {}),
         )
-        return _take(dataset, str(path), limit)
+        texts = _take(dataset, str(path), limit)
     except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
         raise CorpusError(f"{path} could not be read as {suffix}: {error}") from error
+    # In one text file blank lines part the documents; in a folder of texts each file is one.
+    one_text = suffix == ".txt" and path.is_file()
+    return BLANK_LINES.split("\n".join(texts))[:limit] if one_text else texts
 
 
 def _hub_documents(dataset_id: str, limit: int) -> list[str]:

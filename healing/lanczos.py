@@ -178,6 +178,10 @@ class Recurrence:
         self.dimension = len(start)
         self._capacity = min(max_iterations, self.dimension)
         self.basis = _Basis(self._capacity, start, basis_dtype, basis_device)
+        # What a rounded basis fails to remove: its rounding of what its rounding let grow.
+        self._noise = max(
+            10 * torch.finfo(start.dtype).eps, torch.finfo(basis_dtype or start.dtype).eps ** 2
+        )
         self.diagonal: list[float] = []
         self.off_diagonal: list[float] = []
         self._previous = torch.zeros_like(start)
@@ -212,9 +216,13 @@ class Recurrence:
 
     @property
     def invariant(self) -> bool:
-        """Whether the part of the last product outside the basis is rounding noise."""
+        """Whether the part of the last product outside the basis is rounding noise.
+
+        Going on from noise that lies in the span of the basis would store a row twice, and from
+        there the orthogonalisation amplifies instead of removing.
+        """
         scale = max(abs(entry) for entry in self.diagonal + self.off_diagonal)
-        return self.off_diagonal[-1] <= 10 * torch.finfo(self._current.dtype).eps * scale
+        return self.off_diagonal[-1] <= self._noise * scale
 
     def ritz(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues `(m,)`, ascending, and eigenvectors `(m, m)` of the tridiagonal matrix."""

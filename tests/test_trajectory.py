@@ -181,6 +181,16 @@ def test_each_reason_is_given() -> None:
     assert flat == {bound, "singular Jacobian", "half-life interval too wide"}
 
 
+def test_proportional_jacobian_columns_determine_no_covariance() -> None:
+    column = np.linspace(0.1, 1.0, 10)
+    jacobian = np.column_stack([column, 30.0 * column])
+    fit = trajectory._LeastSquares("exponential", np.array([60.0, 4.0]), jacobian, 1.0, True, False)
+    assert trajectory._covariance(fit) is None
+    asymptote, half_life = trajectory._delta_intervals(fit, 0.95)
+    assert not asymptote.defined
+    assert not half_life.defined
+
+
 def test_the_width_that_counts_as_undetermined_can_be_set() -> None:
     r = _noisy(EXPONENTIAL, 3.0, seed=0)
     assert fit_trajectory(STEPS, r).converged

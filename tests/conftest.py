@@ -1,0 +1,85 @@
+"""Shared fixtures: a temporary MLflow store, the embedded models, tiny models, text files."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch is imported: two test workers on two cores must not fight over threads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["MLFLOW_TRACKING_URI"] = ""
+
+import pathlib
+from collections.abc import Iterator
+
+import mlflow
+import pytest
+import torch
+from transformers import GPTNeoXForCausalLM
+
+from healing.experiment.loading import cached_corpus
+from healing.models import LoadedModel, embedded_config, load_model, state_digest
+from healing.probe import Probe
+from healing.randomness import named_generator
+
+ROOT = pathlib.Path(__file__).parents[1]
+SHARED_DATA = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def store(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[pathlib.Path]:
+    """An empty SQLite tracking store, with the working directory beside it."""
+    monkeypatch.chdir(tmp_path)
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    mlflow.set_tracking_uri(uri)
+    yield tmp_path
+    while mlflow.active_run():
+        mlflow.end_run()
+
+
+@pytest.fixture(scope="session")
+def corpus():
+    return cached_corpus("stdlib", 20_000)
+
+
+@pytest.fixture
+def nano() -> LoadedModel:
+    """A fresh copy of the embedded nano model."""
+    return load_model("nano", "cpu")
+
+
+@pytest.fixture
+def tiny() -> LoadedModel:
+    """An untrained two-block model on nano's tokenizer, small enough for dense references."""
+    loaded = load_model("nano", "cpu")
+    config = embedded_config("nano", len(loaded.tokenizer))
+    config.hidden_size, config.num_hidden_layers, config.num_attention_heads = 16, 2, 2
+    config.intermediate_size = 64
+    generator = named_generator(0, "tiny")
+    model = GPTNeoXForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0.0, 0.2, generator=generator)
+    return LoadedModel("nano", model, loaded.tokenizer, state_digest(model.state_dict()))
+
+
+@pytest.fixture
+def probe(corpus, nano) -> Probe:
+    return Probe.of(corpus, nano, 1024, 64)
+
+
+@pytest.fixture
+def text_files(tmp_path: pathlib.Path) -> pathlib.Path:
+    """A folder of 60 short text files, enough for three non-empty splits."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number in range(60):
+        words = " ".join(f"word{number}x{i}" for i in range(40))
+        (folder / f"{number:02d}.txt").write_text(f"Document {number}. {words}\n")
+    return folder

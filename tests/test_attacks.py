@@ -1,0 +1,305 @@
+"""Attack arms: projections against dense algebra, one driver for all, and what each arm does."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import scipy.linalg
+import torch
+
+from healing.attacks.alignment import gradients_of, random_sequences, sequence_alignment
+from healing.attacks.arms import gaussian_noise, make_arm, mean_spectral_entropy
+from healing.attacks.driver import WeightChange, gradient_step, run_attack
+from healing.attacks.haep import Catalyst, propose_swaps, search_catalyst, token_gradient
+from healing.config import AttackConfig, resolve
+from healing.models import (
+    CheckpointError,
+    block_matrices,
+    load_model,
+    save_checkpoint,
+    state_digest,
+)
+from healing.probe import Probe
+from healing.randomness import named_generator
+from healing.subspaces import LowCurvatureSubspace, MatrixSubspace
+from tests.test_spectra import reference_rank
+
+
+def matrix(m: int, n: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(m, n, generator=named_generator(seed, "matrix"), dtype=torch.float64)
+
+
+# --- the low-curvature subspace -------------------------------------------------------------
+
+
+def test_projection_equals_dense_complement_from_scipy():
+    weight, gradient = matrix(7, 5), matrix(7, 5, seed=1)
+    u, s, vt = scipy.linalg.svd(weight.numpy())
+    energy = (s**2).cumsum() / (s**2).sum()
+    k = int((energy < 0.8).sum()) + 1
+    left, right = torch.tensor(u[:, k:]), torch.tensor(vt[k:].T)
+    expected = left @ left.T @ gradient @ right @ right.T
+    space = MatrixSubspace.of(weight, 0.8)
+    torch.testing.assert_close(space.project(gradient), expected, rtol=1e-10, atol=1e-12)
+    assert space.dimension == (7 - k) * (5 - k)
+
+
+def test_projection_is_idempotent_and_orthogonal():
+    space = MatrixSubspace.of(matrix(8, 6), 0.7)
+    inside = space.project(matrix(8, 6, seed=1))
+    torch.testing.assert_close(space.project(inside), inside)
+    assert float((space.left.T @ inside).norm()) < 1e-12
+    assert float((inside @ space.right).norm()) < 1e-12
+
+
+def test_energy_of_a_rank_two_matrix():
+    weight = torch.diag(torch.tensor([3.0, 1.0, 0.0, 0.0], dtype=torch.float64))
+    # Energies 9 and 1 of 10: 0.9 needs one direction, 0.95 two.
+    assert MatrixSubspace.of(weight, 0.9).left.shape == (4, 1)
+    assert MatrixSubspace.of(weight, 0.95).left.shape == (4, 2)
+
+
+def test_alignment_is_the_share_of_the_squared_norm():
+    weights = {"a": matrix(8, 6), "b": matrix(5, 5, seed=2)}
+    subspace = LowCurvatureSubspace.of(weights, 0.8)
+    gradients = {"a": matrix(8, 6, seed=3), "b": matrix(5, 5, seed=4)}
+    inside = sum(
+        float(subspace.matrices[k].project(g).square().sum()) for k, g in gradients.items()
+    )
+    total = sum(float(g.square().sum()) for g in gradients.values())
+    assert float(subspace.alignment(gradients)) == pytest.approx(inside / total)
+    projected = {k: subspace.matrices[k].project(g) for k, g in gradients.items()}
+    assert float(subspace.alignment(projected)) == pytest.approx(1.0)
+
+
+def test_isotropic_alignment_by_simulation():
+    subspace = LowCurvatureSubspace.of({"a": matrix(12, 9), "b": matrix(6, 6, seed=2)}, 0.6)
+    draws = [
+        float(subspace.alignment({"a": matrix(12, 9, seed=s), "b": matrix(6, 6, seed=s + 999)}))
+        for s in range(10, 410)
+    ]
+    # 400 draws with standard deviation about 0.03: three standard errors are 0.005.
+    assert sum(draws) / 400 == pytest.approx(subspace.isotropic_alignment, abs=0.006)
+
+
+# --- the catalyst ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def subspace(tiny) -> LowCurvatureSubspace:
+    return LowCurvatureSubspace.of(block_matrices(tiny.model), 0.9)
+
+
+def test_token_gradient_against_finite_differences(tiny, subspace):
+    """∂ρ/∂(one-hot) along a swap direction, by central differences of the embedding mixture."""
+    tiny.model.double()
+    space = LowCurvatureSubspace.of(block_matrices(tiny.model), 0.9)
+    tokens = random_sequences(1, 6, 2048, named_generator(0, "t"))[0]
+    gradient = token_gradient(tiny.model, space, tokens)
+    embedding = tiny.model.get_input_embeddings().weight.detach()
+
+    def rho(amount: float) -> float:
+        mixed = embedding[tokens].clone()
+        mixed[2] += amount * (embedding[77] - embedding[tokens[2]])
+        loss = tiny.model(inputs_embeds=mixed[None], labels=tokens[None]).loss
+        return float(space.alignment(gradients_of(tiny.model, loss)).detach())
+
+    numeric = (rho(1e-5) - rho(-1e-5)) / 2e-5
+    exact = float(gradient[2, 77] - gradient[2, tokens[2]])
+    # Truncation falls with the square of the step (5e-5 at 1e-4); rounding is about 1e-16/1e-5.
+    assert exact == pytest.approx(numeric, rel=1e-5)
+
+
+def test_swaps_change_one_token_to_a_steep_one():
+    tokens = torch.arange(10)
+    gradient = torch.randn(10, 300, generator=named_generator(0, "g"))
+    proposals = propose_swaps(tokens, gradient, 50, named_generator(0, "swaps"))
+    changed = proposals != tokens
+    assert proposals.shape == (50, 10)
+    assert int(changed.sum(1).max()) <= 1
+    for row, column in changed.nonzero().tolist():
+        better = (gradient[column] > gradient[column, proposals[row, column]]).sum()
+        assert int(better) < 64
+
+
+def test_search_only_improves_and_reports_the_true_alignment(tiny, subspace):
+    baseline = random_sequences(4, 8, 2048, named_generator(0, "b"))
+    found = search_catalyst(
+        tiny.model, subspace, baseline, length=8, steps=4, candidates=6,
+        generator=named_generator(0, "search"),
+    )  # fmt: skip
+    assert list(found.history) == sorted(found.history)
+    assert found.history[-1] > found.history[0]
+    direct = sequence_alignment(tiny.model, subspace, found.tokens)
+    assert found.alignment == pytest.approx(direct, rel=1e-6)
+    assert found.evaluations == 25
+    assert len(found.random_alignments) == 4
+
+
+def test_search_that_beats_no_baseline_has_failed():
+    tokens = torch.zeros(4, dtype=torch.int64)
+    assert Catalyst(tokens, 0.3, (0.1, 0.3), (0.1, 0.29), 2).status == "found"
+    failed = Catalyst(tokens, 0.3, (0.1, 0.3), (0.1, 0.31), 2)
+    assert failed.status == "failed"
+    assert failed.metrics()["random_alignment_max"] == 0.31
+
+
+# --- arms and driver ------------------------------------------------------------------------
+
+
+def settings(arm: str, **changes) -> AttackConfig:
+    values = {"search_steps": 1, "search_candidates": 2, "baseline_draws": 3, "attack_steps": 4,
+              "measurement_interval": 2, "sequence_length": 64, "batch_size": 4}  # fmt: skip
+    return resolve(AttackConfig(model="nano", arm=arm, **(values | changes)))
+
+
+def run(nano, corpus, probe, config):
+    healthy = probe.measure(nano.model)
+    change = WeightChange(nano.model)
+    arm, catalyst = make_arm(config, nano, corpus, change)
+    return list(run_attack(nano, arm, config, probe, healthy, change)), change, catalyst
+
+
+@pytest.fixture
+def small_probe(probe) -> Probe:
+    return Probe(probe.windows[:6])
+
+
+@pytest.mark.parametrize("arm", ["haep", "spectral", "random_tokens", "random_text"])
+def test_objective_arms_move_the_weights_and_log_alignment(nano, corpus, small_probe, arm):
+    records, _, catalyst = run(nano, corpus, small_probe, settings(arm))
+    assert [r.step for r in records][0] == 0
+    assert records[-1].weight_change > 0
+    names = set(records[-1].diagnostics)
+    assert names == {
+        "alignment", "alignment_random_tokens", "alignment_clean_text", "alignment_isotropic",
+        "alignment_weight_change",
+    }  # fmt: skip
+    assert (catalyst is not None) == (arm == "haep")
+
+
+def test_sham_is_a_bitwise_no_op(nano, corpus, small_probe):
+    before = state_digest(nano.model.state_dict())
+    records, _, _ = run(nano, corpus, small_probe, settings("none"))
+    assert state_digest(nano.model.state_dict()) == before
+    assert len(records) == 1
+
+
+def test_noise_of_zero_scale_is_a_bitwise_no_op(nano, corpus, small_probe):
+    before = state_digest(nano.model.state_dict())
+    run(nano, corpus, small_probe, settings("gaussian_noise", noise_scale=0.0))
+    assert state_digest(nano.model.state_dict()) == before
+
+
+def test_matched_noise_has_the_norm_of_every_tensor_of_the_attack(
+    nano, corpus, small_probe, tmp_path
+):
+    _, change, _ = run(nano, corpus, small_probe, settings("random_tokens"))
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, nano.model, 4, "attack", {"model": "nano"})
+    wanted = {k: float(d.norm()) for k, d in change.delta(nano.model).items()}
+    fresh = load_model("nano", "cpu")
+    config = settings("gaussian_noise", reference_checkpoint=str(path))
+    _, noise, _ = run(fresh, corpus, small_probe, config)
+    for name, delta in noise.delta(fresh.model).items():
+        # float32 addition to the weights rounds each entry by up to 6e-8 of the weight.
+        assert float(delta.norm()) == pytest.approx(wanted[name], rel=1e-3, abs=1e-6)
+
+
+def test_noise_reference_of_another_model_is_refused(nano, corpus, small_probe, tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, load_model("micro").model, 0, "attack", {})
+    config = settings("gaussian_noise", reference_checkpoint=str(path))
+    with pytest.raises(CheckpointError, match="is not an attack on model nano"):
+        run(nano, corpus, small_probe, config)
+
+
+def test_noise_norms_and_independence():
+    healthy = {"a": torch.zeros(40, 50), "b": torch.zeros(30)}
+    noise = gaussian_noise(healthy, {"a": 2.0, "b": 0.5}, named_generator(0, "noise"))
+    assert float(noise["a"].norm()) == pytest.approx(2.0, rel=1e-5)
+    assert float(noise["b"].norm()) == pytest.approx(0.5, rel=1e-5)
+    # Kurtosis of a normal is 3; 2,000 draws give it a standard error of √(24/2000) = 0.11.
+    standard = noise["a"] / noise["a"].std()
+    assert float(standard.pow(4).mean()) == pytest.approx(3.0, abs=0.45)
+
+
+def test_spectral_objective_is_the_log_of_the_measured_rank(nano, corpus):
+    windows = corpus.windows("attack", nano.tokenizer, 64)[:8]
+    entropy = float(mean_spectral_entropy(nano.model, windows).detach())
+    ranks = []
+    with torch.no_grad():
+        states = nano.model(input_ids=windows, output_hidden_states=True).hidden_states
+    for block in range(3):
+        rows = states[block + 1][:, 1:].reshape(-1, 48).double().numpy()
+        ranks.append(math.log(reference_rank(rows)))
+    # The last block differs (hidden_states holds it after the final norm): compare three of four.
+    last = 4 * entropy - sum(ranks)
+    assert 0 < last < math.log(48)
+
+
+def test_spectral_arm_collapses_the_rank(nano, corpus, small_probe):
+    records, _, _ = run(
+        nano, corpus, small_probe,
+        settings("spectral", attack_steps=20, measurement_interval=5, target_rank_reduction=0.5),
+    )  # fmt: skip
+    assert records[-1].measurement.effective_rank < 0.5 * records[0].measurement.effective_rank
+    assert records[-1].step < 20  # it stopped when the target was reached
+    assert all(r.outcome.finite for r in records)
+
+
+def test_attack_stops_on_a_step_that_is_not_finite(nano, corpus, small_probe):
+    healthy, change = small_probe.measure(nano.model), WeightChange(nano.model)
+    config = settings("random_tokens", attack_steps=10)
+    arm, _ = make_arm(config, nano, corpus, change)
+    weight = next(iter(block_matrices(nano.model).values()))
+    arm.objective = lambda: (weight * math.inf).sum()  # type: ignore[attr-defined]
+    records = list(run_attack(nano, arm, config, small_probe, healthy, change))
+    assert [r.step for r in records] == [0, 1]
+    assert not records[-1].outcome.finite
+    assert records[-1].weight_change == 0.0
+
+
+def test_gradient_step_reports_the_gradient_norm():
+    parameter = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    outcome = gradient_step(optimizer, 0.5 * parameter.square().sum())
+    assert (outcome.objective, outcome.grad_norm) == (12.5, 5.0)
+    torch.testing.assert_close(parameter.detach(), torch.tensor([2.7, 3.6]))
+
+
+def test_all_arms_share_optimiser_and_budget(nano, corpus, small_probe, monkeypatch):
+    made = []
+    original = torch.optim.AdamW
+
+    def spy(parameters, **options):
+        made.append(options)
+        return original(parameters, **options)
+
+    monkeypatch.setattr(torch.optim, "AdamW", spy)
+    for arm in ("haep", "spectral", "random_tokens", "random_text"):
+        records, _, _ = run(load_model("nano"), corpus, small_probe, settings(arm))
+        assert records[-1].step <= 4
+    assert all(options == made[0] for options in made)
+    assert len(made) == 4
+
+
+def test_measuring_more_often_does_not_change_the_attack(nano, corpus, small_probe):
+    digests = []
+    for interval in (1, 4):
+        model = load_model("nano")
+        run(model, corpus, small_probe, settings("spectral", measurement_interval=interval,
+                                                 target_rank_reduction=1.0))  # fmt: skip
+        digests.append(state_digest(model.model.state_dict()))
+    assert digests[0] == digests[1]
+
+
+def test_weight_change_by_hand():
+    layer = torch.nn.Linear(2, 1, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[3.0, 4.0]]))
+    change = WeightChange(layer)
+    with torch.no_grad():
+        layer.weight.add_(torch.tensor([[0.0, 1.0]]))
+    assert change.relative(layer) == pytest.approx(0.2)

@@ -1,0 +1,271 @@
+"""Contracts: layering, one declaration per parameter, one place for versions, safe loading."""
+
+from __future__ import annotations
+
+import ast
+import json
+import pathlib
+import pickle
+import re
+import shlex
+
+import click
+import pytest
+import yaml
+
+from entrypoints import attack, heal, main, pretrain, summarize
+from entrypoints._mlproject import render
+from healing import config as configs
+from healing.config import (
+    AttackConfig,
+    ConfigError,
+    HealConfig,
+    PretrainConfig,
+    SummarizeConfig,
+    SweepConfig,
+    as_params,
+    fingerprint,
+    preset_for,
+    resolve,
+)
+from healing.options import fields_of, flag_name
+from tests.conftest import ROOT
+
+STAGES = {
+    "main": (main.main, SweepConfig),
+    "attack": (attack.main, AttackConfig),
+    "heal": (heal.main, HealConfig),
+    "summarize": (summarize.main, SummarizeConfig),
+    "pretrain": (pretrain.main, PretrainConfig),
+}
+
+# Data flows down this list: a module imports only from modules above it.
+LAYERS = """
+options config randomness
+spectra lanczos stochastic curvature subspaces
+models corpora pretraining probe
+attacks.driver attacks.alignment attacks.haep attacks.arms
+sft recovery
+stats variance scaling comparison survival trajectory power pooling
+tracking
+plots report
+experiment.console experiment.files experiment.errors experiment.loading
+experiment.pretrain experiment.attack experiment.heal experiment.summarize experiment.sweep
+""".split()
+
+
+def modules() -> dict[str, pathlib.Path]:
+    root = ROOT / "healing"
+    found = {}
+    for path in root.rglob("*.py"):
+        if path.name != "__init__.py":
+            found[".".join(path.relative_to(root).with_suffix("").parts)] = path
+    return found
+
+
+def imports(path: pathlib.Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def test_every_module_has_its_layer():
+    assert sorted(modules()) == sorted(LAYERS)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_modules_import_only_downwards(name):
+    own = {i.removeprefix("healing.") for i in imports(modules()[name]) if i.startswith("healing.")}
+    later = set(LAYERS[LAYERS.index(name) :])
+    assert not own & later, f"{name} imports {own & later}, which come after it"
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_only_tracking_knows_mlflow_and_nothing_knows_click(name):
+    roots = {i.split(".")[0] for i in imports(modules()[name])}
+    assert "click" not in roots
+    assert ("mlflow" in roots) == (name == "tracking")
+
+
+def test_configuration_needs_only_the_standard_library():
+    for name in ("options", "config"):
+        roots = {i.split(".")[0] for i in imports(modules()[name])}
+        assert not roots & {"torch", "numpy", "scipy", "transformers", "mlflow", "datasets"}
+
+
+def project() -> dict:
+    return yaml.safe_load((ROOT / "MLproject").read_text())
+
+
+def test_every_stage_is_an_entry_point():
+    assert set(project()["entry_points"]) == set(STAGES)
+    assert {p.stem for p in (ROOT / "entrypoints").glob("[a-z]*.py")} == set(STAGES)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_mlproject_parameters_are_click_options_are_config_fields(stage):
+    command, config_class = STAGES[stage]
+    entry = project()["entry_points"][stage]
+    fields = {field.name: field.default for field, _, _ in fields_of(config_class)}
+    options = {p.name: p.default for p in command.params if isinstance(p, click.Option)}
+    assert options == fields
+    parameters = {name: spec["default"] for name, spec in entry["parameters"].items()}
+    assert list(parameters) == list(fields)
+    assert parameters == fields
+
+
+def test_mlproject_is_the_generated_one():
+    assert (ROOT / "MLproject").read_text() == render()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_mlproject_command_passes_every_parameter(stage):
+    entry = project()["entry_points"][stage]
+    words = shlex.split(entry["command"])
+    assert words[:3] == ["python", "-m", f"entrypoints.{stage}"]
+    expected = [w for name in entry["parameters"] for w in (flag_name(name), "{" + name + "}")]
+    assert words[3:] == expected
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_types_that_mlflow_would_act_on_are_not_used(stage):
+    """`path` and `uri` parameters fail on names that do not exist yet."""
+    kinds = {s["type"] for s in project()["entry_points"][stage]["parameters"].values()}
+    assert kinds <= {"string", "int", "float"}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_configurations_are_frozen_and_picklable(stage):
+    config = STAGES[stage][1]()
+    assert pickle.loads(pickle.dumps(config)) == config
+    with pytest.raises(AttributeError):
+        config.verbosity = "quiet"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_field_is_read(stage):
+    """An unread field is a promise that nothing keeps."""
+    sources = [p.read_text() for p in modules().values()]
+    sources = [s for s in sources if "class AttackConfig" not in s]
+    text = "\n".join(sources) + (ROOT / "healing" / "config.py").read_text().split("def resolve")[0]
+    for field, _, _ in fields_of(STAGES[stage][1]):
+        used = re.search(rf'(config|self|settings|cell\.config|resolved)\.{field.name}\b', text)
+        listed = re.search(rf'"{field.name}"', text)
+        assert used or listed, f"{field.name} of {stage} is never read"
+
+
+def test_versions_have_one_place():
+    pins = dict(
+        line.split("==")
+        for line in (ROOT / "requirements.txt").read_text().splitlines()
+        if "==" in line and not line.startswith("#")
+    )
+    assert pins["torch"] == "2.13.0"
+    assert pins["mlflow"] == "3.17.2"
+    conda = yaml.safe_load((ROOT / "conda.yaml").read_text())["dependencies"]
+    assert conda[-1] == {"pip": ["-r requirements.txt"]}
+    assert 'dependencies = { file = ["requirements.txt"] }' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_installed_versions_are_the_pinned_ones():
+    from importlib.metadata import version
+
+    for line in (ROOT / "requirements.txt").read_text().splitlines():
+        if "==" in line and not line.startswith("#"):
+            name, pin = line.strip().split("==")
+            assert version(name).split("+")[0] == pin
+
+
+def test_torch_load_is_always_safe_and_state_dicts_strict():
+    for name, path in modules().items():
+        text = path.read_text()
+        for call in re.findall(r"torch\.load\([^)]*\)", text):
+            assert "weights_only=True" in call, name
+        assert "strict=False" not in text, name
+
+
+def test_nothing_catches_everything():
+    for name, path in modules().items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ExceptHandler):
+                caught = ast.unparse(node.type) if node.type else ""
+                reraises = any(isinstance(n, ast.Raise) for n in ast.walk(node))
+                assert caught not in ("", "Exception", "BaseException") or reraises, name
+
+
+def test_resolving_leaves_no_auto_but_the_device():
+    for model in configs.MODELS:
+        for config in (AttackConfig(model=model), HealConfig(model=model)):
+            left = {k for k, v in as_params(resolve(config)).items() if v == "auto"}
+            assert left <= {"device"}
+
+
+def test_what_the_user_passes_wins():
+    config = resolve(HealConfig(model="nano", healing_lr=0.5, batch_size=3))
+    assert (config.healing_lr, config.batch_size) == (0.5, 3)
+    assert resolve(HealConfig(model="nano")).healing_lr == preset_for("nano").healing_lr
+    assert resolve(HealConfig(model="1b")).healing_lr == 1e-4
+
+
+def test_heal_defaults_of_the_experiment():
+    config = HealConfig()
+    assert resolve(config).model == "1b"
+    assert (config.healing_steps, config.measurement_interval, config.num_runs) == (500, 10, 1)
+    assert (config.healing_optimizer, config.gradient_checkpointing) == ("adamw", False)
+    assert (config.gradient_clip, config.device) == (0, "auto")
+    assert config.output_dir == "./experiments/results"
+
+
+def test_probe_presets_have_four_rows_per_dimension():
+    hidden = {"nano": 48, "micro": 128, "70m": 512, "160m": 768, "410m": 1024, "1b": 2048,
+              "1.4b": 2048, "2.8b": 2560}  # fmt: skip
+    for model, size in hidden.items():
+        tokens = preset_for(model).probe_tokens
+        # 8,192 tokens in windows of 128 leave 64·127 rows without first tokens: 3.97 per dimension
+        # at 2,048, which is recorded and warned of, not hidden.
+        assert tokens >= 4 * size
+
+
+def test_fingerprint_follows_results_not_places():
+    config = resolve(HealConfig(model="nano"))
+    same = resolve(HealConfig(model="nano", output_dir="/elsewhere", verbosity="quiet"))
+    assert fingerprint(config) == fingerprint(same)
+    assert fingerprint(config) != fingerprint(resolve(HealConfig(model="nano", seed=1)))
+    assert json.loads(json.dumps(as_params(config))) == as_params(config)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: HealConfig(healing_steps=-1), "--healing-steps must be at least 0, got -1"),
+        (lambda: HealConfig(healing_lr=0.0), "--healing-lr must be above 0, got 0"),
+        (lambda: HealConfig(healing_lr="fast"), "--healing-lr must be a number or 'auto'"),
+        (lambda: HealConfig(seed=1.5), "--seed must be a whole number"),
+        (lambda: HealConfig(runs_per_checkpoint=4), "at least 1 and at most 3, got 4"),
+        (lambda: HealConfig(healing_optimizer="lion"), "must be one of adamw, sgd; got 'lion'"),
+        (lambda: HealConfig(gradient_clip=float("nan")), "must be a finite number"),
+        (lambda: HealConfig(gradient_checkpointing="yes"), "must be of type bool"),
+        (
+            lambda: HealConfig(collapsed_checkpoint="a", checkpoint_dir="b"),
+            "--collapsed-checkpoint and --checkpoint-dir exclude each other",
+        ),
+        (
+            lambda: AttackConfig(arm="haep", reference_checkpoint="a"),
+            "--reference-checkpoint belongs to --arm gaussian_noise, not to haep",
+        ),
+        (lambda: SweepConfig(models="nano,giant"), "--models: unknown giant; choose from nano"),
+        (lambda: SweepConfig(arms=""), "--arms is empty"),
+        (lambda: SweepConfig(seeds="0,x"), "--seeds must be whole numbers"),
+        (lambda: SweepConfig(seeds="1,1"), "--seeds names one entry twice"),
+        (lambda: resolve(HealConfig(model="big")), "unknown model 'big'"),
+    ],
+)
+def test_bad_parameters_are_named(make, message):
+    with pytest.raises(ConfigError) as caught:
+        make()
+    assert message in str(caught.value)

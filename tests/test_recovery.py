@@ -1,0 +1,111 @@
+"""Recovery formulas by hand: signs, limits, what is undefined, and the verdicts."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from healing.recovery import (
+    Damage,
+    State,
+    ppl_improvement_pct,
+    recovery_pct,
+    verdict_of,
+)
+
+FINITE = st.floats(-1e6, 1e6)
+
+
+def state(rank: float, loss: float, error: float = 0.0) -> State:
+    return State(rank, loss, math.exp(loss), error)
+
+
+def test_recovery_by_hand():
+    assert recovery_pct(now=70, collapsed=40, healthy=100) == 50.0
+    assert recovery_pct(now=40, collapsed=40, healthy=100) == 0.0
+    assert recovery_pct(now=100, collapsed=40, healthy=100) == 100.0
+
+
+def test_recovery_is_not_clamped():
+    assert recovery_pct(now=10, collapsed=40, healthy=100) == -50.0
+    assert recovery_pct(now=130, collapsed=40, healthy=100) == 150.0
+    # A rank that rose under the attack: coming down is recovery.
+    assert recovery_pct(now=105, collapsed=110, healthy=100) == 50.0
+
+
+@given(FINITE, FINITE, FINITE)
+def test_recovery_of_losses_and_ranks_is_one_formula(now, collapsed, healthy):
+    value = recovery_pct(now, collapsed, healthy)
+    if healthy == collapsed:
+        assert math.isnan(value)
+    else:
+        assert recovery_pct(-now, -collapsed, -healthy) == value
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_nonfinite_states_have_no_recovery(bad):
+    assert math.isnan(recovery_pct(bad, 1.0, 2.0))
+    assert math.isnan(ppl_improvement_pct(5.0, bad))
+
+
+def test_perplexity_improvement_by_hand():
+    assert ppl_improvement_pct(now=25.0, collapsed=100.0) == 75.0
+    assert ppl_improvement_pct(now=150.0, collapsed=100.0) == -50.0
+
+
+def test_rank_change_under_five_percent_is_undefined():
+    damage = Damage(state(100.0, 3.0), state(95.1, 8.0))
+    assert "less than the 5" in damage.rank_reason
+    assert damage.spectral_state == "unchanged"
+    assert math.isnan(damage.recovery(state(99.0, 4.0))["rank_recovery_pct"])
+    assert damage.recovery(state(99.0, 4.0))["loss_recovery_pct"] == pytest.approx(80.0)
+
+
+def test_three_combined_standard_errors_can_raise_the_threshold():
+    # √(3² + 4²) = 5; three of them are 15.
+    damage = Damage(state(100.0, 3.0, 3.0), state(86.0, 8.0, 4.0))
+    assert damage.rank_threshold == pytest.approx(15.0)
+    assert damage.spectral_state == "unchanged"
+    assert Damage(state(100.0, 3.0, 3.0), state(84.9, 8.0, 4.0)).spectral_state == "collapsed"
+
+
+def test_a_risen_rank_is_inflated_and_has_a_recovery():
+    damage = Damage(state(80.0, 3.0), state(95.0, 7.0))
+    assert damage.spectral_state == "inflated"
+    assert damage.rank_reduction_pct == pytest.approx(-18.75)
+    assert damage.recovery(state(89.0, 5.0))["rank_recovery_pct"] == pytest.approx(40.0)
+
+
+def test_sham_is_undefined_not_zero_or_hundred():
+    same = state(80.0, 3.0)
+    recovery = Damage(same, same).recovery(state(80.5, 2.9))
+    assert math.isnan(recovery["rank_recovery_pct"])
+    assert math.isnan(recovery["loss_recovery_pct"])
+    assert verdict_of(recovery["rank_recovery_pct"]) == "undefined"
+    assert "under 5 %" in Damage(same, same).loss_reason
+
+
+def test_a_state_that_cannot_compute_is_undefined_with_a_reason():
+    damage = Damage(state(80.0, 3.0), State(math.nan, math.nan, math.nan))
+    assert damage.rank_reason == "effective rank is not finite"
+    assert damage.loss_reason == "loss is not finite"
+    assert damage.spectral_state == "undefined"
+
+
+@pytest.mark.parametrize(
+    ("recovery", "verdict"),
+    [
+        (-30.0, "irreversible pathology"),
+        (19.9, "irreversible pathology"),
+        (20.0, "partial"),
+        (70.0, "partial"),
+        (70.1, "acute structural failure"),
+        (140.0, "acute structural failure"),
+        (math.nan, "undefined"),
+    ],
+)
+def test_verdict_thresholds(recovery, verdict):
+    assert verdict_of(recovery) == verdict

@@ -1,0 +1,112 @@
+"""The healing loop against a bare loop written out here, and its treatment of bad steps."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from healing.config import HealConfig, resolve
+from healing.corpora import batches
+from healing.models import load_model, state_digest
+from healing.probe import Probe
+from healing.randomness import named_generator
+from healing.sft import LOCKOUT_STEPS, heal, make_optimizer, sft_step
+
+
+def settings(**changes) -> HealConfig:
+    values = {"model": "nano", "healing_steps": 5, "measurement_interval": 2, "batch_size": 4,
+              "sequence_length": 64, "seed": 0}  # fmt: skip
+    return resolve(HealConfig(**(values | changes)))
+
+
+@pytest.fixture
+def windows(corpus, nano):
+    return corpus.windows("train", nano.tokenizer, 64)
+
+
+@pytest.fixture
+def small_probe(probe) -> Probe:
+    return Probe(probe.windows[:4])
+
+
+def run(loaded, windows, probe, config):
+    collapsed = probe.measure(loaded.model)
+    return list(heal(loaded, config, windows, probe, collapsed, named_generator(0, "sft")))
+
+
+@pytest.mark.parametrize(("name", "rate"), [("adamw", 1e-3), ("sgd", 0.1)])
+def test_healing_is_plain_fine_tuning(nano, windows, small_probe, name, rate):
+    """The same weights, bit for bit, as a bare loop over the same batches."""
+    config = settings(healing_optimizer=name, healing_lr=rate)
+    run(nano, windows, small_probe, config)
+    bare = load_model("nano").model
+    optimizer = (
+        torch.optim.AdamW(bare.parameters(), lr=rate, weight_decay=0.0)
+        if name == "adamw"
+        else torch.optim.SGD(bare.parameters(), lr=rate)
+    )
+    stream = batches(windows, 4, named_generator(0, "sft"))
+    for _ in range(5):
+        ids = next(stream)
+        logits = bare(input_ids=ids).logits
+        loss = torch.nn.functional.cross_entropy(
+            logits[:, :-1].reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1)
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    for key, value in bare.state_dict().items():
+        torch.testing.assert_close(value, nano.model.state_dict()[key], rtol=1e-4, atol=1e-6)
+
+
+def test_trajectory_has_step_zero_every_interval_and_the_last_step(nano, windows, small_probe):
+    records = run(nano, windows, small_probe, settings())
+    assert [r.step for r in records] == [0, 2, 4, 5]
+    assert [r.tokens for r in records] == [0, 512, 1024, 1280]
+    assert math.isnan(records[0].train_loss)
+    assert all(r.tokens_per_second > 0 for r in records[1:])
+
+
+def test_no_steps_is_only_the_collapsed_state(nano, windows, small_probe):
+    digest = state_digest(nano.model.state_dict())
+    records = run(nano, windows, small_probe, settings(healing_steps=0))
+    assert [r.step for r in records] == [0]
+    assert state_digest(nano.model.state_dict()) == digest
+
+
+def test_same_generator_same_bits_other_generator_other_bits(windows, small_probe):
+    digests = []
+    for name in ("a", "a", "b"):
+        loaded = load_model("nano")
+        measured = small_probe.measure(loaded.model)
+        list(heal(loaded, settings(), windows, small_probe, measured, named_generator(0, name)))
+        digests.append(state_digest(loaded.model.state_dict()))
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_clipping_bounds_the_step(nano, windows):
+    config = settings(healing_optimizer="sgd", healing_lr=1.0, gradient_clip=0.01)
+    before = torch.cat([p.detach().flatten().clone() for p in nano.model.parameters()])
+    _, norm = sft_step(nano.model, make_optimizer(nano.model, config), windows[:4], 0.01)
+    after = torch.cat([p.detach().flatten() for p in nano.model.parameters()])
+    assert norm > 0.01
+    assert float((after - before).norm()) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(nano, windows, small_probe):
+    with torch.no_grad():
+        nano.model.get_output_embeddings().weight[0] = math.nan
+    digest = state_digest(nano.model.state_dict())
+    records = run(nano, windows, small_probe, settings(healing_steps=50, measurement_interval=20))
+    assert state_digest(nano.model.state_dict()) == digest
+    assert records[-1].step == records[-1].nonfinite_steps == LOCKOUT_STEPS
+    assert math.isnan(records[-1].train_loss)
+    assert math.isnan(records[-1].measurement.loss)
+
+
+def test_optimisers_have_no_decay_or_momentum(nano):
+    assert make_optimizer(nano.model, settings()).defaults["weight_decay"] == 0.0
+    sgd = make_optimizer(nano.model, settings(healing_optimizer="sgd")).defaults
+    assert (sgd["momentum"], sgd["weight_decay"]) == (0, 0)
