@@ -128,6 +128,8 @@ class BaseConfig:
 
     def __post_init__(self) -> None:
         validate_fields(self)
+        if self.model != AUTO:
+            preset_for(self.model)
 
 
 @dataclass(frozen=True, kw_only=True)

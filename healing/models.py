@@ -228,14 +228,23 @@ def block_outputs(model: nn.Module) -> Iterator[list[torch.Tensor]]:
 
 
 @contextlib.contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """``eval()`` inside, the previous mode afterwards."""
+def _mode(model: nn.Module, training: bool) -> Iterator[None]:
     was_training = model.training
-    model.eval()
+    model.train(training)
     try:
         yield
     finally:
         model.train(was_training)
+
+
+def evaluation_mode(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """``eval()`` inside, the previous mode afterwards."""
+    return _mode(model, training=False)
+
+
+def training_mode(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """``train()`` inside (dropout and activation checkpointing act), the previous mode after."""
+    return _mode(model, training=True)
 
 
 @dataclass(frozen=True)

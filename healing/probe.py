@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from healing.corpora import Corpus
 from healing.models import LoadedModel, block_outputs, evaluation_mode

@@ -11,7 +11,7 @@ import torch
 
 from healing.config import HealConfig
 from healing.corpora import batches
-from healing.models import LoadedModel
+from healing.models import LoadedModel, training_mode
 from healing.probe import Measurement, Probe
 
 LOCKOUT_STEPS = 10
@@ -74,10 +74,11 @@ def sft_step(
     Returns:
         Loss before the step (nats per token) and gradient norm before clipping.
     """
-    # The model shifts the labels itself; shifting them here too would train on token t+2.
-    loss = model(input_ids=batch, labels=batch).loss
-    optimizer.zero_grad()
-    loss.backward()
+    with training_mode(model):
+        # The model shifts the labels itself; shifting them here too would train on token t+2.
+        loss = model(input_ids=batch, labels=batch).loss
+        optimizer.zero_grad()
+        loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), gradient_clip or math.inf)
     value, norm_value = float(loss.detach()), float(norm)
     if math.isfinite(value) and math.isfinite(norm_value):

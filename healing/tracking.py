@@ -14,6 +14,7 @@ import math
 import os
 import pathlib
 import subprocess
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,9 @@ from mlflow.tracking import MlflowClient
 DEFAULT_EXPERIMENT = "llm-healing"
 FLUSH_SECONDS = 2.0
 METRICS_PER_REQUEST = 1000
+_DATASETS = threading.Lock()
+"""MLflow looks a dataset up before it inserts it: two threads at once violate its uniqueness."""
+
 SHARED_PARAMS = ("model", "arm", "seed")
 """Parameters logged under their bare name in every stage, so that runs group by them."""
 
@@ -108,7 +112,8 @@ class RunLogger:
         source = {"tags": {key: _text(value) for key, value in facts.items()}}
         data = Dataset(name, digest, "code", json.dumps(source))
         tag = InputTag("mlflow.data.context", context)
-        self._client.log_inputs(self.run_id, datasets=[DatasetInput(data, [tag])])
+        with _DATASETS:
+            self._client.log_inputs(self.run_id, datasets=[DatasetInput(data, [tag])])
 
 
 def _git(*arguments: str) -> str:

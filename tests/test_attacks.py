@@ -105,10 +105,10 @@ def test_token_gradient_against_finite_differences(tiny, subspace):
         loss = tiny.model(inputs_embeds=mixed[None], labels=tokens[None]).loss
         return float(space.alignment(gradients_of(tiny.model, loss)).detach())
 
-    numeric = (rho(1e-5) - rho(-1e-5)) / 2e-5
+    numeric = (rho(1e-4) - rho(-1e-4)) / 2e-4
     exact = float(gradient[2, 77] - gradient[2, tokens[2]])
-    # Truncation falls with the square of the step (5e-5 at 1e-4); rounding is about 1e-16/1e-5.
-    assert exact == pytest.approx(numeric, rel=1e-5)
+    # transformers computes the loss in float32, which leaves about 5e-5 at this step.
+    assert exact == pytest.approx(numeric, rel=1e-3)
 
 
 def test_swaps_change_one_token_to_a_steep_one():
@@ -169,7 +169,7 @@ def small_probe(probe) -> Probe:
 @pytest.mark.parametrize("arm", ["haep", "spectral", "random_tokens", "random_text"])
 def test_objective_arms_move_the_weights_and_log_alignment(nano, corpus, small_probe, arm):
     records, _, catalyst = run(nano, corpus, small_probe, settings(arm))
-    assert [r.step for r in records][0] == 0
+    assert records[0].step == 0
     assert records[-1].weight_change > 0
     names = set(records[-1].diagnostics)
     assert names == {

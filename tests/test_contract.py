@@ -154,7 +154,7 @@ def test_every_field_is_read(stage):
     sources = [s for s in sources if "class AttackConfig" not in s]
     text = "\n".join(sources) + (ROOT / "healing" / "config.py").read_text().split("def resolve")[0]
     for field, _, _ in fields_of(STAGES[stage][1]):
-        used = re.search(rf'(config|self|settings|cell\.config|resolved)\.{field.name}\b', text)
+        used = re.search(rf"(config|self|settings|cell\.config|resolved)\.{field.name}\b", text)
         listed = re.search(rf'"{field.name}"', text)
         assert used or listed, f"{field.name} of {stage} is never read"
 

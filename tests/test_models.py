@@ -92,7 +92,7 @@ def test_block_matrices_leave_embeddings_out(nano):
 
 
 def test_unknown_model_names_the_choices():
-    with pytest.raises(ConfigError, match="unknown model 'giga'.*nano, micro, 70m"):
+    with pytest.raises(ConfigError, match=r"unknown model 'giga'.*nano, micro, 70m"):
         load_model("giga")
 
 

@@ -200,7 +200,7 @@ def heal_cell(
     windows = training_windows(config, corpus, loaded)
     collapsed = probe.measure(loaded.model, named_generator(config.seed, "bootstrap"))
     if config.gradient_checkpointing:
-        loaded.model.gradient_checkpointing_enable()
+        loaded.model.activation_checkpointing_enable()
     order = named_generator(config.seed, "sft", cell.replicate)
     outcome = HealOutcome(
         cell, mark, checkpoint, loaded, healthy, (HealRecord(0, 0, collapsed),), corpus.digests

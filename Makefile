@@ -1,0 +1,52 @@
+# Everything a fresh machine needs: `make demo` and `make test` do their own set-up.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TRACKING := sqlite:///$(CURDIR)/mlflow.db
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-fast lint bench ui clean
+
+help:  ## Show what can be made
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+setup: $(VENV)/.ready  ## Create .venv and install the project with its pinned dependencies
+
+# torch goes first and alone: its version is the one thing that decides whether CUDA is fetched.
+# TORCH_INDEX=https://... names another index for it (PyTorch's CPU index, say).
+$(VENV)/.ready: requirements.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' requirements.txt)"
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	touch $@
+
+demo: setup  ## Run the default experiment through MLflow and say what to open
+	. $(BIN)/activate && MLFLOW_TRACKING_URI=$(TRACKING) MLFLOW_DISABLE_TELEMETRY=true \
+	    mlflow run . --env-manager local --experiment-name llm-healing
+	@echo
+	@echo "Trajectories, plots and the summary are in MLflow. To browse them:"
+	@echo "    make ui"
+	@echo "and open http://127.0.0.1:5000/?workflowType=machine_learning"
+
+ui:  ## Serve the MLflow UI of the demo on port 5000
+	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow server --backend-store-uri $(TRACKING) \
+	    --workers 1 --host 127.0.0.1 --port 5000
+
+test: setup lint  ## Lint, type-check and run all tests
+	$(BIN)/python -m pytest
+
+test-fast: setup  ## Run the tests that take no minutes
+	$(BIN)/python -m pytest -m 'not slow'
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup  ## Print what measuring and logging cost beside training
+	$(BIN)/python benchmarks/overhead.py
+
+clean:  ## Remove the environment and caches (results stay)
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info

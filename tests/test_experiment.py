@@ -1,0 +1,357 @@
+"""Stages end to end on nano with small budgets: files, formulas, reproducibility, lineage."""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+import pickle
+
+import pytest
+import torch
+from mlflow.tracking import MlflowClient
+
+from healing.config import AttackConfig, HealConfig, SummarizeConfig, SweepConfig
+from healing.experiment.attack import attack
+from healing.experiment.files import JsonLines, plain, read_jsonl
+from healing.experiment.heal import HealCell, decide_model, heal, heal_cell, settings_of
+from healing.experiment.summarize import summarize
+from healing.experiment.sweep import plan, sweep, worker_count
+from healing.models import (
+    CHECKPOINT_NAME,
+    CheckpointError,
+    load_model,
+    read_checkpoint,
+    transformer_blocks,
+)
+from healing.sft import sft_step
+from healing.tracking import TrackingError
+
+SMALL = {"model": "nano", "sequence_length": 64, "probe_tokens": 1024, "batch_size": 4,
+         "measurement_interval": 4, "verbosity": "quiet"}  # fmt: skip
+FAST_ATTACK = {"attack_steps": 8, "search_steps": 1, "search_candidates": 2, "baseline_draws": 3}
+SIX_FILES = (
+    "metrics.jsonl", "config.json", "healing_summary.json", "plots/recovery_trajectory.png",
+    "plots/perplexity_recovery.png", "plots/spectral_decay_three_state.png",
+)  # fmt: skip
+
+
+def make_attack(arm: str = "random_tokens", **changes) -> tuple[str, pathlib.Path]:
+    return attack(AttackConfig(**({**SMALL, **FAST_ATTACK, "arm": arm} | changes)))
+
+
+def heal_config(**changes) -> HealConfig:
+    return HealConfig(**({**SMALL, "healing_steps": 10} | changes))
+
+
+def run_folder(root: pathlib.Path, pattern: str = "*_run*") -> pathlib.Path:
+    (found,) = (root / "experiments/results/priority5_healing/raw_data").glob(pattern)
+    return found
+
+
+@pytest.fixture
+def checkpoint(store) -> pathlib.Path:
+    return make_attack()[1]
+
+
+def test_attack_run_holds_trajectory_files_and_checkpoint(store):
+    run_id, path = make_attack("haep")
+    stored = MlflowClient().get_run(run_id)
+    assert stored.data.tags["stage"] == "attack"
+    assert stored.data.tags["catalyst"] in ("found", "failed")
+    assert stored.data.params["attack.attack_lr"] == "0.02"
+    assert stored.data.params["model.n_params"] == "309792"
+    history = MlflowClient().get_metric_history(run_id, "alignment")
+    assert [m.step for m in history] == [0, 4, 8]
+    raw = torch.load(path, weights_only=True)
+    assert set(raw) == {"step", "model_state_dict", "checkpoint_type", "description", "config"}
+    assert raw["config"]["model"] == "nano"
+    artifacts = {a.path for a in MlflowClient().list_artifacts(run_id, "plots")}
+    assert artifacts == {"plots/rank_collapse.png", "plots/spectral_decay.png"}
+    assert MlflowClient().list_artifacts(run_id, "checkpoints")[0].path.endswith(CHECKPOINT_NAME)
+
+
+def test_healing_writes_six_files_that_obey_the_formulas(store, checkpoint):
+    (outcome,) = heal(heal_config(collapsed_checkpoint=str(checkpoint)))
+    folder = run_folder(store)
+    assert all((folder / name).is_file() for name in SIX_FILES)
+    rows = read_jsonl(folder / "metrics.jsonl")
+    summary = json.loads((folder / "healing_summary.json").read_text())
+    assert [row["step"] for row in rows] == [0, 4, 8, 10]
+    first, last = rows[0], rows[-1]
+    healthy, collapsed = summary["original_loss"], first["loss"]
+    expected = 100 * (last["loss"] - collapsed) / (healthy - collapsed)
+    assert last["loss_recovery_pct"] == pytest.approx(expected)
+    assert summary["loss_recovery_pct"] == last["loss_recovery_pct"]
+    assert last["ppl_improvement_pct"] == pytest.approx(
+        100 * (first["perplexity"] - last["perplexity"]) / first["perplexity"]
+    )
+    rank = summary["original_rank"], first["effective_rank"], last["effective_rank"]
+    if summary["rank_undefined_reason"]:
+        assert summary["rank_recovery_pct"] == "NaN"
+    else:
+        assert summary["rank_recovery_pct"] == pytest.approx(
+            100 * (rank[2] - rank[1]) / (rank[0] - rank[1])
+        )
+    assert summary["verdict"] == MlflowClient().get_run(_only_heal_run()).data.tags["verdict"]
+    assert outcome.status == "ok"
+
+
+def _only_heal_run() -> str:
+    experiment = MlflowClient().get_experiment_by_name("llm-healing")
+    (run,) = MlflowClient().search_runs([experiment.experiment_id], "tags.stage = 'heal'")
+    return run.info.run_id
+
+
+def test_mlflow_holds_the_same_as_the_local_folder(store, checkpoint):
+    heal(heal_config(collapsed_checkpoint=str(checkpoint)))
+    run_id, client = _only_heal_run(), MlflowClient()
+    names = {a.path for a in client.list_artifacts(run_id)}
+    assert {"metrics.jsonl", "config.json", "healing_summary.json", "plots"} <= names
+    rows = read_jsonl(run_folder(store) / "metrics.jsonl")
+    for name in ("effective_rank", "loss", "spectral_gap", "layers/effective_rank_03"):
+        history = client.get_metric_history(run_id, name)
+        assert [(m.step, m.value) for m in history] == [(r["step"], r[name]) for r in rows]
+    run = client.get_run(run_id)
+    assert run.data.params["heal.healing_lr"] == "0.001"  # resolved, not `auto`
+    assert run.data.params["model"] == "nano"
+    assert {i.dataset.name for i in run.inputs.dataset_inputs} == {"stdlib-train", "stdlib-probe"}
+    assert run.data.tags["attack_run_id"]
+    assert "rank recovery" in run.data.tags["mlflow.note.content"]
+
+
+def without_times(folder: pathlib.Path) -> list[dict]:
+    rows = read_jsonl(folder / "metrics.jsonl")
+    timed = ("seconds", "tokens_per_second")
+    return [{k: plain(v) for k, v in row.items() if k not in timed} for row in rows]
+
+
+def test_same_seed_same_bytes_other_seed_other(store, checkpoint, tmp_path):
+    seen = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        heal(heal_config(collapsed_checkpoint=str(checkpoint), seed=seed, output_dir=name))
+        (folder,) = (tmp_path / name / "priority5_healing/raw_data").iterdir()
+        seen.append(without_times(folder))
+    assert seen[0] == seen[1]
+    assert seen[0] != seen[2]
+    assert seen[0][0]["loss"] == seen[2][0]["loss"]  # the same collapsed state
+
+
+def test_attack_is_reproducible(store):
+    digests = []
+    for name in ("a", "b"):
+        _, path = make_attack("haep", output_dir=name)
+        digests.append(read_checkpoint(path).state)
+    assert all(torch.equal(v, digests[1][k]) for k, v in digests[0].items())
+
+
+def test_heal_by_attack_run_id(store):
+    run_id, _ = make_attack()
+    (outcome,) = heal(heal_config(attack_run_id=run_id))
+    assert outcome.checkpoint.config["attack_run_id"] == run_id
+
+
+def test_heal_from_a_runs_uri(store):
+    run_id, _ = make_attack()
+    uri = f"runs:/{run_id}/checkpoints/{CHECKPOINT_NAME}"
+    (outcome,) = heal(heal_config(collapsed_checkpoint=uri))
+    assert outcome.checkpoint.config["attack_run_id"] == run_id
+
+
+def test_directory_scan_makes_a_child_per_checkpoint_and_replicate(store):
+    make_attack(seed=0)
+    make_attack(seed=1)
+    outcomes = heal(
+        heal_config(checkpoint_dir="experiments", runs_per_checkpoint=2, healing_steps=4)
+    )
+    assert len(outcomes) == 4
+    experiment = MlflowClient().get_experiment_by_name("llm-healing").experiment_id
+    runs = MlflowClient().search_runs([experiment], "tags.stage = 'heal'")
+    parents = [r for r in runs if r.data.tags.get("role") == "parent"]
+    children = [r for r in runs if r.data.tags.get("role") != "parent"]
+    assert (len(parents), len(children)) == (1, 4)
+    parent_id = parents[0].info.run_id
+    assert {r.data.tags["mlflow.parentRunId"] for r in children} == {parent_id}
+    assert len({r.data.tags["checkpoint_id"] for r in children}) == 2
+    first, second = outcomes[0], outcomes[1]
+    assert first.records[-1].measurement.loss != second.records[-1].measurement.loss
+
+
+def test_one_bad_checkpoint_does_not_stop_the_others(store):
+    make_attack(seed=0)
+    bad = store / "experiments" / "z" / CHECKPOINT_NAME
+    bad.parent.mkdir(parents=True)
+    bad.write_bytes(b"not a checkpoint")
+    with pytest.raises(CheckpointError, match="1 of 2 checkpoints failed"):
+        heal(heal_config(checkpoint_dir="experiments", healing_steps=2))
+    experiment = MlflowClient().get_experiment_by_name("llm-healing").experiment_id
+    runs = MlflowClient().search_runs([experiment], "tags.stage = 'heal'")
+    assert sorted(r.info.status for r in runs) == ["FAILED", "FINISHED"]
+
+
+def test_without_a_checkpoint_a_fresh_attack_comes_first(store):
+    (outcome,) = heal(heal_config(arm="random_text", healing_steps=2))
+    assert outcome.checkpoint.config["arm"] == "random_text"
+    experiment = MlflowClient().get_experiment_by_name("llm-healing").experiment_id
+    stages = [r.data.tags["stage"] for r in MlflowClient().search_runs([experiment])]
+    assert sorted(stages) == ["attack", "heal"]
+
+
+def test_sham_is_undefined(store):
+    (outcome,) = heal(heal_config(arm="none", healing_steps=4))
+    summary = outcome.summary()
+    assert summary["verdict"] == summary["verdict_loss"] == "undefined"
+    assert math.isnan(summary["rank_recovery_pct"])
+    assert summary["spectral_state"] == "unchanged"
+
+
+def test_the_checkpoint_decides_the_model(store, checkpoint):
+    loaded = read_checkpoint(checkpoint)
+    assert decide_model(heal_config(model="auto"), loaded, checkpoint).model == "nano"
+    with pytest.raises(CheckpointError, match="checkpoint of model nano, --model says micro"):
+        decide_model(heal_config(model="micro"), loaded, checkpoint)
+
+
+def test_a_checkpoint_that_names_no_model_is_matched_strictly(store, checkpoint):
+    data = torch.load(checkpoint, weights_only=True)
+    del data["config"]
+    old = store / "old.pt"
+    torch.save(data, old)
+    assert len(heal(heal_config(collapsed_checkpoint=str(old), healing_steps=2))) == 1
+    with pytest.raises(CheckpointError, match="not a checkpoint of model micro"):
+        heal(heal_config(collapsed_checkpoint=str(old), model="micro"))
+
+
+def test_cells_are_pure_functions_of_picklable_configurations(store, checkpoint):
+    config = decide_model(heal_config(), read_checkpoint(checkpoint), checkpoint)
+    cell = pickle.loads(pickle.dumps(HealCell(config, str(checkpoint))))
+    before = sorted(store.rglob("*"))
+    first, again = heal_cell(cell), heal_cell(cell)
+    assert first.fingerprint == again.fingerprint
+    assert first.records[-1].measurement.loss == again.records[-1].measurement.loss
+    assert sorted(store.rglob("*")) == before
+
+
+def test_settings_part_budgets_but_not_seeds(store, checkpoint):
+    loaded = read_checkpoint(checkpoint)
+
+    def settings(**changes) -> str:
+        config = decide_model(heal_config(**changes), loaded, checkpoint)
+        return settings_of(HealCell(config, str(checkpoint)), loaded)
+
+    assert settings(seed=5) == settings()
+    assert settings(healing_steps=11) != settings()
+
+
+def small_sweep(**changes) -> SweepConfig:
+    values = {"models": "nano", "arms": "random_tokens,none", "seeds": "0,1", "healing_steps": 4,
+              "attack_steps": 4, "batch_size": 4, "sequence_length": 64, "verbosity": "quiet",
+              "measurement_interval": 2}  # fmt: skip
+    return SweepConfig(**(values | changes))
+
+
+def test_sweep_runs_every_cell_once_and_summarizes(store):
+    summary = sweep(small_sweep())
+    assert [(g.arm, g.n_runs) for g in summary.groups] == [("none", 2), ("random_tokens", 2)]
+    assert summary.groups[0].verdict == "undefined"
+    client = MlflowClient()
+    experiment = client.get_experiment_by_name("llm-healing").experiment_id
+    stages = [r.data.tags["stage"] for r in client.search_runs([experiment])]
+    assert {s: stages.count(s) for s in set(stages)} == {
+        "main": 1, "attack": 4, "heal": 4, "summarize": 1,
+    }  # fmt: skip
+    again = sweep(small_sweep())
+    stages = [r.data.tags["stage"] for r in client.search_runs([experiment])]
+    assert stages.count("heal") == stages.count("attack") == 4
+    assert again.groups[1].means == again.groups[1].means
+    finals = [g.intervals["loss_recovery_pct"].point for g in summary.groups]
+    repeats = [g.intervals["loss_recovery_pct"].point for g in again.groups]
+    assert plain(finals) == plain(repeats)
+    more = sweep(small_sweep(seeds="0,1,2"))
+    assert more.groups[1].n_checkpoints == 3
+    stages = [r.data.tags["stage"] for r in client.search_runs([experiment])]
+    assert stages.count("heal") == 6
+
+
+def test_workers_change_no_number(store, tmp_path):
+    finals = []
+    for workers, experiment in ((1, "one"), (2, "two")):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delenv("MLFLOW_EXPERIMENT_ID", raising=False)
+            patch.setenv("MLFLOW_EXPERIMENT_NAME", experiment)
+            summary = sweep(small_sweep(workers=workers, output_dir=experiment))
+        finals.append([list(g.means["loss_recovery_pct"].means) for g in summary.groups])
+    assert plain(finals[0]) == plain(finals[1])
+
+
+def test_plan_puts_the_noise_after_what_it_is_matched_to():
+    chains = plan(SweepConfig(arms="gaussian_noise,haep,spectral", seeds="4"))
+    order = ["haep", "spectral", "gaussian_noise"]
+    assert [[c.arm for c in chain] for chain in chains] == [order, order]
+    assert [chain[0].model for chain in chains] == ["micro", "nano"]
+    assert worker_count(SweepConfig(workers=3)) == 3
+    assert worker_count(SweepConfig(models="70m", device="cpu")) == 1
+
+
+def test_matched_noise_in_a_sweep_refers_to_the_attack_of_its_seed(store):
+    sweep(small_sweep(arms="gaussian_noise,haep", seeds="3"))
+    folder = run_folder(store, "*gaussian_noise*attack*")
+    config = json.loads((folder / "config.json").read_text())
+    assert "haep_seed3" in config["reference_checkpoint"]
+    noise = read_jsonl(folder / "metrics.jsonl")[-1]["weight_change"]
+    haep = read_jsonl(run_folder(store, "*haep*attack*") / "metrics.jsonl")[-1]["weight_change"]
+    assert noise == pytest.approx(haep, rel=1e-3)
+
+
+def test_summary_of_a_query_with_a_failed_run(store, checkpoint):
+    heal(heal_config(collapsed_checkpoint=str(checkpoint), healing_steps=2))
+    with pytest.raises(CheckpointError):
+        heal(heal_config(collapsed_checkpoint="nowhere.pt"))
+    summary = summarize(SummarizeConfig(verbosity="quiet"))
+    assert len(summary.groups) == 1
+    assert [r.failure for r in summary.failed] == [
+        f"no checkpoint at {store}/nowhere.pt: give the path of a {CHECKPOINT_NAME}"
+    ]
+    (folder,) = (store / "experiments/results/summaries").iterdir()
+    names = {p.name for p in folder.iterdir()}
+    assert names == {
+        "summary.json", "summary.csv", "summary.md", "mean_recovery.png", "final_recovery.png",
+        "recovery_against_parameters.png",
+    }  # fmt: skip
+    client = MlflowClient()
+    experiment = client.get_experiment_by_name("llm-healing").experiment_id
+    (run,) = client.search_runs([experiment], "tags.stage = 'summarize'")
+    name = "mean/nano-random_tokens/loss_recovery_pct_mean"
+    assert [m.step for m in client.get_metric_history(run.info.run_id, name)] == [0, 2]
+    with pytest.raises(TrackingError, match="no healing runs match"):
+        summarize(SummarizeConfig(filter="tags.model = 'micro'", verbosity="quiet"))
+
+
+def test_jsonl_round_trip_keeps_nan_and_infinity(tmp_path):
+    lines = JsonLines(tmp_path / "a" / "m.jsonl")
+    lines.append({"step": 0, "x": math.nan, "y": -math.inf, "z": 0.1})
+    text = (tmp_path / "a" / "m.jsonl").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["x"] == "NaN"
+    (row,) = read_jsonl(tmp_path / "a" / "m.jsonl")
+    assert math.isnan(row["x"])
+    assert (row["y"], row["z"]) == (-math.inf, 0.1)
+
+
+def test_gradient_checkpointing_recomputes_and_changes_nothing_else(store, checkpoint):
+    path = str(checkpoint)
+    plain_run = heal(heal_config(collapsed_checkpoint=path))[0]
+    saved = heal(heal_config(collapsed_checkpoint=path, gradient_checkpointing=True))[0]
+    finals = [r.records[-1].measurement.loss for r in (plain_run, saved)]
+    assert finals[1] == pytest.approx(finals[0], rel=1e-5)
+    calls = []
+    model = saved.loaded.model
+    block = transformer_blocks(model)[0]
+    handle = block.attention.register_forward_pre_hook(lambda *_: calls.append(1))
+    ids = torch.zeros(1, 8, dtype=torch.int64)
+    sft_step(model, torch.optim.SGD(model.parameters(), lr=0.0), ids, 0.0)
+    handle.remove()
+    assert len(calls) == 2  # once forward, once again in the backward pass
+
+
+def test_loaded_model_is_healthy_whatever_ran_before(store, checkpoint):
+    assert load_model("nano").digest == load_model("nano").digest
