@@ -142,7 +142,7 @@ class AttackConfig(BaseConfig):
         AUTO, "AdamW learning rate; auto = by model.", minimum=0, exclusive_minimum=True
     )
     target_rank_reduction: float = option(
-        0.5,
+        0.35,
         "Stop once the effective rank on the clean probe fell by this share (0 to 1); "
         "1 = use the whole budget.",
         minimum=0,

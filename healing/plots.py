@@ -320,6 +320,16 @@ def _draw_band(
     band = group.bands[endpoint]
     points = [i.point for i in band.intervals]
     if not any(map(math.isfinite, points)):
+        notes = sum(text.get_text().endswith("undefined") for text in ax.texts)
+        ax.annotate(
+            f"{_settings_label(group, groups)}: undefined",
+            (0.98, 0.95 - 0.07 * notes),
+            xycoords="axes fraction",
+            ha="right",
+            va="top",
+            fontsize=8,
+            color=colour,
+        )
         return
     ax.plot(
         band.steps,
@@ -364,7 +374,14 @@ def _draw_final(ax: plt.Axes, group: GroupSummary, endpoint: str, y: int) -> Non
     means = [m for m in group.means[endpoint].means if math.isfinite(m)]
     ax.scatter(means, [y - 0.18] * len(means), color=colour, marker=marker, s=18, alpha=0.6)
     if math.isnan(interval.point):
-        ax.annotate("undefined", (0, y), va="center", fontsize=8, color="#555555")
+        ax.annotate(
+            "undefined",
+            (0.02, y),
+            xycoords=("axes fraction", "data"),
+            va="center",
+            fontsize=8,
+            color="#555555",
+        )
         return
     if interval.defined:
         ax.plot([interval.low, interval.high], [y + 0.12] * 2, color=colour, linewidth=2)

@@ -15,6 +15,12 @@ ENDPOINT_LABELS = {
     "loss_recovery_pct": "loss recovery (%)",
     "ppl_improvement_pct": "perplexity improvement (%)",
 }
+STATEMENTS = {
+    "superior": "HAEP damage recovers more than noise damage (superior)",
+    "inferior": "HAEP damage recovers less than noise damage (inferior)",
+    "equivalent": "Both recover alike within 10 points (equivalent)",
+    "inconclusive": "The data do not decide (inconclusive)",
+}
 VERDICT_MEANING = (
     "Verdict by the interval of rank recovery: lower bound over 70 % is *acute structural failure* "
     "(it heals), upper bound under 20 % is *irreversible pathology* within this budget, an "
@@ -123,10 +129,11 @@ def comparison_sentence(model: str, summary: Summary) -> str:
     for endpoint in comparison.endpoints:
         difference = endpoint.superiority.interval
         label = ENDPOINT_LABELS[endpoint.endpoint].replace(" (%)", "")
-        parts.append(f"{label} {interval_text(difference)} points")
+        unit = "" if math.isnan(difference.point) else " points"
+        parts.append(f"{label} {interval_text(difference)}{unit}")
     return (
         f"{model}: HAEP minus Gaussian noise of equal weight change, paired by seed: "
-        f"{'; '.join(parts)} → {comparison.statement}"
+        f"{'; '.join(parts)}. {STATEMENTS[comparison.statement]}."
     )
 
 
