@@ -32,6 +32,8 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run,
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
+from healing import ui_view
+
 DEFAULT_EXPERIMENT = "llm-healing"
 FLUSH_SECONDS = 2.0
 METRICS_PER_REQUEST = 1000
@@ -335,14 +337,11 @@ def download(uri: str) -> pathlib.Path:
         raise TrackingError(f"artifact {uri} cannot be had: {_one_line(error)[:200]}") from error
 
 
-def run_link(run_id: str, experiment_id: str) -> str:
-    """Path of a run in the MLflow UI."""
-    return f"/#/experiments/{experiment_id}/runs/{run_id}"
-
-
-def tracking_uri() -> str:
-    """Where runs are stored."""
-    return str(mlflow.get_tracking_uri())
+def share_view(experiment_id: str) -> str:
+    """Store the saved view of healing runs with the experiment; returns its path in the UI."""
+    value = ui_view.encoded(int(time.time() * 1000))
+    MlflowClient().set_experiment_tag(experiment_id, f"mlflow.sharedViewState.{ui_view.KEY}", value)
+    return ui_view.link(experiment_id)
 
 
 def finite(value: float) -> float:

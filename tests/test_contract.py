@@ -47,7 +47,7 @@ models corpora pretraining probe
 attacks.driver attacks.alignment attacks.haep attacks.arms
 sft recovery
 stats variance scaling comparison survival trajectory power pooling
-tracking
+ui_view tracking
 plots report
 experiment.console experiment.files experiment.errors experiment.loading
 experiment.pretrain experiment.attack experiment.heal experiment.summarize experiment.sweep

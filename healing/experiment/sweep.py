@@ -227,6 +227,8 @@ def sweep(config: SweepConfig) -> Summary:
         summary = summarize(query, views=views, parent=run, console=console)
         run.describe(_describe(config, summary, results))
         run.tags({"heal_runs": len(views), "reused_runs": sum(r.reused for r in results)})
+        view = tracking.share_view(run.experiment_id)
+        console.say(f"in the MLflow UI: http://127.0.0.1:5000{view}")
         if failures:
             raise SweepError(failures)
     return summary
