@@ -1,7 +1,8 @@
-"""What measuring and tracking cost in a default healing run, side by side in one process.
+"""What measuring and tracking cost in a default healing run.
 
-Runs the same ``micro`` healing three times per round, interleaved: bare fine-tuning steps, with
-measurements, and with measurements logged to an SQLite store. Prints medians over the rounds.
+Heals ``micro`` and divides the time of the run into training steps, measurements (probe forward,
+spectra of all blocks, recovery) and metric logging to an SQLite store (every request of the loop;
+the run's fixed cost, its parameters, tags and artifacts, is not in it). Medians over rounds.
 
     python benchmarks/overhead.py [--model micro] [--steps 50] [--rounds 5]
 """

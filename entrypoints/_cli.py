@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -61,6 +62,10 @@ def run_stage(stage: Callable[[Any], Any], config_class: type, values: dict[str,
     try:
         config = config_class(**values)
     except ConfigError as error:
+        if "MLFLOW_RUN_ID" in os.environ:
+            from healing.tracking import mark_failed
+
+            mark_failed(str(error))
         raise click.UsageError(str(error)) from error
     from healing.experiment.errors import EXPECTED
 

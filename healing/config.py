@@ -48,8 +48,8 @@ class Preset:
 
 
 _EMBEDDED = {
-    "nano": Preset("embedded", "stdlib", 4096, 8, 2e-2, 40, 1e-3, 100, 1),
-    "micro": Preset("embedded", "stdlib", 4096, 8, 2e-2, 40, 1e-3, 100, 1),
+    "nano": Preset("embedded", "stdlib", 4096, 8, 2e-2, 40, 1e-3, 60, 1),
+    "micro": Preset("embedded", "stdlib", 4096, 8, 2e-2, 40, 1e-3, 60, 1),
 }
 _PYTHIA = {
     size: Preset(f"EleutherAI/pythia-{size}", "pile", tokens, 8, 1e-3, 100, 1e-4, 500, 0)
@@ -68,6 +68,7 @@ DEFAULT_MODEL = "1b"
 
 NOT_DETERMINING = frozenset(
     {
+        "device",
         "output_dir",
         "verbosity",
         "num_runs",
@@ -76,7 +77,8 @@ NOT_DETERMINING = frozenset(
         "attack_run_id",
     }
 )
-"""Fields that cannot change a cell's numbers, left out of its fingerprint."""
+"""Fields left out of a cell's fingerprint: they change no number (the kind of device does, and is
+put in where it is known)."""
 
 
 def preset_for(model: str) -> Preset:
@@ -241,7 +243,7 @@ class SummarizeConfig:
         "", "MLflow experiment (name or id) that holds the healing runs; empty = the current one."
     )
     filter: str = option(
-        "", "MLflow filter string added to the query, e.g. \"params.model = 'nano'\"."
+        "", "MLflow filter string added to the query, e.g. \"tags.model = 'nano'\"."
     )
     confidence: float = option(
         0.95, "Confidence level of the intervals.", minimum=0.5, maximum=0.999
@@ -299,7 +301,7 @@ class SweepConfig:
     seeds: str = option("0,1,2", "Comma-separated seeds; each gives its own checkpoint.")
     healing_steps: int | str = option(
         AUTO,
-        "Fine-tuning steps per cell; auto = 100 for nano and micro, 500 for Pythia.",
+        "Fine-tuning steps per cell; auto = 60 for nano and micro, 500 for Pythia.",
         minimum=0,
     )
     healing_lr: float | str = option(

@@ -112,15 +112,14 @@ def new_embedded_model(
 
 
 def resolve_device(device: str) -> torch.device:
-    """Turn ``auto`` into the best device present.
+    """Turn ``auto`` into the accelerator, if there is one, else the CPU.
 
     Raises:
         ModelError: The named device does not exist here.
     """
     if device == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        # Not mps: it has no float64, in which spectra are computed.
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         resolved = torch.device(device)
         torch.empty(1, device=resolved)
@@ -228,6 +227,17 @@ def block_outputs(model: nn.Module) -> Iterator[list[torch.Tensor]]:
 
 
 @contextlib.contextmanager
+def eager_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Attention written out in torch operations (all derivatives) inside, as before afterwards."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+@contextlib.contextmanager
 def _mode(model: nn.Module, training: bool) -> Iterator[None]:
     was_training = model.training
     model.train(training)
@@ -318,9 +328,17 @@ def read_checkpoint(path: pathlib.Path) -> Checkpoint:
     state = data["model_state_dict"]
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise CheckpointError(f"{path}: model_state_dict is not a mapping of names to tensors")
-    return Checkpoint(
-        int(data["step"]), state, str(data["description"]), dict(data.get("config") or {})
-    )
+    config = data.get("config") or {}
+    named = config.get("model") if isinstance(config, dict) else 0
+    if not isinstance(data["step"], int) or not (named is None or isinstance(named, str)):
+        raise CheckpointError(f"{path}: step is not a number or config is not a mapping")
+    config = data.get("config") or {}
+    named = config.get("model") if isinstance(config, dict) else 0
+    if not isinstance(data["step"], int) or not (named is None or isinstance(named, str)):
+        raise CheckpointError(
+            f"{path}: step is not a number or config is not a mapping that names a model"
+        )
+    return Checkpoint(data["step"], state, str(data["description"]), config)
 
 
 def _mismatch(model: nn.Module, state: dict[str, torch.Tensor]) -> str:

@@ -249,7 +249,9 @@ def _by_seed(runs: Sequence[HealRun], endpoint: str) -> ClusterMeans:
     return cluster_means(values, [r.seed for r in runs])
 
 
-def _compare(treatment: Sequence[HealRun], control: Sequence[HealRun]) -> ArmComparison | None:
+def _compare(
+    treatment: Sequence[HealRun], control: Sequence[HealRun], alpha: float
+) -> ArmComparison | None:
     """HAEP against noise of the same seeds; ``None`` where no seed is in both."""
     if not {r.seed for r in treatment} & {r.seed for r in control}:
         return None
@@ -259,10 +261,12 @@ def _compare(treatment: Sequence[HealRun], control: Sequence[HealRun]) -> ArmCom
             e: paired_differences(_by_seed(treatment, e), _by_seed(control, e)).differences
             for e in PRIMARY_ENDPOINTS
         }
-        return compare_arms(differences)
+        return compare_arms(differences, alpha=alpha)
 
 
-def _comparisons(groups: Mapping[tuple[str, str, str], list[HealRun]]) -> dict[str, ArmComparison]:
+def _comparisons(
+    groups: Mapping[tuple[str, str, str], list[HealRun]], alpha: float
+) -> dict[str, ArmComparison]:
     found = {}
     for model in dict.fromkeys(key[0] for key in groups):
         arms = {
@@ -271,7 +275,7 @@ def _comparisons(groups: Mapping[tuple[str, str, str], list[HealRun]]) -> dict[s
         }
         # With several settings per arm nothing says which pairs belong together.
         if all(len(candidates) == 1 for candidates in arms.values()):
-            comparison = _compare(arms[TREATMENT][0], arms[CONTROL][0])
+            comparison = _compare(arms[TREATMENT][0], arms[CONTROL][0], alpha)
             if comparison is not None:
                 found[model] = comparison
     return found
@@ -280,6 +284,9 @@ def _comparisons(groups: Mapping[tuple[str, str, str], list[HealRun]]) -> dict[s
 def _slopes(groups: Sequence[GroupSummary], confidence: float) -> dict[str, ScalingSlope]:
     slopes = {}
     for arm in dict.fromkeys(g.arm for g in groups):
+        models = [g.model for g in groups if g.arm == arm]
+        if len(set(models)) < len(models):
+            continue  # several settings of one size: nothing says which belong on one line
         points = [
             (math.log10(g.n_params), mean)
             for g in groups
@@ -305,7 +312,7 @@ def summarize_runs(runs: Sequence[HealRun], confidence: float, rng: np.random.Ge
     groups = tuple(summarize_group(members, confidence, rng) for members in grouped.values())
     return Summary(
         groups=groups,
-        comparisons=_comparisons(grouped),
+        comparisons=_comparisons(grouped, 1.0 - confidence),
         slopes=_slopes(groups, confidence),
         failed=tuple(r for r in runs if not r.finished),
         undefined=tuple(r for r in finished if r.undefined_reason),

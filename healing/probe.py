@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from healing.corpora import Corpus
 from healing.models import LoadedModel, block_outputs, evaluation_mode
-from healing.spectra import CentredRows, Spectrum, mean_rank_standard_error
+from healing.spectra import CentredRows, RankErrors, Spectrum
 
 TOKENS_PER_FORWARD = 2048
 """Tokens per forward pass: large enough to be fast, small enough that logits stay small."""
@@ -125,11 +125,10 @@ class Probe:
                 per_block = per_block or [[] for _ in outputs]
                 for store, output in zip(per_block, outputs, strict=True):
                     store.append(output)
-        blocks = [CentredRows.of(torch.cat(store)) for store in per_block]
-        error = (
-            math.nan
-            if error_generator is None
-            else mean_rank_standard_error(blocks, error_generator)
-        )
         loss = total / finite if finite else math.nan
-        return Measurement(loss, count - finite, tuple(b.spectrum() for b in blocks), error)
+        spectra, errors = [], RankErrors(error_generator)
+        while per_block:  # one block at a time in float64; its hidden states are freed after it
+            block = CentredRows.of(torch.cat(per_block.pop(0)))
+            spectra.append(block.spectrum())
+            errors.add(block)
+        return Measurement(loss, count - finite, tuple(spectra), errors.standard_error())

@@ -34,6 +34,11 @@ def number_text(value: float, digits: int = 1) -> str:
     return "–" if math.isnan(value) else f"{value:.{digits}f}"
 
 
+def percent_text(value: float) -> str:
+    """``12.3 %``, or ``undefined``."""
+    return "undefined" if math.isnan(value) else f"{value:.1f} %"
+
+
 def interval_text(interval: Interval) -> str:
     """Point and bounds: ``12.3 [8.1, 16.5]``; without bounds the point and ``[no interval]``."""
     if math.isnan(interval.point):
@@ -80,6 +85,8 @@ def group_rows(summary: Summary) -> list[dict[str, Any]]:
 
 def _cells(group: GroupSummary, groups: Sequence[GroupSummary]) -> list[str]:
     states = ", ".join(f"{count} {state}" for state, count in group.spectral_states.items())
+    if group.n_lockout:
+        states += f" ({group.n_lockout} locked out)"
     return [
         group.model,
         group_label(group, groups),

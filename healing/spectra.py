@@ -128,6 +128,9 @@ class CentredRows:
     def of(cls, hidden: torch.Tensor) -> CentredRows:
         """Select and centre the rows of hidden states (windows, tokens, hidden)."""
         mask = keep_mask(hidden)
+        if not bool(torch.isfinite(hidden[:, 1:]).all()):
+            # One token that cannot be computed leaves no spectrum to speak of: not an outlier.
+            mask[:, 1:] = True
         rows = hidden[mask].double()
         window = mask.nonzero()[:, 0]
         candidates = hidden.shape[0] * (hidden.shape[1] - 1)
@@ -201,23 +204,51 @@ def bootstrap_weights(resamples: int, windows: int, generator: torch.Generator) 
     )
 
 
-def mean_rank_standard_error(
-    blocks: list[CentredRows], generator: torch.Generator, resamples: int = 100
-) -> float:
+class RankErrors:
     """Standard error of the mean effective rank over blocks, by resampling probe windows.
 
-    The same windows are drawn for every block, so that the blocks' errors keep their correlation.
-    Up to hidden size 256 this is the bootstrap itself (Efron & Tibshirani 1993, ch. 6); above it,
-    its linearisation (:meth:`CentredRows.rank_influence`).
+    Blocks are added one by one. The same windows are drawn for every block, so that the blocks'
+    errors keep their correlation. Up to hidden size 256 this is the bootstrap itself (Efron &
+    Tibshirani 1993, ch. 6); above it, its linearisation (:meth:`CentredRows.rank_influence`).
 
-    Returns:
-        The standard error; NaN where a hidden state is not finite.
+    Args:
+        generator: Draws the resamples; ``None`` makes the result NaN at no cost.
+        resamples: Bootstrap samples.
     """
-    if any(not bool(torch.isfinite(block.rows).all()) or not len(block.rows) for block in blocks):
-        return math.nan
-    if blocks[0].rows.shape[1] > BOOTSTRAP_MAX_DIMENSION:
-        influence = torch.stack([block.rank_influence() for block in blocks]).mean(0)
-        return float(influence.square().sum().sqrt())
-    weights = bootstrap_weights(resamples, blocks[0].n_windows, generator)
-    ranks = torch.stack([block.bootstrap_ranks(weights) for block in blocks]).mean(0)
-    return float(ranks.std())
+
+    def __init__(self, generator: torch.Generator | None, resamples: int = 100) -> None:
+        self._generator, self._resamples = generator, resamples
+        self._weights: torch.Tensor | None = None
+        self._per_block: list[torch.Tensor] = []
+        self._linear = False
+
+    def add(self, block: CentredRows) -> None:
+        """Take one block into account."""
+        if self._generator is None:
+            return
+        if not len(block.rows) or not bool(torch.isfinite(block.rows).all()):
+            self._generator = None
+            return
+        self._linear = block.rows.shape[1] > BOOTSTRAP_MAX_DIMENSION
+        if self._linear:
+            self._per_block.append(block.rank_influence())
+            return
+        if self._weights is None:
+            n = block.n_windows
+            self._weights = bootstrap_weights(self._resamples, n, self._generator)
+        self._per_block.append(block.bootstrap_ranks(self._weights))
+
+    def standard_error(self) -> float:
+        """The standard error; NaN without a generator or where a hidden state is not finite."""
+        if self._generator is None or not self._per_block:
+            return math.nan
+        mean = torch.stack(self._per_block).mean(0)
+        return float(mean.square().sum().sqrt() if self._linear else mean.std())
+
+
+def mean_rank_standard_error(blocks: list[CentredRows], generator: torch.Generator) -> float:
+    """:class:`RankErrors` of blocks that are at hand together."""
+    errors = RankErrors(generator)
+    for block in blocks:
+        errors.add(block)
+    return errors.standard_error()

@@ -72,6 +72,12 @@ class RunLogger:
         self._client.log_batch(self.run_id, params=[Param(k, v) for k, v in fresh.items()])
         self._taken |= fresh.keys()
 
+    def n_params(self, count: int) -> None:
+        """Log the model's size, a number to plot against, under its bare name."""
+        if "n_params" not in self._taken:
+            self._client.log_batch(self.run_id, params=[Param("n_params", str(count))])
+            self._taken.add("n_params")
+
     def tags(self, values: Mapping[str, Any]) -> None:
         """Set tags in one request."""
         tags = [RunTag(name, _text(value)) for name, value in values.items()]
@@ -215,6 +221,14 @@ def child(parent: RunLogger, name: str, tags: Mapping[str, Any]) -> Iterator[Run
         client.set_terminated(logger.run_id, status)
 
 
+def mark_failed(reason: str) -> None:
+    """Tag the run that ``mlflow run`` made with the reason why nothing could start in it."""
+    if "MLFLOW_RUN_ID" in os.environ:
+        run_id = os.environ["MLFLOW_RUN_ID"]
+        tags = {"failure": reason, "failure_type": "ConfigError"}
+        MlflowClient().log_batch(run_id, tags=[RunTag(k, v) for k, v in tags.items()])
+
+
 @dataclass(frozen=True)
 class RunView:
     """One stored run, as far as the other modules need it.
@@ -323,6 +337,11 @@ def find_finished(experiment_id: str, fingerprint: str) -> RunView | None:
         experiment_id, f"tags.fingerprint = '{fingerprint}' and attributes.status = 'FINISHED'"
     )
     return runs[-1] if runs else None
+
+
+def children(parent: RunLogger) -> list[RunView]:
+    """The runs nested directly below a run."""
+    return search(parent.experiment_id, f"tags.`mlflow.parentRunId` = '{parent.run_id}'")
 
 
 def download(uri: str) -> pathlib.Path:

@@ -8,7 +8,12 @@ import pytest
 import scipy.linalg
 import torch
 
-from healing.attacks.alignment import gradients_of, random_sequences, sequence_alignment
+from healing.attacks.alignment import (
+    gradients_of,
+    random_sequences,
+    sequence_alignment,
+    sequence_loss,
+)
 from healing.attacks.arms import gaussian_noise, make_arm, mean_spectral_entropy
 from healing.attacks.driver import WeightChange, gradient_step, run_attack
 from healing.attacks.haep import Catalyst, propose_swaps, search_catalyst, token_gradient
@@ -23,6 +28,7 @@ from healing.models import (
 from healing.probe import Probe
 from healing.randomness import named_generator
 from healing.subspaces import LowCurvatureSubspace, MatrixSubspace
+from tests.test_probe import hand_written_loss
 from tests.test_spectra import reference_rank
 
 
@@ -139,10 +145,29 @@ def test_search_only_improves_and_reports_the_true_alignment(tiny, subspace):
 
 def test_search_that_beats_no_baseline_has_failed():
     tokens = torch.zeros(4, dtype=torch.int64)
-    assert Catalyst(tokens, 0.3, (0.1, 0.3), (0.1, 0.29), 2).status == "found"
-    failed = Catalyst(tokens, 0.3, (0.1, 0.3), (0.1, 0.31), 2)
-    assert failed.status == "failed"
-    assert failed.metrics()["random_alignment_max"] == 0.31
+    randoms = (0.10, 0.11, 0.12)  # mean 0.11, standard deviation 0.01
+    assert Catalyst(tokens, 0.1501, (0.1, 0.1501), randoms, 2).status == "found"
+    assert Catalyst(tokens, 0.1499, (0.1, 0.1499), randoms, 2).status == "failed"
+    beaten = Catalyst(tokens, 0.3, (0.1, 0.3), (*randoms, 0.31), 2)
+    assert beaten.status == "failed"
+    assert beaten.metrics()["random_alignment_max"] == 0.31
+    assert Catalyst(tokens, 0.15, (0.1,), randoms, 2).metrics()["catalyst_z_score"] == (
+        pytest.approx(4.0)
+    )
+
+
+def test_attack_objective_is_hand_written_cross_entropy_of_the_next_token(nano, probe):
+    tokens = probe.windows[0]
+    loss = float(sequence_loss(nano.model, tokens).detach())
+    assert loss == pytest.approx(hand_written_loss(nano.model, tokens[None]), rel=1e-5)
+
+
+def test_token_gradient_leaves_attention_as_it_was(nano):
+    space = LowCurvatureSubspace.of(block_matrices(nano.model), 0.9)
+    before = torch.backends.cuda.flash_sdp_enabled(), nano.model.config._attn_implementation
+    token_gradient(nano.model, space, torch.arange(6))
+    after = torch.backends.cuda.flash_sdp_enabled(), nano.model.config._attn_implementation
+    assert after == before == (True, "sdpa")
 
 
 # --- arms and driver ------------------------------------------------------------------------

@@ -58,6 +58,15 @@ def test_bad_parameters_end_before_anything_starts(store, command, arguments, me
     assert not (store / "mlflow.db").exists()
 
 
+def test_bad_parameters_are_tagged_on_the_run_that_mlflow_made(store, monkeypatch):
+    client = MlflowClient()
+    run = client.create_run(client.create_experiment("e"))
+    monkeypatch.setenv("MLFLOW_RUN_ID", run.info.run_id)
+    assert invoke("heal", "--healing-steps", "-1").exit_code == 2
+    tags = client.get_run(run.info.run_id).data.tags
+    assert tags["failure"] == "--healing-steps must be at least 0, got -1"
+
+
 def failed_run() -> tuple[str, str]:
     client = MlflowClient()
     experiment = client.get_experiment_by_name("llm-healing").experiment_id

@@ -50,7 +50,8 @@ stats variance scaling comparison survival trajectory power pooling
 ui_view tracking
 plots report
 experiment.console experiment.files experiment.errors experiment.loading
-experiment.pretrain experiment.attack experiment.heal experiment.summarize experiment.sweep
+experiment.pretrain experiment.attack experiment.healing_cell experiment.heal
+experiment.summarize experiment.sweep
 """.split()
 
 

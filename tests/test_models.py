@@ -24,8 +24,9 @@ from healing.models import (
     state_digest,
     transformer_blocks,
 )
-from healing.pretraining import unigram_perplexity
+from healing.pretraining import heldout_loss, unigram_perplexity
 from healing.probe import Probe
+from tests.test_probe import hand_written_loss
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +82,12 @@ def test_unigram_perplexity_by_hand():
     held = torch.tensor([[1, 0, 1]])  # targets 0 and 1; counts + 1: 4 and 2, over 4 + 3
     expected = math.exp(-(math.log(4 / 7) + math.log(2 / 7)) / 2)
     assert unigram_perplexity(train, held, vocab_size=3) == pytest.approx(expected)
+
+
+def test_heldout_loss_is_hand_written_cross_entropy(nano, probe):
+    windows = probe.windows[:5]
+    expected = hand_written_loss(nano.model, windows)
+    assert heldout_loss(nano.model, windows, batch_size=2) == pytest.approx(expected, rel=1e-5)
 
 
 def test_block_matrices_leave_embeddings_out(nano):
@@ -185,6 +192,11 @@ def test_checkpoint_without_its_entries(tmp_path):
     torch.save({"step": 1}, tmp_path / "c.pt")
     with pytest.raises(CheckpointError, match="lacks model_state_dict, checkpoint_type"):
         read_checkpoint(tmp_path / "c.pt")
+    for broken in ({"step": None}, {"config": "abc"}, {"config": {"model": 3}}):
+        whole = {"step": 1, "model_state_dict": {}, "checkpoint_type": "x", "description": ""}
+        torch.save(whole | broken, tmp_path / "e.pt")
+        with pytest.raises(CheckpointError, match="step is not a number or config"):
+            read_checkpoint(tmp_path / "e.pt")
     entries = {"step": 1, "model_state_dict": [1], "checkpoint_type": "x", "description": ""}
     torch.save(entries, tmp_path / "d.pt")
     with pytest.raises(CheckpointError, match="not a mapping of names to tensors"):

@@ -100,13 +100,13 @@ def test_constant_offset_is_removed():
 
 
 def test_nonfinite_states_give_nan_not_a_number():
-    hidden = hidden_states()
-    hidden[3, 4, 1] = math.inf
-    rows = CentredRows.of(hidden)
-    # The infinite row is an outlier by norm; a NaN makes every comparison false and drops all.
-    assert math.isfinite(rows.spectrum().effective_rank)
-    hidden[:] = math.nan
-    assert math.isnan(CentredRows.of(hidden).spectrum().effective_rank)
+    for bad in (math.inf, math.nan):
+        hidden = hidden_states()
+        hidden[3, 4, 1] = bad
+        rows = CentredRows.of(hidden)
+        assert math.isnan(rows.spectrum().effective_rank)
+        assert rows.dropped_share == 0
+        assert math.isnan(mean_rank_standard_error([rows], named_generator(0, "b")))
 
 
 def test_bootstrap_of_whole_sample_is_the_estimate():

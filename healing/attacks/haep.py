@@ -12,15 +12,16 @@ from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from healing.attacks.alignment import gradients_of, random_sequences, sequence_alignment
-from healing.models import embedding_matrix
+from healing.models import eager_attention, embedding_matrix
 from healing.subspaces import LowCurvatureSubspace
 
 TOP_TOKENS = 64
 """Swaps are drawn from this many tokens of steepest ascent per position."""
+
+FOUND_Z_SCORE = 4.0
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,20 @@ class Catalyst:
 
     @property
     def status(self) -> str:
-        """``found`` if ρ exceeds that of every random sequence, else ``failed``."""
-        return "found" if self.alignment > max(self.random_alignments) else "failed"
+        """``found`` if ρ exceeds that of every random sequence and their mean by more than
+        :data:`FOUND_Z_SCORE` standard deviations, else ``failed``.
+
+        The second condition is the one that a random search of equal budget rarely meets: the best
+        of 145 normal draws lies 2.6 standard deviations above the mean.
+        """
+        beaten = self.alignment > max(self.random_alignments)
+        return "found" if beaten and self._z_score > FOUND_Z_SCORE else "failed"
+
+    @property
+    def _z_score(self) -> float:
+        spread = statistics.stdev(self.random_alignments)
+        difference = self.alignment - statistics.fmean(self.random_alignments)
+        return difference / spread if spread else float("nan")
 
     def metrics(self) -> dict[str, float]:
         """ρ, its random baseline, and how many standard deviations above it the catalyst is."""
@@ -56,7 +69,7 @@ class Catalyst:
             "random_alignment_mean": mean,
             "random_alignment_sd": spread,
             "random_alignment_max": max(self.random_alignments),
-            "catalyst_z_score": (self.alignment - mean) / spread if spread else float("nan"),
+            "catalyst_z_score": self._z_score,
             "catalyst_evaluations": float(self.evaluations),
         }
 
@@ -67,10 +80,12 @@ def token_gradient(
     """∂ρ/∂(one-hot input), (length, vocabulary), with the labels held fixed.
 
     Differentiates the gradient, so attention runs on the kernel that has second derivatives.
+    That is chosen on this model alone: torch's ``sdpa_kernel`` switches the whole process, and
+    other cells run in other threads.
     """
     embedding = embedding_matrix(model)
     one_hot = F.one_hot(tokens, embedding.shape[0]).to(embedding.dtype).requires_grad_()
-    with sdpa_kernel(SDPBackend.MATH):
+    with eager_attention(model):
         loss = model(
             inputs_embeds=(one_hot @ embedding).unsqueeze(0), labels=tokens.unsqueeze(0)
         ).loss

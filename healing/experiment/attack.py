@@ -14,13 +14,14 @@ from healing import plots, tracking
 from healing.attacks.arms import make_arm
 from healing.attacks.driver import AttackRecord, WeightChange, run_attack
 from healing.attacks.haep import Catalyst
-from healing.config import RAW_DATA, AttackConfig, as_params, fingerprint, resolve
+from healing.config import RAW_DATA, AttackConfig, BaseConfig, as_params, fingerprint, resolve
 from healing.experiment.console import Console
-from healing.experiment.files import JsonLines, write_json
-from healing.experiment.loading import code_digest, load_inputs, use_threads
+from healing.experiment.files import JsonLines, start_folder, write_json
+from healing.experiment.loading import code_digest, device_kind, load_inputs, use_threads
 from healing.models import (
     CHECKPOINT_NAME,
     LoadedModel,
+    embedding_matrix,
     read_checkpoint,
     save_checkpoint,
     state_digest,
@@ -28,6 +29,7 @@ from healing.models import (
 from healing.probe import Measurement
 from healing.randomness import named_generator
 from healing.recovery import Damage, State
+from healing.spectra import ROWS_PER_DIMENSION
 from healing.tracking import RunLogger
 
 
@@ -106,7 +108,9 @@ def attack_fingerprint(config: AttackConfig, healthy_digest: str, digests: dict[
     if config.reference_checkpoint:
         reference = state_digest(read_checkpoint(pathlib.Path(config.reference_checkpoint)).state)
     bare = replace(config, reference_checkpoint="")
-    return fingerprint("attack", bare, reference, healthy_digest, digests, code_digest())
+    return fingerprint(
+        "attack", bare, reference, healthy_digest, digests, code_digest(), device_kind(config)
+    )
 
 
 def attack_cell(
@@ -128,6 +132,13 @@ def attack_cell(
         on_record(record)
     collapsed = probe.measure(loaded.model, named_generator(config.seed, "bootstrap"))
     return AttackOutcome(config, mark, loaded, healthy, collapsed, record, catalyst, corpus.digests)
+
+
+def noise_match(config: AttackConfig) -> str:
+    """What ``gaussian_noise`` is matched to: ``norm`` of a reference, or ``scale``; else empty."""
+    if config.arm != "gaussian_noise":
+        return ""
+    return "norm" if config.reference_checkpoint else "scale"
 
 
 def attack_name(config: AttackConfig, mark: str) -> str:
@@ -188,13 +199,13 @@ def _store(run: RunLogger, outcome: AttackOutcome, folder: pathlib.Path) -> path
         f"{outcome.damage.spectral_state}",
         {
             **as_params(config),
+            "noise_match": noise_match(config),
             "fingerprint": outcome.fingerprint,
             "attack_run_id": run.run_id,
             "healthy_digest": outcome.loaded.digest,
             "corpus_digests": outcome.digests,
         },
     )
-    write_json(folder / "config.json", as_params(config))
     summary = {**outcome.summary(), **_tags(outcome), "attack_run_id": run.run_id}
     if outcome.catalyst:
         summary["catalyst_tokens"] = outcome.catalyst.tokens.tolist()
@@ -213,6 +224,17 @@ def upload(run: RunLogger, folder: pathlib.Path) -> None:
         if path.is_file():
             parent = path.parent.relative_to(folder).as_posix()
             run.artifact(path, None if parent == "." else parent)
+
+
+def warn_of_few_rows(console: Console, config: BaseConfig, loaded: LoadedModel) -> None:
+    """Say so where the probe has fewer rows per dimension than small eigenvalues need."""
+    hidden = embedding_matrix(loaded.model).shape[1]
+    rows = int(config.probe_tokens) * (1 - 1 / config.sequence_length)
+    if rows < ROWS_PER_DIMENSION * hidden:
+        console.say(
+            f"warning: {rows:.0f} probe rows for {hidden} hidden dimensions, fewer than "
+            f"{ROWS_PER_DIMENSION} per dimension: raise --probe-tokens"
+        )
 
 
 def log_corpora(run: RunLogger, config: Any, digests: dict[str, str], used: dict[str, str]) -> None:
@@ -247,10 +269,12 @@ def attack(
     with open_run(parent, title, own) as run:
         run.params("attack", as_params(config))
         corpus, loaded, _ = load_inputs(config)
-        run.params("model", {"n_params": loaded.n_params})
+        run.n_params(loaded.n_params)
+        warn_of_few_rows(console, config, loaded)
         log_corpora(run, config, corpus.digests, {"attack": "attack", "probe": "probe"})
         mark = attack_fingerprint(config, loaded.digest, corpus.digests)
         folder = raw_data_folder(config.output_dir, attack_name(config, mark))
+        start_folder(folder, as_params(config))
         lines, begin, trajectory = JsonLines(folder / "metrics.jsonl"), time.perf_counter(), []
         with console.bar(int(config.attack_steps), title) as bar:
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import pathlib
+import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,6 +37,15 @@ def write_json(path: pathlib.Path, value: Any) -> pathlib.Path:
     partial.write_text(json.dumps(plain(value), indent=2, allow_nan=False) + "\n")
     partial.replace(path)
     return path
+
+
+def start_folder(folder: pathlib.Path, config: Mapping[str, Any]) -> None:
+    """An empty folder for a run that begins: what an earlier one left there would be mistaken for
+    its results. The configuration is written first, so that a failed run has it too.
+    """
+    if folder.exists():
+        shutil.rmtree(folder)
+    write_json(folder / "config.json", config)
 
 
 class JsonLines:

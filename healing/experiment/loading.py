@@ -8,16 +8,19 @@ import functools
 import pathlib
 
 import torch
+import transformers
 
 import healing
 from healing.config import BaseConfig, fingerprint
 from healing.corpora import Corpus, CorpusError, load_corpus
-from healing.models import LoadedModel, load_model
+from healing.models import LoadedModel, load_model, resolve_device
 from healing.probe import Probe
 
 cached_corpus = functools.lru_cache(maxsize=4)(load_corpus)
 
 NUMERICAL_MODULES = (
+    "experiment/attack",
+    "experiment/healing_cell",
     "attacks/alignment",
     "attacks/arms",
     "attacks/driver",
@@ -39,7 +42,7 @@ def code_digest() -> str:
     """Hash of the numerical modules' source and of torch's version."""
     root = pathlib.Path(healing.__file__).parent
     sources = [(root / f"{name}.py").read_text() for name in NUMERICAL_MODULES]
-    return fingerprint(torch.__version__, *sources)
+    return fingerprint(torch.__version__, transformers.__version__, *sources)
 
 
 def training_windows(config: BaseConfig, corpus: Corpus, loaded: LoadedModel) -> torch.Tensor:
@@ -62,6 +65,11 @@ def use_threads(config: BaseConfig) -> None:
     """Set torch's CPU threads: how sums are divided changes their last bits."""
     if int(config.threads) and torch.get_num_threads() != int(config.threads):
         torch.set_num_threads(int(config.threads))
+
+
+def device_kind(config: BaseConfig) -> str:
+    """``cpu`` or ``cuda``: ``auto`` and what it resolves to are the same experiment."""
+    return resolve_device(config.device).type
 
 
 def load_inputs(config: BaseConfig) -> tuple[Corpus, LoadedModel, Probe]:

@@ -47,7 +47,7 @@ def read_run(view: RunView) -> HealRun:
         settings=tags["settings"],
         checkpoint=tags["checkpoint_id"],
         seed=tags["attack_seed"],
-        n_params=int(view.params["model.n_params"]),
+        n_params=int(view.params["n_params"]),
         final={e: trajectory[e][-1] for e in ENDPOINTS},
         steps=steps,
         trajectory=trajectory,
@@ -120,6 +120,7 @@ def summarize(
     config: SummarizeConfig,
     *,
     views: list[RunView] | None = None,
+    failed: Sequence[HealRun] = (),
     parent: RunLogger | None = None,
     console: Console | None = None,
 ) -> Summary:
@@ -128,6 +129,7 @@ def summarize(
     Args:
         config: Query and confidence level.
         views: The runs to pool; ``None`` = those of the query.
+        failed: What should have become a run and did not; listed with the failed runs.
         parent: The run that the summary is a child of.
         console: Where to print; ``None`` = by the configured verbosity.
     """
@@ -135,6 +137,7 @@ def summarize(
     with open_run(parent, "summary", {"stage": "summarize"}) as run:
         run.params("summarize", as_params(config))
         runs = [read_run(view) for view in (find_runs(config) if views is None else views)]
+        runs += failed
         summary = summarize_runs(runs, config.confidence, np.random.default_rng(BOOTSTRAP_SEED))
         folder = pathlib.Path(config.output_dir).expanduser().resolve() / "summaries" / run.run_id
         folder.mkdir(parents=True, exist_ok=True)
@@ -148,8 +151,8 @@ def summarize(
         console.say("\n" + report.text_table(summary))
         for model in summary.comparisons:
             console.say(report.comparison_sentence(model, summary))
-        for failed in summary.failed:
-            console.say(f"failed: {failed.name}: {failed.failure}")
+        for lost in summary.failed:
+            console.say(f"failed: {lost.name}: {lost.failure}")
         console.say(f"summary → {folder}")
     return summary
 

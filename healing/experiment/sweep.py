@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import os
 import pathlib
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from healing.config import (
     AUTO,
     MODELS,
     AttackConfig,
+    ConfigError,
     HealConfig,
     SummarizeConfig,
     SweepConfig,
@@ -24,11 +26,12 @@ from healing.config import (
 from healing.experiment.attack import attack, attack_fingerprint, attack_name, raw_data_folder
 from healing.experiment.console import Console
 from healing.experiment.errors import EXPECTED, SweepError
-from healing.experiment.heal import HealCell, heal_fingerprint, heal_one
+from healing.experiment.heal import heal_one
+from healing.experiment.healing_cell import HealCell, heal_fingerprint
 from healing.experiment.loading import load_inputs
 from healing.experiment.summarize import summarize
 from healing.models import CHECKPOINT_NAME, read_checkpoint, resolve_device
-from healing.pooling import CONTROL, TREATMENT, Summary
+from healing.pooling import CONTROL, TREATMENT, HealRun, Summary
 from healing.report import markdown
 from healing.tracking import RunLogger, RunView
 
@@ -127,6 +130,8 @@ class Sweep:
 
     def __init__(self, config: SweepConfig, run: RunLogger) -> None:
         self.config, self.run, self.console = config, run, Console("quiet")
+        self.matched = TREATMENT in config.arm_list()
+        self.stopped = threading.Event()
 
     def _attack(self, cell: SweepCell, reference: str) -> pathlib.Path:
         settings = attack_config(self.config, cell, reference)
@@ -159,7 +164,11 @@ class Sweep:
         """The arms of one model and seed in order; a failing cell does not stop the others."""
         results, reference = [], ""
         for cell in chain:
+            if self.stopped.is_set():
+                break
             try:
+                if cell.arm == CONTROL and self.matched and not reference:
+                    raise ConfigError("the attack that the noise is matched to failed")
                 path = self._attack(cell, reference if cell.arm == CONTROL else "")
                 if cell.arm == TREATMENT:
                     reference = str(path)
@@ -195,8 +204,18 @@ class Sweep:
             try:
                 return [result for future in futures for result in future.result()]
             except BaseException:
+                # Ctrl-C reaches this thread alone: cells under way end, no other begins.
+                self.stopped.set()
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
+
+
+def failed_run(result: CellResult) -> HealRun:
+    """A cell without a healing run, as the summary lists it."""
+    cell = result.cell
+    return HealRun(
+        "none", cell.title, False, model=cell.model, arm=cell.arm, failure=result.failure
+    )
 
 
 def _describe(config: SweepConfig, summary: Summary, results: list[CellResult]) -> str:
@@ -224,7 +243,8 @@ def sweep(config: SweepConfig) -> Summary:
         if not views:
             raise SweepError(failures)
         query = SummarizeConfig(output_dir=config.output_dir, verbosity=config.verbosity)
-        summary = summarize(query, views=views, parent=run, console=console)
+        lost = [failed_run(r) for r in results if r.failure]
+        summary = summarize(query, views=views, failed=lost, parent=run, console=console)
         run.describe(_describe(config, summary, results))
         run.tags({"heal_runs": len(views), "reused_runs": sum(r.reused for r in results)})
         view = tracking.share_view(run.experiment_id)

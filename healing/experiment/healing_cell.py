@@ -1,0 +1,249 @@
+"""One healing run as a pure function: what it is, what it leaves, what identifies it."""
+
+from __future__ import annotations
+
+import math
+import pathlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from healing.config import (
+    AUTO,
+    DEFAULT_MODEL,
+    NOT_DETERMINING,
+    HealConfig,
+    as_params,
+    fingerprint,
+    resolve,
+)
+from healing.experiment.attack import (
+    state_of,
+)
+from healing.experiment.loading import (
+    code_digest,
+    device_kind,
+    load_inputs,
+    training_windows,
+)
+from healing.models import (
+    Checkpoint,
+    CheckpointError,
+    LoadedModel,
+    load_state,
+    read_checkpoint,
+    state_digest,
+)
+from healing.probe import Measurement
+from healing.randomness import named_generator
+from healing.recovery import Damage, State, verdict_of
+from healing.sft import HealRecord
+from healing.sft import heal as heal_steps
+from healing.survival import half_recovery_time
+
+
+def _unfinished(quantity: str, final: State) -> str:
+    value = final.loss if quantity == "loss" else final.effective_rank
+    return "" if math.isfinite(value) else f"the healed model's {quantity} is not finite"
+
+
+@dataclass(frozen=True)
+class HealCell:
+    """One healing run: everything that decides its numbers, picklable.
+
+    Attributes:
+        config: Resolved configuration.
+        checkpoint: Path of the collapsed checkpoint.
+        replicate: Number of the run among those of the same checkpoint and seed.
+    """
+
+    config: HealConfig
+    checkpoint: str
+    replicate: int = 0
+
+
+@dataclass(frozen=True)
+class HealOutcome:
+    """What a healing cell leaves.
+
+    Attributes:
+        cell: What was run.
+        fingerprint: Hash of what determined the result.
+        checkpoint: The collapsed state it started from.
+        loaded: The model, now healed.
+        healthy: Measurement of the untouched model.
+        records: The trajectory, from step 0.
+        digests: Corpus digests by split.
+    """
+
+    cell: HealCell
+    fingerprint: str
+    checkpoint: Checkpoint
+    loaded: LoadedModel
+    healthy: Measurement
+    records: tuple[HealRecord, ...]
+    digests: dict[str, str]
+
+    @property
+    def damage(self) -> Damage:
+        """Healthy and collapsed state."""
+        return Damage(state_of(self.healthy), state_of(self.records[0].measurement))
+
+    @property
+    def status(self) -> str:
+        """``ok``; ``lockout``: the collapsed model cannot compute in float32 to begin with;
+        ``optimiser_artifact``: it could, and fine-tuning made it non-finite; ``nonfinite_steps``:
+        some steps could not be taken, and the model is finite.
+        """
+        first, last = self.records[0].measurement, self.records[-1].measurement
+        if first.nonfinite_tokens or not math.isfinite(first.effective_rank):
+            return "lockout"
+        if last.nonfinite_tokens or not math.isfinite(last.effective_rank):
+            return "optimiser_artifact"
+        return "nonfinite_steps" if self.records[-1].nonfinite_steps else "ok"
+
+    def recovery(self, record: HealRecord) -> dict[str, float]:
+        """Recovery numbers of one record, in percent."""
+        return self.damage.recovery(state_of(record.measurement))
+
+    def half_recovery(self, name: str) -> tuple[float, bool]:
+        """Steps until half of a recovery is reached, and whether the run ended before (censored).
+
+        (NaN, True) where the recovery is undefined.
+        """
+        values = [self.recovery(r)[name] for r in self.records]
+        if not any(math.isfinite(v) for v in values):
+            return math.nan, True
+        found = half_recovery_time([float(r.step) for r in self.records], values)
+        return found.time, found.censored
+
+    def summary(self) -> dict[str, Any]:
+        """Final numbers, as stored in ``healing_summary.json``."""
+        damage, last = self.damage, self.records[-1]
+        final = state_of(last.measurement)
+        recovery = self.recovery(last)
+        rank_time, rank_censored = self.half_recovery("rank_recovery_pct")
+        loss_time, loss_censored = self.half_recovery("loss_recovery_pct")
+        return {
+            **recovery,
+            "verdict": verdict_of(recovery["rank_recovery_pct"]),
+            "verdict_loss": verdict_of(recovery["loss_recovery_pct"]),
+            "spectral_state": damage.spectral_state,
+            "rank_undefined_reason": damage.rank_reason or _unfinished("effective rank", final),
+            "loss_undefined_reason": damage.loss_reason or _unfinished("loss", final),
+            "status": self.status,
+            "original_rank": damage.healthy.effective_rank,
+            "collapsed_rank": damage.collapsed.effective_rank,
+            "final_effective_rank": final.effective_rank,
+            "original_perplexity": damage.healthy.perplexity,
+            "collapsed_perplexity": damage.collapsed.perplexity,
+            "final_perplexity": final.perplexity,
+            "original_loss": damage.healthy.loss,
+            "collapsed_loss": damage.collapsed.loss,
+            "final_loss": final.loss,
+            "rank_reduction_pct": damage.rank_reduction_pct,
+            "rank_change_threshold": damage.rank_threshold,
+            "half_recovery_steps_rank": rank_time,
+            "half_recovery_censored_rank": rank_censored,
+            "half_recovery_steps_loss": loss_time,
+            "half_recovery_censored_loss": loss_censored,
+            "steps": last.step,
+            "nonfinite_steps": last.nonfinite_steps,
+        }
+
+
+def decide_model(config: HealConfig, checkpoint: Checkpoint | None, path: object) -> HealConfig:
+    """Resolve ``auto``: the checkpoint's model, unless the user names one.
+
+    Raises:
+        CheckpointError: The user names another model than the checkpoint.
+    """
+    named = checkpoint.model_name if checkpoint else None
+    if named and config.model not in (AUTO, named):
+        raise CheckpointError(
+            f"{path} is a checkpoint of model {named}, --model says {config.model}: "
+            "leave --model out or name the same"
+        )
+    model = named or (DEFAULT_MODEL if config.model == AUTO else config.model)
+    return resolve(replace(config, model=model))
+
+
+def heal_fingerprint(
+    cell: HealCell, checkpoint: Checkpoint, healthy_digest: str, digests: dict[str, str]
+) -> str:
+    """Fingerprint of a healing run; the checkpoint counts by its weights, not by its path."""
+    bare = replace(cell.config, collapsed_checkpoint="", arm="none")
+    weights = state_digest(checkpoint.state)
+    return fingerprint(
+        "heal",
+        bare,
+        cell.replicate,
+        weights,
+        healthy_digest,
+        digests,
+        code_digest(),
+        device_kind(cell.config),
+    )
+
+
+def heal_cell(
+    cell: HealCell,
+    on_start: Callable[[HealOutcome], None] = lambda _: None,
+    on_record: Callable[[HealOutcome, HealRecord], None] = lambda *_: None,
+) -> HealOutcome:
+    """One healing run as a function of its cell; neither files nor MLflow are touched.
+
+    Args:
+        cell: What to heal and how.
+        on_start: Called with the outcome so far (step 0) before the first step.
+        on_record: Called with the outcome so far and every record as it is made.
+    """
+    config = cell.config
+    checkpoint = read_checkpoint(pathlib.Path(cell.checkpoint))
+    corpus, loaded, probe = load_inputs(config)
+    healthy = probe.measure(loaded.model, named_generator(config.seed, "bootstrap"))
+    made_from = checkpoint.config.get("healthy_digest")
+    if made_from and made_from != loaded.digest:
+        raise CheckpointError(
+            f"{cell.checkpoint} was made from other weights of {config.model} than the ones here: "
+            "its healthy reference is not this model; run the attack again"
+        )
+    mark = heal_fingerprint(cell, checkpoint, loaded.digest, corpus.digests)
+    load_state(loaded, checkpoint, cell.checkpoint)
+    windows = training_windows(config, corpus, loaded)
+    collapsed = probe.measure(loaded.model, named_generator(config.seed, "bootstrap"))
+    if config.gradient_checkpointing:
+        loaded.model.activation_checkpointing_enable()
+    order = named_generator(config.seed, "sft", cell.replicate)
+    outcome = HealOutcome(
+        cell, mark, checkpoint, loaded, healthy, (HealRecord(0, 0, collapsed),), corpus.digests
+    )
+    on_start(outcome)
+    for record in heal_steps(loaded, config, windows, probe, collapsed, order):
+        known = outcome.records if record.step else ()
+        outcome = replace(outcome, records=(*known, record))
+        on_record(outcome, record)
+    return outcome
+
+
+SEEDED = ("seed", "collapsed_checkpoint", "arm")
+NOT_SETTINGS = frozenset(
+    {
+        "seed",
+        "fingerprint",
+        "attack_run_id",
+        "reference_checkpoint",
+        "output_dir",
+        "verbosity",
+        "device",
+    }
+)
+
+
+def settings_of(cell: HealCell, checkpoint: Checkpoint, digests: dict[str, str]) -> str:
+    """Hash of what runs must share to be pooled: parameters without seeds or paths, texts, code."""
+    healing = {
+        k: v for k, v in as_params(cell.config).items() if k not in (*NOT_DETERMINING, *SEEDED)
+    }
+    attacked = {k: v for k, v in checkpoint.config.items() if k not in NOT_SETTINGS}
+    return fingerprint(healing, attacked, digests, code_digest(), device_kind(cell.config))
