@@ -20,6 +20,10 @@ $(VENV)/.ready: requirements.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' requirements.txt)"
 	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	# Oracle of the curvature tests; one of its unused dependencies would replace torch.
+	-$(BIN)/python -m pip install --quiet --no-deps \
+	    curvlinops-for-pytorch==3.0.1 backpack-for-pytorch==1.7.1 einconv==0.1.0 einops==0.8.2 \
+	    linear_operator==0.6.1 opt_einsum==3.4.0
 	touch $@
 
 demo: setup  ## Run the default experiment through MLflow and say what to open
