@@ -10,7 +10,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from healing.experiment.healing_cell import HealCell, decide_model, heal_cell, settings_of
 from mlflow.tracking import MlflowClient
 
 from healing.config import AttackConfig, HealConfig, SummarizeConfig, SweepConfig
@@ -19,6 +18,7 @@ from healing.experiment.attack import attack
 from healing.experiment.errors import SweepError
 from healing.experiment.files import JsonLines, plain, read_jsonl
 from healing.experiment.heal import heal
+from healing.experiment.healing_cell import HealCell, decide_model, heal_cell, settings_of
 from healing.experiment.summarize import summarize
 from healing.experiment.sweep import plan, sweep, worker_count
 from healing.models import (
