@@ -36,15 +36,10 @@ from healing.models import (
 )
 from healing.probe import Measurement
 from healing.randomness import named_generator
-from healing.recovery import Damage, State, verdict_of
+from healing.recovery import Damage, verdict_of
 from healing.sft import HealRecord
 from healing.sft import heal as heal_steps
 from healing.survival import half_recovery_time
-
-
-def _unfinished(quantity: str, final: State) -> str:
-    value = final.loss if quantity == "loss" else final.effective_rank
-    return "" if math.isfinite(value) else f"the healed model's {quantity} is not finite"
 
 
 @dataclass(frozen=True)
@@ -103,8 +98,19 @@ class HealOutcome:
         return "nonfinite_steps" if self.records[-1].nonfinite_steps else "ok"
 
     def recovery(self, record: HealRecord) -> dict[str, float]:
-        """Recovery numbers of one record, in percent."""
-        return self.damage.recovery(state_of(record.measurement))
+        """Recovery numbers of one record, in percent; NaN where the model cannot compute.
+
+        A model that takes no step keeps its rank: 0 % would be an invented result.
+        """
+        numbers = self.damage.recovery(state_of(record.measurement))
+        return dict.fromkeys(numbers, math.nan) if self._not_computing else numbers
+
+    @property
+    def _not_computing(self) -> str:
+        return {
+            "lockout": "the collapsed model cannot compute in float32",
+            "optimiser_artifact": "fine-tuning made the model non-finite",
+        }.get(self.status, "")
 
     def half_recovery(self, name: str) -> tuple[float, bool]:
         """Steps until half of a recovery is reached, and whether the run ended before (censored).
@@ -129,8 +135,8 @@ class HealOutcome:
             "verdict": verdict_of(recovery["rank_recovery_pct"]),
             "verdict_loss": verdict_of(recovery["loss_recovery_pct"]),
             "spectral_state": damage.spectral_state,
-            "rank_undefined_reason": damage.rank_reason or _unfinished("effective rank", final),
-            "loss_undefined_reason": damage.loss_reason or _unfinished("loss", final),
+            "rank_undefined_reason": damage.rank_reason or self._not_computing,
+            "loss_undefined_reason": damage.loss_reason or self._not_computing,
             "status": self.status,
             "original_rank": damage.healthy.effective_rank,
             "collapsed_rank": damage.collapsed.effective_rank,
