@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 import pytest
-from healing.experiment.healing_cell import HealCell, HealOutcome, heal_cell
 
 from healing.config import AttackConfig, HealConfig, resolve
 from healing.experiment.attack import attack_cell
+from healing.experiment.healing_cell import HealCell, HealOutcome, heal_cell
 from healing.models import save_checkpoint
 
 pytestmark = pytest.mark.slow
