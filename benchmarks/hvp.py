@@ -7,7 +7,9 @@ Each round times every method once, in an order rotated from round to round, so 
 that slows down or speeds up does so for all. Ratios are formed within a round; the table gives
 their median and range. Peak memory is that of one product in a fresh process: the high-water mark
 VmHWM of /proc/self/status (Linux) less the resident set before the product. It counts whole pages
-and what the allocator keeps, so differences of a few MB mean nothing.
+and what the allocator keeps, so differences of a few MB mean nothing. Relative errors are those of
+one product along the gradient and along an isotropic direction, against the exact product of a
+float64 copy.
 """
 
 from __future__ import annotations
@@ -30,12 +32,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
+from healing.corpora import load_corpus
 from healing.curvature import HessianOperator
 from healing.lanczos import gaussian
+from healing.models import load_model
 
-VOCABULARY, ROWS, LENGTH = 2048, 8, 128
+MODEL, ROWS, LENGTH = "micro", 8, 128
 COLUMNS = 4
 # CPU time leaves out what other processes took; with several threads it adds them up.
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -44,26 +47,16 @@ Timed = Callable[[], object]
 
 
 def build(attention: str) -> tuple[nn.Module, Tensor]:
-    """Random GPT-NeoX of hidden 128, 4 layers, 4 heads, and one batch of 8 x 128 tokens."""
-    torch.manual_seed(0)
-    settings: dict[str, Any] = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 128,
-        "intermediate_size": 512,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "max_position_embeddings": LENGTH,
-        "attn_implementation": attention,
-        "use_cache": False,
-    }
-    model: Any = GPTNeoXForCausalLM(GPTNeoXConfig(**settings))
-    return model.eval(), torch.randint(0, VOCABULARY, (ROWS, LENGTH))
+    """The embedded micro model (1.3 M parameters) and one batch of 8 x 128 tokens of its corpus."""
+    loaded = load_model(MODEL, attention=attention)
+    windows = load_corpus("stdlib").windows("attack", loaded.tokenizer, LENGTH, ROWS * LENGTH)
+    return loaded.model, windows
 
 
 def next_token_loss(model: nn.Module, tokens: Tensor) -> Tensor:
     """Mean nats per predicted token."""
     logits = model(tokens).logits[:, :-1]
-    return F.cross_entropy(logits.reshape(-1, VOCABULARY), tokens[:, 1:].reshape(-1))
+    return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].reshape(-1))
 
 
 class _Logits(nn.Module):
@@ -167,7 +160,29 @@ def peak_in_fresh_process(name: str, options: argparse.Namespace) -> float:
     return float(output.split()[-1])
 
 
-def report(seconds: dict[str, list[float]], peaks: dict[str, float]) -> list[dict[str, Any]]:
+def relative_errors(attention: str) -> dict[str, dict[str, float]]:
+    """‖product − reference‖/‖reference‖ by method and direction, the reference in float64."""
+    model, tokens = build(attention)
+    twin = build("eager")[0].double()
+    reference = HessianOperator(twin, next_token_loss, [tokens], [1])
+    directions = {
+        "gradient": reference.gradient(),
+        "isotropic": gaussian(reference, torch.Generator().manual_seed(0)),
+    }
+    errors: dict[str, dict[str, float]] = {}
+    for name, method in (("exact", "exact"), ("finite difference", "finite_difference")):
+        operator = HessianOperator(model, next_token_loss, [tokens], [1], method=method)
+        errors[name] = {}
+        for direction, vector in directions.items():
+            expected = reference(vector)
+            difference = operator(vector).double() - expected
+            errors[name][direction] = float(difference.norm() / expected.norm())
+    return errors
+
+
+def report(
+    seconds: dict[str, list[float]], peaks: dict[str, float], errors: dict[str, dict[str, float]]
+) -> list[dict[str, Any]]:
     """One row per method; ratios to the gradient of the same round, per column."""
     rows = []
     for name, times in seconds.items():
@@ -182,6 +197,7 @@ def report(seconds: dict[str, list[float]], peaks: dict[str, float]) -> list[dic
                 "gradients_max": max(ratios),
                 "target": TARGETS.get(name),
                 "peak_mib": peaks.get(name),
+                "relative_errors": errors.get(name, {}),
             }
         )
     return rows
@@ -189,13 +205,19 @@ def report(seconds: dict[str, list[float]], peaks: dict[str, float]) -> list[dic
 
 def print_table(rows: list[dict[str, Any]]) -> None:
     """Markdown table of the report."""
-    print("| method | ms per product | gradients, median (min-max) | target | peak MiB |")
-    print("| --- | --- | --- | --- | --- |")
+    print(
+        "| method | ms per product | gradients, median (min-max) | target | peak MiB "
+        "| relative error: gradient, isotropic |"
+    )
+    print("| --- | --- | --- | --- | --- | --- |")
     for row in rows:
         ratio = f"{row['gradients']:.2f} ({row['gradients_min']:.2f}-{row['gradients_max']:.2f})"
         target = "" if row["target"] is None else f"<= {row['target']}"
         peak = "" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
-        print(f"| {row['method']} | {row['median_ms']:.1f} | {ratio} | {target} | {peak} |")
+        error = ", ".join(f"{value:.1e}" for value in row["relative_errors"].values())
+        print(
+            f"| {row['method']} | {row['median_ms']:.1f} | {ratio} | {target} | {peak} | {error} |"
+        )
 
 
 def main() -> None:
@@ -218,7 +240,7 @@ def main() -> None:
         calls = methods(options.attention, stack)
         seconds = time_interleaved(calls, options.rounds, CLOCKS[options.clock])
     peaks = {name: peak_in_fresh_process(name, options) for name in seconds}
-    rows = report(seconds, peaks)
+    rows = report(seconds, peaks, relative_errors(options.attention))
     print_table(rows)
     if options.json:
         settings: dict[str, object] = {"torch": torch.__version__, "rounds": options.rounds}

@@ -25,7 +25,7 @@ Method = Literal["exact", "finite_difference"]
 Order = Literal["algebraic", "magnitude"]
 
 # C in the relative truncation error C·ε² of the central difference, see `HessianOperator`.
-_TRUNCATION_CONSTANT = 2e5
+_TRUNCATION_CONSTANT = 5.0
 _DTYPES = (torch.float32, torch.float64)
 
 
@@ -37,19 +37,20 @@ class HessianOperator:
     of `parameters`; `split` and `flatten` convert.
 
     `method="exact"` differentiates the gradient graph once more, ∇(∇L·v) (Pearlmutter 1994):
-    about three gradients per product, two within `retained_graphs`. Attention runs on its math
-    kernel, since the fused ones have no second derivative.
+    about three gradients per product, two within `retained_graphs`. Attention of transformers
+    models is written out (`twice_differentiable_attention`), since the fused kernels have no second
+    derivative.
 
-    `method="finite_difference"` is [∇L(θ + hv) - ∇L(θ - hv)] / 2h, h = ε·‖θ‖/‖v‖: two gradients,
-    any kernel. Its relative error is about C·ε² (truncation) + u/ε (rounding of θ ± hv and of
-    the gradients, u the unit roundoff), least at ε = (u/2C)^⅓. The textbook ε = u^⅓ takes C = 1,
-    that is, a loss that varies over the distance ‖θ‖; along the leading eigenvectors of small
-    GPT-NeoX models (random, trained and damaged) C was measured at 1e4 to 4e5, and that step is
-    wrong there by a quarter up to a factor of eight. C = 2e5 gives ε = 5.3e-5 in float32, with
-    which the gradient and the leading eigenvectors came out within 1.1e-3 up to n = 3e5 (the most
-    negative ones within 3e-3). Isotropic directions, where rounding is all, grow from 3e-4 at
-    n = 8e3 to 3e-3 at n = 3e5, since ‖Hv‖ falls with n; ε = 2e-4 keeps those within 1e-3. Along
-    a direction far flatter than the rest only ‖error‖ ≪ ‖H‖‖v‖ holds.
+    `method="finite_difference"` is [∇L(θ + hv) - ∇L(θ - hv)] / 2h: two gradients, any kernel. The
+    step moves the largest entry by a fixed share of the parameters' root mean square,
+    h = ε·rms(θ)/max|v|: the truncation is governed by how far single weights move, and the
+    Euclidean norm does not see that (leading eigenvectors are 50 to 250 times as peaked as their
+    root mean square, isotropic directions 5 times; a step scaled by ‖v‖ that suits the one is off
+    by a factor of 80 for the other). The relative error is about C·ε² (truncation) + u/ε
+    (rounding, u the unit roundoff), least at ε = (u/2C)^⅓; C = 5 was fitted on the trained nano and
+    micro models, where the gradient, an isotropic direction and the leading and most negative
+    eigenvectors all come out within 1e-3 in float32. Along a direction far flatter than the rest
+    only ‖error‖ ≪ ‖H‖‖v‖ holds.
 
     Source:
         Pearlmutter 1994, Neural Computation 6(1), for both; Nocedal & Wright 2006, section 8.1,
@@ -219,7 +220,7 @@ class HessianOperator:
             return self._retained[index]
         # Reverse over reverse: forward over reverse is no dearer in principle, but torch 2.13 has
         # the forward derivative of a layer norm's weight gradient wrong (the tests show it).
-        with sdpa_kernel(SDPBackend.MATH):
+        with twice_differentiable_attention(self._model):
             loss = self._loss_closure(self._model, self._batches[index])
             gradients = list(
                 torch.autograd.grad(
@@ -251,10 +252,11 @@ class HessianOperator:
     def _difference(self, vector: Tensor) -> Tensor:
         """Central difference of gradients along `vector`; the parameters come back bitwise."""
         saved = self.flatten(parameter.detach() for parameter in self._parameters)
-        length = torch.linalg.vector_norm(vector).item()
-        if length == 0:
+        largest = vector.abs().max().item()
+        if largest == 0:
             return torch.zeros_like(vector)
-        step = self._relative_step * torch.linalg.vector_norm(saved).item() / length
+        scale = torch.linalg.vector_norm(saved).item() / math.sqrt(len(saved))
+        step = self._relative_step * scale / largest
         try:
             self._assign(torch.add(saved, vector, alpha=step))
             change = self._gradient()
@@ -293,6 +295,30 @@ def _validate(
     dtypes = {parameter.dtype for parameter in parameters}
     if len(dtypes) > 1 or not dtypes <= set(_DTYPES):
         raise TypeError(f"parameters must be all float32 or all float64, got {dtypes}")
+
+
+@contextmanager
+def twice_differentiable_attention(model: nn.Module) -> Iterator[None]:
+    """Attention with all derivatives inside, as before afterwards.
+
+    The float32 transformers models at or below `model` are switched to attention written out in
+    torch operations. Their float64 ones would then still take the softmax in float32, so for those
+    torch's fused kernels are turned off instead, which acts on the whole process: a float64 model
+    is for checks, not for cells that share a process with others.
+    """
+    switchable: list[Any] = [m for m in model.modules() if hasattr(m, "set_attn_implementation")]
+    if any(parameter.dtype is torch.float64 for parameter in model.parameters()):
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+        return
+    before = [(module, module.config._attn_implementation) for module in switchable]
+    try:
+        for module in switchable:
+            module.set_attn_implementation("eager")
+        yield
+    finally:
+        for module, implementation in before:
+            module.set_attn_implementation(implementation)
 
 
 @contextmanager

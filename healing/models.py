@@ -227,17 +227,6 @@ def block_outputs(model: nn.Module) -> Iterator[list[torch.Tensor]]:
 
 
 @contextlib.contextmanager
-def eager_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Attention written out in torch operations (all derivatives) inside, as before afterwards."""
-    before = model.config._attn_implementation
-    model.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
-
-
-@contextlib.contextmanager
 def _mode(model: nn.Module, training: bool) -> Iterator[None]:
     was_training = model.training
     model.train(training)
@@ -328,10 +317,6 @@ def read_checkpoint(path: pathlib.Path) -> Checkpoint:
     state = data["model_state_dict"]
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise CheckpointError(f"{path}: model_state_dict is not a mapping of names to tensors")
-    config = data.get("config") or {}
-    named = config.get("model") if isinstance(config, dict) else 0
-    if not isinstance(data["step"], int) or not (named is None or isinstance(named, str)):
-        raise CheckpointError(f"{path}: step is not a number or config is not a mapping")
     config = data.get("config") or {}
     named = config.get("model") if isinstance(config, dict) else 0
     if not isinstance(data["step"], int) or not (named is None or isinstance(named, str)):

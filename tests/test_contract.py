@@ -48,7 +48,7 @@ attacks.driver attacks.alignment attacks.haep attacks.arms
 sft recovery
 stats variance scaling comparison survival trajectory power pooling
 ui_view tracking
-plots report
+plots.style plots.runs plots.groups report
 experiment.console experiment.files experiment.errors experiment.loading
 experiment.pretrain experiment.attack experiment.healing_cell experiment.heal
 experiment.summarize experiment.sweep

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from healing.attacks.alignment import gradients_of, random_sequences, sequence_alignment
-from healing.models import eager_attention, embedding_matrix
+from healing.curvature import twice_differentiable_attention
+from healing.models import embedding_matrix
 from healing.subspaces import LowCurvatureSubspace
 
 TOP_TOKENS = 64
@@ -79,13 +80,11 @@ def token_gradient(
 ) -> torch.Tensor:
     """∂ρ/∂(one-hot input), (length, vocabulary), with the labels held fixed.
 
-    Differentiates the gradient, so attention runs on the kernel that has second derivatives.
-    That is chosen on this model alone: torch's ``sdpa_kernel`` switches the whole process, and
-    other cells run in other threads.
+    Differentiates the gradient, so attention is written out in operations with second derivatives.
     """
     embedding = embedding_matrix(model)
     one_hot = F.one_hot(tokens, embedding.shape[0]).to(embedding.dtype).requires_grad_()
-    with eager_attention(model):
+    with twice_differentiable_attention(model):
         loss = model(
             inputs_embeds=(one_hot @ embedding).unsqueeze(0), labels=tokens.unsqueeze(0)
         ).loss

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from healing import plots, tracking
+from healing import tracking
 from healing.attacks.arms import make_arm
 from healing.attacks.driver import AttackRecord, WeightChange, run_attack
 from healing.attacks.haep import Catalyst
@@ -26,6 +26,7 @@ from healing.models import (
     save_checkpoint,
     state_digest,
 )
+from healing.plots import runs as runs_figures
 from healing.probe import Measurement
 from healing.randomness import named_generator
 from healing.recovery import Damage, State
@@ -214,7 +215,7 @@ def _store(run: RunLogger, outcome: AttackOutcome, folder: pathlib.Path) -> path
     states = {"healthy": outcome.healthy, "collapsed": outcome.collapsed}
     spectra = {name: m.mean_spectrum() for name, m in states.items()}
     write_json(folder / "spectra.json", spectra)
-    plots.spectral_decay(folder / "plots" / "spectral_decay.png", spectra)
+    runs_figures.spectral_decay(folder / "plots" / "spectral_decay.png", spectra)
     return checkpoint
 
 
@@ -293,7 +294,7 @@ def attack(
         run.metrics({f"summary/{k}": v for k, v in outcome.summary().items()}, outcome.last.step)
         run.tags(_tags(outcome))
         checkpoint = _store(run, outcome, folder)
-        plots.rank_collapse(
+        runs_figures.rank_collapse(
             folder / "plots" / "rank_collapse.png", trajectory, config.arm, config.model
         )
         run.describe(describe(outcome))

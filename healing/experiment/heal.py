@@ -8,7 +8,7 @@ import pathlib
 import time
 from typing import Any
 
-from healing import plots, tracking
+from healing import tracking
 from healing.config import (
     AttackConfig,
     HealConfig,
@@ -42,6 +42,8 @@ from healing.models import (
     read_checkpoint,
     state_digest,
 )
+from healing.plots import runs as runs_figures
+from healing.plots.style import arm_label
 from healing.report import percent_text
 from healing.sft import HealRecord
 from healing.tracking import RunLogger
@@ -101,10 +103,14 @@ def _store(
         "healed": outcome.records[-1].measurement.mean_spectrum(),
     }
     write_json(folder / "spectra.json", spectra)
-    title = f"{config.model}, {plots.arm_label(arm)}, seed {config.seed}"
-    plots.recovery_trajectory(folder / "plots" / "recovery_trajectory.png", rows, s, arm, title)
-    plots.perplexity_recovery(folder / "plots" / "perplexity_recovery.png", rows, s, arm, title)
-    plots.spectral_decay(folder / "plots" / "spectral_decay_three_state.png", spectra, title)
+    title = f"{config.model}, {arm_label(arm)}, seed {config.seed}"
+    runs_figures.recovery_trajectory(
+        folder / "plots" / "recovery_trajectory.png", rows, s, arm, title
+    )
+    runs_figures.perplexity_recovery(
+        folder / "plots" / "perplexity_recovery.png", rows, s, arm, title
+    )
+    runs_figures.spectral_decay(folder / "plots" / "spectral_decay_three_state.png", spectra, title)
 
 
 def _lineage(cell: HealCell, checkpoint: Checkpoint) -> dict[str, Any]:

@@ -9,11 +9,12 @@ import time
 
 import torch
 
-from healing import plots, tracking
+from healing import tracking
 from healing.config import PretrainConfig, as_params
 from healing.corpora import load_corpus
 from healing.experiment.console import Console
 from healing.experiment.files import write_json
+from healing.plots import runs as runs_figures
 from healing.pretraining import Pretraining, PretrainRecord, unigram_perplexity
 
 
@@ -36,7 +37,7 @@ def _store(
 ) -> pathlib.Path:
     config = training.config
     folder = pathlib.Path(config.output_dir) / config.model
-    plots.loss_curve(
+    runs_figures.loss_curve(
         folder / "loss_curve.png",
         config.model,
         [r.tokens for r in records],

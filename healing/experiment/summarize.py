@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from healing import plots, report, tracking
+from healing import report, tracking
 from healing.config import SummarizeConfig, as_params
 from healing.experiment.attack import open_run
 from healing.experiment.console import Console
 from healing.experiment.files import read_jsonl, write_json
+from healing.plots import groups as groups_figures
 from healing.pooling import ENDPOINTS, GroupSummary, HealRun, Summary, summarize_runs
 from healing.tracking import RunLogger, RunView, TrackingError
 
@@ -108,9 +109,9 @@ def _write(folder: pathlib.Path, summary: Summary) -> list[pathlib.Path]:
     write_csv(folder / "summary.csv", report.group_rows(summary))
     (folder / "summary.md").write_text(report.markdown(summary))
     if summary.groups:
-        plots.mean_recovery(folder / "mean_recovery.png", summary.groups)
-        plots.final_recovery(folder / "final_recovery.png", summary.groups)
-        plots.recovery_against_parameters(
+        groups_figures.mean_recovery(folder / "mean_recovery.png", summary.groups)
+        groups_figures.final_recovery(folder / "final_recovery.png", summary.groups)
+        groups_figures.recovery_against_parameters(
             folder / "recovery_against_parameters.png", summary.groups
         )
     return sorted(p for p in folder.iterdir() if p.is_file())
