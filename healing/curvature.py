@@ -25,7 +25,7 @@ Method = Literal["exact", "finite_difference"]
 Order = Literal["algebraic", "magnitude"]
 
 # C in the relative truncation error C·ε² of the central difference, see `HessianOperator`.
-_TRUNCATION_CONSTANT = 5.0
+_TRUNCATION_CONSTANT = 9.0
 _DTYPES = (torch.float32, torch.float64)
 
 
@@ -47,7 +47,7 @@ class HessianOperator:
     Euclidean norm does not see that (leading eigenvectors are 50 to 250 times as peaked as their
     root mean square, isotropic directions 5 times; a step scaled by ‖v‖ that suits the one is off
     by a factor of 80 for the other). The relative error is about C·ε² (truncation) + u/ε
-    (rounding, u the unit roundoff), least at ε = (u/2C)^⅓; C = 5 was fitted on the trained nano and
+    (rounding, u the unit roundoff), least at ε = (u/2C)^⅓; C = 9 was fitted on the trained nano and
     micro models, where the gradient, an isotropic direction and the leading and most negative
     eigenvectors all come out within 1e-3 in float32. Along a direction far flatter than the rest
     only ‖error‖ ≪ ‖H‖‖v‖ holds.
