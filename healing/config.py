@@ -13,8 +13,19 @@ from typing import Any, TypeVar
 
 from healing.options import AUTO, ConfigError, option, validate_fields
 
-ARMS = ("haep", "spectral", "random_tokens", "random_text", "gaussian_noise", "none")
+ARMS = (
+    "haep",
+    "haep_oracle",
+    "spectral",
+    "random_tokens",
+    "random_text",
+    "gaussian_noise",
+    "none",
+)
+TREATMENT, CONTROL, SHAM = "haep", "gaussian_noise", "none"
+NOISE_MATCHES = ("norm", "loss", "rank")
 OPTIMIZERS = ("adamw", "sgd")
+SUBSPACES = ("singular", "hessian")
 DEVICES_HELP = "auto (accelerator if there is one), cpu, cuda, cuda:N or mps."
 RAW_DATA = "priority5_healing/raw_data"
 """Folder below ``output_dir`` that holds one folder per run."""
@@ -30,6 +41,7 @@ class Preset:
         probe_tokens: Tokens of the frozen probe, at least 4 × hidden size.
         batch_size: Windows per fine-tuning step.
         attack_lr: AdamW learning rate of the attack.
+        attack_sgd_lr: SGD learning rate of the attack.
         attack_steps: Attack budget, in optimiser steps.
         healing_lr: Learning rate of healing.
         sweep_healing_steps: Healing steps per cell of the default ``main`` sweep.
@@ -41,6 +53,7 @@ class Preset:
     probe_tokens: int
     batch_size: int
     attack_lr: float
+    attack_sgd_lr: float
     attack_steps: int
     healing_lr: float
     sweep_healing_steps: int
@@ -48,11 +61,11 @@ class Preset:
 
 
 _EMBEDDED = {
-    "nano": Preset("embedded", "stdlib", 4096, 8, 2e-2, 40, 1e-3, 60, 1),
-    "micro": Preset("embedded", "stdlib", 4096, 8, 2e-2, 40, 1e-3, 60, 1),
+    "nano": Preset("embedded", "stdlib", 4096, 8, 2e-2, 0.2, 40, 1e-3, 60, 1),
+    "micro": Preset("embedded", "stdlib", 4096, 8, 2e-2, 0.2, 40, 1e-3, 60, 1),
 }
 _PYTHIA = {
-    size: Preset(f"EleutherAI/pythia-{size}", "pile", tokens, 8, 1e-3, 100, 1e-4, 500, 0)
+    size: Preset(f"EleutherAI/pythia-{size}", "pile", tokens, 8, 1e-3, 1e-1, 100, 1e-4, 500, 0)
     for size, tokens in {
         "70m": 8192,
         "160m": 8192,
@@ -75,10 +88,12 @@ NOT_DETERMINING = frozenset(
         "runs_per_checkpoint",
         "checkpoint_dir",
         "attack_run_id",
+        "reference_checkpoint",
+        "reference_run_id",
     }
 )
-"""Fields left out of a cell's fingerprint: they change no number (the kind of device does, and is
-put in where it is known)."""
+"""Fields left out of a cell's fingerprint: they change no number, or what they name does and is put
+in where it is known (the kind of device, a reference's weights)."""
 
 
 def preset_for(model: str) -> Preset:
@@ -140,8 +155,19 @@ class AttackConfig(BaseConfig):
 
     arm: str = option("haep", "Way of hurting the model.", choices=ARMS)
     attack_steps: int | str = option(AUTO, "Budget in optimiser steps; auto = by model.", minimum=0)
+    attack_optimizer: str = option(
+        "adamw", "Optimiser of the arms that descend an objective.", choices=OPTIMIZERS
+    )
     attack_lr: float | str = option(
-        AUTO, "AdamW learning rate; auto = by model.", minimum=0, exclusive_minimum=True
+        AUTO,
+        "Learning rate of the attack; auto = by model and optimiser.",
+        minimum=0,
+        exclusive_minimum=True,
+    )
+    warmup_steps: int = option(
+        0,
+        "Clean batches that AdamW's second moment sees before the attack; the weights stay.",
+        minimum=0,
     )
     target_rank_reduction: float = option(
         0.35,
@@ -163,18 +189,42 @@ class AttackConfig(BaseConfig):
     baseline_draws: int = option(
         24, "Random sequences that the catalyst's alignment is compared with.", minimum=3
     )
+    subspace: str = option(
+        "singular",
+        "Low-curvature subspace: the complement of each weight matrix's leading singular "
+        "directions, or of the leading eigenvectors of the clean loss's Hessian.",
+        choices=SUBSPACES,
+    )
     subspace_energy: float = option(
         0.99,
-        "Share of each weight matrix's energy in the leading singular subspace; "
-        "the low-curvature subspace is its complement.",
+        "singular: share of each weight matrix's energy in its leading directions.",
         minimum=0,
         maximum=1,
         exclusive_minimum=True,
     )
+    hessian_directions: int = option(
+        16, "hessian: leading eigenvectors left out of the subspace.", minimum=1
+    )
+    curvature_tokens: int = option(
+        1024, "Tokens of the attack split that the Hessian is taken on.", minimum=8
+    )
+    rayleigh_draws: int = option(
+        16,
+        "haep, haep_oracle: random directions that the curvature along the gradient is ranked "
+        "among; 0 = not measured.",
+        minimum=0,
+    )
     reference_checkpoint: str = option(
         "",
-        "gaussian_noise: attack checkpoint whose per-tensor weight change the noise matches; "
-        "empty = noise_scale is used.",
+        "gaussian_noise: attack checkpoint that the noise is matched to; empty = noise_scale is "
+        "used.",
+    )
+    reference_run_id: str = option("", "gaussian_noise: the same, given as an MLflow attack run.")
+    match: str = option(
+        "norm",
+        "gaussian_noise with a reference: equal weight change per tensor (norm), or one scale for "
+        "all tensors at which the probe's loss or rank is the reference's within 2 %.",
+        choices=NOISE_MATCHES,
     )
     noise_scale: float = option(
         1.0,
@@ -185,9 +235,24 @@ class AttackConfig(BaseConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.reference_checkpoint and self.arm != "gaussian_noise":
+        self._check_reference()
+        if self.warmup_steps and self.attack_optimizer != "adamw":
             raise ConfigError(
-                f"--reference-checkpoint belongs to --arm gaussian_noise, not to {self.arm}"
+                "--warmup-steps prepares AdamW's second moment: leave it out with "
+                f"--attack-optimizer {self.attack_optimizer}"
+            )
+
+    def _check_reference(self) -> None:
+        given = [n for n in ("reference_checkpoint", "reference_run_id") if getattr(self, n)]
+        flags = ["--" + name.replace("_", "-") for name in given]
+        if given and self.arm != "gaussian_noise":
+            raise ConfigError(f"{flags[0]} belongs to --arm gaussian_noise, not to {self.arm}")
+        if len(given) > 1:
+            raise ConfigError(f"{' and '.join(flags)} exclude each other: give one of them")
+        if self.match != "norm" and not given:
+            raise ConfigError(
+                f"--match {self.match} needs the attack to match: give --reference-run-id or "
+                "--reference-checkpoint with --arm gaussian_noise"
             )
 
 
@@ -220,6 +285,11 @@ class HealConfig(BaseConfig):
         exclusive_minimum=True,
     )
     healing_optimizer: str = option("adamw", "Optimiser of healing.", choices=OPTIMIZERS)
+    sham: bool = option(
+        False,
+        "Also refer recovery to the sham: the healthy model through the same fine-tuning (healed "
+        "once per seed and replicate, and found again in the store).",
+    )
     gradient_checkpointing: bool = option(False, "Recompute activations to save memory.")
     gradient_clip: float = option(0.0, "Largest gradient norm; 0 = no clipping.", minimum=0)
 
@@ -299,6 +369,15 @@ class SweepConfig:
     models: str = option("nano,micro", "Comma-separated model sizes.")
     arms: str = option("haep,gaussian_noise,spectral", "Comma-separated arms.")
     seeds: str = option("0,1,2", "Comma-separated seeds; each gives its own checkpoint.")
+    noise_match: str = option(
+        "loss",
+        "What gaussian_noise shares with the haep attack of the same seed: the weight change per "
+        "tensor (norm), or the damage: the probe's loss or rank.",
+        choices=NOISE_MATCHES,
+    )
+    sham: bool = option(
+        True, "Heal the healthy model too, and refer every recovery to it beside the plain formula."
+    )
     healing_steps: int | str = option(
         AUTO,
         "Fine-tuning steps per cell; auto = 60 for nano and micro, 500 for Pythia.",
@@ -377,6 +456,8 @@ def resolve(config: ConfigT) -> ConfigT:
     for field in dataclasses.fields(config):
         if getattr(config, field.name) == AUTO and hasattr(preset, field.name):
             values[field.name] = getattr(preset, field.name)
+    if "attack_lr" in values and getattr(config, "attack_optimizer", "") == "sgd":
+        values["attack_lr"] = preset.attack_sgd_lr
     return dataclasses.replace(config, **values)
 
 

@@ -11,6 +11,7 @@ from typing import TypeVar
 import numpy as np
 
 from healing.comparison import PRIMARY_ENDPOINTS, ArmComparison, compare_arms, paired_differences
+from healing.config import CONTROL, SHAM, TREATMENT
 from healing.scaling import ScalingSlope, scaling_slope
 from healing.stats import (
     ClusterMeans,
@@ -23,8 +24,8 @@ from healing.stats import (
 )
 from healing.survival import half_recovery_time, kaplan_meier
 
-ENDPOINTS = (*PRIMARY_ENDPOINTS, "ppl_improvement_pct")
-TREATMENT, CONTROL = "haep", "gaussian_noise"
+SHAM_ENDPOINTS = ("rank_recovery_sham_pct", "loss_recovery_sham_pct")
+ENDPOINTS = (*PRIMARY_ENDPOINTS, "ppl_improvement_pct", *SHAM_ENDPOINTS)
 T = TypeVar("T")
 
 
@@ -42,12 +43,14 @@ class HealRun:
         checkpoint: The collapsed state: the independent unit.
         seed: Of the attack; pairs the arms.
         n_params: Parameters of the model.
-        final: Endpoint → percent after the last step; NaN where undefined.
+        final: Endpoint → percent after the last step; NaN where undefined, absent where it was
+            not asked for (the sham's).
         steps: Measured steps.
         trajectory: Endpoint → percent at each step.
         status: ``ok``, ``nonfinite_steps`` or ``lockout``.
         spectral_state: ``collapsed``, ``inflated``, ``unchanged``, ``undefined``.
         undefined_reason: Why rank recovery is undefined; empty where defined.
+        noise_match: What noise shares with the attack of its seed; empty for other arms.
         failure: Why the run failed.
     """
 
@@ -66,6 +69,7 @@ class HealRun:
     status: str = "ok"
     spectral_state: str = ""
     undefined_reason: str = ""
+    noise_match: str = ""
     failure: str = ""
 
 
@@ -85,6 +89,7 @@ class GroupSummary:
         model: Model size.
         arm: Way of hurting.
         settings: Hash that parts otherwise equal groups.
+        noise_match: What noise shares with the attack of its seed; empty for other arms.
         n_params: Parameters of the model.
         n_runs: Finished runs.
         n_checkpoints: Independent units among them.
@@ -104,6 +109,7 @@ class GroupSummary:
     model: str
     arm: str
     settings: str
+    noise_match: str
     n_params: int
     n_runs: int
     n_checkpoints: int
@@ -207,20 +213,22 @@ def summarize_group(
     """
     first, notes = runs[0], _Notes()
     checkpoints = [r.checkpoint for r in runs]
+    measured = [e for e in ENDPOINTS if any(e in r.final for r in runs)]
     means = {
         e: notes.call(cluster_means, [r.final.get(e, math.nan) for r in runs], checkpoints)
-        for e in ENDPOINTS
+        for e in measured
     }
-    intervals = {e: notes.call(t_interval, means[e].means, confidence) for e in ENDPOINTS}
+    intervals = {e: notes.call(t_interval, means[e].means, confidence) for e in measured}
     enough = len(set(checkpoints)) >= 10
     bootstrap = {
-        e: notes.call(bca_interval, means[e].means, rng, confidence) for e in ENDPOINTS if enough
+        e: notes.call(bca_interval, means[e].means, rng, confidence) for e in measured if enough
     }
     states = [r.spectral_state for r in runs]
     return GroupSummary(
         model=first.model,
         arm=first.arm,
         settings=first.settings,
+        noise_match=first.noise_match,
         n_params=first.n_params,
         n_runs=len(runs),
         n_checkpoints=len(set(checkpoints)),
@@ -315,6 +323,7 @@ def summarize_runs(runs: Sequence[HealRun], confidence: float, rng: np.random.Ge
         comparisons=_comparisons(grouped, 1.0 - confidence),
         slopes=_slopes(groups, confidence),
         failed=tuple(r for r in runs if not r.finished),
-        undefined=tuple(r for r in finished if r.undefined_reason),
+        # The sham changes nothing by design: not news.
+        undefined=tuple(r for r in finished if r.undefined_reason and r.arm != SHAM),
         confidence=confidence,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 IRREVERSIBLE, REVERSIBLE, PARTIAL, UNDEFINED = (
     "irreversible pathology",
@@ -116,6 +116,22 @@ class Damage:
         """100·(healthy − collapsed)/healthy; negative where the rank rose."""
         healthy = self.healthy.effective_rank
         return 100.0 * (healthy - self.collapsed.effective_rank) / healthy
+
+    def sham_recovery(self, now: State, sham: State) -> dict[str, float]:
+        """Recovery referred to the sham at the same step, in percent; NaN where undefined.
+
+        100·(now − collapsed)/(sham − collapsed): fine-tuning moves a healthy model too, and a
+        healed one can be asked for no more than that. Undefined by the same rule as the plain
+        recovery, with the sham in the healthy model's place.
+        """
+        against = Damage(
+            replace(sham, rank_standard_error=self.healthy.rank_standard_error), self.collapsed
+        )
+        numbers = against.recovery(now)
+        return {
+            "rank_recovery_sham_pct": numbers["rank_recovery_pct"],
+            "loss_recovery_sham_pct": numbers["loss_recovery_pct"],
+        }
 
     def recovery(self, now: State) -> dict[str, float]:
         """The three recovery numbers of a state, in percent; NaN where undefined."""

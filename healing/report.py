@@ -7,13 +7,22 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from healing.pooling import Band, GroupSummary, HealRun, Summary
+from healing.config import CONTROL
+from healing.pooling import SHAM_ENDPOINTS, Band, GroupSummary, HealRun, Summary
 from healing.stats import Interval
 
 ENDPOINT_LABELS = {
     "rank_recovery_pct": "rank recovery (%)",
     "loss_recovery_pct": "loss recovery (%)",
     "ppl_improvement_pct": "perplexity improvement (%)",
+    "rank_recovery_sham_pct": "rank recovery against the sham (%)",
+    "loss_recovery_sham_pct": "loss recovery against the sham (%)",
+}
+EQUAL = {
+    "norm": "equal weight change",
+    "loss": "equal loss (damage-matched)",
+    "rank": "equal effective rank (damage-matched)",
+    "scale": "a fixed scale (not matched)",
 }
 STATEMENTS = {
     "superior": "HAEP damage recovers more than noise damage (superior)",
@@ -139,9 +148,27 @@ def comparison_sentence(model: str, summary: Summary) -> str:
         unit = "" if math.isnan(difference.point) else " points"
         parts.append(f"{label} {interval_text(difference)}{unit}")
     return (
-        f"{model}: HAEP minus Gaussian noise of equal weight change, paired by seed: "
+        f"{model}: HAEP minus Gaussian noise of {noise_kind(model, summary)}, paired by seed: "
         f"{'; '.join(parts)}. {STATEMENTS[comparison.statement]}."
     )
+
+
+def noise_kind(model: str, summary: Summary) -> str:
+    """What the noise of a model's comparison shares with its attacks."""
+    kinds = {g.noise_match for g in summary.groups if (g.model, g.arm) == (model, CONTROL)}
+    return ", ".join(EQUAL.get(kind, "unknown match") for kind in sorted(kinds))
+
+
+def sham_table(summary: Summary) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the recoveries referred to the sham; no rows where there was none."""
+    header = ["model", "arm", *(ENDPOINT_LABELS[e] for e in SHAM_ENDPOINTS)]
+    rows = [
+        [g.model, group_label(g, summary.groups)]
+        + [interval_text(g.intervals[e]) for e in SHAM_ENDPOINTS]
+        for g in summary.groups
+        if set(SHAM_ENDPOINTS) <= g.intervals.keys()
+    ]
+    return header, rows
 
 
 def _run_lines(runs: Sequence[HealRun], reason: str) -> list[str]:
@@ -158,6 +185,17 @@ def markdown(summary: Summary) -> str:
         "healthy value, above 100 % it went past it.",
         "",
     ]
+    sham_header, sham_rows = sham_table(summary)
+    if sham_rows:
+        lines += [
+            "## Recovery against the sham",
+            "",
+            "100·(now − collapsed)/(sham − collapsed), the sham being the healthy model after the "
+            "same fine-tuning steps on the same batches.",
+            "",
+            *_markdown_table(sham_header, sham_rows),
+            "",
+        ]
     if summary.comparisons:
         lines += ["## HAEP against Gaussian noise", ""]
         lines += [f"- {comparison_sentence(m, summary)}" for m in summary.comparisons] + [""]
@@ -182,8 +220,8 @@ def _listing(title: str, runs: Sequence[HealRun], reason: str) -> list[str]:
 
 
 GROUP_FIELDS = (
-    "model", "arm", "settings", "n_params", "n_runs", "n_checkpoints", "n_undefined", "n_lockout",
-    "verdict", "verdict_loss", "notes",
+    "model", "arm", "settings", "noise_match", "n_params", "n_runs", "n_checkpoints",
+    "n_undefined", "n_lockout", "verdict", "verdict_loss", "notes",
 )  # fmt: skip
 
 

@@ -27,7 +27,7 @@ from healing.models import (
 )
 from healing.probe import Probe
 from healing.randomness import named_generator
-from healing.subspaces import LowCurvatureSubspace, MatrixSubspace
+from healing.subspaces import MatrixSubspace, SingularSubspace
 from tests.test_probe import hand_written_loss
 from tests.test_spectra import reference_rank
 
@@ -68,7 +68,7 @@ def test_energy_of_a_rank_two_matrix():
 
 def test_alignment_is_the_share_of_the_squared_norm():
     weights = {"a": matrix(8, 6), "b": matrix(5, 5, seed=2)}
-    subspace = LowCurvatureSubspace.of(weights, 0.8)
+    subspace = SingularSubspace.of(weights, 0.8)
     gradients = {"a": matrix(8, 6, seed=3), "b": matrix(5, 5, seed=4)}
     inside = sum(
         float(subspace.matrices[k].project(g).square().sum()) for k, g in gradients.items()
@@ -80,7 +80,7 @@ def test_alignment_is_the_share_of_the_squared_norm():
 
 
 def test_isotropic_alignment_by_simulation():
-    subspace = LowCurvatureSubspace.of({"a": matrix(12, 9), "b": matrix(6, 6, seed=2)}, 0.6)
+    subspace = SingularSubspace.of({"a": matrix(12, 9), "b": matrix(6, 6, seed=2)}, 0.6)
     draws = [
         float(subspace.alignment({"a": matrix(12, 9, seed=s), "b": matrix(6, 6, seed=s + 999)}))
         for s in range(10, 410)
@@ -93,14 +93,14 @@ def test_isotropic_alignment_by_simulation():
 
 
 @pytest.fixture
-def subspace(tiny) -> LowCurvatureSubspace:
-    return LowCurvatureSubspace.of(block_matrices(tiny.model), 0.9)
+def subspace(tiny) -> SingularSubspace:
+    return SingularSubspace.of(block_matrices(tiny.model), 0.9)
 
 
 def test_token_gradient_against_finite_differences(tiny, subspace):
     """∂ρ/∂(one-hot) along a swap direction, by central differences of the embedding mixture."""
     tiny.model.double()
-    space = LowCurvatureSubspace.of(block_matrices(tiny.model), 0.9)
+    space = SingularSubspace.of(block_matrices(tiny.model), 0.9)
     tokens = random_sequences(1, 6, 2048, named_generator(0, "t"))[0]
     gradient = token_gradient(tiny.model, space, tokens)
     embedding = tiny.model.get_input_embeddings().weight.detach()
@@ -163,7 +163,7 @@ def test_attack_objective_is_hand_written_cross_entropy_of_the_next_token(nano, 
 
 
 def test_token_gradient_leaves_attention_as_it_was(nano):
-    space = LowCurvatureSubspace.of(block_matrices(nano.model), 0.9)
+    space = SingularSubspace.of(block_matrices(nano.model), 0.9)
     before = torch.backends.cuda.flash_sdp_enabled(), nano.model.config._attn_implementation
     token_gradient(nano.model, space, torch.arange(6))
     after = torch.backends.cuda.flash_sdp_enabled(), nano.model.config._attn_implementation
@@ -175,15 +175,17 @@ def test_token_gradient_leaves_attention_as_it_was(nano):
 
 def settings(arm: str, **changes) -> AttackConfig:
     values = {"search_steps": 1, "search_candidates": 2, "baseline_draws": 3, "attack_steps": 4,
-              "measurement_interval": 2, "sequence_length": 64, "batch_size": 4}  # fmt: skip
+              "measurement_interval": 2, "sequence_length": 64, "batch_size": 4,
+              "rayleigh_draws": 0}  # fmt: skip
     return resolve(AttackConfig(model="nano", arm=arm, **(values | changes)))
 
 
 def run(nano, corpus, probe, config):
     healthy = probe.measure(nano.model)
     change = WeightChange(nano.model)
-    arm, catalyst = make_arm(config, nano, corpus, change)
-    return list(run_attack(nano, arm, config, probe, healthy, change)), change, catalyst
+    made = make_arm(config, nano, corpus, change)
+    records = list(run_attack(nano, made.arm, config, probe, healthy, change))
+    return records, change, made.catalyst
 
 
 @pytest.fixture
@@ -277,7 +279,7 @@ def test_spectral_arm_collapses_the_rank(nano, corpus, small_probe):
 def test_attack_stops_on_a_step_that_is_not_finite(nano, corpus, small_probe):
     healthy, change = small_probe.measure(nano.model), WeightChange(nano.model)
     config = settings("random_tokens", attack_steps=10)
-    arm, _ = make_arm(config, nano, corpus, change)
+    arm = make_arm(config, nano, corpus, change).arm
     weight = next(iter(block_matrices(nano.model).values()))
     arm.objective = lambda: (weight * math.inf).sum()  # type: ignore[attr-defined]
     records = list(run_attack(nano, arm, config, small_probe, healthy, change))

@@ -44,7 +44,7 @@ LAYERS = """
 options config randomness
 spectra lanczos stochastic curvature subspaces
 models corpora pretraining probe
-attacks.driver attacks.alignment attacks.haep attacks.arms
+attacks.driver attacks.alignment attacks.haep attacks.clean_curvature attacks.arms attacks.matching
 sft recovery
 stats variance scaling comparison survival trajectory power pooling
 ui_view tracking
@@ -213,6 +213,16 @@ def test_what_the_user_passes_wins():
     assert resolve(HealConfig(model="1b")).healing_lr == 1e-4
 
 
+def test_the_attack_rate_follows_the_optimiser():
+    for model in ("nano", "70m"):
+        preset = preset_for(model)
+        assert resolve(AttackConfig(model=model)).attack_lr == preset.attack_lr
+        sgd = resolve(AttackConfig(model=model, attack_optimizer="sgd"))
+        assert sgd.attack_lr == preset.attack_sgd_lr != preset.attack_lr
+    given = AttackConfig(model="nano", attack_optimizer="sgd", attack_lr=0.5)
+    assert resolve(given).attack_lr == 0.5
+
+
 def test_heal_defaults_of_the_experiment():
     config = HealConfig()
     assert resolve(config).model == "1b"
@@ -258,6 +268,20 @@ def test_fingerprint_follows_results_not_places():
         (
             lambda: AttackConfig(arm="haep", reference_checkpoint="a"),
             "--reference-checkpoint belongs to --arm gaussian_noise, not to haep",
+        ),
+        (
+            lambda: AttackConfig(arm="gaussian_noise", match="loss"),
+            "--match loss needs the attack to match: give --reference-run-id or",
+        ),
+        (
+            lambda: AttackConfig(
+                arm="gaussian_noise", reference_run_id="a", reference_checkpoint="b"
+            ),
+            "--reference-checkpoint and --reference-run-id exclude each other",
+        ),
+        (
+            lambda: AttackConfig(warmup_steps=3, attack_optimizer="sgd"),
+            "--warmup-steps prepares AdamW's second moment: leave it out with",
         ),
         (lambda: SweepConfig(models="nano,giant"), "--models: unknown giant; choose from nano"),
         (lambda: SweepConfig(arms=""), "--arms is empty"),

@@ -12,6 +12,7 @@ import pytest
 import torch
 from mlflow.tracking import MlflowClient
 
+from healing.attacks.matching import MatchError
 from healing.config import AttackConfig, HealConfig, SummarizeConfig, SweepConfig
 from healing.experiment import sweep as sweep_module
 from healing.experiment.attack import attack
@@ -33,7 +34,8 @@ from healing.tracking import TrackingError
 
 SMALL = {"model": "nano", "sequence_length": 64, "probe_tokens": 1024, "batch_size": 4,
          "measurement_interval": 4, "verbosity": "quiet"}  # fmt: skip
-FAST_ATTACK = {"attack_steps": 8, "search_steps": 1, "search_candidates": 2, "baseline_draws": 3}
+FAST_ATTACK = {"attack_steps": 8, "search_steps": 1, "search_candidates": 2, "baseline_draws": 3,
+               "rayleigh_draws": 2, "curvature_tokens": 128}  # fmt: skip
 SIX_FILES = (
     "metrics.jsonl", "config.json", "healing_summary.json", "plots/recovery_trajectory.png",
     "plots/perplexity_recovery.png", "plots/spectral_decay_three_state.png",
@@ -290,7 +292,7 @@ def test_a_failed_attack_fails_its_noise_and_is_listed(store, monkeypatch):
 def small_sweep(**changes) -> SweepConfig:
     values = {"models": "nano", "arms": "random_tokens,none", "seeds": "0,1", "healing_steps": 4,
               "attack_steps": 4, "batch_size": 4, "sequence_length": 64, "verbosity": "quiet",
-              "measurement_interval": 2}  # fmt: skip
+              "measurement_interval": 2, "noise_match": "norm", "sham": False}  # fmt: skip
     return SweepConfig(**(values | changes))
 
 
@@ -302,11 +304,11 @@ def test_sweep_runs_every_cell_once_and_summarizes(store):
     experiment = client.get_experiment_by_name("llm-healing").experiment_id
     stages = [r.data.tags["stage"] for r in client.search_runs([experiment])]
     assert {s: stages.count(s) for s in set(stages)} == {
-        "main": 1, "attack": 4, "heal": 4, "summarize": 1,
+        "main": 1, "attack": 2, "heal": 4, "summarize": 1,
     }  # fmt: skip
     again = sweep(small_sweep())
     stages = [r.data.tags["stage"] for r in client.search_runs([experiment])]
-    assert stages.count("heal") == stages.count("attack") == 4
+    assert (stages.count("heal"), stages.count("attack")) == (4, 2)
     finals = [g.intervals["loss_recovery_pct"].point for g in summary.groups]
     repeats = [g.intervals["loss_recovery_pct"].point for g in again.groups]
     assert plain(finals) == plain(repeats)
@@ -331,7 +333,7 @@ def test_workers_change_no_number(store, tmp_path):
 
 def test_plan_puts_the_noise_after_what_it_is_matched_to():
     chains = plan(SweepConfig(arms="gaussian_noise,haep,spectral", seeds="4"))
-    order = ["haep", "spectral", "gaussian_noise"]
+    order = ["none", "haep", "spectral", "gaussian_noise"]
     assert [[c.arm for c in chain] for chain in chains] == [order, order]
     assert [chain[0].model for chain in chains] == ["micro", "nano"]
     assert worker_count(SweepConfig(workers=3)) == 3
@@ -346,6 +348,73 @@ def test_matched_noise_in_a_sweep_refers_to_the_attack_of_its_seed(store):
     noise = read_jsonl(folder / "metrics.jsonl")[-1]["weight_change"]
     haep = read_jsonl(run_folder(store, "*haep*attack*") / "metrics.jsonl")[-1]["weight_change"]
     assert noise == pytest.approx(haep, rel=1e-3)
+
+
+def test_noise_in_a_sweep_is_matched_in_damage_by_default(store):
+    sweep(small_sweep(arms="gaussian_noise,haep", seeds="3", noise_match="loss", sham=True))
+    noise = read_jsonl(run_folder(store, "*gaussian_noise*attack*") / "metrics.jsonl")
+    haep = read_jsonl(run_folder(store, "*haep*attack*") / "metrics.jsonl")
+    assert noise[-1]["loss"] == pytest.approx(haep[-1]["loss"], rel=0.02)
+    assert [row["step"] for row in noise] == list(range(len(noise)))
+    assert noise[-1]["match_error_pct"] == pytest.approx(
+        100 * (noise[-1]["loss"] / haep[-1]["loss"] - 1), abs=1e-6
+    )
+    experiment = MlflowClient().get_experiment_by_name("llm-healing").experiment_id
+    (run,) = MlflowClient().search_runs([experiment], "tags.noise_match = 'loss' and "
+                                        "tags.stage = 'attack'")  # fmt: skip
+    (reference,) = MlflowClient().search_runs([experiment], "tags.stage = 'attack' and "
+                                              "tags.arm = 'haep'")  # fmt: skip
+    assert run.data.tags["reference_run_id"] == reference.info.run_id
+    history = MlflowClient().get_metric_history(run.info.run_id, "noise_scale")
+    assert [m.value for m in history] == [row["noise_scale"] for row in noise[1:]]
+    (folder,) = (store / "experiments/results/summaries").iterdir()
+    text = (folder / "summary.md").read_text()
+    assert "Gaussian noise of equal loss (damage-matched)" in text
+    assert "## Recovery against the sham" in text
+
+
+def test_noise_that_cannot_do_the_damage_fails_and_keeps_its_trajectory(store):
+    run_id, _ = make_attack("haep", target_rank_reduction=1.0)
+    wanted = {"arm": "gaussian_noise", "match": "rank", "reference_run_id": run_id}
+    with pytest.raises(MatchError, match=r"does not reach the rank .* closest was .* % off\) at"):
+        make_attack(**wanted)
+    experiment = MlflowClient().get_experiment_by_name("llm-healing").experiment_id
+    (run,) = MlflowClient().search_runs([experiment], "tags.arm = 'gaussian_noise'")
+    assert run.info.status == "FAILED"
+    assert "closest was" in run.data.tags["failure"]
+    assert len(MlflowClient().get_metric_history(run.info.run_id, "match_error_pct")) == 9
+
+
+def test_the_sham_is_healed_once_and_recovery_refers_to_it_step_by_step(store, checkpoint):
+    config = heal_config(collapsed_checkpoint=str(checkpoint), sham=True)
+    heal(config)
+    heal(replace(config, output_dir="again"))
+    experiment = MlflowClient().get_experiment_by_name("llm-healing").experiment_id
+    runs = MlflowClient().search_runs([experiment], "tags.stage = 'heal'")
+    shams = [r for r in runs if r.data.tags["arm"] == "none"]
+    assert (len(runs), len(shams)) == (3, 1)
+    healed = [r for r in runs if r.data.tags["arm"] != "none"]
+    assert {r.data.tags["sham_run_id"] for r in healed} == {shams[0].info.run_id}
+    reference = read_jsonl(run_folder(store, "*_none_*") / "metrics.jsonl")
+    rows = read_jsonl(run_folder(store, "*random_tokens*_run*") / "metrics.jsonl")
+    for row, sham in zip(rows, reference, strict=True):
+        expected = 100 * (row["loss"] - rows[0]["loss"]) / (sham["loss"] - rows[0]["loss"])
+        assert row["loss_recovery_sham_pct"] == pytest.approx(expected)
+    assert rows[-1]["loss_recovery_sham_pct"] != rows[-1]["loss_recovery_pct"]
+    # At step 0 the sham is the healthy model.
+    summary = json.loads(
+        (run_folder(store, "*random_tokens*_run*") / "healing_summary.json").read_text()
+    )
+    assert reference[0]["loss"] == pytest.approx(summary["original_loss"])
+
+
+def test_the_sham_takes_the_same_batches(store, checkpoint):
+    """A sham of a checkpoint that holds the healthy weights is that checkpoint's own healing."""
+    _, path = make_attack("none")
+    (own,) = heal(heal_config(collapsed_checkpoint=str(path)))
+    config = decide_model(heal_config(sham=True), read_checkpoint(checkpoint), checkpoint)
+    sham = heal_cell(HealCell(config, str(checkpoint)).sham_cell())
+    assert [r.measurement.loss for r in sham.records] == [r.measurement.loss for r in own.records]
 
 
 def test_summary_of_a_query_with_a_failed_run(store, checkpoint):

@@ -109,3 +109,14 @@ def test_a_state_that_cannot_compute_is_undefined_with_a_reason():
 )
 def test_verdict_thresholds(recovery, verdict):
     assert verdict_of(recovery) == verdict
+
+
+def test_sham_recovery_by_hand():
+    damage = Damage(State(40.0, 3.0, 20.0), State(20.0, 13.0, 4e5))
+    now, sham = State(26.0, 5.0, 150.0), State(35.0, 2.5, 12.0)
+    found = damage.sham_recovery(now, sham)
+    assert found["rank_recovery_sham_pct"] == pytest.approx(100 * 6 / 15)
+    assert found["loss_recovery_sham_pct"] == pytest.approx(100 * 8 / 10.5)
+    # A sham that itself ends where the collapsed model is leaves nothing to recover.
+    assert math.isnan(damage.sham_recovery(now, State(20.5, 13.1, 5e5))["rank_recovery_sham_pct"])
+    assert math.isnan(damage.sham_recovery(now, State(20.5, 13.1, 5e5))["loss_recovery_sham_pct"])

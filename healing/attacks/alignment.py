@@ -68,6 +68,6 @@ class AlignmentBaselines:
             "alignment_clean_text": sequence_alignment(model, self.subspace, self.clean),
             "alignment_isotropic": self.subspace.isotropic_alignment,
         }
-        if any(bool(delta[name].any()) for name in self.subspace.matrices):
+        if any(bool(delta[name].any()) for name in self.subspace.names):
             values["alignment_weight_change"] = float(self.subspace.alignment(delta))
         return values

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from transformers import PreTrainedModel
@@ -15,10 +18,12 @@ from healing.attacks.alignment import (
     random_sequences,
     sequence_loss,
 )
-from healing.attacks.driver import Arm, StepOutcome, WeightChange, gradient_step
+from healing.attacks.clean_curvature import clean_hessian, hessian_subspace, rayleigh_rank
+from healing.attacks.driver import StepOutcome, WeightChange, gradient_step
 from healing.attacks.haep import Catalyst, search_catalyst
-from healing.config import AttackConfig
+from healing.config import TREATMENT, AttackConfig
 from healing.corpora import Corpus, batches
+from healing.curvature import HessianOperator
 from healing.models import (
     CheckpointError,
     LoadedModel,
@@ -29,7 +34,7 @@ from healing.models import (
 )
 from healing.randomness import named_generator
 from healing.spectra import keep_mask, spectral_entropy
-from healing.subspaces import LowCurvatureSubspace
+from healing.subspaces import LowCurvatureSubspace, SingularSubspace
 
 ENTROPY_FLOOR = 1e-10
 """Eigenvalues under this share of their sum count as this share in the ``spectral`` objective."""
@@ -45,6 +50,8 @@ class ObjectiveArm:
             attack's own stream.
         baselines: What the gradient's alignment is compared with.
         change: Snapshot of the healthy weights.
+        projected: Whether the optimiser is given P_N of the gradient instead of the gradient
+            (``haep_oracle``); parameters outside the matrices then stay.
     """
 
     stops_early = True
@@ -56,13 +63,37 @@ class ObjectiveArm:
         fixed_objective: Callable[[], torch.Tensor],
         baselines: AlignmentBaselines,
         change: WeightChange,
+        *,
+        projected: bool = False,
     ) -> None:
         self.model, self.objective, self.fixed_objective = model, objective, fixed_objective
-        self.baselines, self.change = baselines, change
+        self.baselines, self.change, self.projected = baselines, change, projected
 
-    def advance(self, optimizer: torch.optim.Optimizer, step: int, total: int) -> StepOutcome:
-        """One optimiser step on the objective."""
-        return gradient_step(optimizer, self.objective())
+    def advance(
+        self, optimizer: torch.optim.Optimizer, step: int, total: int, *, watched: bool
+    ) -> StepOutcome:
+        """One optimiser step on the objective; a watched one says how it treats N (κ)."""
+        matrices = block_matrices(self.model)
+        before = {n: p.detach().clone() for n, p in matrices.items()} if watched else {}
+        outcome = gradient_step(optimizer, self.objective(), self._project_gradients)
+        if not (watched and outcome.finite):
+            return outcome
+        gradients = {n: p.grad for n, p in matrices.items() if p.grad is not None}
+        update = {n: p.detach() - before[n] for n, p in matrices.items()}
+        numbers = self.baselines.subspace.amplification(gradients, update)
+        if self.projected:
+            del numbers["kappa"]  # there is no gradient outside N to compare with
+        return replace(outcome, diagnostics=numbers)
+
+    def _project_gradients(self) -> None:
+        if not self.projected:
+            return
+        named = dict(self.model.named_parameters())
+        subspace = self.baselines.subspace
+        gradients = {n: named[n].grad for n in subspace.names}
+        inside = subspace.project({n: g for n, g in gradients.items() if g is not None})
+        for name, parameter in named.items():
+            parameter.grad = inside.get(name)
 
     def diagnostics(self) -> dict[str, float]:
         """ρ of the objective's gradient beside its baselines."""
@@ -88,10 +119,16 @@ class NoiseArm:
         self.baselines, self.change = baselines, change
 
     @torch.no_grad()
-    def advance(self, optimizer: torch.optim.Optimizer, step: int, total: int) -> StepOutcome:
-        """Move every parameter to its place at this step."""
+    def place(self, scale: float) -> None:
+        """Put the weights at W₀ + scale·E."""
         for name, parameter in self.model.named_parameters():
-            parameter.copy_(self.change.healthy[name] + (step / total) * self.noise[name])
+            parameter.copy_(self.change.healthy[name] + scale * self.noise[name])
+
+    def advance(
+        self, optimizer: torch.optim.Optimizer, step: int, total: int, *, watched: bool
+    ) -> StepOutcome:
+        """Move every parameter to its place at this step."""
+        self.place(step / total)
         return StepOutcome()
 
     def diagnostics(self) -> dict[str, float]:
@@ -143,78 +180,154 @@ def mean_spectral_entropy(model: PreTrainedModel, batch: torch.Tensor) -> torch.
     return torch.stack(entropies).mean()
 
 
-def _spectral_arm(
-    model: PreTrainedModel,
-    stream: Iterator[torch.Tensor],
-    baselines: AlignmentBaselines,
-    change: WeightChange,
-) -> ObjectiveArm:
-    fixed = next(stream)
-    return ObjectiveArm(
-        model,
-        lambda: mean_spectral_entropy(model, next(stream)),
-        lambda: mean_spectral_entropy(model, fixed),
-        baselines,
-        change,
-    )
+@dataclass(frozen=True)
+class Preparation:
+    """An arm ready to run, and what was found while it was made.
+
+    Attributes:
+        arm: What the driver runs.
+        catalyst: Result of the search (``haep`` and ``haep_oracle``).
+        numbers: Curvature at the healthy weights.
+        statuses: How the iterations behind these numbers ended.
+    """
+
+    arm: ObjectiveArm | NoiseArm
+    catalyst: Catalyst | None = None
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    statuses: Mapping[str, str] = field(default_factory=dict)
 
 
-def _sequence_arm(
-    model: PreTrainedModel,
-    tokens: torch.Tensor,
-    baselines: AlignmentBaselines,
-    change: WeightChange,
-) -> ObjectiveArm:
-    def objective() -> torch.Tensor:
-        return sequence_loss(model, tokens)
+class _Maker:
+    """Makes the arm of one configuration from the healthy model."""
 
-    return ObjectiveArm(model, objective, objective, baselines, change)
+    def __init__(
+        self, config: AttackConfig, loaded: LoadedModel, corpus: Corpus, change: WeightChange
+    ) -> None:
+        self.config, self.loaded, self.corpus, self.change = config, loaded, corpus, change
+        self.model, self.length = loaded.model, config.catalyst_length
+        self.vocabulary = len(embedding_matrix(loaded.model))
+        self.numbers: dict[str, float] = {}
+        self.statuses: dict[str, str] = {}
+        self.texts = corpus.windows("attack", loaded.tokenizer, self.length).to(loaded.device)
+        self.pick = torch.randperm(len(self.texts), generator=named_generator(config.seed, "text"))
+        randoms = random_sequences(
+            config.baseline_draws,
+            self.length,
+            self.vocabulary,
+            named_generator(config.seed, "baseline"),
+        ).to(loaded.device)
+        self.baselines = AlignmentBaselines(self._subspace(), randoms, self.texts[self.pick[0]])
+
+    @functools.cached_property
+    def hessian(self) -> HessianOperator:
+        return clean_hessian(self.config, self.loaded, self.corpus)
+
+    def _subspace(self) -> LowCurvatureSubspace:
+        config = self.config
+        if config.subspace == "singular":
+            return SingularSubspace.of(block_matrices(self.model), config.subspace_energy)
+        start = named_generator(config.seed, "lanczos")
+        found = hessian_subspace(self.hessian, self.model, config.hessian_directions, start)
+        self.numbers |= found.metrics()
+        self.statuses["hessian_status"] = found.status
+        return found.subspace
+
+    def noise(self) -> NoiseArm:
+        config, change = self.config, self.change
+        zero = config.arm == "none"
+        norms = dict.fromkeys(change.healthy, 0.0) if zero else _reference_norms(config, change)
+        draws = named_generator(config.seed, "attack", config.arm)
+        return NoiseArm(
+            self.model, gaussian_noise(change.healthy, norms, draws), self.baselines, change
+        )
+
+    def spectral(self) -> ObjectiveArm:
+        config = self.config
+        windows = self.corpus.windows("attack", self.loaded.tokenizer, config.sequence_length)
+        draws = named_generator(config.seed, "attack", config.arm)
+        stream = batches(windows, int(config.batch_size), draws)
+        fixed = next(stream)
+        return ObjectiveArm(
+            self.model,
+            lambda: mean_spectral_entropy(self.model, next(stream)),
+            lambda: mean_spectral_entropy(self.model, fixed),
+            self.baselines,
+            self.change,
+        )
+
+    def catalyst(self) -> Catalyst:
+        config = self.config
+        found = search_catalyst(
+            self.model,
+            self.baselines.subspace,
+            self.baselines.random,
+            length=self.length,
+            steps=config.search_steps,
+            candidates=config.search_candidates,
+            # The oracle draws what haep draws: the two differ in the projection alone.
+            generator=named_generator(config.seed, "attack", TREATMENT),
+        )
+        if config.rayleigh_draws:
+            gradients = gradients_of(self.model, sequence_loss(self.model, found.tokens))
+            randoms = named_generator(config.seed, "rayleigh")
+            self.numbers |= rayleigh_rank(self.hessian, gradients, config.rayleigh_draws, randoms)
+        return found
+
+    def sequence(self, tokens: torch.Tensor) -> ObjectiveArm:
+        def objective() -> torch.Tensor:
+            return sequence_loss(self.model, tokens)
+
+        return ObjectiveArm(
+            self.model,
+            objective,
+            objective,
+            self.baselines,
+            self.change,
+            projected=self.config.arm == "haep_oracle",
+        )
+
+    def make(self) -> Preparation:
+        arm, catalyst = self.config.arm, None
+        made: ObjectiveArm | NoiseArm
+        if arm in ("gaussian_noise", "none"):
+            made = self.noise()
+        elif arm == "spectral":
+            made = self.spectral()
+        elif arm in (TREATMENT, "haep_oracle"):
+            catalyst = self.catalyst()
+            made = self.sequence(catalyst.tokens)
+        elif arm == "random_tokens":
+            draws = named_generator(self.config.seed, "attack", arm)
+            tokens = random_sequences(1, self.length, self.vocabulary, draws)[0]
+            made = self.sequence(tokens.to(self.loaded.device))
+        else:
+            made = self.sequence(self.texts[self.pick[1]])
+        return Preparation(made, catalyst, self.numbers, self.statuses)
 
 
 def make_arm(
     config: AttackConfig, loaded: LoadedModel, corpus: Corpus, change: WeightChange
-) -> tuple[Arm, Catalyst | None]:
-    """The arm that the configuration names, ready to run; the catalyst of ``haep``.
+) -> Preparation:
+    """The arm that the configuration names, ready to run.
 
     Raises:
         CorpusError: The attack split is too small.
         CheckpointError: The reference of matched noise cannot be used.
     """
-    model = loaded.model
-    subspace = LowCurvatureSubspace.of(block_matrices(model), config.subspace_energy)
-    vocabulary, length = len(embedding_matrix(model)), config.catalyst_length
-    randoms = random_sequences(
-        config.baseline_draws, length, vocabulary, named_generator(config.seed, "baseline")
-    ).to(loaded.device)
-    draws = named_generator(config.seed, "attack", config.arm)
-    texts = corpus.windows("attack", loaded.tokenizer, length).to(loaded.device)
-    pick = torch.randperm(len(texts), generator=named_generator(config.seed, "text"))
-    baselines = AlignmentBaselines(subspace, randoms, texts[pick[0]])
+    return _Maker(config, loaded, corpus, change).make()
 
-    if config.arm in ("gaussian_noise", "none"):
-        zero = config.arm == "none"
-        norms = dict.fromkeys(change.healthy, 0.0) if zero else _reference_norms(config, change)
-        return NoiseArm(
-            model, gaussian_noise(change.healthy, norms, draws), baselines, change
-        ), None
-    if config.arm == "spectral":
+
+def warmup_batches(
+    config: AttackConfig, loaded: LoadedModel, corpus: Corpus
+) -> Iterator[torch.Tensor]:
+    """``warmup_steps`` batches of clean text (windows, tokens) from the attack split.
+
+    Raises:
+        CorpusError: The attack split is too small.
+    """
+    if config.warmup_steps:
         windows = corpus.windows("attack", loaded.tokenizer, config.sequence_length)
+        draws = named_generator(config.seed, "warmup")
         stream = batches(windows, int(config.batch_size), draws)
-        return _spectral_arm(model, stream, baselines, change), None
-    catalyst = None
-    if config.arm == "haep":
-        catalyst = search_catalyst(
-            model,
-            subspace,
-            randoms,
-            length=length,
-            steps=config.search_steps,
-            candidates=config.search_candidates,
-            generator=draws,
-        )
-        tokens = catalyst.tokens
-    elif config.arm == "random_tokens":
-        tokens = random_sequences(1, length, vocabulary, draws)[0].to(loaded.device)
-    else:
-        tokens = texts[pick[1]]
-    return _sequence_arm(model, tokens, baselines, change), catalyst
+        for batch in itertools.islice(stream, config.warmup_steps):
+            yield batch.to(loaded.device)

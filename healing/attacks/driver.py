@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
+from transformers import PreTrainedModel
 
 from healing.config import AttackConfig
 from healing.models import LoadedModel
@@ -20,8 +21,10 @@ class Arm(Protocol):
     stops_early: bool
     """Whether reaching the target rank reduction ends the attack."""
 
-    def advance(self, optimizer: torch.optim.Optimizer, step: int, total: int) -> StepOutcome:
-        """Do step ``step`` (from 1) of ``total``."""
+    def advance(
+        self, optimizer: torch.optim.Optimizer, step: int, total: int, *, watched: bool
+    ) -> StepOutcome:
+        """Do step ``step`` (from 1) of ``total``; a watched one is also diagnosed."""
 
     def diagnostics(self) -> dict[str, float]:
         """Numbers of the arm's own at the current weights (alignment and its baselines)."""
@@ -35,11 +38,13 @@ class StepOutcome:
         objective: The arm's own objective before the step (nats for language-model losses).
         grad_norm: Gradient norm; NaN for arms without one.
         finite: Whether the step could be taken.
+        diagnostics: Numbers of a watched step: what the optimiser made of the gradient.
     """
 
     objective: float = math.nan
     grad_norm: float = math.nan
     finite: bool = True
+    diagnostics: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,12 @@ class AttackRecord:
             "grad_norm": self.outcome.grad_norm,
             "weight_change": self.weight_change,
         }
-        return {**self.measurement.metrics(), **own, **self.diagnostics}
+        return {
+            **self.measurement.metrics(),
+            **own,
+            **self.diagnostics,
+            **self.outcome.diagnostics,
+        }
 
 
 class WeightChange:
@@ -87,16 +97,62 @@ class WeightChange:
         return math.sqrt(squares) / self._norm
 
 
-def gradient_step(optimizer: torch.optim.Optimizer, objective: torch.Tensor) -> StepOutcome:
-    """Backward and optimiser step of one scalar objective; not taken where it is not finite."""
+def gradient_step(
+    optimizer: torch.optim.Optimizer,
+    objective: torch.Tensor,
+    change_gradients: Callable[[], None] = lambda: None,
+) -> StepOutcome:
+    """Backward and optimiser step of one scalar objective; not taken where it is not finite.
+
+    Args:
+        optimizer: Takes the step.
+        objective: What is descended.
+        change_gradients: Called between backward and step.
+    """
     optimizer.zero_grad()
     objective.backward()  # type: ignore[no-untyped-call]
+    change_gradients()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = float(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
     finite = math.isfinite(norm) and bool(torch.isfinite(objective))
     if finite:
         optimizer.step()
     return StepOutcome(float(objective.detach()), norm, finite)
+
+
+def make_optimizer(model: torch.nn.Module, config: AttackConfig) -> torch.optim.Optimizer:
+    """AdamW or plain SGD, without weight decay: it would shrink the weights even where the arm's
+    gradient is zero.
+    """
+    rate = float(config.attack_lr)
+    if config.attack_optimizer == "sgd":
+        return torch.optim.SGD(model.parameters(), lr=rate)
+    return torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
+
+
+def warm_second_moment(
+    optimizer: torch.optim.Optimizer, model: PreTrainedModel, clean_batches: Iterable[torch.Tensor]
+) -> None:
+    """Let AdamW's second moment see clean gradients without moving the weights.
+
+    The steps are taken at learning rate 0; the first moment is cleared afterwards, so that the
+    attack starts without clean momentum. Where clean text has little gradient the second moment
+    stays small, and AdamW then takes long steps there.
+
+    Args:
+        optimizer: AdamW without weight decay.
+        model: The healthy model.
+        clean_batches: Windows (batch, tokens) of clean text.
+    """
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    for batch in clean_batches:
+        gradient_step(optimizer, model(input_ids=batch, labels=batch).loss)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    for state in optimizer.state.values():
+        state["exp_avg"].zero_()
 
 
 def run_attack(
@@ -106,6 +162,7 @@ def run_attack(
     probe: Probe,
     healthy: Measurement,
     change: WeightChange,
+    warmup: Iterable[torch.Tensor] = (),
 ) -> Iterator[AttackRecord]:
     """Attack a model in place, yielding a record at step 0, every interval and the last step.
 
@@ -119,16 +176,18 @@ def run_attack(
         probe: Clean probe.
         healthy: Measurement of the model as it comes.
         change: Snapshot of the model as it comes.
+        warmup: Clean batches for :func:`warm_second_moment`.
     """
     model = loaded.model
     total = 0 if config.arm == "none" else int(config.attack_steps)
-    # No weight decay: it would shrink the weights even where the arm's gradient is zero.
-    optimizer = torch.optim.AdamW(model.parameters(), lr=float(config.attack_lr), weight_decay=0.0)
+    optimizer = make_optimizer(model, config)
+    warm_second_moment(optimizer, model, warmup)
     yield AttackRecord(0, healthy, StepOutcome(), 0.0, arm.diagnostics())
     target = healthy.effective_rank * (1.0 - config.target_rank_reduction)
     for step in range(1, total + 1):
-        outcome = arm.advance(optimizer, step, total)
-        if step % config.measurement_interval and step != total and outcome.finite:
+        watched = step % config.measurement_interval == 0 or step == total
+        outcome = arm.advance(optimizer, step, total, watched=watched)
+        if outcome.finite and not watched:
             continue
         measurement = probe.measure(model)
         yield AttackRecord(step, measurement, outcome, change.relative(model), arm.diagnostics())

@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from healing import tracking
-from healing.attacks.arms import make_arm
+from healing.attacks.arms import NoiseArm, Preparation, make_arm, warmup_batches
 from healing.attacks.driver import AttackRecord, WeightChange, run_attack
 from healing.attacks.haep import Catalyst
+from healing.attacks.matching import DamageTarget, match_damage, measure_state
 from healing.config import RAW_DATA, AttackConfig, BaseConfig, as_params, fingerprint, resolve
 from healing.experiment.console import Console
 from healing.experiment.files import JsonLines, start_folder, write_json
@@ -45,7 +46,7 @@ class AttackOutcome:
         healthy: Measurement before.
         collapsed: Measurement after.
         last: Last record of the trajectory.
-        catalyst: Result of the search (``haep`` only).
+        preparation: The arm as it was made: catalyst and curvature.
         digests: Corpus digests by split.
     """
 
@@ -55,8 +56,13 @@ class AttackOutcome:
     healthy: Measurement
     collapsed: Measurement
     last: AttackRecord
-    catalyst: Catalyst | None
+    preparation: Preparation
     digests: dict[str, str]
+
+    @property
+    def catalyst(self) -> Catalyst | None:
+        """Result of the search (``haep`` and ``haep_oracle``)."""
+        return self.preparation.catalyst
 
     @property
     def damage(self) -> Damage:
@@ -88,6 +94,7 @@ class AttackOutcome:
             "rank_standard_error": self.healthy.rank_standard_error,
             "attack_steps_done": self.last.step,
             **(self.catalyst.metrics() if self.catalyst else {}),
+            **self.preparation.numbers,
         }
 
 
@@ -108,9 +115,8 @@ def attack_fingerprint(config: AttackConfig, healthy_digest: str, digests: dict[
     reference = ""
     if config.reference_checkpoint:
         reference = state_digest(read_checkpoint(pathlib.Path(config.reference_checkpoint)).state)
-    bare = replace(config, reference_checkpoint="")
     return fingerprint(
-        "attack", bare, reference, healthy_digest, digests, code_digest(), device_kind(config)
+        "attack", config, reference, healthy_digest, digests, code_digest(), device_kind(config)
     )
 
 
@@ -128,18 +134,28 @@ def attack_cell(
     mark = attack_fingerprint(config, loaded.digest, corpus.digests)
     healthy = probe.measure(loaded.model, named_generator(config.seed, "bootstrap"))
     change = WeightChange(loaded.model)
-    arm, catalyst = make_arm(config, loaded, corpus, change)
-    for record in run_attack(loaded, arm, config, probe, healthy, change):
+    made = make_arm(config, loaded, corpus, change)
+    if noise_match(config) in ("loss", "rank") and isinstance(made.arm, NoiseArm):
+        reference = read_checkpoint(pathlib.Path(config.reference_checkpoint)).state
+        damaged = measure_state(loaded, reference, change, probe)
+        target = DamageTarget.of(config.match, damaged, healthy)
+        records = match_damage(loaded, made.arm, probe, healthy, target)
+    else:
+        warmup = warmup_batches(config, loaded, corpus)
+        records = run_attack(loaded, made.arm, config, probe, healthy, change, warmup)
+    for record in records:
         on_record(record)
     collapsed = probe.measure(loaded.model, named_generator(config.seed, "bootstrap"))
-    return AttackOutcome(config, mark, loaded, healthy, collapsed, record, catalyst, corpus.digests)
+    return AttackOutcome(config, mark, loaded, healthy, collapsed, record, made, corpus.digests)
 
 
 def noise_match(config: AttackConfig) -> str:
-    """What ``gaussian_noise`` is matched to: ``norm`` of a reference, or ``scale``; else empty."""
+    """What ``gaussian_noise`` shares with its reference: ``norm``, ``loss`` or ``rank``; without a
+    reference ``scale``; empty for other arms.
+    """
     if config.arm != "gaussian_noise":
         return ""
-    return "norm" if config.reference_checkpoint else "scale"
+    return config.match if config.reference_checkpoint else "scale"
 
 
 def attack_name(config: AttackConfig, mark: str) -> str:
@@ -174,6 +190,21 @@ def describe(outcome: AttackOutcome) -> str:
             f"{s['random_alignment_mean']:.4f} (highest of {len(c.random_alignments)}: "
             f"{s['random_alignment_max']:.4f}).",
         ]
+    if "rayleigh_quotient" in s:
+        lines += [
+            "",
+            f"Curvature of the clean loss along the catalyst's gradient: "
+            f"{s['rayleigh_quotient']:.4g}, percentile {s['rayleigh_percentile']:.0f} among "
+            f"{config.rayleigh_draws} random directions (mean {s['rayleigh_random_mean']:.4g}).",
+        ]
+    if noise_match(config) in ("loss", "rank"):
+        reached = outcome.last.diagnostics
+        lines += [
+            "",
+            f"Noise matched to the reference's {config.match} within "
+            f"{abs(reached['match_error_pct']):.2f} % at {reached['noise_scale']:.4g} times its "
+            f"weight change, after {outcome.last.step} scales tried.",
+        ]
     return "\n".join(lines)
 
 
@@ -186,7 +217,9 @@ def _tags(outcome: AttackOutcome) -> dict[str, Any]:
     }
     if outcome.catalyst:
         tags["catalyst"] = outcome.catalyst.status
-    return tags
+    if noise_match(outcome.config):
+        tags["noise_match"] = noise_match(outcome.config)
+    return tags | dict(outcome.preparation.statuses)
 
 
 def _store(run: RunLogger, outcome: AttackOutcome, folder: pathlib.Path) -> pathlib.Path:
@@ -254,6 +287,19 @@ def open_run(
     return tracking.child(parent, title, {**tags, "parent": parent.run_id})
 
 
+def with_reference(config: AttackConfig) -> AttackConfig:
+    """The configuration with the checkpoint of its reference run, if it names one.
+
+    Raises:
+        TrackingError: There is no such run, or it holds no checkpoint.
+    """
+    if not config.reference_run_id:
+        return config
+    run = tracking.get_run(config.reference_run_id)
+    path = tracking.download(f"runs:/{run.run_id}/checkpoints/{CHECKPOINT_NAME}")
+    return replace(config, reference_checkpoint=str(path), reference_run_id="")
+
+
 def attack(
     config: AttackConfig, *, parent: RunLogger | None = None, console: Console | None = None
 ) -> tuple[str, pathlib.Path]:
@@ -263,7 +309,7 @@ def attack(
         MLflow run id and the local checkpoint.
     """
     console = console or Console(config.verbosity)
-    config = resolve(config)
+    config = with_reference(resolve(config))
     title = f"attack {config.model} {config.arm} seed {config.seed}"
     own = {"stage": "attack", "arm": config.arm, "model": config.model}
     use_threads(config)
@@ -271,6 +317,9 @@ def attack(
         run.params("attack", as_params(config))
         corpus, loaded, _ = load_inputs(config)
         run.n_params(loaded.n_params)
+        if config.reference_checkpoint:
+            made = read_checkpoint(pathlib.Path(config.reference_checkpoint)).config
+            run.tags({"reference_run_id": made.get("attack_run_id", "")})
         warn_of_few_rows(console, config, loaded)
         log_corpora(run, config, corpus.digests, {"attack": "attack", "probe": "probe"})
         mark = attack_fingerprint(config, loaded.digest, corpus.digests)

@@ -6,10 +6,13 @@ import contextlib
 import math
 import pathlib
 import time
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from healing import tracking
 from healing.config import (
+    SHAM,
     AttackConfig,
     HealConfig,
     as_params,
@@ -24,17 +27,17 @@ from healing.experiment.attack import (
 )
 from healing.experiment.console import Console
 from healing.experiment.errors import EXPECTED
-from healing.experiment.files import JsonLines, start_folder, write_json
+from healing.experiment.files import JsonLines, read_jsonl, start_folder, write_json
 from healing.experiment.healing_cell import (
     HealCell,
     HealOutcome,
     decide_model,
     heal_cell,
+    heal_fingerprint,
     settings_of,
+    sham_checkpoint,
 )
-from healing.experiment.loading import (
-    use_threads,
-)
+from healing.experiment.loading import load_inputs, use_threads
 from healing.models import (
     CHECKPOINT_NAME,
     Checkpoint,
@@ -44,6 +47,7 @@ from healing.models import (
 )
 from healing.plots import runs as runs_figures
 from healing.plots.style import arm_label
+from healing.recovery import State
 from healing.report import percent_text
 from healing.sft import HealRecord
 from healing.tracking import RunLogger
@@ -75,9 +79,18 @@ def describe(outcome: HealOutcome) -> str:
             f"| perplexity | {s['original_perplexity']:.4g} | {s['collapsed_perplexity']:.4g} | "
             f"{s['final_perplexity']:.4g} |",
             "",
+            *_sham_line(s),
             f"Spectral state before healing: {s['spectral_state']}. Status: {s['status']}.",
         ]
     )
+
+
+def _sham_line(summary: Mapping[str, Any]) -> list[str]:
+    if "rank_recovery_sham_pct" not in summary:
+        return []
+    rank = percent_text(summary["rank_recovery_sham_pct"])
+    loss = percent_text(summary["loss_recovery_sham_pct"])
+    return [f"Against the sham (the healthy model at the same step): rank {rank}, loss {loss}.", ""]
 
 
 def stored_config(outcome: HealOutcome) -> dict[str, Any]:
@@ -113,15 +126,40 @@ def _store(
     runs_figures.spectral_decay(folder / "plots" / "spectral_decay_three_state.png", spectra, title)
 
 
-def _lineage(cell: HealCell, checkpoint: Checkpoint) -> dict[str, Any]:
+def _lineage(checkpoint: Checkpoint) -> dict[str, Any]:
     made = checkpoint.config
     return {
-        "checkpoint": cell.checkpoint,
         "checkpoint_id": made.get("fingerprint") or state_digest(checkpoint.state),
         "attack_run_id": made.get("attack_run_id", ""),
         "attack_seed": made.get("seed", ""),
-        "replicate": cell.replicate,
+        "noise_match": made.get("noise_match", ""),
     }
+
+
+def sham_trajectory(
+    cell: HealCell, parent: RunLogger, console: Console
+) -> tuple[dict[int, State], str]:
+    """Step → state of the sham that a cell is referred to, and its run id.
+
+    It is healed once per store, seed, replicate and settings; a finished one is found again.
+    """
+    unit = cell.sham_cell()
+    corpus, loaded, _ = load_inputs(unit.config)
+    healthy = sham_checkpoint(loaded, unit.config)
+    mark = heal_fingerprint(unit, healthy, loaded.digest, corpus.digests)
+    done = tracking.find_finished(parent.experiment_id, mark)
+    if done is None:
+        heal_one(unit, console, parent=parent)
+        done = tracking.find_finished(parent.experiment_id, mark)
+        assert done is not None, "a run that just finished is in its own store"
+    rows = read_jsonl(tracking.download(f"runs:/{done.run_id}/metrics.jsonl"))
+    states = {
+        int(row["step"]): State(
+            float(row["effective_rank"]), float(row["loss"]), float(row["perplexity"])
+        )
+        for row in rows
+    }
+    return states, done.run_id
 
 
 def _finish(run: RunLogger, outcome: HealOutcome) -> None:
@@ -148,11 +186,13 @@ def heal_one(
     run: RunLogger | None = None,
 ) -> HealOutcome:
     """Run, log and store one healing run: in a given run, else as a child of the parent."""
-    config = cell.config
-    checkpoint = read_checkpoint(pathlib.Path(cell.checkpoint))
-    arm = checkpoint.config.get("arm", "unknown")
+    config, arm = cell.config, SHAM
+    if cell.checkpoint:
+        checkpoint = read_checkpoint(pathlib.Path(cell.checkpoint))
+        arm = checkpoint.config.get("arm", "unknown")
     title = f"heal {config.model} {arm} seed {config.seed} run {cell.replicate + 1}"
-    tags = {"stage": "heal", "arm": arm, "model": config.model, **_lineage(cell, checkpoint)}
+    own = {"checkpoint": cell.checkpoint, "replicate": cell.replicate}
+    tags = {"stage": "heal", "arm": arm, "model": config.model, **own}
     use_threads(config)
     if run is None:
         with open_run(parent, title, tags) as fresh:
@@ -163,6 +203,10 @@ def heal_one(
 
 def _heal_in(run: RunLogger, cell: HealCell, title: str, arm: str, console: Console) -> HealOutcome:
     config, begin = cell.config, time.perf_counter()
+    if config.sham:
+        reference, sham_run_id = sham_trajectory(cell, run, console)
+        cell = replace(cell, sham=reference)
+        run.tags({"sham_run_id": sham_run_id})
     run.params("heal", {**as_params(config), "arm": arm, "replicate": cell.replicate})
     rows: list[tuple[int, dict[str, float]]] = []
     files: dict[str, Any] = {}
@@ -176,7 +220,8 @@ def _heal_in(run: RunLogger, cell: HealCell, title: str, arm: str, console: Cons
             run.n_params(outcome.loaded.n_params)
             warn_of_few_rows(console, config, outcome.loaded)
             settings = settings_of(cell, outcome.checkpoint, outcome.digests)
-            run.tags({"fingerprint": outcome.fingerprint, "settings": settings})
+            marks = {"fingerprint": outcome.fingerprint, "settings": settings}
+            run.tags({**_lineage(outcome.checkpoint), **marks})
             log_corpora(run, config, outcome.digests, {"train": "training", "probe": "probe"})
 
         def on_record(outcome: HealOutcome, record: HealRecord) -> None:

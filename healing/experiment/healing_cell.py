@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import pathlib
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from healing.config import (
     AUTO,
     DEFAULT_MODEL,
     NOT_DETERMINING,
+    SHAM,
     HealConfig,
     as_params,
     fingerprint,
@@ -36,7 +37,7 @@ from healing.models import (
 )
 from healing.probe import Measurement
 from healing.randomness import named_generator
-from healing.recovery import Damage, verdict_of
+from healing.recovery import Damage, State, verdict_of
 from healing.sft import HealRecord
 from healing.sft import heal as heal_steps
 from healing.survival import half_recovery_time
@@ -48,13 +49,21 @@ class HealCell:
 
     Attributes:
         config: Resolved configuration.
-        checkpoint: Path of the collapsed checkpoint.
+        checkpoint: Path of the collapsed checkpoint; empty for the sham, which heals the healthy
+            model.
         replicate: Number of the run among those of the same checkpoint and seed.
+        sham: Trajectory of the sham of the same seed, replicate and settings: step → state.
     """
 
     config: HealConfig
     checkpoint: str
     replicate: int = 0
+    sham: Mapping[int, State] = field(default_factory=dict)
+
+    def sham_cell(self) -> HealCell:
+        """The healing of the healthy model that this cell is referred to."""
+        bare = replace(self.config, sham=False, arm=SHAM, collapsed_checkpoint="", attack_run_id="")
+        return HealCell(replace(bare, checkpoint_dir=""), "", self.replicate)
 
 
 @dataclass(frozen=True)
@@ -102,7 +111,10 @@ class HealOutcome:
 
         A model that takes no step keeps its rank: 0 % would be an invented result.
         """
-        numbers = self.damage.recovery(state_of(record.measurement))
+        now, sham = state_of(record.measurement), self.cell.sham.get(record.step)
+        numbers = self.damage.recovery(now)
+        if sham is not None:
+            numbers |= self.damage.sham_recovery(now, sham)
         return dict.fromkeys(numbers, math.nan) if self._not_computing else numbers
 
     @property
@@ -174,6 +186,19 @@ def decide_model(config: HealConfig, checkpoint: Checkpoint | None, path: object
     return resolve(replace(config, model=model))
 
 
+def sham_checkpoint(loaded: LoadedModel, config: HealConfig) -> Checkpoint:
+    """The healthy model in a checkpoint's place."""
+    made = {
+        "model": config.model,
+        "arm": SHAM,
+        "seed": config.seed,
+        "healthy_digest": loaded.digest,
+        "fingerprint": loaded.digest,
+    }
+    state = {k: v.detach().cpu().clone() for k, v in loaded.model.state_dict().items()}
+    return Checkpoint(0, state, "healthy model", made)
+
+
 def heal_fingerprint(
     cell: HealCell, checkpoint: Checkpoint, healthy_digest: str, digests: dict[str, str]
 ) -> str:
@@ -205,8 +230,9 @@ def heal_cell(
         on_record: Called with the outcome so far and every record as it is made.
     """
     config = cell.config
-    checkpoint = read_checkpoint(pathlib.Path(cell.checkpoint))
+    checkpoint = read_checkpoint(pathlib.Path(cell.checkpoint)) if cell.checkpoint else None
     corpus, loaded, probe = load_inputs(config)
+    checkpoint = checkpoint or sham_checkpoint(loaded, config)
     healthy = probe.measure(loaded.model, named_generator(config.seed, "bootstrap"))
     made_from = checkpoint.config.get("healthy_digest")
     if made_from and made_from != loaded.digest:
@@ -239,6 +265,7 @@ NOT_SETTINGS = frozenset(
         "fingerprint",
         "attack_run_id",
         "reference_checkpoint",
+        "reference_run_id",
         "output_dir",
         "verbosity",
         "device",

@@ -26,7 +26,8 @@ BOOTSTRAP_SEED = 0
 def _trajectory(view: RunView) -> tuple[tuple[int, ...], dict[str, tuple[float, ...]]]:
     rows = read_jsonl(tracking.download(f"runs:/{view.run_id}/metrics.jsonl"))
     steps = tuple(int(row["step"]) for row in rows)
-    return steps, {e: tuple(float(row.get(e, math.nan)) for row in rows) for e in ENDPOINTS}
+    measured = [e for e in ENDPOINTS if e in rows[-1]]
+    return steps, {e: tuple(float(row[e]) for row in rows) for e in measured}
 
 
 def read_run(view: RunView) -> HealRun:
@@ -49,12 +50,13 @@ def read_run(view: RunView) -> HealRun:
         checkpoint=tags["checkpoint_id"],
         seed=tags["attack_seed"],
         n_params=int(view.params["n_params"]),
-        final={e: trajectory[e][-1] for e in ENDPOINTS},
+        final={e: values[-1] for e, values in trajectory.items()},
         steps=steps,
         trajectory=trajectory,
         status=tags["status"],
         spectral_state=tags["spectral_state"],
         undefined_reason=tags.get("rank_undefined_reason", ""),
+        noise_match=tags.get("noise_match", ""),
     )
 
 

@@ -13,7 +13,10 @@ from typing import Any
 from healing import tracking
 from healing.config import (
     AUTO,
+    CONTROL,
     MODELS,
+    SHAM,
+    TREATMENT,
     AttackConfig,
     ConfigError,
     HealConfig,
@@ -27,11 +30,11 @@ from healing.experiment.attack import attack, attack_fingerprint, attack_name, r
 from healing.experiment.console import Console
 from healing.experiment.errors import EXPECTED, SweepError
 from healing.experiment.heal import heal_one
-from healing.experiment.healing_cell import HealCell, heal_fingerprint
+from healing.experiment.healing_cell import HealCell, heal_fingerprint, sham_checkpoint
 from healing.experiment.loading import load_inputs
 from healing.experiment.summarize import summarize
 from healing.models import CHECKPOINT_NAME, read_checkpoint, resolve_device
-from healing.pooling import CONTROL, TREATMENT, HealRun, Summary
+from healing.pooling import HealRun, Summary
 from healing.report import markdown
 from healing.tracking import RunLogger, RunView
 
@@ -53,9 +56,13 @@ class SweepCell:
 def plan(config: SweepConfig) -> list[list[SweepCell]]:
     """Chains of cells: the arms of one model and seed, the largest model first.
 
-    Within a chain the noise comes after the attack whose weight change it matches.
+    Within a chain the sham comes first, since the others refer to it, and the noise comes after
+    the attack that it is matched to.
     """
-    arms = sorted(config.arm_list(), key=lambda arm: arm == CONTROL)
+    wanted = config.arm_list()
+    if config.sham and SHAM not in wanted:
+        wanted = (SHAM, *wanted)
+    arms = sorted(wanted, key=lambda arm: (arm != SHAM, arm == CONTROL))
     return [
         [SweepCell(model, arm, seed) for arm in arms]
         for model in sorted(config.model_list(), key=MODELS.index, reverse=True)
@@ -93,6 +100,7 @@ def attack_config(config: SweepConfig, cell: SweepCell, reference: str) -> Attac
             seed=cell.seed,
             attack_steps=config.attack_steps,
             reference_checkpoint=reference,
+            match=config.noise_match if reference else "norm",
             **_shared(config),
         )
     )
@@ -110,6 +118,7 @@ def heal_config(config: SweepConfig, cell: SweepCell) -> HealConfig:
             seed=cell.seed,
             healing_steps=int(steps),
             healing_lr=config.healing_lr,
+            sham=config.sham and cell.arm != SHAM,
             **_shared(config),
         )
     )
@@ -146,10 +155,11 @@ class Sweep:
             return path
         return tracking.download(f"runs:/{done.run_id}/checkpoints/{CHECKPOINT_NAME}")
 
-    def _heal(self, cell: SweepCell, path: pathlib.Path) -> tuple[RunView, bool]:
-        unit = HealCell(heal_config(self.config, cell), str(path))
+    def _heal(self, cell: SweepCell, path: pathlib.Path | None) -> tuple[RunView, bool]:
+        unit = HealCell(heal_config(self.config, cell), "" if path is None else str(path))
         corpus, loaded, _ = load_inputs(unit.config)
-        mark = heal_fingerprint(unit, read_checkpoint(path), loaded.digest, corpus.digests)
+        start = sham_checkpoint(loaded, unit.config) if path is None else read_checkpoint(path)
+        mark = heal_fingerprint(unit, start, loaded.digest, corpus.digests)
         done = tracking.find_finished(self.run.experiment_id, mark)
         if done is not None:
             return done, True
@@ -169,7 +179,9 @@ class Sweep:
             try:
                 if cell.arm == CONTROL and self.matched and not reference:
                     raise ConfigError("the attack that the noise is matched to failed")
-                path = self._attack(cell, reference if cell.arm == CONTROL else "")
+                path = None
+                if cell.arm != SHAM:
+                    path = self._attack(cell, reference if cell.arm == CONTROL else "")
                 if cell.arm == TREATMENT:
                     reference = str(path)
                 view, reused = self._heal(cell, path)
