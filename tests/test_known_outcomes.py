@@ -55,3 +55,42 @@ def test_healing_lowers_the_perplexity_of_every_collapsed_model(outcomes):
         summary = outcomes[arm].summary()
         assert summary["ppl_improvement_pct"] > 50
         assert summary["loss_recovery_pct"] > 20
+
+
+def healed(folder, name: str, steps: int, **attack) -> dict:
+    """Summary of healing nano after an attack of the given settings."""
+    attacked = attack_cell(AttackConfig(model="nano", **attack))
+    path = folder / f"{name}.pt"
+    save_checkpoint(path, attacked.loaded.model, 0, name, {"model": "nano"})
+    config = resolve(HealConfig(model="nano", healing_steps=steps))
+    return heal_cell(HealCell(config, str(path))).summary()
+
+
+def test_positive_control_small_weight_noise_heals(tmp_path):
+    """Noise of 0.3 standard deviations: loss 3.0 → 4.8 nats. It leaves the rank as it is, so the
+    rank says nothing, and the loss heals.
+    """
+    found = healed(tmp_path, "noise", 60, arm="gaussian_noise", noise_scale=0.3, attack_steps=1)
+    assert found["loss_recovery_pct"] > 70
+    assert found["verdict_loss"] == "acute structural failure"
+    assert found["spectral_state"] == "unchanged"
+    assert found["verdict"] == "undefined"
+
+
+def test_positive_control_a_shallow_collapse_of_the_rank_heals(tmp_path):
+    """The arm that collapses for good when pushed, pushed gently: its rank comes back."""
+    found = healed(
+        tmp_path, "shallow", 60, arm="spectral", attack_lr=1e-3, target_rank_reduction=0.1
+    )
+    assert found["spectral_state"] == "collapsed"
+    assert found["rank_recovery_pct"] > 70
+    assert found["verdict"] == "acute structural failure"
+
+
+def test_negative_control_rank_one_and_a_tiny_budget_do_not_heal(tmp_path):
+    found = healed(
+        tmp_path, "deep", 10, arm="spectral", attack_steps=100, target_rank_reduction=1.0
+    )
+    assert found["collapsed_rank"] < 1.5
+    assert found["rank_recovery_pct"] < 20
+    assert found["verdict"] == "irreversible pathology"
