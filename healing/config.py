@@ -75,6 +75,7 @@ NOT_DETERMINING = frozenset(
         "runs_per_checkpoint",
         "checkpoint_dir",
         "attack_run_id",
+        "save_healed",
     }
 )
 """Fields left out of a cell's fingerprint: they change no number (the kind of device does, and is
@@ -222,6 +223,9 @@ class HealConfig(BaseConfig):
     healing_optimizer: str = option("adamw", "Optimiser of healing.", choices=OPTIMIZERS)
     gradient_checkpointing: bool = option(False, "Recompute activations to save memory.")
     gradient_clip: float = option(0.0, "Largest gradient norm; 0 = no clipping.", minimum=0)
+    save_healed: bool = option(
+        True, "Store the healed weights, which basin needs (4 bytes per parameter)."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
