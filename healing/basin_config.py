@@ -50,7 +50,7 @@ class BasinConfig:
     )
     eigenvalues: int = option(2, "Eigenvalues wanted at each end of the spectrum.", minimum=1)
     lanczos_iterations: int = option(
-        20, "Hessian products of the search for extreme eigenvalues at most.", minimum=2
+        18, "Hessian products of the search for extreme eigenvalues at most.", minimum=2
     )
     curvature_tolerance: float = option(
         1e-3,
@@ -61,9 +61,11 @@ class BasinConfig:
         exclusive_minimum=True,
     )
     density_probes: int = option(2, "Random probes of the spectral density.", minimum=1)
-    density_iterations: int = option(10, "Lanczos steps per probe of the density.", minimum=2)
+    density_iterations: int = option(8, "Lanczos steps per probe of the density.", minimum=2)
     path_points: int = option(
-        21, "Points on each straight path, ends included; 100 is a multiple of one less.", minimum=21
+        21,
+        "Points on each straight path, ends included; 100 is a multiple of one less.",
+        minimum=21,
     )
     perturbations: int = option(
         2, "Random perturbations of each state that are followed downhill.", minimum=1

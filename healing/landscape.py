@@ -252,14 +252,16 @@ class Descent:
     Attributes:
         initial_distance: To the state, before the first step.
         final_distance: To the state, after the last.
-        initial_loss: Nats per token.
-        final_loss: Nats per token.
+        initial_loss: On the batch that is descended, nats per token.
+        final_loss: The same after the last step.
+        final_heldout_loss: On other text, after the last step.
     """
 
     initial_distance: float
     final_distance: float
     initial_loss: float
     final_loss: float
+    final_heldout_loss: float
 
     @property
     def finite(self) -> bool:
@@ -279,7 +281,8 @@ class Escape:
     """What follows small random perturbations of a state, downhill.
 
     Attributes:
-        loss: Of the state itself, nats per token.
+        loss: Of the state itself on the batch that is descended, nats per token.
+        heldout_loss: Of the state itself on other text.
         step_size: Of gradient descent.
         unperturbed: Descent from the state itself: what the gradient alone does.
         perturbed: One descent per perturbation.
@@ -287,6 +290,7 @@ class Escape:
     """
 
     loss: float
+    heldout_loss: float
     step_size: float
     unperturbed: Descent | None = None
     perturbed: tuple[Descent, ...] = ()
@@ -301,6 +305,11 @@ class Escape:
     def loss_drop(self) -> float:
         """Mean of L(state) - L(end) over perturbations, nats; NaN where nothing was tried."""
         return _mean([self.loss - descent.final_loss for descent in self.perturbed])
+
+    @property
+    def heldout_loss_drop(self) -> float:
+        """The same on other text: what of the drop is more than fitting one batch."""
+        return _mean([self.heldout_loss - d.final_heldout_loss for d in self.perturbed])
 
     @property
     def distance_ratio(self) -> float:
@@ -333,6 +342,7 @@ def perturbation(model: nn.Module, radius: float, generator: torch.Generator) ->
 def escape(
     model: nn.Module,
     loss: Callable[[], float],
+    heldout_loss: Callable[[], float],
     gradient: Callable[[], Tensor],
     generator: torch.Generator,
     *,
@@ -349,7 +359,8 @@ def escape(
     Args:
         model: At the state in question.
         loss: Loss at the current weights, nats per token.
-        gradient: Its gradient there, shape `(n,)`.
+        heldout_loss: Loss there on other text.
+        gradient: Gradient of `loss` there, shape `(n,)`.
         generator: Draws the perturbations.
         step_size: 1/λ_max of that state.
         steps: Gradient-descent steps.
@@ -357,9 +368,10 @@ def escape(
         perturbations: How many.
     """
     with weights_kept(model) as centre:
-        level = loss()
+        level, heldout = loss(), heldout_loss()
         if not (math.isfinite(step_size) and step_size > 0):
-            return Escape(level, math.nan, reason="no positive curvature to take the step size from")
+            reason = "no positive curvature to take the step size from"
+            return Escape(level, heldout, math.nan, reason=reason)
 
         def descend(start: Tensor) -> Descent:
             put_weights(model, start)
@@ -368,11 +380,11 @@ def escape(
                 put_weights(model, weights_of(model) - step_size * gradient())
             distances = [torch.linalg.vector_norm(w - centre).item()
                          for w in (start, weights_of(model))]  # fmt: skip
-            return Descent(distances[0], distances[1], begin, loss())
+            return Descent(distances[0], distances[1], begin, loss(), heldout_loss())
 
         unperturbed = descend(centre)
         found = []
         for _ in range(perturbations):
             put_weights(model, centre)
             found.append(descend(centre + perturbation(model, radius, generator)))
-    return Escape(level, step_size, unperturbed, tuple(found))
+    return Escape(level, heldout, step_size, unperturbed, tuple(found))

@@ -143,8 +143,9 @@ def sentence(evidence: Evidence) -> str:
     """All evidence with its numbers."""
     g, c, e = evidence.gradient, evidence.curvature, evidence.escape
     tried = (
-        f"{e.escaped} of {len(e.perturbed)} perturbations escaped (mean loss drop "
-        f"{e.loss_drop:.3g} nats, distance x {e.distance_ratio:.3g})"
+        f"{e.escaped} of {len(e.perturbed)} perturbations escaped (distance x "
+        f"{e.distance_ratio:.3g}, mean loss drop {e.loss_drop:.3g} nats on the batch descended, "
+        f"{e.heldout_loss_drop:.3g} on the probe)"
         if e.perturbed
         else f"escape not tried ({e.reason})"
     )

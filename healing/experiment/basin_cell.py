@@ -50,7 +50,7 @@ PATHS = {
 }
 STEPS = 4 * len(STATES) + len(PATHS)
 """Parts of a cell, for a progress bar."""
-TOKENS_PER_PASS = 1024
+TOKENS_PER_PASS = 512
 """Tokens whose gradient graph is held at once."""
 
 
@@ -77,13 +77,11 @@ class StateReport:
         evidence: Gradient, curvature, escape.
         statement: Whether it is a minimum.
         density: Quadrature of the Hessian's spectral density.
-        probe_loss: On the probe, nats per token.
     """
 
     evidence: Evidence
     statement: Statement
     density: SpectralDensity
-    probe_loss: float
 
     @property
     def trace(self) -> tuple[float, float]:
@@ -105,7 +103,7 @@ class StateReport:
         for rank, value in enumerate(c.smallest[1:], start=2):
             names[f"lambda_min_{rank}"] = value
         return {
-            "loss": self.probe_loss,
+            "loss": e.heldout_loss,
             "curvature_batch_loss": e.loss,
             "gradient_norm": g.norm,
             "gradient_squared_norm": g.squared_norm,
@@ -116,6 +114,7 @@ class StateReport:
             "trace_error": self.trace[1],
             "escaped": float(e.escaped) if e.finite else math.nan,
             "escape_loss_drop": e.loss_drop,
+            "escape_probe_loss_drop": e.heldout_loss_drop,
             "escape_distance_ratio": e.distance_ratio,
             "descent_loss_drop": e.loss - e.unperturbed.final_loss if e.unperturbed else math.nan,
             "descent_distance": e.unperturbed.final_distance if e.unperturbed else math.nan,
@@ -254,11 +253,6 @@ def _operator(loaded: LoadedModel, windows: Tensor) -> HessianOperator:
     return HessianOperator(loaded.model, next_token_loss, chunks, predicted)
 
 
-@torch.no_grad()
-def _batch_loss(loaded: LoadedModel, windows: Tensor) -> float:
-    return Probe(windows).loss(loaded.model)
-
-
 def _curvature(config: BasinConfig, operator: HessianOperator) -> Curvature:
     found = lanczos(
         operator,
@@ -304,7 +298,8 @@ def examine(
     top = curvature.largest[0]
     left = escape(
         loaded.model,
-        functools.partial(_batch_loss, loaded, fixed),
+        functools.partial(Probe(fixed).loss, loaded.model),
+        functools.partial(probe.loss, loaded.model),
         operator.gradient,
         named_generator(int(config.seed), "basin-escape"),
         step_size=1 / top if top > 0 else math.nan,
@@ -314,7 +309,7 @@ def examine(
     )
     on_step("escape")
     evidence = Evidence(gradients, curvature, left, config.curvature_tolerance)
-    return StateReport(evidence, is_minimum(evidence), density, probe.loss(loaded.model))
+    return StateReport(evidence, is_minimum(evidence), density)
 
 
 def read_states(cell: BasinCell, loaded: LoadedModel) -> tuple[dict[str, Tensor], Checkpoint]:
@@ -356,9 +351,7 @@ def _require_healthy(checkpoint: Checkpoint, loaded: LoadedModel, path: str) -> 
         )
 
 
-def basin_fingerprint(
-    cell: BasinCell, weights: dict[str, Tensor], digests: dict[str, str]
-) -> str:
+def basin_fingerprint(cell: BasinCell, weights: dict[str, Tensor], digests: dict[str, str]) -> str:
     """Fingerprint of a landscape; states count by their weights, not by their paths or runs."""
     bare = replace(cell.config, heal_run_id="", collapsed_checkpoint="", healed_checkpoint="")
     marks = {name: state_digest({name: vector}) for name, vector in weights.items()}
