@@ -234,15 +234,21 @@ def displacement(healthy: Tensor, collapsed: Tensor, healed: Tensor) -> Displace
     """Norms and angle of the attack step and the healing step, from flat weights, in float64."""
     first, second, third = healthy.double(), collapsed.double(), healed.double()
     attack, healing = second - first, third - second
-    norms = [torch.linalg.vector_norm(v).item() for v in (first, attack, healing, third - first)]
-    if not all(map(math.isfinite, norms)):
-        return Displacement(*norms, math.nan, "the weights of a state are not finite")
-    for norm, text in ((norms[1], "the collapsed state is the healthy one"),
-                       (norms[2], "the healed state is the collapsed one")):  # fmt: skip
-        if norm == 0:
-            return Displacement(*norms, math.nan, text)
-    cosine = -torch.dot(attack, healing).item() / (norms[1] * norms[2])
-    return Displacement(*norms, max(-1.0, min(1.0, cosine)))
+    whole, attacked, healed_by, left = (
+        torch.linalg.vector_norm(v).item() for v in (first, attack, healing, third - first)
+    )
+    reason = ""
+    if not all(map(math.isfinite, (whole, attacked, healed_by, left))):
+        reason = "the weights of a state are not finite"
+    elif attacked == 0:
+        reason = "the collapsed state is the healthy one"
+    elif healed_by == 0:
+        reason = "the healed state is the collapsed one"
+    cosine = math.nan
+    if not reason:
+        cosine = -torch.dot(attack, healing).item() / (attacked * healed_by)
+        cosine = max(-1.0, min(1.0, cosine))
+    return Displacement(whole, attacked, healed_by, left, cosine, reason)
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,18 @@ from healing.plots import basin as figures
 from healing.plots.style import arm_label
 from healing.tracking import RunLogger, RunView, TrackingError
 
+SHOWN = (
+    "loss",
+    "gradient_norm",
+    "gradient_snr",
+    "lambda_max",
+    "lambda_min",
+    "trace",
+    "escape_loss_drop",
+    "escape_probe_loss_drop",
+)
+"""Numbers of a state in the description's table."""
+
 
 def _local(given: str) -> pathlib.Path:
     return tracking.download(given) if ":/" in given else pathlib.Path(given).expanduser().resolve()
@@ -118,9 +130,9 @@ def describe(outcome: BasinOutcome) -> str:
         "|---|" + "---|" * len(STATES),
     ]  # fmt: skip
     tables = [report.metrics() for report in outcome.states.values()]
-    for name in ("loss", "gradient_norm", "gradient_snr", "lambda_max", "lambda_min", "trace",
-                 "escape_loss_drop", "escape_probe_loss_drop"):  # fmt: skip
-        lines.append(f"| {name} | " + " | ".join(f"{t[name]:.4g}" for t in tables) + " |")
+    lines += [
+        f"| {name} | " + " | ".join(f"{t[name]:.4g}" for t in tables) + " |" for name in SHOWN
+    ]
     lines += ["", "| straight path | barrier (nats) | at (%) | climb (nats) |", "|---|---|---|---|"]
     for name, path in outcome.paths.items():
         note = path.reason or f"{path.barrier:.4g} | {100 * path.barrier_position:.0f}"
@@ -189,7 +201,7 @@ def _store(outcome: BasinOutcome, folder: pathlib.Path, arm: str) -> None:
         plots / "spectral_density.png",
         densities,
         _linear_scale(outcome),
-        f"Hessian of {run} ({config.density_probes} probes × {config.density_iterations} nodes)",
+        f"Hessian of {run} ({config.density_probes + 1} probes)",
     )
     evidence = {name: report.evidence for name, report in outcome.states.items()}
     answers = ", ".join(f"{name} {s.answer}" for name, s in statements.items())
@@ -251,8 +263,8 @@ def basin(
         log_corpora(run, settled, outcome.digests, {"attack": "curvature", "probe": "probe"})
         name = f"{settled.model}_{arm}_seed{settled.seed}_basin_{outcome.fingerprint[:8]}"
         folder = raw_data_folder(settled.output_dir, name)
-        start_folder(folder, {**as_params(settled), "collapsed": cell.collapsed,
-                              "healed": cell.healed, "fingerprint": outcome.fingerprint})  # fmt: skip
+        sources = {"collapsed": cell.collapsed, "healed": cell.healed}
+        start_folder(folder, {**as_params(settled), **sources, "fingerprint": outcome.fingerprint})
         _store(outcome, folder, arm)
         _log(run, outcome)
         upload(run, folder)

@@ -253,19 +253,36 @@ def _operator(loaded: LoadedModel, windows: Tensor) -> HessianOperator:
     return HessianOperator(loaded.model, next_token_loss, chunks, predicted)
 
 
-def _curvature(config: BasinConfig, operator: HessianOperator) -> Curvature:
-    found = lanczos(
-        operator,
-        named_generator(int(config.seed), "basin-lanczos"),
-        n_largest=config.eigenvalues,
-        n_smallest=config.eigenvalues,
-        max_iterations=config.lanczos_iterations,
-        tolerance=config.curvature_tolerance,
+def _spectrum(
+    config: BasinConfig, operator: HessianOperator, on_step: Callable[[str], None]
+) -> tuple[Curvature, SpectralDensity]:
+    """Extreme eigenvalues, and the density from the search's own probe and further ones."""
+    with operator.retained_graphs():
+        found = lanczos(
+            operator,
+            named_generator(int(config.seed), "basin-lanczos"),
+            n_largest=config.eigenvalues,
+            n_smallest=config.eigenvalues,
+            max_iterations=config.lanczos_iterations,
+            tolerance=config.curvature_tolerance,
+        )
+        on_step("eigenvalues")
+        density = lanczos_quadrature(
+            operator,
+            named_generator(int(config.seed), "basin-density"),
+            n_probes=config.density_probes,
+            n_iterations=config.density_iterations,
+        )
+    on_step("spectral density")
+    curvature = Curvature(
+        tuple(found.largest.values.tolist()),
+        tuple(found.smallest.values.tolist()),
+        tuple(found.largest.residuals.tolist()),
+        tuple(found.smallest.residuals.tolist()),
+        found.status.value,
+        found.products,
     )
-    ends = (found.largest, found.smallest)
-    values = [tuple(end.values.tolist()) for end in ends]
-    residuals = [tuple(end.residuals.tolist()) for end in ends]
-    return Curvature(*values, *residuals, found.status.value, found.products)
+    return curvature, density.with_probe(found.nodes, found.weights)
 
 
 def examine(
@@ -285,16 +302,7 @@ def examine(
     on_step("gradient")
     fixed = curvature_batch(windows, count)
     operator = _operator(loaded, fixed)
-    with operator.retained_graphs():
-        curvature = _curvature(config, operator)
-        on_step("eigenvalues")
-        density = lanczos_quadrature(
-            operator,
-            named_generator(int(config.seed), "basin-density"),
-            n_probes=config.density_probes,
-            n_iterations=config.density_iterations,
-        )
-    on_step("spectral density")
+    curvature, density = _spectrum(config, operator, on_step)
     top = curvature.largest[0]
     left = escape(
         loaded.model,
@@ -359,6 +367,10 @@ def basin_fingerprint(cell: BasinCell, weights: dict[str, Tensor], digests: dict
     return fingerprint("basin", bare, marks, digests, code_digest(BASIN_MODULES), kind)
 
 
+def _prefixed(on_step: Callable[[str], None], state: str) -> Callable[[str], None]:
+    return lambda part: on_step(f"{state} {part}")
+
+
 def basin_cell(cell: BasinCell, on_step: Callable[[str], None] = lambda _: None) -> BasinOutcome:
     """The landscape of one healing run; neither files are written nor MLflow is touched.
 
@@ -373,9 +385,7 @@ def basin_cell(cell: BasinCell, on_step: Callable[[str], None] = lambda _: None)
     states = {}
     for name in STATES:
         put_weights(loaded.model, weights[name])
-        states[name] = examine(
-            cell.config, loaded, windows, probe, lambda part, name=name: on_step(f"{name} {part}")
-        )
+        states[name] = examine(cell.config, loaded, windows, probe, _prefixed(on_step, name))
     paths = {}
     for name, (start, end) in PATHS.items():
         paths[name] = loss_path(
