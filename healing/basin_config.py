@@ -63,7 +63,7 @@ class BasinConfig:
     density_probes: int = option(
         1, "Random probes of the spectral density beside the eigenvalue search's own.", minimum=1
     )
-    density_iterations: int = option(10, "Lanczos steps per probe of the density.", minimum=2)
+    density_iterations: int = option(8, "Lanczos steps per probe of the density.", minimum=2)
     path_points: int = option(
         21,
         "Points on each straight path, ends included; 100 is a multiple of one less.",

@@ -92,16 +92,8 @@ class StateReport:
     def metrics(self) -> dict[str, float]:
         """Numbers by name, without the state."""
         g, c, e = self.evidence.gradient, self.evidence.curvature, self.evidence.escape
-        names = {
-            "lambda_max": c.largest[0],
-            "lambda_max_residual": c.largest_residuals[0],
-            "lambda_min": c.smallest[0],
-            "lambda_min_residual": c.smallest_residuals[0],
-        }
-        for rank, value in enumerate(c.largest[1:], start=2):
-            names[f"lambda_max_{rank}"] = value
-        for rank, value in enumerate(c.smallest[1:], start=2):
-            names[f"lambda_min_{rank}"] = value
+        further = {f"lambda_max_{i}": v for i, v in enumerate(c.largest[1:], start=2)}
+        further |= {f"lambda_min_{i}": v for i, v in enumerate(c.smallest[1:], start=2)}
         return {
             "loss": e.heldout_loss,
             "curvature_batch_loss": e.loss,
@@ -109,7 +101,11 @@ class StateReport:
             "gradient_squared_norm": g.squared_norm,
             "gradient_squared_norm_error": g.standard_error,
             "gradient_snr": g.snr,
-            **names,
+            "lambda_max": c.largest[0],
+            "lambda_max_residual": c.largest_residuals[0],
+            "lambda_min": c.smallest[0],
+            "lambda_min_residual": c.smallest_residuals[0],
+            **further,
             "trace": self.trace[0],
             "trace_error": self.trace[1],
             "escaped": float(e.escaped) if e.finite else math.nan,
