@@ -145,8 +145,10 @@ def sentence(evidence: Evidence) -> str:
     tried = (
         f"{e.escaped} of {len(e.perturbed)} perturbations escaped (distance x "
         f"{e.distance_ratio:.3g}, mean loss drop {e.loss_drop:.3g} nats on the batch descended, "
-        f"{e.heldout_loss_drop:.3g} on the probe)"
-        if e.perturbed
+        f"{e.heldout_loss_drop:.3g} on the probe; unperturbed "
+        f"{e.loss - e.unperturbed.final_loss:.3g} and "
+        f"{e.heldout_loss - e.unperturbed.final_heldout_loss:.3g})"
+        if e.perturbed and e.unperturbed
         else f"escape not tried ({e.reason})"
     )
     return (

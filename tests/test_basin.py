@@ -6,8 +6,10 @@ import json
 import math
 import pathlib
 import pickle
+import shutil
 from dataclasses import replace
 
+import mlflow
 import pytest
 import torch
 from mlflow.tracking import MlflowClient
@@ -48,8 +50,9 @@ from healing.tracking import TrackingError
 
 SMALL = {"model": "nano", "sequence_length": 64, "probe_tokens": 512, "batch_size": 4,
          "verbosity": "quiet"}  # fmt: skip
-TINY = {"curvature_tokens": 64, "gradient_batches": 8, "eigenvalues": 1, "lanczos_iterations": 4,
-        "density_iterations": 3, "perturbations": 1, "escape_steps": 2, "verbosity": "quiet"}  # fmt: skip
+TINY = {"curvature_tokens": 64, "gradient_batches": 8, "eigenvalues": 1,
+        "lanczos_iterations": 4, "density_iterations": 3, "perturbations": 1, "escape_steps": 2,
+        "verbosity": "quiet"}  # fmt: skip
 
 
 def make_healed(arm: str = "random_tokens", steps: int = 4, **changes) -> str:
@@ -70,9 +73,26 @@ def config_for(run_id: str, **changes) -> BasinConfig:
     return BasinConfig(**{**TINY, "heal_run_id": run_id, **changes})
 
 
+@pytest.fixture(scope="module")
+def template(tmp_path_factory) -> tuple[pathlib.Path, str]:
+    """A store with one attack and its healing, made once; and the healing run's id."""
+    folder = tmp_path_factory.mktemp("template")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
+            patch.delenv(name, raising=False)
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
+        mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
+        return folder, make_healed()
+
+
 @pytest.fixture
-def healed(store) -> str:
-    return make_healed()
+def healed(template, store) -> str:
+    """A copy of that store to change at will (its artifacts stay where they are)."""
+    folder, run_id = template
+    shutil.copy(folder / "mlflow.db", store / "mlflow.db")
+    shutil.copytree(folder / "experiments", store / "experiments")
+    return run_id
 
 
 def checkpoints(root: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:

@@ -35,7 +35,7 @@ class Point(nn.Module):
 
 
 def closures(model: nn.Module, function):
-    """Loss and gradient of `function(vector)` at the model's weights, differentiated by autograd."""
+    """Loss and gradient of `function(vector)` at the model's weights."""
 
     def loss() -> float:
         return float(function(weights_of(model)))
@@ -175,9 +175,10 @@ def test_weights_come_back_bitwise_also_after_an_error(nano, probe):
     assert torch.equal(seen[0], start)
     assert torch.equal(seen[-1], start * 0.5)
     assert torch.equal(seen[2], start * 0.75)
-    with pytest.raises(RuntimeError, match="stop"), weights_kept(nano.model):
-        put_weights(nano.model, start * 3)
-        raise RuntimeError("stop")
+    with pytest.raises(ValueError, match="expected shape"), weights_kept(nano.model):
+        put_weights(nano.model, torch.cat([start * 3, start]))
+    with pytest.raises(ZeroDivisionError):
+        loss_path(nano.model, start, start * 0.5, 5, lambda: 1 / 0)
     assert all(torch.equal(v, before[k]) for k, v in nano.model.state_dict().items())
 
 

@@ -91,7 +91,12 @@ def test_a_state_that_cannot_compute_is_undetermined_and_its_evidence_can_be_wri
 
 def test_the_evidence_names_every_number():
     text = is_minimum(MINIMUM).evidence
-    for part in ("0.001 with standard error 0.01 over 12 batches", "signal to noise 0.111",
-                 "from 0.5 (residual 0.001) to 10 (residual 0.001), converged",
-                 "0 of 1 perturbations escaped (distance x 0.5", "mean loss drop 0 nats"):  # fmt: skip
+    for part in (
+        "0.001 with standard error 0.01 over 12 batches",
+        "signal to noise 0.111",
+        "from 0.5 (residual 0.001) to 10 (residual 0.001), converged",
+        "0 of 1 perturbations escaped (distance x 0.5",
+        "mean loss drop 0 nats on the batch descended, 0 on the probe",
+        "unperturbed 0 and 0)",
+    ):
         assert part in text

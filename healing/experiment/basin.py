@@ -135,7 +135,8 @@ def describe(outcome: BasinOutcome) -> str:
     ]
     lines += ["", "| straight path | barrier (nats) | at (%) | climb (nats) |", "|---|---|---|---|"]
     for name, path in outcome.paths.items():
-        note = path.reason or f"{path.barrier:.4g} | {100 * path.barrier_position:.0f}"
+        at = f"{100 * path.barrier_position:.0f}" if path.barrier > 0 else "–"
+        note = path.reason or f"{path.barrier:.4g} | {at}"
         row = f"{note} | {path.climb:.4g}" if not path.reason else f"{note} | |"
         lines.append(f"| {name.replace('_', ' → ')} | {row} |")
     return "\n".join([*lines, "", _angle(outcome)])
