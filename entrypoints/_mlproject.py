@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 
+from healing.basin_config import BasinConfig
 from healing.config import (
     AttackConfig,
     HealConfig,
@@ -22,6 +23,7 @@ STAGES = {
     "heal": HealConfig,
     "summarize": SummarizeConfig,
     "pretrain": PretrainConfig,
+    "basin": BasinConfig,
 }
 HEADER = """\
 name: llm-healing

@@ -90,6 +90,7 @@ NOT_DETERMINING = frozenset(
         "attack_run_id",
         "reference_checkpoint",
         "reference_run_id",
+        "save_healed",
     }
 )
 """Fields left out of a cell's fingerprint: they change no number, or what they name does and is put
@@ -292,6 +293,9 @@ class HealConfig(BaseConfig):
     )
     gradient_checkpointing: bool = option(False, "Recompute activations to save memory.")
     gradient_clip: float = option(0.0, "Largest gradient norm; 0 = no clipping.", minimum=0)
+    save_healed: bool = option(
+        True, "Store the healed weights, which basin needs (4 bytes per parameter)."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

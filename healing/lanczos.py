@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -92,6 +92,10 @@ class LanczosResult:
         status: How the run ended.
         iterations: Steps taken, the dimension of the Krylov space.
         products: Operator products spent, those for the residuals included.
+        nodes: All Ritz values, ascending, shape `(iterations,)`, float64 on the host.
+        weights: Squared first components of the tridiagonal matrix' eigenvectors, same shape. With
+            the nodes they are the Gauss rule of the isotropic start vector's spectral measure:
+            one probe of the spectral density, at no further cost.
     """
 
     largest: Eigenpairs
@@ -99,6 +103,8 @@ class LanczosResult:
     status: LanczosStatus
     iterations: int
     products: int
+    nodes: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64))
+    weights: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64))
 
 
 def gaussian(operator: SymmetricOperator, generator: torch.Generator) -> Tensor:
@@ -328,7 +334,8 @@ def _extract(
     residuals = torch.cat([largest.residuals, smallest.residuals])
     if not residuals.max() <= tolerance * values.abs().max():
         status = LanczosStatus.STAGNATED if status is LanczosStatus.CONVERGED else status
-    return LanczosResult(largest, smallest, status, steps, steps + len(residuals))
+    products = steps + len(residuals)
+    return LanczosResult(largest, smallest, status, steps, products, values, vectors[0] ** 2)
 
 
 def _pairs(operator: SymmetricOperator, vectors: Tensor) -> Eigenpairs:

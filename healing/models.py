@@ -28,6 +28,8 @@ transformers_logging.disable_progress_bar()  # its bars would break ours
 
 EMBEDDED_DIR = pathlib.Path(__file__).parent / "embedded"
 CHECKPOINT_NAME = "checkpoint_post_treatment.pt"
+HEALED_NAME = "checkpoint_post_healing.pt"
+COLLAPSED_KIND, HEALED_KIND = "post_treatment", "post_healing"
 CHECKPOINT_KEYS = ("step", "model_state_dict", "checkpoint_type", "description")
 
 EMBEDDED_SHAPES: dict[str, dict[str, Any]] = {
@@ -248,19 +250,21 @@ def training_mode(model: nn.Module) -> contextlib.AbstractContextManager[None]:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A collapsed state on disk.
+    """A collapsed or healed state on disk.
 
     Attributes:
-        step: Attack step it was taken after.
+        step: Attack or healing step it was taken after.
         state: Parameter name → tensor, on the CPU.
         description: One line.
         config: What made it ({} in files of the predecessor).
+        kind: ``post_treatment`` (collapsed) or ``post_healing``.
     """
 
     step: int
     state: dict[str, torch.Tensor]
     description: str
     config: dict[str, Any]
+    kind: str = COLLAPSED_KIND
 
     @property
     def model_name(self) -> str | None:
@@ -269,7 +273,12 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    path: pathlib.Path, model: nn.Module, step: int, description: str, config: dict[str, Any]
+    path: pathlib.Path,
+    model: nn.Module,
+    step: int,
+    description: str,
+    config: dict[str, Any],
+    kind: str = COLLAPSED_KIND,
 ) -> None:
     """Write a checkpoint that ``torch.load(weights_only=True)`` reads.
 
@@ -281,7 +290,7 @@ def save_checkpoint(
         {
             "step": step,
             "model_state_dict": {k: v.detach().cpu() for k, v in model.state_dict().items()},
-            "checkpoint_type": "post_treatment",
+            "checkpoint_type": kind,
             "description": description,
             "config": config,
         },
@@ -323,7 +332,8 @@ def read_checkpoint(path: pathlib.Path) -> Checkpoint:
         raise CheckpointError(
             f"{path}: step is not a number or config is not a mapping that names a model"
         )
-    return Checkpoint(data["step"], state, str(data["description"]), config)
+    kind = str(data["checkpoint_type"])
+    return Checkpoint(data["step"], state, str(data["description"]), config, kind)
 
 
 def _mismatch(model: nn.Module, state: dict[str, torch.Tensor]) -> str:

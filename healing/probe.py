@@ -105,6 +105,15 @@ class Probe:
                 yield losses, list(outputs)
 
     @torch.no_grad()
+    def loss(self, model: nn.Module) -> float:
+        """Mean cross entropy over all tokens, without spectra: nats per token, not finite where
+        that of one token is not. The model's mode is restored.
+        """
+        with evaluation_mode(model):
+            parts = [(float(x.double().sum()), x.numel()) for x, _ in self._forward(model)]
+        return sum(total for total, _ in parts) / sum(count for _, count in parts)
+
+    @torch.no_grad()
     def measure(
         self, model: nn.Module, error_generator: torch.Generator | None = None
     ) -> Measurement:

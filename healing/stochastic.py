@@ -37,6 +37,24 @@ class SpectralDensity:
         samples = (self.weights * self.nodes**order).sum(1)
         return samples.mean().item(), standard_error(samples)
 
+    def with_probe(self, nodes: Tensor, weights: Tensor) -> SpectralDensity:
+        """With one more probe in front, of any number of nodes, shape `(m,)` (what a `lanczos` run
+        leaves); shorter rows are padded. No nodes (a run that was not finite) become NaN.
+        """
+        if not len(nodes):
+            nodes = weights = torch.full((1,), math.nan, dtype=torch.float64)
+        width = max(len(nodes), self.nodes.shape[1])
+        rows = [
+            torch.cat(
+                [
+                    torch.nn.functional.pad(own[None], (0, width - len(own))),
+                    torch.nn.functional.pad(others, (0, width - others.shape[1])),
+                ]
+            )
+            for own, others in ((nodes, self.nodes), (weights, self.weights))
+        ]
+        return SpectralDensity(rows[0], rows[1], self.dimension)
+
     def density(self, grid: Tensor, sigma: float) -> Tensor:
         """Density at `grid`, each node broadened to a Gaussian: Σ w·N(t; θ, σ²), mean of probes.
 

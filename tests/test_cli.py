@@ -9,11 +9,12 @@ import torch
 from click.testing import CliRunner, Result
 from mlflow.tracking import MlflowClient
 
-from entrypoints import attack, heal, main, pretrain, summarize
+from entrypoints import attack, basin, heal, main, pretrain, summarize
 from healing.models import CHECKPOINT_NAME, load_model, save_checkpoint
 
 COMMANDS = {
     "attack": attack.main,
+    "basin": basin.main,
     "heal": heal.main,
     "main": main.main,
     "pretrain": pretrain.main,

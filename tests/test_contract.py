@@ -13,9 +13,10 @@ import click
 import pytest
 import yaml
 
-from entrypoints import attack, heal, main, pretrain, summarize
+from entrypoints import attack, basin, heal, main, pretrain, summarize
 from entrypoints._mlproject import render
 from healing import config as configs
+from healing.basin_config import BasinConfig
 from healing.config import (
     AttackConfig,
     ConfigError,
@@ -37,21 +38,22 @@ STAGES = {
     "heal": (heal.main, HealConfig),
     "summarize": (summarize.main, SummarizeConfig),
     "pretrain": (pretrain.main, PretrainConfig),
+    "basin": (basin.main, BasinConfig),
 }
 
 # Data flows down this list: a module imports only from modules above it.
 LAYERS = """
-options config randomness
-spectra lanczos stochastic curvature subspaces
+options config basin_config randomness
+spectra lanczos stochastic curvature subspaces landscape minimum
 models corpora pretraining probe
 attacks.driver attacks.alignment attacks.haep attacks.clean_curvature attacks.arms attacks.matching
 sft recovery
 stats variance scaling comparison survival trajectory power pooling
 ui_view tracking
-plots.style plots.runs plots.groups report
+plots.style plots.runs plots.groups plots.basin report
 experiment.console experiment.files experiment.errors experiment.loading
 experiment.pretrain experiment.attack experiment.healing_cell experiment.heal
-experiment.summarize experiment.sweep
+experiment.basin_cell experiment.basin experiment.summarize experiment.sweep
 """.split()
 
 
@@ -94,7 +96,7 @@ def test_only_tracking_knows_mlflow_and_nothing_knows_click(name):
 
 
 def test_configuration_needs_only_the_standard_library():
-    for name in ("options", "config"):
+    for name in ("options", "config", "basin_config"):
         roots = {i.split(".")[0] for i in imports(modules()[name])}
         assert not roots & {"torch", "numpy", "scipy", "transformers", "mlflow", "datasets"}
 

@@ -40,9 +40,12 @@ from healing.experiment.healing_cell import (
 from healing.experiment.loading import load_inputs, use_threads
 from healing.models import (
     CHECKPOINT_NAME,
+    HEALED_KIND,
+    HEALED_NAME,
     Checkpoint,
     CheckpointError,
     read_checkpoint,
+    save_checkpoint,
     state_digest,
 )
 from healing.plots import runs as runs_figures
@@ -124,6 +127,24 @@ def _store(
         folder / "plots" / "perplexity_recovery.png", rows, s, arm, title
     )
     runs_figures.spectral_decay(folder / "plots" / "spectral_decay_three_state.png", spectra, title)
+
+
+def _save_healed(run: RunLogger, outcome: HealOutcome, folder: pathlib.Path) -> None:
+    """The healed weights, with what the basin stage needs to check that states belong together."""
+    made, step = outcome.checkpoint.config, outcome.records[-1].step
+    arm = made.get("arm", "unknown")
+    config = {
+        **stored_config(outcome),
+        "arm": arm,
+        "heal_run_id": run.run_id,
+        "attack_run_id": made.get("attack_run_id", ""),
+        "healthy_digest": outcome.loaded.digest,
+        "collapsed_digest": state_digest(outcome.checkpoint.state),
+        "corpus_digests": outcome.digests,
+    }
+    text = f"{outcome.cell.config.model} healed for {step} steps after {arm}"
+    path = folder / "checkpoints" / HEALED_NAME
+    save_checkpoint(path, outcome.loaded.model, step, text, config, HEALED_KIND)
 
 
 def _lineage(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -239,6 +260,8 @@ def _heal_in(run: RunLogger, cell: HealCell, title: str, arm: str, console: Cons
 
         outcome = heal_cell(cell, on_start, on_record)
     _store(outcome, files["folder"], rows)
+    if config.save_healed:
+        _save_healed(run, outcome, files["folder"])
     _finish(run, outcome)
     upload(run, files["folder"])
     s = outcome.summary()

@@ -41,12 +41,26 @@ NUMERICAL_MODULES = (
 )
 """Modules whose source decides a cell's numbers."""
 
+BASIN_MODULES = (
+    "corpora",
+    "curvature",
+    "experiment/basin_cell",
+    "lanczos",
+    "landscape",
+    "minimum",
+    "models",
+    "probe",
+    "randomness",
+    "stochastic",
+)
+"""Modules whose source decides a basin cell's numbers."""
+
 
 @functools.cache
-def code_digest() -> str:
-    """Hash of the numerical modules' source and of torch's version."""
+def code_digest(modules: tuple[str, ...] = NUMERICAL_MODULES) -> str:
+    """Hash of the source of modules and of torch's version."""
     root = pathlib.Path(healing.__file__).parent
-    sources = [(root / f"{name}.py").read_text() for name in NUMERICAL_MODULES]
+    sources = [(root / f"{name}.py").read_text() for name in modules]
     return fingerprint(torch.__version__, transformers.__version__, *sources)
 
 
