@@ -382,6 +382,11 @@ class SweepConfig:
     sham: bool = option(
         True, "Heal the healthy model too, and refer every recovery to it beside the plain formula."
     )
+    basin: bool = option(
+        False,
+        "Also examine the landscape of every haep and gaussian_noise run (see the basin stage): is "
+        "the collapsed state a minimum?",
+    )
     healing_steps: int | str = option(
         AUTO,
         "Fine-tuning steps per cell; auto = 60 for nano and micro, 500 for Pythia.",

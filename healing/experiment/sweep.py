@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import math
 import os
 import pathlib
 import threading
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from healing import tracking
+from healing.basin_config import BasinConfig
 from healing.config import (
     AUTO,
     CONTROL,
@@ -27,6 +29,7 @@ from healing.config import (
     resolve,
 )
 from healing.experiment.attack import attack, attack_fingerprint, attack_name, raw_data_folder
+from healing.experiment.basin import basin
 from healing.experiment.console import Console
 from healing.experiment.errors import EXPECTED, SweepError
 from healing.experiment.heal import heal_one
@@ -126,12 +129,13 @@ def heal_config(config: SweepConfig, cell: SweepCell) -> HealConfig:
 
 @dataclass(frozen=True)
 class CellResult:
-    """What became of one cell: its healing run, or why there is none."""
+    """What became of one cell: its healing run, or why there is none, and its landscape."""
 
     cell: SweepCell
     view: RunView | None = None
     reused: bool = False
     failure: str = ""
+    basin: RunView | None = None
 
 
 class Sweep:
@@ -168,6 +172,27 @@ class Sweep:
         assert fresh is not None, "a healing run that just finished is in its own store"
         return fresh, False
 
+    def _basin(self, cell: SweepCell, healed: RunView) -> RunView | None:
+        """The landscape of a healing run, examined once."""
+        if not self.config.basin or cell.arm not in (TREATMENT, CONTROL):
+            return None
+        query = (
+            f"tags.stage = 'basin' and tags.heal_run_id = '{healed.run_id}' "
+            "and attributes.status = 'FINISHED'"
+        )
+        done = tracking.search(self.run.experiment_id, query)
+        if not done:
+            shared = _shared(self.config)
+            settings = BasinConfig(
+                heal_run_id=healed.run_id,
+                device=shared["device"],
+                output_dir=shared["output_dir"],
+                verbosity=shared["verbosity"],
+            )
+            basin(settings, parent=self.run, console=self.console)
+            done = tracking.search(self.run.experiment_id, query)
+        return done[-1]
+
     def run_chain(
         self, chain: Sequence[SweepCell], on_done: Callable[[CellResult], None]
     ) -> list[CellResult]:
@@ -185,7 +210,8 @@ class Sweep:
                 if cell.arm == TREATMENT:
                     reference = str(path)
                 view, reused = self._heal(cell, path)
-                results.append(CellResult(cell, view, reused))
+                landscape = self._basin(cell, view)
+                results.append(CellResult(cell, view, reused, basin=landscape))
             except EXPECTED as error:
                 results.append(CellResult(cell, failure=f"{cell.title}: {error}"))
             on_done(results[-1])
@@ -222,6 +248,34 @@ class Sweep:
                 raise
 
 
+def basin_sentences(results: Sequence[CellResult]) -> list[str]:
+    """Model and arm: in how many landscapes the collapsed state is a minimum, and what the others
+    say, one line each.
+    """
+    groups: dict[tuple[str, str], list[RunView]] = {}
+    for result in results:
+        if result.basin is not None:
+            key = (result.cell.model, result.cell.arm)
+            groups.setdefault(key, []).append(result.basin)
+    lines = []
+    for (model, arm), views in groups.items():
+        answers = [view.tags["collapsed_is_minimum"] for view in views]
+        counts = ", ".join(f"{a} in {answers.count(a)}" for a in dict.fromkeys(answers))
+        cosine = [view.metrics.get("basin/return_cosine", math.nan) for view in views]
+        climb = [view.metrics.get("basin/climb/collapsed_healed", math.nan) for view in views]
+        lines.append(
+            f"{model} {arm}: collapsed state a minimum? {counts} of {len(views)}; climb on the "
+            f"straight path collapsed → healed {_range(climb)} nats; cos(healing, −attack) "
+            f"{_range(cosine)}."
+        )
+    return lines
+
+
+def _range(values: Sequence[float]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
+
+
 def failed_run(result: CellResult) -> HealRun:
     """A cell without a healing run, as the summary lists it."""
     cell = result.cell
@@ -233,9 +287,11 @@ def failed_run(result: CellResult) -> HealRun:
 def _describe(config: SweepConfig, summary: Summary, results: list[CellResult]) -> str:
     reused = sum(r.reused for r in results)
     again = f" ({reused} of them finished earlier and not run again)" if reused else ""
+    landscape = "".join(f"- {line}\n" for line in basin_sentences(results))
     return (
         f"Models {config.models}; arms {config.arms}; seeds {config.seeds}. "
         f"{len(results)} cells{again}.\n\n{markdown(summary)}"
+        + (f"\n## Landscape\n\n{landscape}" if landscape else "")
     )
 
 
@@ -257,6 +313,8 @@ def sweep(config: SweepConfig) -> Summary:
         query = SummarizeConfig(output_dir=config.output_dir, verbosity=config.verbosity)
         lost = [failed_run(r) for r in results if r.failure]
         summary = summarize(query, views=views, failed=lost, parent=run, console=console)
+        for line in basin_sentences(results):
+            console.say(line)
         run.describe(_describe(config, summary, results))
         run.tags({"heal_runs": len(views), "reused_runs": sum(r.reused for r in results)})
         view = tracking.share_view(run.experiment_id)
