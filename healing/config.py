@@ -15,6 +15,8 @@ from healing.options import AUTO, ConfigError, option, validate_fields
 
 ARMS = ("haep", "spectral", "random_tokens", "random_text", "gaussian_noise", "none")
 OPTIMIZERS = ("adamw", "sgd")
+PRECISIONS = ("fp32", "bf16", "fp16")
+PRECISION_MODES = ("autocast", "pure")
 DEVICES_HELP = "auto (accelerator if there is one), cpu, cuda, cuda:N or mps."
 RAW_DATA = "priority5_healing/raw_data"
 """Folder below ``output_dir`` that holds one folder per run."""
@@ -222,6 +224,13 @@ class HealConfig(BaseConfig):
     healing_optimizer: str = option("adamw", "Optimiser of healing.", choices=OPTIMIZERS)
     gradient_checkpointing: bool = option(False, "Recompute activations to save memory.")
     gradient_clip: float = option(0.0, "Largest gradient norm; 0 = no clipping.", minimum=0)
+    precision: str = option("fp32", "Number format of healing.", choices=PRECISIONS)
+    precision_mode: str = option(
+        "autocast",
+        "bf16, fp16: autocast (fp32 master weights) or pure (weights, gradients and optimiser "
+        "state in the low format); of no effect for fp32.",
+        choices=PRECISION_MODES,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

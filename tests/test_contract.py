@@ -43,7 +43,7 @@ STAGES = {
 LAYERS = """
 options config randomness
 spectra lanczos stochastic curvature subspaces
-models corpora pretraining probe
+lockout models corpora pretraining probe precision
 attacks.driver attacks.alignment attacks.haep attacks.arms
 sft recovery
 stats variance scaling comparison survival trajectory power pooling

@@ -75,7 +75,8 @@ def describe(outcome: HealOutcome) -> str:
             f"| perplexity | {s['original_perplexity']:.4g} | {s['collapsed_perplexity']:.4g} | "
             f"{s['final_perplexity']:.4g} |",
             "",
-            f"Spectral state before healing: {s['spectral_state']}. Status: {s['status']}.",
+            f"Spectral state before healing: {s['spectral_state']}. Status: **{s['status']}**. "
+            f"{s['status_reason']}",
         ]
     )
 
@@ -135,8 +136,15 @@ def _finish(run: RunLogger, outcome: HealOutcome) -> None:
         "status",
         "rank_undefined_reason",
         "loss_undefined_reason",
+        "status_reason",
+        "nonfinite_origin",
+        "nonfinite_module",
+        "control_origin",
+        "control_module",
     )
     run.tags({name: s[name] for name in names if s[name]})
+    if not math.isnan(s["nonfinite_step"]):
+        run.tags({"nonfinite_step": s["nonfinite_step"]})
     run.describe(describe(outcome))
 
 
