@@ -125,18 +125,18 @@ class Diagnosis:
                 f"The collapsed model computes in fp32, but {self.precision} training could not "
                 f"go on: at step {self.failure.step} {self.failure}; {self._control_words()}."
             )
-        skipped = ""
+        sentence = f"{self.steps - self.nonfinite_steps - self.scaler_skipped_steps} of "
+        sentence += f"{self.steps} steps were taken"
         if self.scaler_skipped_steps:
-            skipped = (
-                f" (the gradient scaler skipped {self.scaler_skipped_steps} while it looked for "
-                "its scale)"
+            sentence += (
+                f"; the gradient scaler skipped {self.scaler_skipped_steps} to lower its scale"
             )
         if self.nonfinite_steps and self.failure:
-            return (
-                f"{self.nonfinite_steps} of {self.steps} steps were not finite and not taken: at "
-                f"step {self.failure.step} {self.failure}{skipped}."
+            sentence += (
+                f"; {self.nonfinite_steps} were not finite: at step {self.failure.step} "
+                f"{self.failure}"
             )
-        return f"All {self.steps} steps were finite{skipped}."
+        return sentence + "."
 
     def _control_words(self) -> str:
         if self.control is None:

@@ -11,6 +11,7 @@ from typing import TypeVar
 import numpy as np
 
 from healing.comparison import PRIMARY_ENDPOINTS, ArmComparison, compare_arms, paired_differences
+from healing.lockout import LOCKOUT
 from healing.scaling import ScalingSlope, scaling_slope
 from healing.stats import (
     ClusterMeans,
@@ -45,7 +46,7 @@ class HealRun:
         final: Endpoint → percent after the last step; NaN where undefined.
         steps: Measured steps.
         trajectory: Endpoint → percent at each step.
-        status: ``ok``, ``nonfinite_steps`` or ``lockout``.
+        status: As :attr:`healing.lockout.Diagnosis.status`.
         spectral_state: ``collapsed``, ``inflated``, ``unchanged``, ``undefined``.
         undefined_reason: Why rank recovery is undefined; empty where defined.
         failure: Why the run failed.
@@ -89,7 +90,7 @@ class GroupSummary:
         n_runs: Finished runs.
         n_checkpoints: Independent units among them.
         n_undefined: Runs without a defined rank recovery.
-        n_lockout: Runs that could not compute.
+        n_lockout: Runs whose collapsed model cannot compute in float32.
         spectral_states: State → number of runs.
         means: Endpoint → checkpoint means.
         intervals: Endpoint → Student t interval.
@@ -99,6 +100,7 @@ class GroupSummary:
         half_recovery: Endpoint → Kaplan–Meier median of the steps to 50 %.
         bands: Endpoint → mean trajectory.
         notes: What the data did not determine.
+        statuses: Status → number of runs.
     """
 
     model: str
@@ -118,6 +120,7 @@ class GroupSummary:
     half_recovery: Mapping[str, Interval]
     bands: Mapping[str, Band]
     notes: tuple[str, ...]
+    statuses: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -217,6 +220,7 @@ def summarize_group(
         e: notes.call(bca_interval, means[e].means, rng, confidence) for e in ENDPOINTS if enough
     }
     states = [r.spectral_state for r in runs]
+    statuses = [r.status for r in runs]
     return GroupSummary(
         model=first.model,
         arm=first.arm,
@@ -225,7 +229,7 @@ def summarize_group(
         n_runs=len(runs),
         n_checkpoints=len(set(checkpoints)),
         n_undefined=means["rank_recovery_pct"].n_undefined,
-        n_lockout=sum(r.status == "lockout" for r in runs),
+        n_lockout=statuses.count(LOCKOUT),
         spectral_states={s: states.count(s) for s in sorted(set(states))},
         means=means,
         intervals=intervals,
@@ -235,6 +239,7 @@ def summarize_group(
         half_recovery={e: _half_recovery(runs, e, confidence, notes) for e in PRIMARY_ENDPOINTS},
         bands={e: _band(runs, e, confidence, notes) for e in PRIMARY_ENDPOINTS},
         notes=tuple(notes.texts),
+        statuses={s: statuses.count(s) for s in sorted(set(statuses))},
     )
 
 

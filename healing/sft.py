@@ -84,7 +84,7 @@ def make_optimizer(model: torch.nn.Module, config: HealConfig) -> torch.optim.Op
 
 
 def gradient_norm(model: torch.nn.Module, gradient_clip: float) -> torch.Tensor:
-    """Norm of the gradient before clipping, float32; clips to ``gradient_clip`` unless that is 0."""
+    """Norm of the gradient before clipping, float32; clips to ``gradient_clip`` (0 = not)."""
     parameters = [p for p in model.parameters() if p.grad is not None]
     limit = gradient_clip or math.inf
     if all(p.dtype == torch.float32 for p in parameters):

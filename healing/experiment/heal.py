@@ -181,6 +181,7 @@ def _heal_in(run: RunLogger, cell: HealCell, title: str, arm: str, console: Cons
             files["folder"] = raw_data_folder(config.output_dir, name)
             start_folder(files["folder"], stored_config(outcome))
             files["lines"] = JsonLines(files["folder"] / "metrics.jsonl")
+            run.rescue(files["folder"] / "config.json", files["lines"].path)
             run.n_params(outcome.loaded.n_params)
             warn_of_few_rows(console, config, outcome.loaded)
             settings = settings_of(cell, outcome.checkpoint, outcome.digests)
