@@ -21,6 +21,9 @@ OK, NONFINITE_STEPS, LOCKOUT, FORMAT_OVERFLOW, OPTIMISER_ARTIFACT, DIVERGED = (
     "diverged",
 )
 
+UNTRAINED = (LOCKOUT, FORMAT_OVERFLOW, OPTIMISER_ARTIFACT, DIVERGED)
+"""Statuses of runs that have no recovery to speak of, whatever they measured before they failed."""
+
 CONTROL_STEPS = 20
 """Steps that the healthy model takes at most in the control of a run that failed."""
 

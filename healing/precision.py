@@ -10,6 +10,7 @@ underflows by m/0, so that even a healthy model is not finite after one step.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -184,6 +185,19 @@ def nonfinite_gradients(model: nn.Module) -> Iterator[list[str]]:
             handle.remove()
 
 
+def gradient_norm(model: torch.nn.Module, gradient_clip: float) -> torch.Tensor:
+    """Norm of the gradient before clipping, float32; clips to ``gradient_clip`` (0 = not)."""
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    limit = gradient_clip or math.inf
+    if all(p.dtype == torch.float32 for p in parameters):
+        return torch.nn.utils.clip_grad_norm_(parameters, limit)
+    # In fp16 the norm of a finite gradient can itself overflow.
+    norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in parameters]
+    norm = torch.linalg.vector_norm(torch.stack(norms))
+    torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return norm
+
+
 def diagnose(
     model: nn.Module,
     batch: torch.Tensor,
@@ -193,8 +207,8 @@ def diagnose(
 ) -> Failure | None:
     """One forward and backward pass, watched; no gradient is left behind.
 
-    A failure is a loss or a gradient that is not finite. Its origin is :data:`FORWARD` where a
-    module's output or the loss is not finite, else :data:`GRADIENT`.
+    A failure is a loss, a gradient or a gradient norm that is not finite. Its origin is
+    :data:`FORWARD` where a module's output or the loss is not finite, else :data:`GRADIENT`.
 
     Args:
         model: A causal language model, in the precision's weights.
@@ -218,6 +232,8 @@ def diagnose(
         finite = all_finite(loss)
         if finite:
             (scale * loss).backward()
+            if not math.isfinite(float(gradient_norm(model, 0.0)) / scale):
+                gradients.append("gradient norm")
         model.zero_grad()
     if finite and not gradients:
         return None

@@ -8,12 +8,10 @@ tag; what was logged before stays.
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import math
 import os
 import pathlib
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,6 +31,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from healing import ui_view
+from healing.checkout import code_version
 
 DEFAULT_EXPERIMENT = "llm-healing"
 FLUSH_SECONDS = 2.0
@@ -176,26 +175,6 @@ class RunLogger:
             self._client.log_inputs(self.run_id, datasets=[DatasetInput(data, [tag])])
 
 
-def _git(*arguments: str) -> str:
-    root = pathlib.Path(__file__).parent
-    try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=root, capture_output=True, text=True, timeout=10, check=False
-        )
-    except OSError:
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
-
-
-@functools.cache
-def code_version() -> dict[str, str]:
-    """Commit of the code and whether it has uncommitted changes ({} outside a checkout)."""
-    commit = _git("rev-parse", "HEAD")
-    if not commit:
-        return {}
-    return {"git_commit": commit, "git_dirty": str(bool(_git("status", "--porcelain"))).lower()}
-
-
 @contextlib.contextmanager
 def _ended(logger: RunLogger, end: Callable[[str], object]) -> Iterator[None]:
     """Send what is held back and end the run: FINISHED, or with the reason why the block failed,
@@ -215,8 +194,8 @@ def _ended(logger: RunLogger, end: Callable[[str], object]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def start(name: str, tags: Mapping[str, Any]) -> Iterator[RunLogger]:
-    """The outermost run of a process: FINISHED when the block ends well, else FAILED with the
-    reason in the tag ``failure``.
+    """The outermost run of a process: FINISHED when the block ends well, else FAILED (KILLED by
+    Ctrl-C) with the reason in the tag ``failure``.
 
     Under ``mlflow run`` it is the run that MLflow made; otherwise a new one in the experiment of
     ``MLFLOW_EXPERIMENT_NAME`` (default ``llm-healing``).

@@ -47,7 +47,7 @@ lockout models corpora pretraining probe precision
 attacks.driver attacks.alignment attacks.haep attacks.arms
 sft recovery
 stats variance scaling comparison survival trajectory power pooling
-ui_view tracking
+checkout ui_view tracking
 plots.style plots.runs plots.groups report
 experiment.console experiment.files experiment.errors experiment.loading
 experiment.pretrain experiment.attack experiment.healing_cell experiment.heal

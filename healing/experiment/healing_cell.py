@@ -140,7 +140,7 @@ class HealOutcome:
         (NaN, True) where the recovery is undefined.
         """
         values = [self.recovery(r)[name] for r in self.records]
-        if not any(math.isfinite(v) for v in values):
+        if not any(math.isfinite(v) for v in values[1:]):
             return math.nan, True
         found = half_recovery_time([float(r.step) for r in self.records], values)
         return found.time, found.censored
@@ -157,8 +157,8 @@ class HealOutcome:
             "verdict": verdict_of(recovery["rank_recovery_pct"]),
             "verdict_loss": verdict_of(recovery["loss_recovery_pct"]),
             "spectral_state": damage.spectral_state,
-            "rank_undefined_reason": damage.rank_reason or self._not_computing,
-            "loss_undefined_reason": damage.loss_reason or self._not_computing,
+            "rank_undefined_reason": self._not_computing or damage.rank_reason,
+            "loss_undefined_reason": self._not_computing or damage.loss_reason,
             "original_rank": damage.healthy.effective_rank,
             "collapsed_rank": damage.collapsed.effective_rank,
             "final_effective_rank": final.effective_rank,
