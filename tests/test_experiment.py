@@ -34,6 +34,7 @@ from healing.models import (
     read_checkpoint,
     transformer_blocks,
 )
+from healing.probe import Probe
 from healing.sft import Trainer
 from healing.tracking import TrackingError
 
@@ -396,6 +397,38 @@ def test_the_mode_of_fp32_is_no_setting_and_that_of_fp16_is(store, checkpoint):
     assert marks(precision_mode="pure") == marks()
     assert len({marks(), marks(precision="fp16"), marks(precision="bf16")}) == 3
     assert marks(precision="fp16", precision_mode="pure") != marks(precision="fp16")
+
+
+@pytest.mark.parametrize("stage", ["attack", "heal"])
+def test_what_a_failed_run_measured_is_kept_with_it(store, checkpoint, monkeypatch, stage):
+    calls = []
+    original = Probe.measure
+
+    def failing(self, *arguments):
+        calls.append(1)
+        if len(calls) == 4:
+            raise RuntimeError("out of luck")
+        return original(self, *arguments)
+
+    monkeypatch.setattr(Probe, "measure", failing)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        if stage == "heal":
+            heal(heal_config(collapsed_checkpoint=str(checkpoint)))
+        else:
+            make_attack(seed=1, attack_steps=12)
+    client = MlflowClient()
+    experiment = client.get_experiment_by_name("llm-healing").experiment_id
+    (run,) = client.search_runs(
+        [experiment], f"tags.stage = '{stage}' and attributes.status = 'FAILED'"
+    )
+    assert run.data.tags["failure"] == "out of luck"
+    assert {a.path for a in client.list_artifacts(run.info.run_id)} == {
+        "config.json", "metrics.jsonl",
+    }  # fmt: skip
+    local = pathlib.Path(client.download_artifacts(run.info.run_id, "metrics.jsonl"))
+    assert [row["step"] for row in read_jsonl(local)] == {"heal": [0, 4], "attack": [0, 4, 8]}[
+        stage
+    ]
 
 
 def test_a_failed_attack_fails_its_noise_and_is_listed(store, monkeypatch):

@@ -186,10 +186,12 @@ def test_every_call_that_fails_is_one_clear_line(store, monkeypatch, method, wha
     assert "\n" not in text
 
 
-def test_a_full_disk_is_such_a_failure_too(store):
-    with tracking.start("a", {}) as run:
-        with pytest.raises(TrackingError, match=r"artifact none\.json .* could not be stored"):
-            run.artifact(store / "none.json")
+def test_a_file_that_cannot_be_copied_is_such_a_failure_too(store):
+    with (
+        tracking.start("a", {}) as run,
+        pytest.raises(TrackingError, match=r"artifact none\.json .* could not be stored"),
+    ):
+        run.artifact(store / "none.json")
 
 
 @pytest.mark.parametrize("method", ["log_batch", "set_terminated", "log_artifact"])
