@@ -410,12 +410,13 @@ def test_what_a_failed_run_measured_is_kept_with_it(store, checkpoint, monkeypat
             raise RuntimeError("out of luck")
         return original(self, *arguments)
 
+    stages = {
+        "heal": lambda: heal(heal_config(collapsed_checkpoint=str(checkpoint))),
+        "attack": lambda: make_attack(seed=1, attack_steps=12),
+    }
     monkeypatch.setattr(Probe, "measure", failing)
     with pytest.raises(RuntimeError, match="out of luck"):
-        if stage == "heal":
-            heal(heal_config(collapsed_checkpoint=str(checkpoint)))
-        else:
-            make_attack(seed=1, attack_steps=12)
+        stages[stage]()
     client = MlflowClient()
     experiment = client.get_experiment_by_name("llm-healing").experiment_id
     (run,) = client.search_runs(
