@@ -26,6 +26,8 @@ TREATMENT, CONTROL, SHAM = "haep", "gaussian_noise", "none"
 NOISE_MATCHES = ("norm", "loss", "rank")
 OPTIMIZERS = ("adamw", "sgd")
 SUBSPACES = ("singular", "hessian")
+PRECISIONS = ("fp32", "bf16", "fp16")
+PRECISION_MODES = ("autocast", "pure")
 DEVICES_HELP = "auto (accelerator if there is one), cpu, cuda, cuda:N or mps."
 RAW_DATA = "priority5_healing/raw_data"
 """Folder below ``output_dir`` that holds one folder per run."""
@@ -295,6 +297,13 @@ class HealConfig(BaseConfig):
     gradient_clip: float = option(0.0, "Largest gradient norm; 0 = no clipping.", minimum=0)
     save_healed: bool = option(
         True, "Store the healed weights, which basin needs (4 bytes per parameter)."
+    )
+    precision: str = option("fp32", "Number format of healing.", choices=PRECISIONS)
+    precision_mode: str = option(
+        "autocast",
+        "bf16, fp16: autocast (fp32 master weights) or pure (weights, gradients and optimiser "
+        "state in the low format); of no effect for fp32.",
+        choices=PRECISION_MODES,
     )
 
     def __post_init__(self) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from healing.comparison import PRIMARY_ENDPOINTS, ArmComparison, compare_arms, paired_differences
 from healing.config import CONTROL, SHAM, TREATMENT
+from healing.lockout import LOCKOUT
 from healing.scaling import ScalingSlope, scaling_slope
 from healing.stats import (
     ClusterMeans,
@@ -47,7 +48,7 @@ class HealRun:
             not asked for (the sham's).
         steps: Measured steps.
         trajectory: Endpoint → percent at each step.
-        status: ``ok``, ``nonfinite_steps`` or ``lockout``.
+        status: As :attr:`healing.lockout.Diagnosis.status`.
         spectral_state: ``collapsed``, ``inflated``, ``unchanged``, ``undefined``.
         undefined_reason: Why rank recovery is undefined; empty where defined.
         noise_match: What noise shares with the attack of its seed; empty for other arms.
@@ -94,7 +95,7 @@ class GroupSummary:
         n_runs: Finished runs.
         n_checkpoints: Independent units among them.
         n_undefined: Runs without a defined rank recovery.
-        n_lockout: Runs that could not compute.
+        n_lockout: Runs whose collapsed model cannot compute in float32.
         spectral_states: State → number of runs.
         means: Endpoint → checkpoint means.
         intervals: Endpoint → Student t interval.
@@ -104,6 +105,7 @@ class GroupSummary:
         half_recovery: Endpoint → Kaplan–Meier median of the steps to 50 %.
         bands: Endpoint → mean trajectory.
         notes: What the data did not determine.
+        statuses: Status → number of runs.
     """
 
     model: str
@@ -124,6 +126,7 @@ class GroupSummary:
     half_recovery: Mapping[str, Interval]
     bands: Mapping[str, Band]
     notes: tuple[str, ...]
+    statuses: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -224,6 +227,7 @@ def summarize_group(
         e: notes.call(bca_interval, means[e].means, rng, confidence) for e in measured if enough
     }
     states = [r.spectral_state for r in runs]
+    statuses = [r.status for r in runs]
     return GroupSummary(
         model=first.model,
         arm=first.arm,
@@ -233,7 +237,7 @@ def summarize_group(
         n_runs=len(runs),
         n_checkpoints=len(set(checkpoints)),
         n_undefined=means["rank_recovery_pct"].n_undefined,
-        n_lockout=sum(r.status == "lockout" for r in runs),
+        n_lockout=statuses.count(LOCKOUT),
         spectral_states={s: states.count(s) for s in sorted(set(states))},
         means=means,
         intervals=intervals,
@@ -243,6 +247,7 @@ def summarize_group(
         half_recovery={e: _half_recovery(runs, e, confidence, notes) for e in PRIMARY_ENDPOINTS},
         bands={e: _band(runs, e, confidence, notes) for e in PRIMARY_ENDPOINTS},
         notes=tuple(notes.texts),
+        statuses={s: statuses.count(s) for s in sorted(set(statuses))},
     )
 
 

@@ -8,6 +8,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from healing.config import CONTROL
+from healing.lockout import (
+    DIVERGED,
+    FORMAT_OVERFLOW,
+    LOCKOUT,
+    NONFINITE_STEPS,
+    OPTIMISER_ARTIFACT,
+)
 from healing.pooling import SHAM_ENDPOINTS, Band, GroupSummary, HealRun, Summary
 from healing.stats import Interval
 
@@ -24,6 +31,14 @@ EQUAL = {
     "rank": "equal effective rank (damage-matched)",
     "scale": "a fixed scale (not matched)",
 }
+STATUS_LABELS = {
+    LOCKOUT: "locked out",
+    FORMAT_OVERFLOW: "overflowed the format",
+    OPTIMISER_ARTIFACT: "optimiser artefact",
+    DIVERGED: "diverged",
+    NONFINITE_STEPS: "with non-finite steps",
+}
+"""What the tables say of runs that are not simply ``ok``."""
 STATEMENTS = {
     "superior": "HAEP damage recovers more than noise damage (superior)",
     "inferior": "HAEP damage recovers less than noise damage (inferior)",
@@ -75,7 +90,7 @@ def group_rows(summary: Summary) -> list[dict[str, Any]]:
             "runs": group.n_runs,
             "checkpoints": group.n_checkpoints,
             "undefined": group.n_undefined,
-            "lockout": group.n_lockout,
+            **{status: group.statuses.get(status, 0) for status in STATUS_LABELS},
             "verdict": group.verdict,
             "verdict_loss": group.verdict_loss,
         }
@@ -94,8 +109,9 @@ def group_rows(summary: Summary) -> list[dict[str, Any]]:
 
 def _cells(group: GroupSummary, groups: Sequence[GroupSummary]) -> list[str]:
     states = ", ".join(f"{count} {state}" for state, count in group.spectral_states.items())
-    if group.n_lockout:
-        states += f" ({group.n_lockout} locked out)"
+    unwell = [f"{group.statuses[s]} {t}" for s, t in STATUS_LABELS.items() if s in group.statuses]
+    if unwell:
+        states += f" ({', '.join(unwell)})"
     return [
         group.model,
         group_label(group, groups),
@@ -242,6 +258,7 @@ def _group_json(group: GroupSummary) -> dict[str, Any]:
     return {
         **{name: getattr(group, name) for name in GROUP_FIELDS},
         "spectral_states": dict(group.spectral_states),
+        "statuses": dict(group.statuses),
         "checkpoint_means": {
             endpoint: dict(zip(map(str, means.labels), means.means.tolist(), strict=True))
             for endpoint, means in group.means.items()

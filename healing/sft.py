@@ -11,7 +11,16 @@ import torch
 
 from healing.config import HealConfig
 from healing.corpora import batches
+from healing.lockout import FORWARD, GRADIENT, UPDATE, WEIGHTS, Control, Failure
 from healing.models import LoadedModel, training_mode
+from healing.precision import (
+    Precision,
+    diagnose,
+    first_nonfinite_parameter,
+    forward_failure,
+    gradient_norm,
+    headroom,
+)
 from healing.probe import Measurement, Probe
 
 LOCKOUT_STEPS = 10
@@ -25,11 +34,17 @@ class HealRecord:
     Attributes:
         step: Optimiser steps done.
         tokens: Training tokens seen.
-        measurement: On the probe.
+        measurement: On the probe, in float32.
         train_loss: Mean over the finite steps since the last record, nats per token.
         grad_norm: Before clipping, mean over the same steps.
         tokens_per_second: Of training alone since the last record.
         nonfinite_steps: Steps so far whose loss or gradient was not finite; they change nothing.
+        scaler_skipped_steps: Steps so far that the gradient scaler skipped to lower its scale; not
+            among the former.
+        headroom: Of every block, as :func:`healing.precision.headroom`, for the run's format.
+        failure: First step that could not be taken, or whose update broke the weights.
+        stalled: Training cannot go on: the weights are not finite, :data:`LOCKOUT_STEPS` steps in a
+            row could not be taken, none could so far, or the final model is not finite.
     """
 
     step: int
@@ -39,6 +54,10 @@ class HealRecord:
     grad_norm: float = math.nan
     tokens_per_second: float = math.nan
     nonfinite_steps: int = 0
+    scaler_skipped_steps: int = 0
+    headroom: tuple[float, ...] = ()
+    failure: Failure | None = None
+    stalled: bool = False
 
     def metrics(self) -> dict[str, float]:
         """All numbers under the names of the MLflow contract."""
@@ -49,6 +68,8 @@ class HealRecord:
             "tokens": float(self.tokens),
             "tokens_per_second": self.tokens_per_second,
             "nonfinite_steps": float(self.nonfinite_steps),
+            "scaler_skipped_steps": float(self.scaler_skipped_steps),
+            **{f"layers/headroom_{i:02d}": share for i, share in enumerate(self.headroom)},
         }
 
 
@@ -63,27 +84,101 @@ def make_optimizer(model: torch.nn.Module, config: HealConfig) -> torch.optim.Op
     return torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
 
 
-def sft_step(
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batch: torch.Tensor,
-    gradient_clip: float,
-) -> tuple[float, float]:
-    """One step on one batch (windows, tokens); not taken where loss or gradient is not finite.
+class Trainer:
+    """Takes the fine-tuning steps of one model and keeps count of those that it cannot take.
 
-    Returns:
-        Loss before the step (nats per token) and gradient norm before clipping.
+    Args:
+        model: In the weights of the configuration's precision (:meth:`Precision.weights`).
+        config: Resolved configuration.
+        optimizer: Over the model's parameters; ``None`` = the configuration's.
+
+    Attributes:
+        steps: Tried.
+        taken: With an update.
+        nonfinite: Without one, since loss or gradient was not finite.
+        scaler_skipped: Without one, to lower the gradient scaler's scale. From a scale of 1 down it
+            is the gradient itself that the format cannot hold: such a step counts as not finite.
+        failure: First step that could not be taken, or whose update broke the weights.
     """
-    with training_mode(model):
-        # The model shifts the labels itself; shifting them here too would train on token t+2.
-        loss = model(input_ids=batch, labels=batch).loss
-        optimizer.zero_grad()
-        loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), gradient_clip or math.inf)
-    value, norm_value = float(loss.detach()), float(norm)
-    if math.isfinite(value) and math.isfinite(norm_value):
-        optimizer.step()
-    return value, norm_value
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        config: HealConfig,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> None:
+        self.model, self.clip = model, config.gradient_clip
+        self.precision = Precision(config.precision, config.precision_mode)
+        self.optimizer = optimizer or make_optimizer(model, config)
+        self.scaler = self.precision.scaler(next(model.parameters()).device)
+        self.steps = self.taken = self.nonfinite = self.scaler_skipped = 0
+        self.failure: Failure | None = None
+        self._sound_at_first = not first_nonfinite_parameter(model)
+        self._first_skipped: Failure | None = None
+        self._in_a_row, self._broken = 0, False
+
+    @property
+    def must_stop(self) -> bool:
+        """No further step makes sense."""
+        return self._broken or self._in_a_row == LOCKOUT_STEPS
+
+    @property
+    def stalled(self) -> bool:
+        """Training cannot go on, or never began."""
+        return self.must_stop or (self.steps > 0 and not self.taken)
+
+    @property
+    def first_failure(self) -> Failure | None:
+        """As ``failure``; where the scaler skipped every step, the first of those."""
+        return self.failure or (None if self.taken else self._first_skipped)
+
+    def step(self, batch: torch.Tensor) -> tuple[float, float]:
+        """One step on one batch (windows, tokens); not taken where loss or gradient is not finite.
+
+        Returns:
+            Loss before the step (nats per token) and gradient norm before clipping.
+        """
+        self.steps += 1
+        scale = self.scaler.get_scale()
+        with training_mode(self.model):
+            with self.precision.forward(batch.device):
+                # The model shifts the labels itself; shifting them here too would train on t+2.
+                loss = self.model(input_ids=batch, labels=batch).loss
+            self.optimizer.zero_grad()
+            self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        value, norm = float(loss.detach()), float(gradient_norm(self.model, self.clip))
+        if math.isfinite(value) and math.isfinite(norm):
+            self.scaler.step(self.optimizer)
+            self._after_update()
+        else:
+            self._count(batch, value, scale)
+        self.scaler.update()
+        return value, norm
+
+    def _after_update(self) -> None:
+        self.taken, self._in_a_row = self.taken + 1, 0
+        broken = first_nonfinite_parameter(self.model)
+        if broken:
+            self._broken = True
+            origin = UPDATE if self._sound_at_first else WEIGHTS
+            self.failure = self.failure or Failure(self.steps, origin, broken)
+
+    def _count(self, batch: torch.Tensor, loss: float, scale: float) -> None:
+        """Count a step that was not taken, and look into the first one of its kind."""
+        skipped = self.scaler.is_enabled() and math.isfinite(loss) and scale > 1.0
+        if skipped:
+            self.scaler_skipped += 1
+            self._first_skipped = self._first_skipped or self._explain(batch, loss, scale)
+            return
+        self.nonfinite, self._in_a_row = self.nonfinite + 1, self._in_a_row + 1
+        self.failure = self.failure or self._explain(batch, loss, scale)
+
+    def _explain(self, batch: torch.Tensor, loss: float, scale: float) -> Failure:
+        found = diagnose(self.model, batch, self.steps, self.precision, scale)
+        # Kernels that sum in another order each time may not fail twice.
+        origin = GRADIENT if math.isfinite(loss) else FORWARD
+        return found or Failure(self.steps, origin, "not found again")
 
 
 def _mean(values: list[float]) -> float:
@@ -100,49 +195,88 @@ def heal(
 ) -> Iterator[HealRecord]:
     """Fine-tune a model in place, yielding a record at step 0, every interval and the last step.
 
+    The model is measured in float32 whatever it trains in, and is in float32 when the iterator
+    is exhausted.
+
     Args:
-        loaded: The collapsed model.
+        loaded: The collapsed model, in float32.
         config: Resolved configuration.
         windows: Training windows (windows, tokens) of the ``train`` split.
         probe: Clean probe.
         collapsed: Measurement of the model as it comes.
         generator: Draws the data order.
 
-    Ends early after :data:`LOCKOUT_STEPS` consecutive steps that are not finite.
+    Ends early after :data:`LOCKOUT_STEPS` consecutive steps that are not finite, and at once where
+    an update leaves weights that are not.
     """
     model, total = loaded.model, config.healing_steps
-    optimizer = make_optimizer(model, config)
+    precision = Precision(config.precision, config.precision_mode)
+    largest = precision.largest
     stream = batches(windows, int(config.batch_size), generator)
-    yield HealRecord(0, 0, collapsed)
-    losses: list[float] = []
-    norms: list[float] = []
-    seconds, since, bad, bad_in_a_row = 0.0, 0, 0, 0
-    tokens_per_step = int(config.batch_size) * config.sequence_length
-    for step in range(1, total + 1):
-        begin = time.perf_counter()
-        loss, norm = sft_step(
-            model, optimizer, next(stream).to(loaded.device), config.gradient_clip
-        )
-        seconds += time.perf_counter() - begin
-        since += 1
-        if math.isfinite(loss) and math.isfinite(norm):
-            bad_in_a_row = 0
-            losses.append(loss)
-            norms.append(norm)
-        else:
-            bad, bad_in_a_row = bad + 1, bad_in_a_row + 1
-        locked = bad_in_a_row == LOCKOUT_STEPS
-        if step % config.measurement_interval == 0 or step == total or locked:
-            speed = since * tokens_per_step / seconds
-            yield HealRecord(
-                step,
-                step * tokens_per_step,
-                probe.measure(model),
-                _mean(losses),
-                _mean(norms),
-                speed,
-                bad,
-            )
-            losses, norms, seconds, since = [], [], 0.0, 0
-        if locked:
-            return
+    yield HealRecord(0, 0, collapsed, headroom=headroom(model, probe.windows, largest))
+    with precision.weights(model):
+        trainer = Trainer(model, config)
+        losses: list[float] = []
+        norms: list[float] = []
+        seconds, since = 0.0, 0
+        tokens_per_step = int(config.batch_size) * config.sequence_length
+        for step in range(1, total + 1):
+            begin = time.perf_counter()
+            loss, norm = trainer.step(next(stream).to(loaded.device))
+            seconds += time.perf_counter() - begin
+            since += 1
+            if math.isfinite(loss) and math.isfinite(norm):
+                losses.append(loss)
+                norms.append(norm)
+            last = step == total or trainer.must_stop
+            if step % config.measurement_interval == 0 or last:
+                with precision.measuring(model):
+                    measurement = probe.measure(model)
+                    shares = headroom(model, probe.windows, largest)
+                    failure = trainer.first_failure
+                    unsound = last and measurement.nonfinite_tokens > 0
+                    if unsound and not failure:
+                        module = forward_failure(model, probe.windows) or "probe"
+                        failure = Failure(step + 1, FORWARD, module)
+                yield HealRecord(
+                    step,
+                    step * tokens_per_step,
+                    measurement,
+                    _mean(losses),
+                    _mean(norms),
+                    since * tokens_per_step / seconds,
+                    trainer.nonfinite,
+                    trainer.scaler_skipped,
+                    shares,
+                    failure,
+                    trainer.stalled or unsound,
+                )
+                losses, norms, seconds, since = [], [], 0.0, 0
+            if last:
+                return
+
+
+def control_run(
+    loaded: LoadedModel,
+    config: HealConfig,
+    windows: torch.Tensor,
+    generator: torch.Generator,
+    steps: int,
+) -> Control:
+    """The first steps of :func:`heal` on another model, changed in place, up to its first failure.
+
+    Args:
+        loaded: The healthy model, in float32.
+        config: Of the run that failed.
+        windows: Of the run that failed.
+        generator: In the state in which the failed run's began.
+        steps: Steps to try.
+    """
+    stream = batches(windows, int(config.batch_size), generator)
+    with Precision(config.precision, config.precision_mode).weights(loaded.model):
+        trainer = Trainer(loaded.model, config)
+        for _ in range(steps):
+            trainer.step(next(stream).to(loaded.device))
+            if trainer.failure:
+                break
+        return Control(steps, trainer.first_failure)

@@ -106,7 +106,7 @@ def half_recovery_time(
             a first recovery at or above the threshold (its time would be censored on the left).
 
     Warns:
-        UndefinedDataWarning: nothing is defined; the time is NaN.
+        UndefinedDataWarning: nothing is defined after time 0; the time is NaN.
     """
     if not 0.0 < threshold < math.inf:
         raise ValueError(f"threshold is {threshold}; pass a positive percentage")
@@ -116,7 +116,7 @@ def half_recovery_time(
     mean = _mean_trajectory(recovery_pct)
     require_same_length(steps=t, recovery_pct=mean)
     t, mean = t[~np.isnan(mean)], mean[~np.isnan(mean)]
-    if len(mean) == 0:
+    if not (t > 0.0).any():
         warnings.warn("half_recovery_time: no recovery is defined", UndefinedDataWarning, 2)
         return HalfRecovery(math.nan, censored=False)
     if mean[0] >= threshold:

@@ -8,15 +8,13 @@ tag; what was logged before stays.
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import math
 import os
 import pathlib
-import subprocess
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +31,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from healing import ui_view
+from healing.checkout import code_version
 
 DEFAULT_EXPERIMENT = "llm-healing"
 FLUSH_SECONDS = 2.0
@@ -52,8 +51,38 @@ def _text(value: Any) -> str:
     return str(value)
 
 
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text[:2000]
+
+
+UNREACHED = (MlflowException, OSError)
+"""What MLflow's clients raise where a store, a server or a disk does not take what is sent."""
+
+
+@contextlib.contextmanager
+def _stored(what: str) -> Iterator[None]:
+    """Turn a store's refusal into one line.
+
+    Raises:
+        TrackingError: What could not be stored, where, why, and what to do.
+    """
+    try:
+        yield
+    except UNREACHED as error:
+        raise TrackingError(
+            f"{what} could not be stored in {mlflow.get_tracking_uri()} "
+            f"({_one_line(error)[:300]}): make that store reachable and writable, or set "
+            "MLFLOW_TRACKING_URI to another, and start again; the files written so far stay in "
+            "the run's local folder"
+        ) from error
+
+
 class RunLogger:
-    """Writes to one MLflow run; every call is one batched request where MLflow has one."""
+    """Writes to one MLflow run; every call is one batched request where MLflow has one.
+
+    All of its methods raise :class:`TrackingError` where the store does not take what they send.
+    """
 
     def __init__(self, run: Run) -> None:
         self.run_id: str = run.info.run_id
@@ -63,25 +92,30 @@ class RunLogger:
         self._taken = set(run.data.params)
         self._buffer: list[Metric] = []
         self._flushed = time.monotonic()
+        self._rescued: tuple[pathlib.Path, ...] = ()
+
+    def _send(self, what: str, **content: Any) -> None:
+        with _stored(f"{what} of run {self.run_id}"):
+            self._client.log_batch(self.run_id, **content)
 
     def params(self, prefix: str, values: Mapping[str, Any]) -> None:
         """Log parameters as ``prefix.name``; the shared ones under their bare name too."""
         wanted = {f"{prefix}.{name}": _text(value) for name, value in values.items()}
         wanted |= {name: _text(values[name]) for name in SHARED_PARAMS if name in values}
         fresh = {name: value for name, value in wanted.items() if name not in self._taken}
-        self._client.log_batch(self.run_id, params=[Param(k, v) for k, v in fresh.items()])
+        self._send("parameters", params=[Param(k, v) for k, v in fresh.items()])
         self._taken |= fresh.keys()
 
     def n_params(self, count: int) -> None:
         """Log the model's size, a number to plot against, under its bare name."""
         if "n_params" not in self._taken:
-            self._client.log_batch(self.run_id, params=[Param("n_params", str(count))])
+            self._send("parameters", params=[Param("n_params", str(count))])
             self._taken.add("n_params")
 
     def tags(self, values: Mapping[str, Any]) -> None:
         """Set tags in one request."""
         tags = [RunTag(name, _text(value)) for name, value in values.items()]
-        self._client.log_batch(self.run_id, tags=tags)
+        self._send("tags", tags=tags)
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         """Log the metrics of one step (NaN and infinities included).
@@ -98,7 +132,7 @@ class RunLogger:
         """Send what is still held back."""
         for start in range(0, len(self._buffer), METRICS_PER_REQUEST):
             chunk = self._buffer[start : start + METRICS_PER_REQUEST]
-            self._client.log_batch(self.run_id, metrics=chunk)
+            self._send("metrics", metrics=chunk)
         self._buffer = []
         self._flushed = time.monotonic()
 
@@ -113,58 +147,55 @@ class RunLogger:
 
     def artifact(self, path: pathlib.Path, folder: str | None = None) -> None:
         """Store one file."""
-        self._client.log_artifact(self.run_id, str(path), folder)
+        with _stored(f"artifact {path.name} of run {self.run_id}"):
+            self._client.log_artifact(self.run_id, str(path), folder)
+
+    def rescue(self, *paths: pathlib.Path) -> None:
+        """Name local files that grow during the run: they are stored even if it fails."""
+        self._rescued += paths
+
+    def failed(self, error: BaseException) -> None:
+        """Store why the run fails and what there is of it; never raises in place of the reason."""
+        try:
+            self.tags({"failure": _one_line(error), "failure_type": type(error).__name__})
+        except TrackingError:
+            return  # a store that takes no tag takes nothing: do not wait for it again
+        with contextlib.suppress(TrackingError):
+            self.flush()
+        for path in self._rescued:
+            with contextlib.suppress(TrackingError):
+                self.artifact(path)
 
     def dataset(self, name: str, digest: str, context: str, facts: Mapping[str, Any]) -> None:
         """Record an input by name and content digest, without copying it."""
         source = {"tags": {key: _text(value) for key, value in facts.items()}}
         data = Dataset(name, digest, "code", json.dumps(source))
         tag = InputTag("mlflow.data.context", context)
-        with _DATASETS:
+        with _stored(f"data set {name} of run {self.run_id}"), _DATASETS:
             self._client.log_inputs(self.run_id, datasets=[DatasetInput(data, [tag])])
 
 
-def _git(*arguments: str) -> str:
-    root = pathlib.Path(__file__).parent
-    try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=root, capture_output=True, text=True, timeout=10, check=False
-        )
-    except OSError:
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
-
-
-@functools.cache
-def code_version() -> dict[str, str]:
-    """Commit of the code and whether it has uncommitted changes ({} outside a checkout)."""
-    commit = _git("rev-parse", "HEAD")
-    if not commit:
-        return {}
-    return {"git_commit": commit, "git_dirty": str(bool(_git("status", "--porcelain"))).lower()}
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text[:2000]
-
-
 @contextlib.contextmanager
-def _failure_recorded(logger: RunLogger) -> Iterator[None]:
-    """Send what is held back, and the reason where the block fails."""
+def _ended(logger: RunLogger, end: Callable[[str], object]) -> Iterator[None]:
+    """Send what is held back and end the run: FINISHED, or with the reason why the block failed,
+    which a store that cannot be reached does not replace.
+    """
     try:
         yield
         logger.flush()
     except BaseException as error:
-        logger.flush()
-        logger.tags({"failure": _one_line(error), "failure_type": type(error).__name__})
+        logger.failed(error)
+        with contextlib.suppress(*UNREACHED):
+            end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
+    with _stored(f"the end of run {logger.run_id}"):
+        end("FINISHED")
 
 
 @contextlib.contextmanager
 def start(name: str, tags: Mapping[str, Any]) -> Iterator[RunLogger]:
-    """The outermost run of a process: FINISHED when the block ends well, else FAILED with the
-    reason in the tag ``failure``.
+    """The outermost run of a process: FINISHED when the block ends well, else FAILED (KILLED by
+    Ctrl-C) with the reason in the tag ``failure``.
 
     Under ``mlflow run`` it is the run that MLflow made; otherwise a new one in the experiment of
     ``MLFLOW_EXPERIMENT_NAME`` (default ``llm-healing``).
@@ -180,18 +211,17 @@ def start(name: str, tags: Mapping[str, Any]) -> Iterator[RunLogger]:
     try:
         if not joined and "MLFLOW_EXPERIMENT_ID" not in os.environ:
             mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", DEFAULT_EXPERIMENT))
-        context = mlflow.start_run(run_name=name)
+        run = mlflow.start_run(run_name=name)
     except MlflowException as error:
         raise TrackingError(
             f"MLflow store {mlflow.get_tracking_uri()} cannot be used ({_one_line(error)[:200]}): "
             "check MLFLOW_TRACKING_URI"
         ) from error
-    with context as run:
-        logger = RunLogger(run)
-        with _failure_recorded(logger):
-            # `mlflow run` names its run at random.
-            logger.tags({"mlflow.runName": name, **tags, **code_version()})
-            yield logger
+    logger = RunLogger(run)
+    with _ended(logger, mlflow.end_run):
+        # `mlflow run` names its run at random.
+        logger.tags({"mlflow.runName": name, **tags, **code_version()})
+        yield logger
 
 
 @contextlib.contextmanager
@@ -203,22 +233,15 @@ def child(parent: RunLogger, name: str, tags: Mapping[str, Any]) -> Iterator[Run
     """
     client = MlflowClient()
     system = {"mlflow.parentRunId": parent.run_id, "mlflow.source.type": "LOCAL"}
-    run = client.create_run(
-        parent.experiment_id,
-        run_name=name,
-        tags={**system, **{k: _text(v) for k, v in {**tags, **code_version()}.items()}},
-    )
+    with _stored(f"run {name!r}"):
+        run = client.create_run(
+            parent.experiment_id,
+            run_name=name,
+            tags={**system, **{k: _text(v) for k, v in {**tags, **code_version()}.items()}},
+        )
     logger = RunLogger(run)
-    status = "FAILED"
-    try:
-        with _failure_recorded(logger):
-            yield logger
-        status = "FINISHED"
-    except KeyboardInterrupt:
-        status = "KILLED"
-        raise
-    finally:
-        client.set_terminated(logger.run_id, status)
+    with _ended(logger, lambda status: client.set_terminated(logger.run_id, status)):
+        yield logger
 
 
 def mark_failed(reason: str) -> None:
@@ -226,7 +249,8 @@ def mark_failed(reason: str) -> None:
     if "MLFLOW_RUN_ID" in os.environ:
         run_id = os.environ["MLFLOW_RUN_ID"]
         tags = {"failure": reason, "failure_type": "ConfigError"}
-        MlflowClient().log_batch(run_id, tags=[RunTag(k, v) for k, v in tags.items()])
+        with contextlib.suppress(*UNREACHED):  # the reason itself is shown to the user anyway
+            MlflowClient().log_batch(run_id, tags=[RunTag(k, v) for k, v in tags.items()])
 
 
 @dataclass(frozen=True)
@@ -359,7 +383,9 @@ def download(uri: str) -> pathlib.Path:
 def share_view(experiment_id: str) -> str:
     """Store the saved view of healing runs with the experiment; returns its path in the UI."""
     value = ui_view.encoded(int(time.time() * 1000))
-    MlflowClient().set_experiment_tag(experiment_id, f"mlflow.sharedViewState.{ui_view.KEY}", value)
+    key = f"mlflow.sharedViewState.{ui_view.KEY}"
+    with _stored(f"the saved view of experiment {experiment_id}"):
+        MlflowClient().set_experiment_tag(experiment_id, key, value)
     return ui_view.link(experiment_id)
 
 

@@ -45,11 +45,11 @@ STAGES = {
 LAYERS = """
 options config basin_config randomness
 spectra lanczos stochastic curvature subspaces landscape minimum
-models corpora pretraining probe
+lockout models corpora pretraining probe precision
 attacks.driver attacks.alignment attacks.haep attacks.clean_curvature attacks.arms attacks.matching
 sft recovery
 stats variance scaling comparison survival trajectory power pooling
-ui_view tracking
+checkout ui_view tracking
 plots.style plots.runs plots.groups plots.basin report
 experiment.console experiment.files experiment.errors experiment.loading
 experiment.pretrain experiment.attack experiment.healing_cell experiment.heal

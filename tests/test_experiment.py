@@ -19,7 +19,13 @@ from healing.experiment.attack import attack
 from healing.experiment.errors import SweepError
 from healing.experiment.files import JsonLines, plain, read_jsonl
 from healing.experiment.heal import heal
-from healing.experiment.healing_cell import HealCell, decide_model, heal_cell, settings_of
+from healing.experiment.healing_cell import (
+    HealCell,
+    decide_model,
+    heal_cell,
+    heal_fingerprint,
+    settings_of,
+)
 from healing.experiment.summarize import summarize
 from healing.experiment.sweep import plan, sweep, worker_count
 from healing.models import (
@@ -29,7 +35,8 @@ from healing.models import (
     read_checkpoint,
     transformer_blocks,
 )
-from healing.sft import sft_step
+from healing.probe import Probe
+from healing.sft import Trainer
 from healing.tracking import TrackingError
 
 SMALL = {"model": "nano", "sequence_length": 64, "probe_tokens": 1024, "batch_size": 4,
@@ -260,16 +267,171 @@ def test_a_checkpoint_of_other_weights_has_no_healthy_reference_here(store, chec
         heal(heal_config(collapsed_checkpoint=str(store / "other.pt")))
 
 
-def test_status_tells_lockout_from_an_optimiser_artifact(store, checkpoint):
+def altered(checkpoint: pathlib.Path, name: str, change) -> str:
+    """A copy of a checkpoint whose weights a function has changed in place."""
     data = torch.load(checkpoint, weights_only=True)
-    next(reversed(data["model_state_dict"].values()))[3] = math.nan  # the output matrix
-    torch.save(data, store / "nan.pt")
-    (locked,) = heal(heal_config(collapsed_checkpoint=str(store / "nan.pt"), healing_steps=12))
-    assert locked.status == "lockout"
-    assert locked.summary()["verdict"] == "undefined"
-    (diverged,) = heal(heal_config(collapsed_checkpoint=str(checkpoint), healing_lr=1e30))
-    assert diverged.status == "optimiser_artifact"
-    assert diverged.summary()["loss_undefined_reason"]
+    change(data["model_state_dict"])
+    path = checkpoint.parent / f"{name}.pt"
+    torch.save(data, path)
+    return str(path)
+
+
+def cell_of(path: object, **changes) -> HealCell:
+    config = heal_config(**({"healing_steps": 3, "probe_tokens": 512} | changes))
+    return HealCell(decide_model(config, read_checkpoint(pathlib.Path(str(path))), path), str(path))
+
+
+UP, DOWN = (f"gpt_neox.layers.1.mlp.dense_{name}.weight" for name in ("h_to_4h", "4h_to_h"))
+
+
+def overflowing(state) -> None:
+    """Feed-forward activations of block 1 times 3e4 (beyond fp16), its output as it was."""
+    state[UP] *= 3e4
+    state[DOWN] /= 3e4
+
+
+@pytest.mark.parametrize(
+    ("bad", "where", "origin", "module"),
+    [
+        (math.nan, ("lm_head.weight", 3), "forward", "lm_head"),
+        (math.inf, ("gpt_neox.layers.2.attention.dense.weight", 0), "forward",
+         "gpt_neox.layers.2.attention.dense"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_weight_that_is_not_finite_is_a_lockout(
+    store, checkpoint, bad, where, origin, module, precision
+):
+    key, row = where
+    path = altered(checkpoint, "bad", lambda state: state[key][row].fill_(bad))
+    locked = heal_cell(cell_of(path, precision=precision, healing_steps=12))
+    summary = locked.summary()
+    assert summary["status"] == "lockout"
+    assert (summary["nonfinite_origin"], summary["nonfinite_module"]) == (origin, module)
+    assert summary["nonfinite_step"] == 0
+    assert summary["verdict"] == summary["verdict_loss"] == "undefined"
+    assert "cannot compute in fp32" in summary["rank_undefined_reason"]
+    assert summary["control_origin"] == ""  # a lockout needs no control
+
+
+def test_a_broken_weight_that_no_text_uses_is_a_lockout_too(store, checkpoint, corpus):
+    used = torch.cat([corpus.windows(s, load_model("nano").tokenizer, 64).flatten()
+                      for s in ("train", "probe")]).unique()  # fmt: skip
+    unused = sorted(set(range(2048)) - set(used.tolist()))[-1]
+    path = altered(
+        checkpoint, "unused", lambda state: state["gpt_neox.embed_in.weight"][unused].fill_(1e999)
+    )
+    summary = heal_cell(cell_of(path)).summary()
+    assert (summary["status"], summary["nonfinite_origin"]) == ("lockout", "weights")
+    assert summary["nonfinite_module"] == "gpt_neox.embed_in.weight"
+
+
+@pytest.mark.parametrize("mode", ["pure", "autocast"])
+def test_what_only_fp16_cannot_hold_is_a_format_overflow(store, checkpoint, mode):
+    path = altered(checkpoint, "large", overflowing)
+    summary = heal_cell(cell_of(path, precision="fp16", precision_mode=mode)).summary()
+    assert summary["status"] == "format_overflow"
+    module = UP.removesuffix(".weight")
+    assert (summary["nonfinite_origin"], summary["nonfinite_module"]) == ("forward", module)
+    assert summary["nonfinite_step"] == 1
+    # The healthy model computes, and where weights are fp16 it is AdamW that fails.
+    assert summary["control_origin"] == {"pure": "update", "autocast": "none"}[mode]
+    assert math.isnan(summary["rank_recovery_pct"])
+    assert math.isnan(summary["loss_recovery_pct"])
+    assert module in summary["status_reason"]
+    assert summary["loss_undefined_reason"] == summary["status_reason"]
+    assert heal_cell(cell_of(path)).status == "ok"
+
+
+@pytest.mark.parametrize("arm", ["none", "random_tokens"])
+def test_pure_fp16_adamw_is_an_optimiser_artifact_whatever_it_heals(store, arm):
+    path = make_attack(arm)[1]
+    summary = heal_cell(cell_of(path, precision="fp16", precision_mode="pure")).summary()
+    assert summary["status"] == "optimiser_artifact"
+    assert (summary["nonfinite_origin"], summary["control_origin"]) == ("update", "update")
+    assert (summary["nonfinite_step"], summary["steps"]) == (1, 1)
+    assert "healthy model fails the same way" in summary["status_reason"]
+
+
+def test_diverging_is_told_from_what_any_model_would_do(store, checkpoint):
+    hot = heal_cell(cell_of(checkpoint, healing_lr=1e30))
+    assert hot.status == "optimiser_artifact"
+    assert hot.summary()["loss_undefined_reason"]
+    once = heal_cell(cell_of(checkpoint, healing_lr=1e30, healing_steps=1))
+    assert once.status == "optimiser_artifact"  # seen on the probe: no step is left to fail
+    assert once.summary()["nonfinite_step"] == 2
+    # A slope of 1e18 makes of a rate of 1e21 a weight that float32 cannot hold; a slope of 1 not.
+    steep = altered(checkpoint, "steep", lambda state: state["lm_head.weight"].mul_(1e18))
+    config = {"healing_optimizer": "sgd", "healing_lr": 1e21, "healing_steps": 2}
+    diverged = heal_cell(cell_of(steep, **config))
+    assert diverged.summary()["nonfinite_origin"] == "update"
+    assert diverged.status == "diverged"
+    assert diverged.summary()["control_origin"] == "none"
+
+
+def test_status_and_failure_are_stored_with_the_run(store, checkpoint):
+    path = altered(checkpoint, "large", overflowing)
+    heal(heal_config(collapsed_checkpoint=path, precision="fp16", healing_steps=2))
+    run = MlflowClient().get_run(_only_heal_run())
+    tags = run.data.tags
+    assert (tags["status"], tags["nonfinite_origin"]) == ("format_overflow", "forward")
+    assert (tags["nonfinite_module"], tags["nonfinite_step"]) == (UP.removesuffix(".weight"), "1")
+    assert tags["control_origin"] == "none"
+    assert tags["status_reason"] in tags["mlflow.note.content"]
+    assert run.data.params["heal.precision"] == "fp16"
+    rows = read_jsonl(run_folder(store) / "metrics.jsonl")
+    assert [row["nonfinite_steps"] for row in rows] == [0, 2]
+    # fp16's overflow is inside block 1: the outputs of the blocks are as small as ever.
+    assert 0 < rows[0]["layers/headroom_01"] < 0.1
+    stored = json.loads((run_folder(store) / "healing_summary.json").read_text())
+    assert stored["status_reason"] == tags["status_reason"]
+    summary = summarize(SummarizeConfig(verbosity="quiet"))
+    assert summary.groups[0].statuses == {"format_overflow": 1}
+
+
+def test_the_mode_of_fp32_is_no_setting_and_that_of_fp16_is(store, checkpoint):
+    loaded = read_checkpoint(checkpoint)
+
+    def marks(**changes) -> tuple[str, str]:
+        cell = cell_of(checkpoint, **changes)
+        return heal_fingerprint(cell, loaded, "d", {}), settings_of(cell, loaded, {})
+
+    assert marks(precision_mode="pure") == marks()
+    assert len({marks(), marks(precision="fp16"), marks(precision="bf16")}) == 3
+    assert marks(precision="fp16", precision_mode="pure") != marks(precision="fp16")
+
+
+@pytest.mark.parametrize("stage", ["attack", "heal"])
+def test_what_a_failed_run_measured_is_kept_with_it(store, checkpoint, monkeypatch, stage):
+    calls = []
+    original = Probe.measure
+
+    def failing(self, *arguments):
+        calls.append(1)
+        if len(calls) == 4:
+            raise RuntimeError("out of luck")
+        return original(self, *arguments)
+
+    stages = {
+        "heal": lambda: heal(heal_config(collapsed_checkpoint=str(checkpoint))),
+        "attack": lambda: make_attack(seed=1, attack_steps=12),
+    }
+    monkeypatch.setattr(Probe, "measure", failing)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        stages[stage]()
+    client = MlflowClient()
+    experiment = client.get_experiment_by_name("llm-healing").experiment_id
+    (run,) = client.search_runs(
+        [experiment], f"tags.stage = '{stage}' and attributes.status = 'FAILED'"
+    )
+    assert run.data.tags["failure"] == "out of luck"
+    assert {a.path for a in client.list_artifacts(run.info.run_id)} == {
+        "config.json", "metrics.jsonl",
+    }  # fmt: skip
+    local = pathlib.Path(client.download_artifacts(run.info.run_id, "metrics.jsonl"))
+    assert [row["step"] for row in read_jsonl(local)] == {"heal": [0, 4], "attack": [0, 4, 8]}[
+        stage
+    ]
 
 
 def test_a_failed_attack_fails_its_noise_and_is_listed(store, monkeypatch):
@@ -462,7 +624,7 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing_else(store, check
     block = transformer_blocks(model)[0]
     handle = block.attention.register_forward_pre_hook(lambda *_: calls.append(1))
     ids = torch.zeros(1, 8, dtype=torch.int64)
-    sft_step(model, torch.optim.SGD(model.parameters(), lr=0.0), ids, 0.0)
+    Trainer(model, heal_config(healing_lr=1e-9)).step(ids)
     handle.remove()
     assert len(calls) == 2  # once forward, once again in the backward pass
 

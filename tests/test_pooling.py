@@ -84,6 +84,24 @@ def test_undefined_and_failed_runs_are_listed():
     assert "Failed runs (1)" in text
 
 
+def test_runs_that_could_not_compute_are_counted_by_status():
+    statuses = ["lockout", "format_overflow", "format_overflow", "optimiser_artifact", "diverged",
+                "nonfinite_steps", "ok"]  # fmt: skip
+    runs = [make_run(10.0, seed=i, status=s) for i, s in enumerate(statuses)]
+    summary = pool(runs)
+    assert summary.groups[0].n_lockout == 1
+    assert (
+        "7 collapsed (1 locked out, 2 overflowed the format, 1 optimiser artefact, 1 diverged, "
+        "1 with non-finite steps)"
+    ) in text_table(summary)
+    (row,) = group_rows(summary)
+    counted = {s: row[s] for s in set(statuses) - {"ok"}}
+    assert counted == {s: statuses.count(s) for s in counted}
+    assert as_json(summary)["groups"][0]["statuses"]["format_overflow"] == 2
+    assert "7 collapsed " in text_table(pool([make_run(10.0, seed=i) for i in range(7)]))
+    assert "(1 locked" not in text_table(pool(runs[1:]))
+
+
 def test_other_settings_are_not_pooled():
     summary = pool([make_run(10.0), make_run(90.0, seed=1, settings="other")])
     assert len(summary.groups) == 2

@@ -12,7 +12,7 @@ from healing.corpora import batches
 from healing.models import load_model, state_digest
 from healing.probe import Probe
 from healing.randomness import named_generator
-from healing.sft import LOCKOUT_STEPS, heal, make_optimizer, sft_step
+from healing.sft import LOCKOUT_STEPS, Trainer, heal, make_optimizer
 
 
 def settings(**changes) -> HealConfig:
@@ -89,7 +89,7 @@ def test_same_generator_same_bits_other_generator_other_bits(windows, small_prob
 def test_clipping_bounds_the_step(nano, windows):
     config = settings(healing_optimizer="sgd", healing_lr=1.0, gradient_clip=0.01)
     before = torch.cat([p.detach().flatten().clone() for p in nano.model.parameters()])
-    _, norm = sft_step(nano.model, make_optimizer(nano.model, config), windows[:4], 0.01)
+    _, norm = Trainer(nano.model, config).step(windows[:4])
     after = torch.cat([p.detach().flatten() for p in nano.model.parameters()])
     assert norm > 0.01
     assert float((after - before).norm()) == pytest.approx(0.01, rel=1e-3)

@@ -67,6 +67,11 @@ def test_replicates_are_averaged_before_the_passage() -> None:
 @pytest.mark.parametrize("recovery", [[NAN, NAN], [[NAN, NAN], [NAN, NAN]]])
 def test_nothing_defined_gives_nan(recovery: list[float]) -> None:
     with pytest.warns(UndefinedDataWarning, match="no recovery is defined"):
+        # The collapsed state is 0 % by definition: without a later value nothing was observed.
+        assert math.isnan(half_recovery_time([0, 100], [0.0, NAN]).time)
+    with pytest.warns(UndefinedDataWarning, match="no recovery is defined"):
+        assert math.isnan(half_recovery_time([0], [0.0]).time)
+    with pytest.warns(UndefinedDataWarning, match="no recovery is defined"):
         half = half_recovery_time([0, 100], recovery)
     assert math.isnan(half.time)
     assert not half.censored

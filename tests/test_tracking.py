@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import http.server
+import json
 import math
+import threading
+from collections.abc import Iterator
 
 import mlflow
 import pytest
+from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from healing import tracking
@@ -141,3 +146,186 @@ def test_unusable_store(store, monkeypatch):
         tracking.start("a", {}),
     ):
         pass
+
+
+# A store that fails in mid-run
+
+
+def failing(*_args, **_options):
+    raise MlflowException("database is\nlocked")
+
+
+CALLS = {
+    "log_batch": {
+        "parameters": lambda run, path: run.params("heal", {"x": 1}),
+        "parameters ": lambda run, path: run.n_params(5),
+        "tags": lambda run, path: run.tags({"x": 1}),
+        "tags ": lambda run, path: run.describe("text"),
+        "metrics": lambda run, path: (run.metrics({"x": 1.0}), run.flush()),
+    },
+    "log_artifact": {"artifact m.jsonl": lambda run, path: run.artifact(path)},
+    "log_inputs": {"data set d": lambda run, path: run.dataset("d", "x", "probe", {})},
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "what"), [(method, what) for method, calls in CALLS.items() for what in calls]
+)
+def test_every_call_that_fails_is_one_clear_line(store, monkeypatch, method, what):
+    path = store / "m.jsonl"
+    path.write_text("{}\n")
+    with tracking.start("a", {"stage": "heal"}) as run, monkeypatch.context() as broken:
+        broken.setattr(MlflowClient, method, failing)
+        with pytest.raises(TrackingError) as caught:
+            CALLS[method][what](run, path)
+        run._buffer = []
+    text = str(caught.value)
+    assert text.startswith(f"{what.strip()} of run {run.run_id} could not be stored in sqlite:///")
+    assert "(database is locked): make that store reachable" in text
+    assert "files written so far stay" in text
+    assert "\n" not in text
+
+
+def test_a_file_that_cannot_be_copied_is_such_a_failure_too(store):
+    with (
+        tracking.start("a", {}) as run,
+        pytest.raises(TrackingError, match=r"artifact none\.json .* could not be stored"),
+    ):
+        run.artifact(store / "none.json")
+
+
+@pytest.mark.parametrize("method", ["log_batch", "set_terminated", "log_artifact"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_broken_store_does_not_hide_why_the_run_failed(store, monkeypatch, method, nested):
+    path = store / "m.jsonl"
+    path.write_text("{}\n")
+
+    def stage() -> None:
+        with tracking.start("p", {}) as parent:
+            if not nested:
+                broken_stage(parent)
+            with tracking.child(parent, "c", {}) as run:
+                broken_stage(run)
+
+    def broken_stage(run) -> None:
+        run.metrics({"loss": 1.0}, 1)
+        run.rescue(path)
+        monkeypatch.setattr(MlflowClient, method, failing)
+        raise ValueError("the reason")
+
+    with pytest.raises(ValueError, match="the reason"):
+        stage()
+    assert mlflow.active_run() is None
+
+
+def test_the_end_of_a_run_that_cannot_be_stored_is_told(store, monkeypatch):
+    def stage() -> None:
+        with tracking.start("p", {}):
+            monkeypatch.setattr(MlflowClient, "set_terminated", failing)
+
+    with pytest.raises(TrackingError, match=r"the end of run \w+ could not be stored"):
+        stage()
+
+
+def test_a_child_and_a_view_that_cannot_be_stored(store, monkeypatch):
+    with tracking.start("p", {}) as parent, monkeypatch.context() as broken:
+        broken.setattr(MlflowClient, "create_run", failing)
+        broken.setattr(MlflowClient, "set_experiment_tag", failing)
+        with (
+            pytest.raises(TrackingError, match="run 'c' could not be stored"),
+            tracking.child(parent, "c", {}),
+        ):
+            pass
+        with pytest.raises(TrackingError, match="the saved view of experiment 1"):
+            tracking.share_view(parent.experiment_id)
+
+
+def test_marking_a_run_that_never_began_needs_no_store(store, monkeypatch):
+    monkeypatch.setenv("MLFLOW_RUN_ID", "0" * 32)
+    tracking.mark_failed("a bad option")  # no such run: the user sees the reason in any case
+
+
+def test_a_failed_run_keeps_its_growing_files_and_its_last_metrics(store):
+    path = store / "metrics.jsonl"
+    path.write_text('{"step": 0}\n')
+    ids = []
+
+    def stage() -> None:
+        with tracking.start("a", {}) as run:
+            ids.append(run.run_id)
+            run.rescue(store / "never_written.json", path)
+            run.metrics({"loss": 2.0}, 3)
+            raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError, match="no"):
+        stage()
+    client = MlflowClient()
+    assert [a.path for a in client.list_artifacts(ids[0])] == ["metrics.jsonl"]
+    assert client.get_run(ids[0]).data.metrics == {"loss": 2.0}
+    assert client.get_run(ids[0]).data.tags["failure"] == "no"
+    with tracking.start("b", {}) as fine:
+        fine.rescue(path)
+    assert client.list_artifacts(fine.run_id) == []  # one that ends well stores its own
+
+
+class Stub(http.server.BaseHTTPRequestHandler):
+    """As much of MLflow's REST interface as a run needs."""
+
+    def answer(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        experiment = {"experiment_id": "1", "name": "llm-healing", "lifecycle_stage": "active",
+                      "artifact_location": self.server.folder}  # fmt: skip
+        info = {"run_id": "r1", "experiment_id": "1", "status": "RUNNING", "start_time": 1,
+                "lifecycle_stage": "active", "artifact_uri": self.server.folder}  # fmt: skip
+        replies = {
+            "get-by-name": {"experiment": experiment},
+            "get": {"experiment": experiment, "run": {"info": info, "data": {}}},
+            "create": {"run": {"info": info, "data": {}}},
+            "update": {"run_info": info},
+        }
+        name = self.path.split("?")[0].rsplit("/", 1)[-1]
+        body = json.dumps(replies.get(name, {})).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_GET = do_POST = answer  # noqa: N815
+
+    def log_message(self, *_args) -> None:
+        pass
+
+
+@pytest.fixture
+def server(store, monkeypatch) -> Iterator[http.server.ThreadingHTTPServer]:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    found = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Stub)
+    found.folder = str(store / "artifacts")
+    threading.Thread(target=found.serve_forever, daemon=True).start()
+    mlflow.set_tracking_uri(f"http://127.0.0.1:{found.server_port}")
+    yield found
+    found.shutdown()
+    found.server_close()
+
+
+def test_a_server_that_stops_answering_is_one_line(server, store):
+    local = store / "metrics.jsonl"
+
+    def stage() -> None:
+        with tracking.start("a", {"stage": "heal"}) as run:
+            run.rescue(local)
+            for step in range(3):
+                local.write_text("{}\n" * (step + 1))
+                run.metrics({"loss": 1.0}, step)
+                if step == 1:
+                    server.shutdown()
+                    server.server_close()
+                run.flush()
+
+    with pytest.raises(TrackingError) as caught:
+        stage()
+    text = str(caught.value)
+    assert text.startswith("metrics of run r1 could not be stored in http://127.0.0.1:")
+    assert "\n" not in text
+    assert local.read_text() == "{}\n" * 2
+    assert mlflow.active_run() is None

@@ -326,6 +326,7 @@ def attack(
         folder = raw_data_folder(config.output_dir, attack_name(config, mark))
         start_folder(folder, as_params(config))
         lines, begin, trajectory = JsonLines(folder / "metrics.jsonl"), time.perf_counter(), []
+        run.rescue(folder / "config.json", lines.path)
         with console.bar(int(config.attack_steps), title) as bar:
 
             def on_record(record: AttackRecord) -> None:

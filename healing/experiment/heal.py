@@ -83,7 +83,8 @@ def describe(outcome: HealOutcome) -> str:
             f"{s['final_perplexity']:.4g} |",
             "",
             *_sham_line(s),
-            f"Spectral state before healing: {s['spectral_state']}. Status: {s['status']}.",
+            f"Spectral state before healing: {s['spectral_state']}. Status: **{s['status']}**. "
+            f"{s['status_reason']}",
         ]
     )
 
@@ -194,8 +195,15 @@ def _finish(run: RunLogger, outcome: HealOutcome) -> None:
         "status",
         "rank_undefined_reason",
         "loss_undefined_reason",
+        "status_reason",
+        "nonfinite_origin",
+        "nonfinite_module",
+        "control_origin",
+        "control_module",
     )
     run.tags({name: s[name] for name in names if s[name]})
+    if not math.isnan(s["nonfinite_step"]):
+        run.tags({"nonfinite_step": s["nonfinite_step"]})
     run.describe(describe(outcome))
 
 
@@ -238,6 +246,7 @@ def _heal_in(run: RunLogger, cell: HealCell, title: str, arm: str, console: Cons
             files["folder"] = raw_data_folder(config.output_dir, name)
             start_folder(files["folder"], stored_config(outcome))
             files["lines"] = JsonLines(files["folder"] / "metrics.jsonl")
+            run.rescue(files["folder"] / "config.json", files["lines"].path)
             run.n_params(outcome.loaded.n_params)
             warn_of_few_rows(console, config, outcome.loaded)
             settings = settings_of(cell, outcome.checkpoint, outcome.digests)

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+
 from healing.config import (
     AUTO,
     DEFAULT_MODEL,
@@ -18,6 +20,7 @@ from healing.config import (
     fingerprint,
     resolve,
 )
+from healing.corpora import batches
 from healing.experiment.attack import (
     state_of,
 )
@@ -27,18 +30,26 @@ from healing.experiment.loading import (
     load_inputs,
     training_windows,
 )
+from healing.lockout import CONTROL_STEPS, FORWARD, WEIGHTS, Control, Diagnosis, Failure
 from healing.models import (
     Checkpoint,
     CheckpointError,
     LoadedModel,
+    load_model,
     load_state,
     read_checkpoint,
     state_digest,
 )
-from healing.probe import Measurement
+from healing.precision import (
+    Precision,
+    diagnose,
+    first_nonfinite_parameter,
+    forward_failure,
+)
+from healing.probe import Measurement, Probe
 from healing.randomness import named_generator
 from healing.recovery import Damage, State, verdict_of
-from healing.sft import HealRecord
+from healing.sft import HealRecord, control_run
 from healing.sft import heal as heal_steps
 from healing.survival import half_recovery_time
 
@@ -78,6 +89,8 @@ class HealOutcome:
         healthy: Measurement of the untouched model.
         records: The trajectory, from step 0.
         digests: Corpus digests by split.
+        in_float32: What the collapsed model cannot compute in float32 before any step, if so.
+        control: The healthy model through the same first steps, where the run stalled.
     """
 
     cell: HealCell
@@ -87,6 +100,8 @@ class HealOutcome:
     healthy: Measurement
     records: tuple[HealRecord, ...]
     digests: dict[str, str]
+    in_float32: Failure | None = None
+    control: Control | None = None
 
     @property
     def damage(self) -> Damage:
@@ -94,17 +109,24 @@ class HealOutcome:
         return Damage(state_of(self.healthy), state_of(self.records[0].measurement))
 
     @property
+    def diagnosis(self) -> Diagnosis:
+        """What the status rests on."""
+        config, last = self.cell.config, self.records[-1]
+        return Diagnosis(
+            str(Precision(config.precision, config.precision_mode)),
+            self.in_float32,
+            last.failure,
+            last.stalled,
+            self.control,
+            last.nonfinite_steps,
+            last.scaler_skipped_steps,
+            last.step,
+        )
+
+    @property
     def status(self) -> str:
-        """``ok``; ``lockout``: the collapsed model cannot compute in float32 to begin with;
-        ``optimiser_artifact``: it could, and fine-tuning made it non-finite; ``nonfinite_steps``:
-        some steps could not be taken, and the model is finite.
-        """
-        first, last = self.records[0].measurement, self.records[-1].measurement
-        if first.nonfinite_tokens or not math.isfinite(first.effective_rank):
-            return "lockout"
-        if last.nonfinite_tokens or not math.isfinite(last.effective_rank):
-            return "optimiser_artifact"
-        return "nonfinite_steps" if self.records[-1].nonfinite_steps else "ok"
+        """As :attr:`healing.lockout.Diagnosis.status`."""
+        return self.diagnosis.status
 
     def recovery(self, record: HealRecord) -> dict[str, float]:
         """Recovery numbers of one record, in percent; NaN where the model cannot compute.
@@ -119,10 +141,10 @@ class HealOutcome:
 
     @property
     def _not_computing(self) -> str:
-        return {
-            "lockout": "the collapsed model cannot compute in float32",
-            "optimiser_artifact": "fine-tuning made the model non-finite",
-        }.get(self.status, "")
+        """Why there is no recovery to speak of; known before the control has run."""
+        if not (self.in_float32 or self.records[-1].stalled):
+            return ""
+        return self.diagnosis.sentence
 
     def half_recovery(self, name: str) -> tuple[float, bool]:
         """Steps until half of a recovery is reached, and whether the run ended before (censored).
@@ -130,7 +152,7 @@ class HealOutcome:
         (NaN, True) where the recovery is undefined.
         """
         values = [self.recovery(r)[name] for r in self.records]
-        if not any(math.isfinite(v) for v in values):
+        if not any(math.isfinite(v) for v in values[1:]):
             return math.nan, True
         found = half_recovery_time([float(r.step) for r in self.records], values)
         return found.time, found.censored
@@ -147,9 +169,8 @@ class HealOutcome:
             "verdict": verdict_of(recovery["rank_recovery_pct"]),
             "verdict_loss": verdict_of(recovery["loss_recovery_pct"]),
             "spectral_state": damage.spectral_state,
-            "rank_undefined_reason": damage.rank_reason or self._not_computing,
-            "loss_undefined_reason": damage.loss_reason or self._not_computing,
-            "status": self.status,
+            "rank_undefined_reason": self._not_computing or damage.rank_reason,
+            "loss_undefined_reason": self._not_computing or damage.loss_reason,
             "original_rank": damage.healthy.effective_rank,
             "collapsed_rank": damage.collapsed.effective_rank,
             "final_effective_rank": final.effective_rank,
@@ -166,7 +187,7 @@ class HealOutcome:
             "half_recovery_steps_loss": loss_time,
             "half_recovery_censored_loss": loss_censored,
             "steps": last.step,
-            "nonfinite_steps": last.nonfinite_steps,
+            **self.diagnosis.summary(),
         }
 
 
@@ -199,11 +220,16 @@ def sham_checkpoint(loaded: LoadedModel, config: HealConfig) -> Checkpoint:
     return Checkpoint(0, state, "healthy model", made)
 
 
+def _determining(config: HealConfig) -> HealConfig:
+    """Without the mode of a precision that has none: fp32 is one experiment."""
+    return replace(config, precision_mode="autocast") if config.precision == "fp32" else config
+
+
 def heal_fingerprint(
     cell: HealCell, checkpoint: Checkpoint, healthy_digest: str, digests: dict[str, str]
 ) -> str:
     """Fingerprint of a healing run; the checkpoint counts by its weights, not by its path."""
-    bare = replace(cell.config, collapsed_checkpoint="", arm="none")
+    bare = replace(_determining(cell.config), collapsed_checkpoint="", arm="none")
     weights = state_digest(checkpoint.state)
     return fingerprint(
         "heal",
@@ -215,6 +241,40 @@ def heal_fingerprint(
         code_digest(),
         device_kind(cell.config),
     )
+
+
+def _data_order(cell: HealCell) -> torch.Generator:
+    return named_generator(cell.config.seed, "sft", cell.replicate)
+
+
+def _first_batch(cell: HealCell, windows: torch.Tensor) -> torch.Tensor:
+    return next(batches(windows, int(cell.config.batch_size), _data_order(cell)))
+
+
+def failure_in_float32(
+    loaded: LoadedModel, collapsed: Measurement, probe: Probe, batch: torch.Tensor
+) -> Failure | None:
+    """What a model in float32 cannot compute before any step, if there is such a thing.
+
+    Tried in this order: forward and backward pass on the first training batch, the forward passes
+    of its measurement, the weights themselves.
+    """
+    found = diagnose(loaded.model, batch.to(loaded.device), step=0)
+    if found:
+        return found
+    if collapsed.nonfinite_tokens:
+        return Failure(0, FORWARD, forward_failure(loaded.model, probe.windows) or "probe")
+    broken = first_nonfinite_parameter(loaded.model)
+    return Failure(0, WEIGHTS, broken) if broken else None
+
+
+def _control(cell: HealCell, failure: Failure, windows: torch.Tensor) -> Control:
+    """A failed run's first steps on a fresh healthy model: a second model in memory meanwhile."""
+    healthy = load_model(cell.config.model, cell.config.device)
+    if cell.config.gradient_checkpointing:
+        healthy.model.activation_checkpointing_enable()
+    steps = min(failure.step, CONTROL_STEPS)
+    return control_run(healthy, cell.config, windows, _data_order(cell), steps)
 
 
 def heal_cell(
@@ -246,15 +306,24 @@ def heal_cell(
     collapsed = probe.measure(loaded.model, named_generator(config.seed, "bootstrap"))
     if config.gradient_checkpointing:
         loaded.model.activation_checkpointing_enable()
-    order = named_generator(config.seed, "sft", cell.replicate)
     outcome = HealOutcome(
-        cell, mark, checkpoint, loaded, healthy, (HealRecord(0, 0, collapsed),), corpus.digests
+        cell,
+        mark,
+        checkpoint,
+        loaded,
+        healthy,
+        (HealRecord(0, 0, collapsed),),
+        corpus.digests,
+        failure_in_float32(loaded, collapsed, probe, _first_batch(cell, windows)),
     )
     on_start(outcome)
-    for record in heal_steps(loaded, config, windows, probe, collapsed, order):
+    for record in heal_steps(loaded, config, windows, probe, collapsed, _data_order(cell)):
         known = outcome.records if record.step else ()
         outcome = replace(outcome, records=(*known, record))
         on_record(outcome, record)
+    last = outcome.records[-1]
+    if last.stalled and last.failure and not outcome.in_float32:
+        outcome = replace(outcome, control=_control(cell, last.failure, windows))
     return outcome
 
 
@@ -276,7 +345,9 @@ NOT_SETTINGS = frozenset(
 def settings_of(cell: HealCell, checkpoint: Checkpoint, digests: dict[str, str]) -> str:
     """Hash of what runs must share to be pooled: parameters without seeds or paths, texts, code."""
     healing = {
-        k: v for k, v in as_params(cell.config).items() if k not in (*NOT_DETERMINING, *SEEDED)
+        k: v
+        for k, v in as_params(_determining(cell.config)).items()
+        if k not in (*NOT_DETERMINING, *SEEDED)
     }
     attacked = {k: v for k, v in checkpoint.config.items() if k not in NOT_SETTINGS}
     return fingerprint(healing, attacked, digests, code_digest(), device_kind(cell.config))

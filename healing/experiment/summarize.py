@@ -15,6 +15,7 @@ from healing.config import SummarizeConfig, as_params
 from healing.experiment.attack import open_run
 from healing.experiment.console import Console
 from healing.experiment.files import read_jsonl, write_json
+from healing.lockout import UNTRAINED
 from healing.plots import groups as groups_figures
 from healing.pooling import ENDPOINTS, GroupSummary, HealRun, Summary, summarize_runs
 from healing.tracking import RunLogger, RunView, TrackingError
@@ -27,6 +28,8 @@ def _trajectory(view: RunView) -> tuple[tuple[int, ...], dict[str, tuple[float, 
     rows = read_jsonl(tracking.download(f"runs:/{view.run_id}/metrics.jsonl"))
     steps = tuple(int(row["step"]) for row in rows)
     measured = [e for e in ENDPOINTS if e in rows[-1]]
+    if view.tags["status"] in UNTRAINED:
+        return steps, {e: (math.nan,) * len(steps) for e in measured}
     return steps, {e: tuple(float(row[e]) for row in rows) for e in measured}
 
 
