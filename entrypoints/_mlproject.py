@@ -10,6 +10,7 @@ import json
 from healing.config import (
     AttackConfig,
     HealConfig,
+    ImportConfig,
     PretrainConfig,
     SummarizeConfig,
     SweepConfig,
@@ -21,6 +22,7 @@ STAGES = {
     "attack": AttackConfig,
     "heal": HealConfig,
     "summarize": SummarizeConfig,
+    "import_results": ImportConfig,
     "pretrain": PretrainConfig,
 }
 HEADER = """\

@@ -107,6 +107,12 @@ class RunLogger:
         for step, values in points:
             self.metrics(values, step)
 
+    def recorded(self, points: Sequence[tuple[int, int, Mapping[str, float]]]) -> None:
+        """Log what was measured earlier: triples (step, milliseconds since the epoch, metrics)."""
+        for step, moment, values in points:
+            self._buffer += [Metric(k, float(v), moment, step) for k, v in values.items()]
+        self.flush()
+
     def describe(self, markdown: str) -> None:
         """Set the run's description (shown first in the UI)."""
         self.tags({"mlflow.note.content": markdown})
@@ -195,16 +201,31 @@ def start(name: str, tags: Mapping[str, Any]) -> Iterator[RunLogger]:
 
 
 @contextlib.contextmanager
-def child(parent: RunLogger, name: str, tags: Mapping[str, Any]) -> Iterator[RunLogger]:
+def child(
+    parent: RunLogger,
+    name: str,
+    tags: Mapping[str, Any],
+    *,
+    start_ms: int | None = None,
+    end_ms: int | None = None,
+) -> Iterator[RunLogger]:
     """A run nested below another, with the same promises as :func:`start`.
 
     Made through the client, not the fluent API, whose notion of the active run is one per thread:
     children of one parent may run in several threads.
+
+    Args:
+        parent: The run above.
+        name: Shown in the UI.
+        tags: At least ``stage``.
+        start_ms: When it began, milliseconds since the epoch; ``None`` = now.
+        end_ms: When it ended well; ``None`` = when the block ends.
     """
     client = MlflowClient()
     system = {"mlflow.parentRunId": parent.run_id, "mlflow.source.type": "LOCAL"}
     run = client.create_run(
         parent.experiment_id,
+        start_time=start_ms,
         run_name=name,
         tags={**system, **{k: _text(v) for k, v in {**tags, **code_version()}.items()}},
     )
@@ -218,7 +239,7 @@ def child(parent: RunLogger, name: str, tags: Mapping[str, Any]) -> Iterator[Run
         status = "KILLED"
         raise
     finally:
-        client.set_terminated(logger.run_id, status)
+        client.set_terminated(logger.run_id, status, end_ms if status == "FINISHED" else None)
 
 
 def mark_failed(reason: str) -> None:

@@ -9,12 +9,13 @@ import torch
 from click.testing import CliRunner, Result
 from mlflow.tracking import MlflowClient
 
-from entrypoints import attack, heal, main, pretrain, summarize
+from entrypoints import attack, heal, import_results, main, pretrain, summarize
 from healing.models import CHECKPOINT_NAME, load_model, save_checkpoint
 
 COMMANDS = {
     "attack": attack.main,
     "heal": heal.main,
+    "import_results": import_results.main,
     "main": main.main,
     "pretrain": pretrain.main,
     "summarize": summarize.main,

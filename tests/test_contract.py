@@ -13,13 +13,14 @@ import click
 import pytest
 import yaml
 
-from entrypoints import attack, heal, main, pretrain, summarize
+from entrypoints import attack, heal, import_results, main, pretrain, summarize
 from entrypoints._mlproject import render
 from healing import config as configs
 from healing.config import (
     AttackConfig,
     ConfigError,
     HealConfig,
+    ImportConfig,
     PretrainConfig,
     SummarizeConfig,
     SweepConfig,
@@ -36,6 +37,7 @@ STAGES = {
     "attack": (attack.main, AttackConfig),
     "heal": (heal.main, HealConfig),
     "summarize": (summarize.main, SummarizeConfig),
+    "import_results": (import_results.main, ImportConfig),
     "pretrain": (pretrain.main, PretrainConfig),
 }
 
@@ -48,10 +50,10 @@ attacks.driver attacks.alignment attacks.haep attacks.arms
 sft recovery
 stats variance scaling comparison survival trajectory power pooling
 ui_view tracking
-plots.style plots.runs plots.groups report
+plots.style plots.runs plots.groups report legacy legacy_summary
 experiment.console experiment.files experiment.errors experiment.loading
 experiment.pretrain experiment.attack experiment.healing_cell experiment.heal
-experiment.summarize experiment.sweep
+experiment.summarize_legacy experiment.summarize experiment.sweep experiment.import_results
 """.split()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from healing.config import ConfigError
 from healing.corpora import CorpusError
+from healing.legacy import LegacyError
 from healing.models import CheckpointError, ModelError
 from healing.tracking import TrackingError
 
@@ -15,4 +16,12 @@ class SweepError(RuntimeError):
         super().__init__(f"{len(failures)} cell(s) failed; first: {failures[0]}")
 
 
-EXPECTED = (ConfigError, CorpusError, ModelError, CheckpointError, TrackingError, SweepError)
+EXPECTED = (
+    ConfigError,
+    CorpusError,
+    ModelError,
+    CheckpointError,
+    LegacyError,
+    TrackingError,
+    SweepError,
+)

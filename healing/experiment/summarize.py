@@ -15,6 +15,8 @@ from healing.config import SummarizeConfig, as_params
 from healing.experiment.attack import open_run
 from healing.experiment.console import Console
 from healing.experiment.files import read_jsonl, write_json
+from healing.experiment.summarize_legacy import is_legacy, summarize_imported
+from healing.legacy_summary import LegacySummary
 from healing.plots import groups as groups_figures
 from healing.pooling import ENDPOINTS, GroupSummary, HealRun, Summary, summarize_runs
 from healing.tracking import RunLogger, RunView, TrackingError
@@ -59,14 +61,16 @@ def read_run(view: RunView) -> HealRun:
 
 
 def find_runs(config: SummarizeConfig) -> list[RunView]:
-    """The healing runs of the query; parents of several runs are not runs themselves.
+    """The healing runs of the query; parents of several runs are not runs themselves, and runs
+    measured with the predecessor's instrument are never among them.
 
     Raises:
         TrackingError: No such experiment, a bad filter, or nothing matches.
     """
     experiment = tracking.find_experiment(config.experiment)
     query = HEAL_RUNS + (f" and {config.filter}" if config.filter else "")
-    views = [v for v in tracking.search(experiment, query) if v.tags.get("role") != "parent"]
+    found = tracking.search(experiment, query)
+    views = [v for v in found if v.tags.get("role") != "parent" and not is_legacy(v)]
     if not views:
         raise TrackingError(
             f"no healing runs match {query!r} in experiment {config.experiment or experiment}: "
@@ -163,3 +167,8 @@ def _verdicts(groups: Sequence[GroupSummary]) -> dict[str, str]:
         f"verdict.{g.model}.{report.group_label(g, groups).replace(' #', '-')}": g.verdict
         for g in groups
     }
+
+
+def summarize_stage(config: SummarizeConfig) -> Summary | LegacySummary:
+    """The entry point: this project's runs, or the predecessor's imported ones; never both."""
+    return summarize_imported(config) if config.legacy else summarize(config)
