@@ -106,7 +106,10 @@ class LegacySummary:
 
 def distinct(results: Iterable[LegacyResult]) -> list[LegacyResult]:
     """The first of all runs that record the same numbers."""
-    return list({r.results: r for r in reversed(list(results))}.values())[::-1]
+    first: dict[str, LegacyResult] = {}
+    for result in results:
+        first.setdefault(result.results, result)
+    return list(first.values())
 
 
 def _interval(values: Sequence[float], confidence: float) -> Interval:
