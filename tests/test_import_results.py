@@ -107,6 +107,7 @@ def test_two_folders_of_the_same_bytes_are_one_run(records):
     shutil.copytree(records / "scaling" / "run01_fp16", records / "copy" / "run01_fp16")
     done = import_results(config(records))
     assert (len(done.new), len(done.known)) == (5, 1)
+    assert len(stored("tags.legacy_metrics = 'true'")) == 5
 
 
 def test_interrupted_import_is_taken_up_again(records, monkeypatch):
