@@ -49,11 +49,12 @@ models corpora pretraining probe
 attacks.driver attacks.alignment attacks.haep attacks.arms
 sft recovery
 stats variance scaling comparison survival trajectory power pooling
-ui_view tracking
+ui_view code_version histories tracking
 plots.style plots.runs plots.groups report legacy legacy_summary
 experiment.console experiment.files experiment.errors experiment.loading
 experiment.pretrain experiment.attack experiment.healing_cell experiment.heal
-experiment.summarize_legacy experiment.summarize experiment.sweep experiment.import_results
+experiment.summarize_legacy experiment.stored_runs experiment.summarize experiment.sweep
+experiment.import_results
 """.split()
 
 

@@ -14,50 +14,16 @@ from healing import report, tracking
 from healing.config import SummarizeConfig, as_params
 from healing.experiment.attack import open_run
 from healing.experiment.console import Console
-from healing.experiment.files import read_jsonl, write_json
+from healing.experiment.files import write_json
+from healing.experiment.stored_runs import read_runs
 from healing.experiment.summarize_legacy import is_legacy, summarize_imported
 from healing.legacy_summary import LegacySummary
 from healing.plots import groups as groups_figures
-from healing.pooling import ENDPOINTS, GroupSummary, HealRun, Summary, summarize_runs
+from healing.pooling import GroupSummary, HealRun, Summary, summarize_runs
 from healing.tracking import RunLogger, RunView, TrackingError
 
 HEAL_RUNS = "tags.stage = 'heal'"
 BOOTSTRAP_SEED = 0
-
-
-def _trajectory(view: RunView) -> tuple[tuple[int, ...], dict[str, tuple[float, ...]]]:
-    rows = read_jsonl(tracking.download(f"runs:/{view.run_id}/metrics.jsonl"))
-    steps = tuple(int(row["step"]) for row in rows)
-    return steps, {e: tuple(float(row.get(e, math.nan)) for row in rows) for e in ENDPOINTS}
-
-
-def read_run(view: RunView) -> HealRun:
-    """A stored run as the statistics see it; its trajectory comes from its own artifact."""
-    tags = view.tags
-    if view.status != "FINISHED":
-        why = tags.get("failure", f"status {view.status}")
-        return HealRun(view.run_id, view.name, finished=False, failure=why)
-    try:
-        steps, trajectory = _trajectory(view)
-    except TrackingError as error:
-        return HealRun(view.run_id, view.name, finished=False, failure=str(error))
-    return HealRun(
-        run_id=view.run_id,
-        name=view.name,
-        finished=True,
-        model=tags["model"],
-        arm=tags["arm"],
-        settings=tags["settings"],
-        checkpoint=tags["checkpoint_id"],
-        seed=tags["attack_seed"],
-        n_params=int(view.params["n_params"]),
-        final={e: trajectory[e][-1] for e in ENDPOINTS},
-        steps=steps,
-        trajectory=trajectory,
-        status=tags["status"],
-        spectral_state=tags["spectral_state"],
-        undefined_reason=tags.get("rank_undefined_reason", ""),
-    )
 
 
 def find_runs(config: SummarizeConfig) -> list[RunView]:
@@ -141,7 +107,7 @@ def summarize(
     console = console or Console(config.verbosity)
     with open_run(parent, "summary", {"stage": "summarize"}) as run:
         run.params("summarize", as_params(config))
-        runs = [read_run(view) for view in (find_runs(config) if views is None else views)]
+        runs = read_runs(find_runs(config) if views is None else views, console.say)
         runs += failed
         summary = summarize_runs(runs, config.confidence, np.random.default_rng(BOOTSTRAP_SEED))
         folder = pathlib.Path(config.output_dir).expanduser().resolve() / "summaries" / run.run_id
