@@ -11,6 +11,7 @@ from healing.basin_config import BasinConfig
 from healing.config import (
     AttackConfig,
     HealConfig,
+    ImportConfig,
     PretrainConfig,
     SummarizeConfig,
     SweepConfig,
@@ -22,6 +23,7 @@ STAGES = {
     "attack": AttackConfig,
     "heal": HealConfig,
     "summarize": SummarizeConfig,
+    "import_results": ImportConfig,
     "pretrain": PretrainConfig,
     "basin": BasinConfig,
 }

@@ -14,9 +14,9 @@ from healing.config import SummarizeConfig
 @options_of(SummarizeConfig)
 def main(**values: Any) -> None:
     """Pool stored healing runs by model and arm: recovery with intervals, verdicts, figures."""
-    from healing.experiment.summarize import summarize
+    from healing.experiment.summarize import summarize_stage
 
-    run_stage(summarize, SummarizeConfig, values)
+    run_stage(summarize_stage, SummarizeConfig, values)
 
 
 if __name__ == "__main__":

@@ -328,10 +328,27 @@ class SummarizeConfig:
     filter: str = option(
         "", "MLflow filter string added to the query, e.g. \"tags.model = 'nano'\"."
     )
+    legacy: bool = option(
+        False, "Summarize the predecessor's imported runs; they are never pooled with others."
+    )
     confidence: float = option(
         0.95, "Confidence level of the intervals.", minimum=0.5, maximum=0.999
     )
     output_dir: str = option("./experiments/results", "Local folder for results.")
+    verbosity: str = option(
+        "normal", "quiet, normal or verbose.", choices=("quiet", "normal", "verbose")
+    )
+
+    def __post_init__(self) -> None:
+        validate_fields(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportConfig:
+    """Recorded results of the predecessor to read into MLflow."""
+
+    folder: str = option("", "Folder of the predecessor's results, searched at any depth.")
+    output_dir: str = option("./experiments/results", "Local folder for the report.")
     verbosity: str = option(
         "normal", "quiet, normal or verbose.", choices=("quiet", "normal", "verbose")
     )

@@ -9,13 +9,14 @@ import torch
 from click.testing import CliRunner, Result
 from mlflow.tracking import MlflowClient
 
-from entrypoints import attack, basin, heal, main, pretrain, summarize
+from entrypoints import attack, basin, heal, import_results, main, pretrain, summarize
 from healing.models import CHECKPOINT_NAME, load_model, save_checkpoint
 
 COMMANDS = {
     "attack": attack.main,
     "basin": basin.main,
     "heal": heal.main,
+    "import_results": import_results.main,
     "main": main.main,
     "pretrain": pretrain.main,
     "summarize": summarize.main,

@@ -13,7 +13,7 @@ import click
 import pytest
 import yaml
 
-from entrypoints import attack, basin, heal, main, pretrain, summarize
+from entrypoints import attack, basin, heal, import_results, main, pretrain, summarize
 from entrypoints._mlproject import render
 from healing import config as configs
 from healing.basin_config import BasinConfig
@@ -21,6 +21,7 @@ from healing.config import (
     AttackConfig,
     ConfigError,
     HealConfig,
+    ImportConfig,
     PretrainConfig,
     SummarizeConfig,
     SweepConfig,
@@ -37,6 +38,7 @@ STAGES = {
     "attack": (attack.main, AttackConfig),
     "heal": (heal.main, HealConfig),
     "summarize": (summarize.main, SummarizeConfig),
+    "import_results": (import_results.main, ImportConfig),
     "pretrain": (pretrain.main, PretrainConfig),
     "basin": (basin.main, BasinConfig),
 }
@@ -49,11 +51,13 @@ lockout models corpora pretraining probe precision
 attacks.driver attacks.alignment attacks.haep attacks.clean_curvature attacks.arms attacks.matching
 sft recovery
 stats variance scaling comparison survival trajectory power pooling
-checkout ui_view tracking
-plots.style plots.runs plots.groups plots.basin report
+checkout ui_view histories tracking
+plots.style plots.runs plots.groups plots.basin report legacy legacy_summary
 experiment.console experiment.files experiment.errors experiment.loading
 experiment.pretrain experiment.attack experiment.healing_cell experiment.heal
-experiment.basin_cell experiment.basin experiment.summarize experiment.sweep
+experiment.basin_cell experiment.basin
+experiment.summarize_legacy experiment.stored_runs experiment.summarize experiment.sweep
+experiment.import_results
 """.split()
 
 

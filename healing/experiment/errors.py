@@ -5,6 +5,7 @@ from __future__ import annotations
 from healing.attacks.matching import MatchError
 from healing.config import ConfigError
 from healing.corpora import CorpusError
+from healing.legacy import LegacyError
 from healing.models import CheckpointError, ModelError
 from healing.tracking import TrackingError
 
@@ -22,6 +23,7 @@ EXPECTED = (
     ModelError,
     CheckpointError,
     MatchError,
+    LegacyError,
     TrackingError,
     SweepError,
 )

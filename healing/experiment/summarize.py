@@ -14,64 +14,29 @@ from healing import report, tracking
 from healing.config import SummarizeConfig, as_params
 from healing.experiment.attack import open_run
 from healing.experiment.console import Console
-from healing.experiment.files import read_jsonl, write_json
-from healing.lockout import UNTRAINED
+from healing.experiment.files import write_json
+from healing.experiment.stored_runs import read_runs
+from healing.experiment.summarize_legacy import is_legacy, summarize_imported
+from healing.legacy_summary import LegacySummary
 from healing.plots import groups as groups_figures
-from healing.pooling import ENDPOINTS, GroupSummary, HealRun, Summary, summarize_runs
+from healing.pooling import GroupSummary, HealRun, Summary, summarize_runs
 from healing.tracking import RunLogger, RunView, TrackingError
 
 HEAL_RUNS = "tags.stage = 'heal'"
 BOOTSTRAP_SEED = 0
 
 
-def _trajectory(view: RunView) -> tuple[tuple[int, ...], dict[str, tuple[float, ...]]]:
-    rows = read_jsonl(tracking.download(f"runs:/{view.run_id}/metrics.jsonl"))
-    steps = tuple(int(row["step"]) for row in rows)
-    measured = [e for e in ENDPOINTS if e in rows[-1]]
-    if view.tags["status"] in UNTRAINED:
-        return steps, {e: (math.nan,) * len(steps) for e in measured}
-    return steps, {e: tuple(float(row[e]) for row in rows) for e in measured}
-
-
-def read_run(view: RunView) -> HealRun:
-    """A stored run as the statistics see it; its trajectory comes from its own artifact."""
-    tags = view.tags
-    if view.status != "FINISHED":
-        why = tags.get("failure", f"status {view.status}")
-        return HealRun(view.run_id, view.name, finished=False, failure=why)
-    try:
-        steps, trajectory = _trajectory(view)
-    except TrackingError as error:
-        return HealRun(view.run_id, view.name, finished=False, failure=str(error))
-    return HealRun(
-        run_id=view.run_id,
-        name=view.name,
-        finished=True,
-        model=tags["model"],
-        arm=tags["arm"],
-        settings=tags["settings"],
-        checkpoint=tags["checkpoint_id"],
-        seed=tags["attack_seed"],
-        n_params=int(view.params["n_params"]),
-        final={e: values[-1] for e, values in trajectory.items()},
-        steps=steps,
-        trajectory=trajectory,
-        status=tags["status"],
-        spectral_state=tags["spectral_state"],
-        undefined_reason=tags.get("rank_undefined_reason", ""),
-        noise_match=tags.get("noise_match", ""),
-    )
-
-
 def find_runs(config: SummarizeConfig) -> list[RunView]:
-    """The healing runs of the query; parents of several runs are not runs themselves.
+    """The healing runs of the query; parents of several runs are not runs themselves, and runs
+    measured with the predecessor's instrument are never among them.
 
     Raises:
         TrackingError: No such experiment, a bad filter, or nothing matches.
     """
     experiment = tracking.find_experiment(config.experiment)
     query = HEAL_RUNS + (f" and {config.filter}" if config.filter else "")
-    views = [v for v in tracking.search(experiment, query) if v.tags.get("role") != "parent"]
+    found = tracking.search(experiment, query)
+    views = [v for v in found if v.tags.get("role") != "parent" and not is_legacy(v)]
     if not views:
         raise TrackingError(
             f"no healing runs match {query!r} in experiment {config.experiment or experiment}: "
@@ -142,7 +107,7 @@ def summarize(
     console = console or Console(config.verbosity)
     with open_run(parent, "summary", {"stage": "summarize"}) as run:
         run.params("summarize", as_params(config))
-        runs = [read_run(view) for view in (find_runs(config) if views is None else views)]
+        runs = read_runs(find_runs(config) if views is None else views, console.say)
         runs += failed
         summary = summarize_runs(runs, config.confidence, np.random.default_rng(BOOTSTRAP_SEED))
         folder = pathlib.Path(config.output_dir).expanduser().resolve() / "summaries" / run.run_id
@@ -168,3 +133,8 @@ def _verdicts(groups: Sequence[GroupSummary]) -> dict[str, str]:
         f"verdict.{g.model}.{report.group_label(g, groups).replace(' #', '-')}": g.verdict
         for g in groups
     }
+
+
+def summarize_stage(config: SummarizeConfig) -> Summary | LegacySummary:
+    """The entry point: this project's runs, or the predecessor's imported ones; never both."""
+    return summarize_imported(config) if config.legacy else summarize(config)

@@ -1,0 +1,90 @@
+"""Trajectories of many runs from few requests: a page holds one metric of up to 100 runs.
+
+The store's bulk history is cut off silently at 25,000 points, so a page of that size is asked for
+again in halves. Metrics that are NaN are not logged, so a run's steps are those of all its metrics
+together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+RUNS_PER_PAGE = 100
+POINTS_PER_PAGE = 25_000
+"""What the store answers at most; it does not say when there was more."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One logged value.
+
+    Attributes:
+        run_id: Of the run.
+        step: Optimiser step.
+        time_ms: When it was logged; of two values of one step the later one counts.
+        value: NaN included.
+    """
+
+    run_id: str
+    step: int
+    time_ms: int
+    value: float
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """Metrics of one run over its steps; NaN where a step has no value."""
+
+    steps: tuple[int, ...]
+    values: Mapping[str, tuple[float, ...]]
+
+
+Fetch = Callable[[Sequence[str], str], list[Point]]
+"""(run ids, metric) → at most :data:`POINTS_PER_PAGE` points."""
+
+
+def _pages(
+    fetch: Fetch, run_ids: Sequence[str], metric: str, cut: set[str], size: int = RUNS_PER_PAGE
+) -> Iterator[Point]:
+    """All points of one metric; a run with more than a page holds goes to ``cut`` instead."""
+    for start in range(0, len(run_ids), size):
+        asked = run_ids[start : start + size]
+        found = fetch(asked, metric)
+        if len(found) < POINTS_PER_PAGE:
+            yield from found
+        elif len(asked) > 1:
+            yield from _pages(fetch, asked, metric, cut, (len(asked) + 1) // 2)
+        else:
+            cut.update(asked)
+
+
+def trajectories(
+    fetch: Fetch, run_ids: Sequence[str], metrics: Sequence[str], also: Sequence[str] = ()
+) -> dict[str, Trajectory]:
+    """Trajectories of the runs that have any of the metrics, and of none of them too many points.
+
+    Args:
+        fetch: Answers one page.
+        run_ids: Runs, each once.
+        metrics: Names of the values.
+        also: Metrics read for their steps alone.
+    """
+    found: dict[str, dict[str, dict[int, tuple[int, float]]]] = {}
+    cut: set[str] = set()
+    for metric in (*metrics, *also):
+        for p in _pages(fetch, run_ids, metric, cut):
+            own = found.setdefault(p.run_id, {}).setdefault(metric, {})
+            if p.step not in own or p.time_ms >= own[p.step][0]:
+                own[p.step] = (p.time_ms, p.value)
+    return {run_id: _trajectory(own, metrics) for run_id, own in found.items() if run_id not in cut}
+
+
+def _trajectory(
+    own: Mapping[str, Mapping[int, tuple[int, float]]], metrics: Sequence[str]
+) -> Trajectory:
+    steps = tuple(sorted(set().union(*own.values())))
+    missing = (0, math.nan)
+    values = {m: tuple(own.get(m, {}).get(s, missing)[1] for s in steps) for m in metrics}
+    return Trajectory(steps, values)
