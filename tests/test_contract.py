@@ -46,9 +46,10 @@ spectra lanczos stochastic curvature subspaces
 models corpora pretraining probe
 attacks.driver attacks.alignment attacks.haep attacks.arms
 sft recovery
-stats variance scaling comparison survival trajectory power pooling
+stats variance scaling comparison survival trajectory power prospects pooling
 ui_view tracking
-plots.style plots.runs plots.groups report
+plots.style plots.runs plots.groups plots.paper
+wording report html_report latex
 experiment.console experiment.files experiment.errors experiment.loading
 experiment.pretrain experiment.attack experiment.healing_cell experiment.heal
 experiment.summarize experiment.sweep
