@@ -48,8 +48,8 @@ attacks.driver attacks.alignment attacks.haep attacks.arms
 sft recovery
 stats variance scaling comparison survival trajectory power prospects pooling
 ui_view tracking
-plots.style plots.runs plots.groups plots.paper
-wording report html_report latex
+plots.style plots.runs plots.groups
+wording report html_report latex paper
 experiment.console experiment.files experiment.errors experiment.loading
 experiment.pretrain experiment.attack experiment.healing_cell experiment.heal
 experiment.summarize experiment.sweep

@@ -15,11 +15,11 @@ from healing.report import (
     as_json,
     comparison_sentence,
     group_rows,
-    interval_text,
     markdown,
     text_table,
 )
 from healing.stats import Interval
+from healing.wording import interval_text
 
 
 def make_run(final: float, *, seed: int = 0, arm: str = "haep", model: str = "nano", **changes):
