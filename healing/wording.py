@@ -222,8 +222,8 @@ def plan_rows(summary: Summary) -> tuple[list[str], list[list[str]]]:
 PROSPECTS_NOTE = (
     "Each checkpoint's mean trajectory is fitted with an exponential and a power-law approach; "
     "AICc chooses. Asymptote and half-life are Student t intervals over checkpoints, given "
-    "only where every checkpoint's fit converged. They extrapolate: where noise hides a slow tail the "
-    "asymptote is too low."
+    "only where every checkpoint's fit converged. They extrapolate: where noise hides a slow "
+    "tail the asymptote is too low."
 )
 PLAN_NOTE = (
     "Checkpoints in all that would give the verdict on whose side the mean lies with 80 % "

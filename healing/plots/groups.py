@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
-from healing.comparison import PRIMARY_ENDPOINTS
+from healing.comparison import PRIMARY_ENDPOINTS, ArmComparison, EndpointComparison
 from healing.plots.style import (
     BLACK,
+    COLUMN,
     PAGE,
     SMALL,
     VERMILION,
