@@ -17,7 +17,7 @@ from healing.report import VERDICT_MEANING, comparison_sentence, table
 from healing.wording import (
     PLAN_NOTE,
     PROSPECTS_NOTE,
-    VERDICT_NAMES,
+    context_sentences,
     count_text,
     group_label,
     headline_groups,
@@ -25,7 +25,8 @@ from healing.wording import (
     plan_rows,
     prospect_rows,
     shown_label,
-    verdict_sentences,
+    verdict_heading,
+    verdict_reason,
 )
 
 CSS_PIXELS_PER_INCH = 96
@@ -113,18 +114,11 @@ def _environment() -> jinja2.Environment:
 
 
 def _verdict(group: GroupSummary, groups: Sequence[GroupSummary]) -> dict[str, Any]:
-    subject = f"{group.model}, {shown_label(group, groups)}"
-    name = VERDICT_NAMES.get(group.verdict, group.verdict)
-    sentences = verdict_sentences(group, groups)
-    # The heading says the first sentence's beginning already.
-    first = sentences[0].removeprefix(f"{subject}: {name}").removeprefix(" within this budget")
-    reason = first.removeprefix(": ")
-    limit = " within this budget" if group.verdict == "irreversible pathology" else ""
+    reason = verdict_reason(group)
     return {
         "kind": group.verdict.replace(" ", "-"),
-        "subject": subject,
-        "name": name + limit,
-        "sentences": [reason[:1].upper() + reason[1:], *sentences[1:]],
+        "heading": verdict_heading(group, groups),
+        "sentences": [f"{reason[:1].upper()}{reason[1:]}.", *context_sentences(group)],
     }
 
 

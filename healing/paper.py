@@ -17,14 +17,13 @@ from healing.wording import (
     RANK,
     VERDICT_NAMES,
     budget,
+    context_sentences,
     count_text,
-    half_sentence,
+    group_name,
     headline_groups,
-    loss_sentence,
-    plan_sentence,
     shown_label,
     verdict_reason,
-    verdict_sentences,
+    verdict_text,
 )
 
 NOTICE = "% Made by the summarize entry point; edits are lost. Packages: booktabs, graphicx.\n"
@@ -43,7 +42,7 @@ def _group_values(group: GroupSummary, summary: Summary) -> dict[str, str]:
     values = {
         "Verdict": VERDICT_NAMES.get(group.verdict, group.verdict),
         "VerdictLoss": VERDICT_NAMES.get(group.verdict_loss, group.verdict_loss),
-        "Sentence": escape(" ".join(verdict_sentences(group, summary.groups))),
+        "Sentence": escape(verdict_text(group, summary.groups)),
         "Checkpoints": str(group.n_checkpoints),
         "Runs": str(group.n_runs),
         "Undefined": str(group.n_undefined),
@@ -191,13 +190,9 @@ CLAIMS = {
 
 def _claim(group: GroupSummary, summary: Summary) -> str:
     """A paragraph on one group, worded by its verdict."""
-    subject = f"{escape(group.model)}, {escape(shown_label(group, summary.groups))}"
     claim = CLAIMS.get(group.verdict, CLAIMS["inconclusive"])
-    sentences = [half_sentence(group), loss_sentence(group)]
-    if RANK in group.plans:
-        sentences.append(plan_sentence(group.plans[RANK]))
-    tail = escape(" ".join(s for s in sentences if s))
-    return rf"\paragraph{{{subject}.}} {claim}: {escape(verdict_reason(group))}. {tail}"
+    rest = escape(" ".join([f"{verdict_reason(group)}.", *context_sentences(group)]))
+    return rf"\paragraph{{{escape(group_name(group, summary.groups))}.}} {claim}: {rest}"
 
 
 def _others(summary: Summary, shown: Sequence[GroupSummary]) -> Iterable[str]:
@@ -205,7 +200,7 @@ def _others(summary: Summary, shown: Sequence[GroupSummary]) -> Iterable[str]:
     for group in summary.groups:
         if group not in shown:
             name = VERDICT_NAMES.get(group.verdict, group.verdict).lower()
-            label = f"{group.model}, {shown_label(group, summary.groups)}"
+            label = group_name(group, summary.groups)
             yield escape(f"{label}: {name} ({verdict_reason(group)}).")
 
 

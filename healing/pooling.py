@@ -308,7 +308,7 @@ def _comparisons(
 def _slopes(groups: Sequence[GroupSummary], confidence: float) -> dict[str, ScalingSlope]:
     slopes = {}
     for arm in dict.fromkeys(g.arm for g in groups):
-        own = [g for g in groups if g.arm == arm]
+        own = [g for g in groups if g.arm == arm and g.n_params > 0]
         if len({g.model for g in own}) < len(own):
             continue  # several settings of one size: nothing says which belong on one line
         # One mean per size: sizes deviate from a line, so that checkpoints of one size are not

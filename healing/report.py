@@ -18,7 +18,7 @@ from healing.wording import (
     interval_text,
     plan_rows,
     prospect_rows,
-    verdict_sentences,
+    verdict_text,
 )
 
 ENDPOINT_LABELS = {
@@ -137,7 +137,7 @@ def comparison_sentence(model: str, summary: Summary) -> str:
 
 
 def _run_lines(runs: Sequence[HealRun], reason: str) -> list[str]:
-    return [f"- `{run.name}` ({run.run_id}): {_inline(getattr(run, reason))}" for run in runs]
+    return [_inline(f"- `{run.name}` ({run.run_id}): {getattr(run, reason)}") for run in runs]
 
 
 def markdown(summary: Summary) -> str:
@@ -145,7 +145,7 @@ def markdown(summary: Summary) -> str:
     header, rows = table(summary)
     lines = ["# Recovery summary", ""]
     for group in headline_groups(summary):
-        lines += [f"- {_inline(' '.join(verdict_sentences(group, summary.groups)))}"]
+        lines += [f"- {_inline(verdict_text(group, summary.groups))}"]
     if not summary.groups:
         lines += ["No finished runs: nothing can be said."]
     lines += ["", *_markdown_table(header, rows), "", VERDICT_MEANING, ""]
@@ -157,7 +157,9 @@ def markdown(summary: Summary) -> str:
     ]
     if summary.comparisons:
         lines += ["## HAEP against Gaussian noise", ""]
-        lines += [f"- {comparison_sentence(m, summary)}" for m in summary.comparisons] + [""]
+        lines += [_inline(f"- {comparison_sentence(m, summary)}") for m in summary.comparisons] + [
+            ""
+        ]
     if summary.slopes:
         lines += ["## Scaling with size", ""]
         lines += [
@@ -172,7 +174,9 @@ def markdown(summary: Summary) -> str:
     notes = [(g, n) for g in summary.groups for n in g.notes]
     if notes:
         lines += ["## What the data do not determine", ""]
-        lines += [f"- {g.model} {group_label(g, summary.groups)}: {n}" for g, n in notes] + [""]
+        lines += [
+            _inline(f"- {g.model} {group_label(g, summary.groups)}: {n}") for g, n in notes
+        ] + [""]
     return "\n".join(lines)
 
 

@@ -67,10 +67,14 @@ def estimate_text(interval: Interval) -> str:
     if math.isnan(interval.point):
         return "undefined"
     if not interval.defined:
-        return f"{interval.point:.1f} % (no interval, n = {interval.n})"
+        return f"{interval.point:.1f} % (no interval, {_count_of(interval)})"
     level = f"{100 * interval.confidence:g} % interval"
     bounds = f"{level} {interval.low:.1f} to {interval.high:.1f} %"
-    return f"{interval.point:.1f} % ({bounds}, n = {interval.n})"
+    return f"{interval.point:.1f} % ({bounds}, {_count_of(interval)})"
+
+
+def _count_of(interval: Interval) -> str:
+    return f"n\u00a0=\u00a0{interval.n}"  # not parted at a line's end
 
 
 def _inconclusive_because(interval: Interval) -> str:
@@ -176,16 +180,28 @@ def plan_sentence(plan: VerdictPlan) -> str:
     )
 
 
-def verdict_sentences(group: GroupSummary, groups: Sequence[GroupSummary]) -> list[str]:
-    """Verdict with its reason, half-recovery, loss, and what would decide; plain text."""
-    subject = f"{group.model}, {shown_label(group, groups)}"
-    name = VERDICT_NAMES.get(group.verdict, group.verdict)
+def verdict_heading(group: GroupSummary, groups: Sequence[GroupSummary]) -> str:
+    """``nano, HAEP: Irreversible Pathology within this budget``."""
     limit = " within this budget" if group.verdict == "irreversible pathology" else ""
-    sentences = [f"{subject}: {name}{limit}: {verdict_reason(group)}.", half_sentence(group)]
-    sentences.append(loss_sentence(group))
-    if RANK in group.plans:
-        sentences.append(plan_sentence(group.plans[RANK]))
+    return f"{group_name(group, groups)}: {VERDICT_NAMES.get(group.verdict, group.verdict)}{limit}"
+
+
+def group_name(group: GroupSummary, groups: Sequence[GroupSummary]) -> str:
+    """``nano, HAEP``."""
+    return f"{group.model}, {shown_label(group, groups)}"
+
+
+def context_sentences(group: GroupSummary) -> list[str]:
+    """What belongs to a verdict: half-recovery, loss, and what would decide it."""
+    plan = group.plans.get(RANK)
+    sentences = [half_sentence(group), loss_sentence(group), plan_sentence(plan) if plan else ""]
     return [s for s in sentences if s]
+
+
+def verdict_text(group: GroupSummary, groups: Sequence[GroupSummary]) -> str:
+    """Verdict with its reason and what belongs to it; plain text."""
+    first = f"{verdict_heading(group, groups)}: {verdict_reason(group)}."
+    return " ".join([first, *context_sentences(group)])
 
 
 def headline_groups(summary: Summary) -> list[GroupSummary]:

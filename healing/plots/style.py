@@ -152,10 +152,13 @@ def _glyphs() -> frozenset[int]:
     return frozenset(ft2font.FT2Font(font_manager.findfont("DejaVu Sans")).get_charmap())
 
 
-def safe_text(text: str) -> str:
-    """A name as figures can show it: no mathematics, missing characters by their number."""
-    shown = (c if ord(c) in _glyphs() else f"U+{ord(c):04X}" for c in text)
-    return "".join(shown).replace("$", r"\$")
+def safe_text(text: str, limit: int = 22) -> str:
+    """A name as figures can show it: no mathematics, missing characters by their number, and at
+    most ``limit`` characters, so that the axes keep their room.
+    """
+    shown = "".join(c if ord(c) in _glyphs() else f"U+{ord(c):04X}" for c in " ".join(text.split()))
+    short = shown if len(shown) <= limit else shown[: limit - 1] + "…"
+    return short.replace("$", r"\$")
 
 
 def spread(values: Sequence[float], gap: float, low: float, high: float) -> list[float]:
