@@ -25,7 +25,7 @@ def simulated_run(
     between and within checkpoints; a NaN ``rank`` is an undefined rank recovery.
     """
     t = np.array(STEPS, dtype=float)
-    limits = rank + rng.normal(0, 8), loss + rng.normal(0, 3)
+    limits = rank + rng.normal(0, 4), loss + rng.normal(0, 3)
     curves = [
         limit * (1 - np.exp(-t / tau)) + rng.normal(0, 0.5, len(t)) * (t > 0)
         for limit, tau in zip(limits, (20.0, 8.0), strict=True)

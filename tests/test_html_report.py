@@ -66,6 +66,7 @@ def test_sections_in_order_with_the_verdict_first(tmp_path):
         "Runs without a defined rank recovery (12)", "less than the 2.14",
         "What the data do not determine",
     ]  # fmt: skip
+    assert [text for text in wanted if text not in page.text] == []
     places = [page.text.index(text) for text in wanted]
     assert places == sorted(places)
     images = [attributes for tag, attributes in page.elements if tag == "img"]
