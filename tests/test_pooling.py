@@ -178,7 +178,7 @@ def test_slope_covers_although_sizes_deviate_from_the_line():
             groups.append(replace(template, **change, intervals=rank, means=means))
         slope = _slopes(groups, 0.95)["haep"].slope
         covered += slope.low <= -5 <= slope.high
-    # Binomial standard error 0.7 %; with one point per checkpoint about half would be covered.
+    # Binomial standard error 0.7 %; with one point per checkpoint 64 % would be covered.
     assert 0.92 < covered / 1000 < 0.98
 
 

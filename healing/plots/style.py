@@ -164,16 +164,16 @@ def safe_text(text: str, limit: int = 22) -> str:
 def spread(values: Sequence[float], gap: float, low: float, high: float) -> list[float]:
     """Positions at least ``gap`` apart, in the order of ``values`` and as near as possible.
 
-    Least squares under the order (isotonic regression), then moved into [low, high] where they
-    stick out; where they do not fit at all, they go over ``low``.
+    Least squares under the order (isotonic regression of the values less what the gaps take) and
+    within [low, high]; where they do not fit, they go over ``high``.
     """
+    if not values:
+        return []
     order = np.argsort(values, kind="stable")
     steps = gap * np.arange(len(values))
+    free = optimize.isotonic_regression(np.asarray(values)[order] - steps).x
     placed = np.empty(len(values))
-    placed[order] = optimize.isotonic_regression(np.asarray(values)[order] - steps).x + steps
-    if len(values):
-        placed -= max(0.0, placed.max() - high)
-        placed += max(0.0, low - placed.min())
+    placed[order] = np.clip(free, low, max(low, high - steps[-1])) + steps
     return [float(p) for p in placed]
 
 
