@@ -11,6 +11,7 @@ import pytest
 from scipy import stats as scipy_stats
 
 from healing.experiment.files import plain
+from healing.experiment.summarize import description
 from healing.pooling import HealRun, _slopes, summarize_runs
 from healing.report import (
     as_json,
@@ -225,3 +226,14 @@ def test_fits_and_plans_are_in_the_json():
     assert group["required_checkpoints"]["rank_recovery_pct"]["n_checkpoints"] > 3
     assert group["half_times"]["rank_recovery_pct"]["censored"] == [True, True, True]
     assert group["half_times"]["loss_recovery_pct"]["curve"]["not_recovered"][-1] == 0.0
+
+
+def test_a_long_summary_is_described_in_whole_lines():
+    long = pool([make_run(v, seed=i, settings=f"{i}") for i, v in enumerate([10.0, 50.0] * 20)])
+    text, whole = description(long), markdown(long)
+    assert len(text) <= 8000 < len(whole)
+    body = text.removesuffix("\n\nThe rest is in `summary.md`.")
+    assert body != text
+    assert whole.startswith(body + "\n")
+    short = pool([make_run(1.0)])
+    assert description(short) == markdown(short)

@@ -46,6 +46,7 @@ def group_of(finals: list[float], loss: float = 90.0):
         ([90.0, 91.0, 92.0], "Acute Structural Failure", "lower bound lies over 70 %: the"),
         ([40.0, 41.0, 42.0], "Partial Recovery", "the whole interval lies between 20 and 70 %"),
         ([18.0, 20.0, 23.0], "Inconclusive", "the interval holds the threshold 20 %"),
+        ([64.0, 70.0, 75.0], "Inconclusive", "the interval holds the threshold 70 %"),
         ([5.0, 45.0, 85.0], "Inconclusive", "the interval holds the thresholds 20 % and 70 %"),
         ([40.0, 41.0], "Inconclusive", "an interval takes at least 3 checkpoints"),
         ([40.0, 40.0, 40.0], "Inconclusive", "the checkpoints do not differ"),

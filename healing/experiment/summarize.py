@@ -23,6 +23,8 @@ from healing.wording import group_label
 
 HEAL_RUNS = "tags.stage = 'heal'"
 BOOTSTRAP_SEED = 0
+MAX_DESCRIPTION = 8000
+"""Characters; MLflow cuts longer tags."""
 
 
 def _trajectory(view: RunView) -> tuple[tuple[int, ...], dict[str, tuple[float, ...]]]:
@@ -126,6 +128,14 @@ def write_summary(folder: pathlib.Path, summary: Summary) -> None:
         groups_figures.mean_recovery(place / "fig_recovery", summary.groups, COLUMN)
 
 
+def description(summary: Summary) -> str:
+    """``summary.md`` as far as whole lines of it fit in a tag of MLflow."""
+    text, more = report.markdown(summary), "\n\nThe rest is in `summary.md`."
+    if len(text) <= MAX_DESCRIPTION:
+        return text
+    return text[: MAX_DESCRIPTION - len(more)].rpartition("\n")[0] + more
+
+
 def _draw(folder: pathlib.Path, summary: Summary) -> dict[str, pathlib.Path]:
     """The figures that the summary allows: name → PNG."""
     drawn = []
@@ -174,7 +184,7 @@ def summarize(
         run.tags(
             {"runs": len(runs), "failed_runs": len(summary.failed), **_verdicts(summary.groups)}
         )
-        run.describe(report.markdown(summary))
+        run.describe(description(summary))
         console.say("\n" + report.text_table(summary))
         for model in summary.comparisons:
             console.say(report.comparison_sentence(model, summary))

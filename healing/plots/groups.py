@@ -45,7 +45,7 @@ def _settings_label(
     twins = [g for g in groups if (g.model, g.arm) == (group.model, group.arm)]
     suffix = f" #{group.settings[:6]}" if len(twins) > 1 else ""
     name = SHORT_NAMES.get(group.arm, arm_label(group.arm)) if short else arm_label(group.arm)
-    return safe_text(name, 13 if short else 22) + safe_text(suffix)
+    return safe_text(name, 12 if short else 22) + safe_text(suffix)
 
 
 def _model_title(members: Sequence[GroupSummary]) -> str:
@@ -202,7 +202,7 @@ def recovery_against_parameters(path: pathlib.Path, groups: Sequence[GroupSummar
             for x, i in zip(xs, intervals, strict=True):
                 if i.defined:
                     ax.plot([x, x], [i.low, i.high], color=colour, linewidth=0.9)
-            name = safe_text(SHORT_NAMES.get(arm, arm_label(arm)), 13)
+            name = safe_text(SHORT_NAMES.get(arm, arm_label(arm)), 12)
             ends.append((intervals[-1].point, name, colour))
         ax.set(xscale="log", xlabel="parameters (log scale)", ylabel="final rank recovery (%)")
         low, high = ax.get_ylim()

@@ -19,6 +19,7 @@ matplotlib.use("Agg")
 from matplotlib import colors, font_manager, ft2font
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.transforms import offset_copy
 
 # Okabe & Ito (2008): distinguishable with every common form of colour blindness.
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
@@ -188,13 +189,14 @@ def direct_labels(ax: plt.Axes, ends: Sequence[tuple[float, str, str]]) -> None:
     heights = [min(1.0, max(0.0, (y - bottom) / (top - bottom))) for y, _, _ in ends]
     points = 72.0 * ax.get_position().height * plt.gcf().get_size_inches()[1]
     places = spread(heights, 1.25 * SMALL / points, 0.0, 1.0)
+    near, far = (offset_copy(ax.transAxes, plt.gcf(), x=x, units="points") for x in (1, 7))
     for height, place, (_, text, colour) in zip(heights, places, ends, strict=True):
         ax.annotate(
             text,
-            xy=(1.01, height),
-            xytext=(1.07, place),
-            xycoords="axes fraction",
-            textcoords="axes fraction",
+            xy=(1.0, height),
+            xytext=(1.0, place),
+            xycoords=near,
+            textcoords=far,
             va="center",
             fontsize=SMALL,
             color=text_colour(colour),
