@@ -98,6 +98,8 @@ class EndpointComparison:
     equivalence: EquivalenceTest
     n_undefined: int
     statement: Statement
+    differences: tuple[float, ...] = ()
+    """Treatment minus control of every pair, points; NaN where either side is undefined."""
 
 
 @dataclass(frozen=True)
@@ -298,6 +300,7 @@ def compare_arms(
             tost,
             n_undefined=int(np.isnan(vectors[name]).sum()),
             statement=_endpoint_statement(test, p, tost),
+            differences=tuple(vectors[name].tolist()),
         )
         for name, test, p, tost in zip(family, tests, adjusted, tosts, strict=True)
     )

@@ -13,6 +13,15 @@ import numpy as np
 from healing.comparison import PRIMARY_ENDPOINTS, ArmComparison, compare_arms, paired_differences
 from healing.config import CONTROL, SHAM, TREATMENT
 from healing.lockout import LOCKOUT
+from healing.prospects import (
+    Approach,
+    CheckpointTrajectory,
+    HalfTimes,
+    VerdictPlan,
+    approach,
+    half_times,
+    plan_verdict,
+)
 from healing.scaling import ScalingSlope, scaling_slope
 from healing.stats import (
     ClusterMeans,
@@ -23,7 +32,6 @@ from healing.stats import (
     group_verdict,
     t_interval,
 )
-from healing.survival import half_recovery_time, kaplan_meier
 
 SHAM_ENDPOINTS = ("rank_recovery_sham_pct", "loss_recovery_sham_pct")
 ENDPOINTS = (*PRIMARY_ENDPOINTS, "ppl_improvement_pct", *SHAM_ENDPOINTS)
@@ -106,6 +114,9 @@ class GroupSummary:
         bands: Endpoint → mean trajectory.
         notes: What the data did not determine.
         statuses: Status → number of runs.
+        half_times: Endpoint → steps to 50 % of every checkpoint, and their Kaplan–Meier curve.
+        approaches: Endpoint → fitted asymptote and half-life.
+        plans: Endpoint with an inconclusive verdict → checkpoints that would decide it.
     """
 
     model: str
@@ -127,6 +138,9 @@ class GroupSummary:
     bands: Mapping[str, Band]
     notes: tuple[str, ...]
     statuses: Mapping[str, int] = field(default_factory=dict)
+    half_times: Mapping[str, HalfTimes] = field(default_factory=dict)
+    approaches: Mapping[str, Approach] = field(default_factory=dict)
+    plans: Mapping[str, VerdictPlan] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -189,19 +203,24 @@ def _band(runs: Sequence[HealRun], endpoint: str, confidence: float, notes: _Not
     return Band(tuple(shared), tuple(intervals))
 
 
-def _half_recovery(
-    runs: Sequence[HealRun], endpoint: str, confidence: float, notes: _Notes
-) -> Interval:
-    """Kaplan–Meier median over checkpoints; replicates are averaged first."""
-    times, censored = [], []
+def _checkpoint_trajectories(runs: Sequence[HealRun], endpoint: str) -> list[CheckpointTrajectory]:
+    """One per checkpoint, its replicates at the steps that all of them measured."""
+    found = []
     for checkpoint in dict.fromkeys(r.checkpoint for r in runs):
         own = [r for r in runs if r.checkpoint == checkpoint]
         shared = sorted(set.intersection(*(set(r.steps) for r in own)))
-        rows = [[r.trajectory[endpoint][r.steps.index(s)] for s in shared] for r in own]
-        found = notes.call(half_recovery_time, shared, rows)
-        times.append(found.time)
-        censored.append(found.censored)
-    return notes.call(kaplan_meier, times, censored, confidence).median
+        rows = (tuple(r.trajectory[endpoint][r.steps.index(s)] for s in shared) for r in own)
+        found.append(CheckpointTrajectory(tuple(shared), tuple(rows)))
+    return found
+
+
+def _plans(
+    means: Mapping[str, ClusterMeans], intervals: Mapping[str, Interval], confidence: float
+) -> dict[str, VerdictPlan]:
+    """Plans of the endpoints whose verdict is inconclusive."""
+    open_ones = [e for e in PRIMARY_ENDPOINTS if _verdict(means, intervals, e) == "inconclusive"]
+    plans = {e: plan_verdict(means[e].means, confidence) for e in open_ones}
+    return {endpoint: plan for endpoint, plan in plans.items() if plan is not None}
 
 
 def summarize_group(
@@ -228,6 +247,8 @@ def summarize_group(
     }
     states = [r.spectral_state for r in runs]
     statuses = [r.status for r in runs]
+    paths = {e: _checkpoint_trajectories(runs, e) for e in PRIMARY_ENDPOINTS}
+    half = {e: notes.call(half_times, p, confidence) for e, p in paths.items()}
     return GroupSummary(
         model=first.model,
         arm=first.arm,
@@ -244,10 +265,13 @@ def summarize_group(
         bootstrap=bootstrap,
         verdict=_verdict(means, intervals, "rank_recovery_pct"),
         verdict_loss=_verdict(means, intervals, "loss_recovery_pct"),
-        half_recovery={e: _half_recovery(runs, e, confidence, notes) for e in PRIMARY_ENDPOINTS},
+        half_recovery={e: h.curve.median for e, h in half.items()},
         bands={e: _band(runs, e, confidence, notes) for e in PRIMARY_ENDPOINTS},
         notes=tuple(notes.texts),
         statuses={s: statuses.count(s) for s in sorted(set(statuses))},
+        half_times=half,
+        approaches={e: approach(p, confidence) for e, p in paths.items()},
+        plans=_plans(means, intervals, confidence),
     )
 
 
@@ -297,18 +321,16 @@ def _comparisons(
 def _slopes(groups: Sequence[GroupSummary], confidence: float) -> dict[str, ScalingSlope]:
     slopes = {}
     for arm in dict.fromkeys(g.arm for g in groups):
-        models = [g.model for g in groups if g.arm == arm]
-        if len(set(models)) < len(models):
+        own = [g for g in groups if g.arm == arm and g.n_params > 0]
+        if len({g.model for g in own}) < len(own):
             continue  # several settings of one size: nothing says which belong on one line
-        points = [
-            (math.log10(g.n_params), mean)
-            for g in groups
-            if g.arm == arm
-            for mean in g.means["rank_recovery_pct"].means
-            if math.isfinite(mean)
-        ]
+        # One mean per size: sizes deviate from a line, so that checkpoints of one size are not
+        # independent given the line (their interval would cover about half of the time).
+        points = [(math.log10(g.n_params), g.intervals["rank_recovery_pct"].point) for g in own]
+        points = [(x, y) for x, y in points if math.isfinite(y)]
         if len({x for x, _ in points}) >= 3:
-            slopes[arm] = scaling_slope([x for x, _ in points], [y for _, y in points], confidence)
+            sizes, recovery = zip(*points, strict=True)
+            slopes[arm] = _Notes().call(scaling_slope, sizes, recovery, confidence)
     return slopes
 
 

@@ -16,7 +16,18 @@ from healing.lockout import (
     OPTIMISER_ARTIFACT,
 )
 from healing.pooling import SHAM_ENDPOINTS, Band, GroupSummary, HealRun, Summary
+from healing.prospects import Approach, HalfTimes
 from healing.stats import Interval
+from healing.wording import (
+    PLAN_NOTE,
+    PROSPECTS_NOTE,
+    group_label,
+    headline_groups,
+    interval_text,
+    plan_rows,
+    prospect_rows,
+    verdict_text,
+)
 
 ENDPOINT_LABELS = {
     "rank_recovery_pct": "rank recovery (%)",
@@ -51,31 +62,6 @@ VERDICT_MEANING = (
     "interval inside 20–70 % is *partial*, anything else *inconclusive*; *undefined* where the "
     "attack did not change the rank measurably."
 )
-
-
-def number_text(value: float, digits: int = 1) -> str:
-    """A number for people; NaN is an en dash."""
-    return "–" if math.isnan(value) else f"{value:.{digits}f}"
-
-
-def percent_text(value: float) -> str:
-    """``12.3 %``, or ``undefined``."""
-    return "undefined" if math.isnan(value) else f"{value:.1f} %"
-
-
-def interval_text(interval: Interval) -> str:
-    """Point and bounds: ``12.3 [8.1, 16.5]``; without bounds the point and ``[no interval]``."""
-    if math.isnan(interval.point):
-        return "undefined"
-    if not interval.defined:
-        return f"{interval.point:.1f} [no interval]"
-    return f"{interval.point:.1f} [{interval.low:.1f}, {interval.high:.1f}]"
-
-
-def group_label(group: GroupSummary, groups: Sequence[GroupSummary]) -> str:
-    """Arm, with the settings' hash where the model has several settings of the arm."""
-    twins = [g for g in groups if (g.model, g.arm) == (group.model, group.arm)]
-    return group.arm if len(twins) == 1 else f"{group.arm} #{group.settings[:6]}"
 
 
 def group_rows(summary: Summary) -> list[dict[str, Any]]:
@@ -151,7 +137,13 @@ def text_table(summary: Summary) -> str:
 
 def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     divider = ["---"] * len(header)
-    return ["| " + " | ".join(row) + " |" for row in [header, divider, *rows]]
+    return ["| " + " | ".join(map(_cell, row)) + " |" for row in [header, divider, *rows]]
+
+
+def _cell(text: str) -> str:
+    """Text that cannot end a table cell, start HTML or break the line."""
+    safe = " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|")
+    return safe.replace("<", "&lt;")
 
 
 def comparison_sentence(model: str, summary: Summary) -> str:
@@ -188,13 +180,18 @@ def sham_table(summary: Summary) -> tuple[list[str], list[list[str]]]:
 
 
 def _run_lines(runs: Sequence[HealRun], reason: str) -> list[str]:
-    return [f"- `{run.name}` ({run.run_id}): {getattr(run, reason)}" for run in runs]
+    return [_inline(f"- `{run.name}` ({run.run_id}): {getattr(run, reason)}") for run in runs]
 
 
 def markdown(summary: Summary) -> str:
     """The summary for people (``summary.md``)."""
     header, rows = table(summary)
-    lines = ["# Recovery summary", "", *_markdown_table(header, rows), "", VERDICT_MEANING, ""]
+    lines = ["# Recovery summary", ""]
+    for group in headline_groups(summary):
+        lines += [f"- {_inline(verdict_text(group, summary.groups))}"]
+    if not summary.groups:
+        lines += ["No finished runs: nothing can be said."]
+    lines += ["", *_markdown_table(header, rows), "", VERDICT_MEANING, ""]
     lines += [
         "Intervals are Student t over checkpoint means (replicates averaged first); none is given "
         "under three checkpoints. Recovery is unclamped: below 0 % the model moved away from the "
@@ -214,7 +211,9 @@ def markdown(summary: Summary) -> str:
         ]
     if summary.comparisons:
         lines += ["## HAEP against Gaussian noise", ""]
-        lines += [f"- {comparison_sentence(m, summary)}" for m in summary.comparisons] + [""]
+        lines += [_inline(f"- {comparison_sentence(m, summary)}") for m in summary.comparisons] + [
+            ""
+        ]
     if summary.slopes:
         lines += ["## Scaling with size", ""]
         lines += [
@@ -222,13 +221,27 @@ def markdown(summary: Summary) -> str:
             for arm, slope in summary.slopes.items()
         ]
         lines.append("")
+    lines += _section("Where recovery is heading", prospect_rows(summary), PROSPECTS_NOTE)
+    lines += _section("What would decide", plan_rows(summary), PLAN_NOTE)
     lines += _listing("Failed runs", summary.failed, "failure")
     lines += _listing("Runs without a defined rank recovery", summary.undefined, "undefined_reason")
     notes = [(g, n) for g in summary.groups for n in g.notes]
     if notes:
         lines += ["## What the data do not determine", ""]
-        lines += [f"- {g.model} {group_label(g, summary.groups)}: {n}" for g, n in notes] + [""]
+        lines += [
+            _inline(f"- {g.model} {group_label(g, summary.groups)}: {n}") for g, n in notes
+        ] + [""]
     return "\n".join(lines)
+
+
+def _inline(text: str) -> str:
+    """Text that is one line and starts no HTML."""
+    return " ".join(text.split()).replace("<", "&lt;")
+
+
+def _section(title: str, table: tuple[list[str], list[list[str]]], note: str) -> list[str]:
+    header, rows = table
+    return [f"## {title}", "", *_markdown_table(header, rows), "", note, ""] if rows else []
 
 
 def _listing(title: str, runs: Sequence[HealRun], reason: str) -> list[str]:
@@ -254,6 +267,21 @@ def _trajectory(band: Band) -> dict[str, list[float]]:
     }
 
 
+def _half_times(half: HalfTimes) -> dict[str, Any]:
+    return {
+        "step": [h.time for h in half.times],
+        "censored": [h.censored for h in half.times],
+        "curve": {
+            "step": half.curve.times.tolist(),
+            "not_recovered": half.curve.probabilities.tolist(),
+        },
+    }
+
+
+def _approach(found: Approach) -> dict[str, Any]:
+    return {"converged": found.converged, **dataclasses.asdict(found)}
+
+
 def _group_json(group: GroupSummary) -> dict[str, Any]:
     return {
         **{name: getattr(group, name) for name in GROUP_FIELDS},
@@ -266,6 +294,9 @@ def _group_json(group: GroupSummary) -> dict[str, Any]:
         "intervals": _intervals(group.intervals),
         "bootstrap": _intervals(group.bootstrap),
         "half_recovery_steps": _intervals(group.half_recovery),
+        "half_times": {endpoint: _half_times(half) for endpoint, half in group.half_times.items()},
+        "approach": {e: _approach(found) for e, found in group.approaches.items()},
+        "required_checkpoints": {e: dataclasses.asdict(p) for e, p in group.plans.items()},
         "trajectory": {endpoint: _trajectory(band) for endpoint, band in group.bands.items()},
     }
 

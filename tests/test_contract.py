@@ -50,9 +50,10 @@ spectra lanczos stochastic curvature subspaces landscape minimum
 lockout models corpora pretraining probe precision
 attacks.driver attacks.alignment attacks.haep attacks.clean_curvature attacks.arms attacks.matching
 sft recovery
-stats variance scaling comparison survival trajectory power pooling
+stats variance scaling comparison survival trajectory power prospects pooling
 checkout ui_view histories tracking
-plots.style plots.runs plots.groups plots.basin report legacy legacy_summary
+plots.style plots.runs plots.groups plots.basin
+wording report html_report latex paper legacy legacy_summary
 experiment.console experiment.files experiment.errors experiment.loading
 experiment.pretrain experiment.attack experiment.healing_cell experiment.heal
 experiment.basin_cell experiment.basin

@@ -589,14 +589,20 @@ def test_summary_of_a_query_with_a_failed_run(store, checkpoint):
         f"no checkpoint at {store}/nowhere.pt: give the path of a {CHECKPOINT_NAME}"
     ]
     (folder,) = (store / "experiments/results/summaries").iterdir()
-    names = {p.name for p in folder.iterdir()}
+    names = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    figures = ("mean_recovery", "final_recovery", "half_recovery", "recovery_against_parameters")
     assert names == {
-        "summary.json", "summary.csv", "summary.md", "mean_recovery.png", "final_recovery.png",
-        "recovery_against_parameters.png",
+        "summary.json", "summary.csv", "summary.md", "report.html",
+        *(f"figures/{f}.{kind}" for f in figures for kind in ("png", "pdf")),
+        "paper/recovery_table.tex", "paper/recovery_macros.tex", "paper/fig_recovery.pdf",
+        "paper/fig_recovery.png", "paper/addressing_irreversibility.tex",
     }  # fmt: skip
     client = MlflowClient()
     experiment = client.get_experiment_by_name("llm-healing").experiment_id
     (run,) = client.search_runs([experiment], "tags.stage = 'summarize'")
+    stored = {f.path for parent in ("", "figures", "paper")
+              for f in client.list_artifacts(run.info.run_id, parent) if not f.is_dir}  # fmt: skip
+    assert stored == names
     name = "mean/nano-random_tokens/loss_recovery_pct_mean"
     assert [m.step for m in client.get_metric_history(run.info.run_id, name)] == [0, 2]
     with pytest.raises(TrackingError, match="no healing runs match"):

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
 from healing.experiment.files import plain
-from healing.pooling import HealRun, summarize_runs
+from healing.experiment.summarize import description
+from healing.pooling import HealRun, _slopes, summarize_runs
 from healing.report import (
     as_json,
     comparison_sentence,
     group_rows,
-    interval_text,
     markdown,
     text_table,
 )
-from healing.stats import Interval
+from healing.stats import Interval, cluster_means, t_interval
+from healing.wording import interval_text
 
 
 def make_run(final: float, *, seed: int = 0, arm: str = "haep", model: str = "nano", **changes):
@@ -29,7 +31,7 @@ def make_run(final: float, *, seed: int = 0, arm: str = "haep", model: str = "na
     values = {
         "run_id": f"{arm}{seed}", "name": f"{model} {arm} {seed}", "finished": True,
         "model": model, "arm": arm, "settings": "s", "checkpoint": f"{arm}{seed}",
-        "seed": str(seed), "n_params": {"nano": 300_000, "micro": 1_300_000}[model],
+        "seed": str(seed), "n_params": {"nano": 300_000, "micro": 1_300_000}.get(model, 0),
         "final": {"rank_recovery_pct": final, "loss_recovery_pct": loss[-1],
                   "ppl_improvement_pct": 99.0 + 0.1 * seed},
         "steps": steps, "trajectory": {"rank_recovery_pct": rank, "loss_recovery_pct": loss},
@@ -164,3 +166,92 @@ def test_interval_text():
     assert interval_text(Interval(1.04, 2.0, 3.0, 3, "t")) == "2.0 [1.0, 3.0]"
     assert interval_text(Interval(math.nan, 2.0, math.nan, 2, "t")) == "2.0 [no interval]"
     assert interval_text(Interval(math.nan, math.nan, math.nan, 0, "t")) == "undefined"
+
+
+def test_slope_is_that_of_one_mean_per_size():
+    runs = [
+        make_run(v, seed=i, model=m, n_params=n, checkpoint=f"{m}{i}")
+        for m, n, values in [("nano", 10**5, (8.0, 12.0)), ("micro", 10**6, (19.0, 22.0, 25.0)),
+                             ("nano2", 10**7, (21.0, 41.0))]
+        for i, v in enumerate(values)
+    ]  # fmt: skip
+    slope = pool(runs).slopes["haep"]
+    theirs = scipy_stats.linregress([5, 6, 7], [10.0, 22.0, 31.0])
+    half_width = scipy_stats.t.ppf(0.975, 1) * theirs.stderr
+    assert slope.slope.n == 3
+    assert slope.slope.point == pytest.approx(theirs.slope)
+    assert slope.slope.high - slope.slope.point == pytest.approx(half_width)
+
+
+def test_slope_covers_although_sizes_deviate_from_the_line():
+    """True slope −5 per decade; sizes deviate by 10 points, their checkpoints by 3."""
+    template = pool([make_run(v, seed=i) for i, v in enumerate([10.0, 14.0, 12.0])]).groups[0]
+    rng, sizes, covered = np.random.default_rng(0), np.array([5.0, 6.0, 7.0, 8.5]), 0
+    for _ in range(1000):
+        groups = []
+        for size, shift in zip(sizes, rng.normal(0, 10, 4), strict=True):
+            values = 80 - 5 * size + shift + rng.normal(0, 3, 3)
+            rank = {"rank_recovery_pct": t_interval(values)}
+            means = {"rank_recovery_pct": cluster_means(values, range(3))}
+            change = {"model": f"{size}", "n_params": 10**size}
+            groups.append(replace(template, **change, intervals=rank, means=means))
+        slope = _slopes(groups, 0.95)["haep"].slope
+        covered += slope.low <= -5 <= slope.high
+    # Binomial standard error 0.7 %; with one point per checkpoint 64 % would be covered.
+    assert 0.92 < covered / 1000 < 0.98
+
+
+def test_sizes_that_are_not_known_get_no_slope():
+    runs = [make_run(v, model=m, n_params=n) for v, m, n in
+            [(10.0, "nano", 10**5), (20.0, "micro", 10**6), (30.0, "x", 0)]]  # fmt: skip
+    assert pool(runs).slopes == {}
+
+
+def test_paired_differences_stay_in_the_record():
+    noise = [make_run(v, seed=i, arm="gaussian_noise") for i, v in enumerate([50.0, 61.0, 45.0])]
+    haep = [make_run(v, seed=i) for i, v in enumerate([20.0, 30.0, math.nan])]
+    rank = pool([*noise, *haep]).comparisons["nano"].endpoints[0]
+    assert rank.differences == pytest.approx((-30.0, -31.0, math.nan), nan_ok=True)
+
+
+def test_plans_only_for_what_is_inconclusive():
+    (group,) = pool([make_run(v, seed=i) for i, v in enumerate([5.0, 30.0, 14.0])]).groups
+    assert group.verdict == "inconclusive"
+    plan = group.plans["rank_recovery_pct"]
+    assert plan.mean == pytest.approx(49 / 3)
+    assert plan.sd == pytest.approx(np.std([5, 30, 14], ddof=1))
+    assert "loss_recovery_pct" not in group.plans
+    assert str(plan.n_checkpoints) in markdown(pool([make_run(v, seed=i) for i, v in
+                                                     enumerate([5.0, 30.0, 14.0])]))  # fmt: skip
+
+
+def test_runs_that_were_never_trained_can_be_summarized():
+    zero = {"steps": (0,), "trajectory": {"rank_recovery_pct": (0.0,), "loss_recovery_pct": (0.0,)}}
+    (group,) = pool([make_run(0.0, seed=i, **zero) for i in range(3)]).groups
+    assert math.isnan(group.half_recovery["rank_recovery_pct"].point)
+
+
+def test_names_cannot_break_the_markdown_table():
+    text = markdown(pool([make_run(1.0, model="a|b\n<img>", n_params=5)]))
+    assert "a\\|b &lt;img>" in text
+    assert "<img>" not in text
+
+
+def test_fits_and_plans_are_in_the_json():
+    runs = [make_run(v, seed=i) for i, v in enumerate([5.0, 30.0, 14.0])]
+    (group,) = json.loads(json.dumps(plain(as_json(pool(runs)))))["groups"]
+    assert group["approach"]["rank_recovery_pct"]["converged"] is False
+    assert group["required_checkpoints"]["rank_recovery_pct"]["n_checkpoints"] > 3
+    assert group["half_times"]["rank_recovery_pct"]["censored"] == [True, True, True]
+    assert group["half_times"]["loss_recovery_pct"]["curve"]["not_recovered"][-1] == 0.0
+
+
+def test_a_long_summary_is_described_in_whole_lines():
+    long = pool([make_run(v, seed=i, settings=f"{i}") for i, v in enumerate([10.0, 50.0] * 20)])
+    text, whole = description(long), markdown(long)
+    assert len(text) <= 8000 < len(whole)
+    body = text.removesuffix("\n\nThe rest is in `summary.md`.")
+    assert body != text
+    assert whole.startswith(body + "\n")
+    short = pool([make_run(1.0)])
+    assert description(short) == markdown(short)

@@ -51,9 +51,9 @@ from healing.models import (
 from healing.plots import runs as runs_figures
 from healing.plots.style import arm_label
 from healing.recovery import State
-from healing.report import percent_text
 from healing.sft import HealRecord
 from healing.tracking import RunLogger
+from healing.wording import percent_text
 
 
 def heal_name(cell: HealCell, checkpoint: Checkpoint, mark: str) -> str:

@@ -10,20 +10,24 @@ from typing import Any
 
 import numpy as np
 
-from healing import report, tracking
+from healing import html_report, paper, report, tracking
 from healing.config import SummarizeConfig, as_params
-from healing.experiment.attack import open_run
+from healing.experiment.attack import open_run, upload
 from healing.experiment.console import Console
 from healing.experiment.files import write_json
 from healing.experiment.stored_runs import read_runs
 from healing.experiment.summarize_legacy import is_legacy, summarize_imported
 from healing.legacy_summary import LegacySummary
 from healing.plots import groups as groups_figures
+from healing.plots.style import COLUMN
 from healing.pooling import GroupSummary, HealRun, Summary, summarize_runs
 from healing.tracking import RunLogger, RunView, TrackingError
+from healing.wording import group_label
 
 HEAL_RUNS = "tags.stage = 'heal'"
 BOOTSTRAP_SEED = 0
+MAX_DESCRIPTION = 8000
+"""Characters; MLflow cuts longer tags."""
 
 
 def find_runs(config: SummarizeConfig) -> list[RunView]:
@@ -49,7 +53,7 @@ def _log_groups(run: RunLogger, summary: Summary) -> None:
     """Final numbers per group, and mean trajectories with their bounds, as metrics."""
     history: list[tuple[int, Mapping[str, float]]] = []
     for group in summary.groups:
-        prefix = f"{group.model}-{report.group_label(group, summary.groups).replace(' #', '-')}"
+        prefix = f"{group.model}-{group_label(group, summary.groups).replace(' #', '-')}"
         numbers: dict[str, float] = {"runs": group.n_runs, "checkpoints": group.n_checkpoints}
         for endpoint, interval in group.intervals.items():
             numbers |= _bounds(endpoint, interval.point, interval.low, interval.high)
@@ -74,17 +78,49 @@ def write_csv(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-def _write(folder: pathlib.Path, summary: Summary) -> list[pathlib.Path]:
+def write_summary(folder: pathlib.Path, summary: Summary) -> None:
+    """All files of a summary: tables, report, figures, and what a paper reads.
+
+    Where no run finished there is nothing to draw and the figures are missing.
+    """
     write_json(folder / "summary.json", report.as_json(summary))
     write_csv(folder / "summary.csv", report.group_rows(summary))
     (folder / "summary.md").write_text(report.markdown(summary))
+    figures = _draw(folder / "figures", summary)
+    (folder / "report.html").write_text(html_report.render(summary, figures), encoding="utf-8")
+    place = folder / "paper"
+    place.mkdir(exist_ok=True)
+    (place / "recovery_table.tex").write_text(paper.table_file(summary), encoding="ascii")
+    (place / "recovery_macros.tex").write_text(paper.macros_file(summary), encoding="ascii")
+    subsection = paper.subsection_file(summary)
+    (place / "addressing_irreversibility.tex").write_text(subsection, encoding="ascii")
     if summary.groups:
-        groups_figures.mean_recovery(folder / "mean_recovery.png", summary.groups)
-        groups_figures.final_recovery(folder / "final_recovery.png", summary.groups)
+        groups_figures.mean_recovery(place / "fig_recovery", summary.groups, COLUMN)
+
+
+def description(summary: Summary) -> str:
+    """``summary.md`` as far as whole lines of it fit in a tag of MLflow."""
+    text, more = report.markdown(summary), "\n\nThe rest is in `summary.md`."
+    if len(text) <= MAX_DESCRIPTION:
+        return text
+    return text[: MAX_DESCRIPTION - len(more)].rpartition("\n")[0] + more
+
+
+def _draw(folder: pathlib.Path, summary: Summary) -> dict[str, pathlib.Path]:
+    """The figures that the summary allows: name → PNG."""
+    drawn = []
+    if summary.groups:
+        groups_figures.mean_recovery(folder / "mean_recovery", summary.groups)
+        groups_figures.final_recovery(folder / "final_recovery", summary.groups)
+        groups_figures.half_recovery(folder / "half_recovery", summary.groups)
         groups_figures.recovery_against_parameters(
-            folder / "recovery_against_parameters.png", summary.groups
+            folder / "recovery_against_parameters", summary.groups
         )
-    return sorted(p for p in folder.iterdir() if p.is_file())
+        drawn += ["mean_recovery", "final_recovery", "half_recovery", "recovery_against_parameters"]
+    if summary.comparisons:
+        groups_figures.haep_against_noise(folder / "haep_against_noise", summary.comparisons)
+        drawn.append("haep_against_noise")
+    return {name: folder / f"{name}.png" for name in drawn}
 
 
 def summarize(
@@ -113,12 +149,12 @@ def summarize(
         folder = pathlib.Path(config.output_dir).expanduser().resolve() / "summaries" / run.run_id
         folder.mkdir(parents=True, exist_ok=True)
         _log_groups(run, summary)
-        for path in _write(folder, summary):
-            run.artifact(path)
+        write_summary(folder, summary)
+        upload(run, folder)
         run.tags(
             {"runs": len(runs), "failed_runs": len(summary.failed), **_verdicts(summary.groups)}
         )
-        run.describe(report.markdown(summary))
+        run.describe(description(summary))
         console.say("\n" + report.text_table(summary))
         for model in summary.comparisons:
             console.say(report.comparison_sentence(model, summary))
@@ -130,8 +166,7 @@ def summarize(
 
 def _verdicts(groups: Sequence[GroupSummary]) -> dict[str, str]:
     return {
-        f"verdict.{g.model}.{report.group_label(g, groups).replace(' #', '-')}": g.verdict
-        for g in groups
+        f"verdict.{g.model}.{group_label(g, groups).replace(' #', '-')}": g.verdict for g in groups
     }
 
 

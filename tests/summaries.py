@@ -1,0 +1,107 @@
+"""Simulated healing runs and the summaries that reports and figures are tested on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from healing.pooling import HealRun, Summary, summarize_runs
+
+N_PARAMS = {"nano": 309_792, "micro": 1_317_632, "70m": 70_426_624}
+STEPS = tuple(range(0, 61, 10))
+TOO_SMALL = "the attack changed the effective rank by +0.42, less than the 2.14 that can be told"
+NASTY = (
+    "<script>alert(1)</script>", "100%_a&b#c\\d{e}$f$^g~h", "[模型] **`é|'\"--''",
+    "a_b", "a-b", "</style>\n| x",
+)  # fmt: skip
+
+
+def simulated_run(
+    rng: np.random.Generator, model: str, arm: str, seed: int, rank: float, loss: float, **changes
+) -> HealRun:
+    """Exponential approach to ``rank`` and ``loss`` (half-lives 13.9 and 5.5 steps), with noise
+    between and within checkpoints; a NaN ``rank`` is an undefined rank recovery.
+    """
+    t = np.array(STEPS, dtype=float)
+    limits = rank + rng.normal(0, 4), loss + rng.normal(0, 3)
+    curves = [
+        limit * (1 - np.exp(-t / tau)) + rng.normal(0, 0.5, len(t)) * (t > 0)
+        for limit, tau in zip(limits, (20.0, 8.0), strict=True)
+    ]
+    names = ("rank_recovery_pct", "loss_recovery_pct", "ppl_improvement_pct")
+    trajectory = dict(zip(names, map(tuple, [*curves, curves[1]]), strict=True))
+    values = {
+        "run_id": f"{model}{arm}{seed}", "name": f"heal {model} {arm} seed {seed}",
+        "finished": True, "model": model, "arm": arm, "settings": "abcdef1234",
+        "checkpoint": f"{model}{arm}{seed}", "seed": str(seed),
+        "n_params": N_PARAMS.get(model, 1000), "steps": STEPS, "trajectory": trajectory,
+        "final": {name: float(row[-1]) for name, row in trajectory.items()},
+        "spectral_state": "unchanged" if math.isnan(rank) else "collapsed",
+        "undefined_reason": TOO_SMALL if math.isnan(rank) else "",
+    }  # fmt: skip
+    return HealRun(**(values | changes))
+
+
+def pool(runs: Sequence[HealRun]) -> Summary:
+    return summarize_runs(runs, 0.95, np.random.default_rng(0))
+
+
+def realistic(models: Sequence[str] = ("nano", "micro"), seeds: int = 3) -> Summary:
+    """HAEP partial (first model), irreversible (second), reversible (third); noise without a rank
+    recovery; one failed run.
+    """
+    rng, runs = np.random.default_rng(1), []
+    for model, rank in zip(models, (45.0, 2.0, 85.0), strict=False):
+        for seed in range(seeds):
+            runs.append(simulated_run(rng, model, "haep", seed, rank, 86.0))
+            runs.append(simulated_run(rng, model, "gaussian_noise", seed, math.nan, 77.0))
+            runs.append(simulated_run(rng, model, "spectral", seed, 1.5, 50.0))
+    failed = HealRun("dead", "heal micro haep seed 9", finished=False, failure="out of memory")
+    return pool([*runs, failed])
+
+
+def nasty() -> Summary:
+    """Names that HTML, LaTeX, Markdown and matplotlib would each take for something else."""
+    rng, runs = np.random.default_rng(2), []
+    for name in NASTY:
+        for seed in range(2):
+            for arm in ("haep", "gaussian_noise", name)[: 3 if name in NASTY[:3] else 1]:
+                extra = {"n_params": 1000, "settings": name, "name": name, "run_id": name}
+                runs.append(simulated_run(rng, name, arm, seed, 40.0, 80.0, **extra))
+    undefined = simulated_run(
+        rng, "nano", NASTY[0], 0, math.nan, 60.0, name=NASTY[1], undefined_reason=NASTY[3]
+    )
+    failed = [HealRun(n, n, finished=False, failure=n) for n in NASTY]
+    return pool([*runs, undefined, *failed])
+
+
+def degenerate() -> dict[str, Summary]:
+    """Summaries in which something is missing."""
+    rng = np.random.default_rng(3)
+
+    def haep(n: int, **changes) -> list[HealRun]:
+        return [simulated_run(rng, "nano", "haep", s, 40.0, 80.0, **changes) for s in range(n)]
+
+    undefined = [simulated_run(rng, "nano", "haep", s, math.nan, math.nan) for s in range(3)]
+    first = haep(1)[0]
+    infinite = {"final": {**first.final, "ppl_improvement_pct": math.nan}}
+    unhealed = {
+        "steps": (0,),
+        "trajectory": dict.fromkeys(first.trajectory, (0.0,)),
+        "final": dict.fromkeys(first.trajectory, 0.0),
+    }
+    twins = [*haep(3), *haep(3, settings="other", checkpoint="x")]
+    return {
+        "nothing": pool([]),
+        "all failed": pool([HealRun("a", "b", finished=False, failure="c")]),
+        "one checkpoint": pool(haep(1)),
+        "two checkpoints": pool(haep(2)),
+        "all undefined": pool(undefined),
+        "infinite perplexity": pool(haep(3, **infinite)),
+        "no steps": pool(haep(3, **unhealed)),
+        "several settings": pool(twins),
+        "equal checkpoints": pool(haep(3, final=dict(first.final))),
+        "three sizes": realistic(("nano", "micro", "70m")),
+    }
