@@ -81,6 +81,8 @@ def test_nothing_is_fetched_and_nothing_runs(written):
         assert not [a for a in attributes if a.startswith("on")], tag
         for key in ("src", "href", "srcset", "data", "action"):
             assert (attributes.get(key) or "data:").startswith("data:")
+    policies = [a["content"] for t, a in page.elements if "http-equiv" in a]
+    assert policies == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'"]
     source = (written / "report.html").read_text(encoding="utf-8")
     assert not re.search(r"url\(|@import", source)
 
