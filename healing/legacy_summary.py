@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from healing.config import MODELS
-from healing.report import interval_text, number_text
 from healing.stats import DegenerateDataWarning, Interval, t_interval
+from healing.wording import interval_text, number_text
 
 HEADER_NOTE = (
     "These runs were measured with the predecessor's instrument and are never pooled with others. "
