@@ -38,11 +38,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from healing import tracking
-from healing.config import SummarizeConfig
 from healing.experiment import stored_runs
 from healing.experiment.summarize import find_runs, summarize
 from healing.histories import Trajectory
 from healing.pooling import ENDPOINTS, summarize_runs
+from healing.stage_config import SummarizeConfig
 
 METRICS = (
     "effective_rank", "perplexity", "loss", "train_loss", "grad_norm", "nonfinite_tokens",

@@ -8,15 +8,9 @@ from __future__ import annotations
 import json
 
 from healing.basin_config import BasinConfig
-from healing.config import (
-    AttackConfig,
-    HealConfig,
-    ImportConfig,
-    PretrainConfig,
-    SummarizeConfig,
-    SweepConfig,
-)
+from healing.config import AttackConfig, HealConfig
 from healing.options import fields_of, flag_name
+from healing.stage_config import ImportConfig, PretrainConfig, SummarizeConfig, SweepConfig
 
 STAGES = {
     "main": SweepConfig,

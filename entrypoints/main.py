@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from entrypoints._cli import options_of, run_stage
-from healing.config import SweepConfig
+from healing.stage_config import SweepConfig
 
 
 @click.command()

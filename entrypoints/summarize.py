@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from entrypoints._cli import options_of, run_stage
-from healing.config import SummarizeConfig
+from healing.stage_config import SummarizeConfig
 
 
 @click.command()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from healing.config import DEVICES_HELP, MODELS, preset_for
+from healing.config import DEVICES_HELP
 from healing.options import AUTO, ConfigError, option, validate_fields
+from healing.presets import MODELS, preset_for
 
 
 @dataclass(frozen=True, kw_only=True)

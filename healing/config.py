@@ -1,4 +1,4 @@
-"""Frozen configurations of every stage, the presets per model size, and their validation.
+"""Frozen configurations of every stage and their validation.
 
 Standard library only: a configuration can be built, checked, hashed and pickled without torch.
 """
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from healing.options import AUTO, ConfigError, option, validate_fields
+from healing.presets import DEFAULT_MODEL, MODELS, preset_for
 
 ARMS = (
     "haep",
@@ -33,54 +34,6 @@ RAW_DATA = "priority5_healing/raw_data"
 """Folder below ``output_dir`` that holds one folder per run."""
 
 
-@dataclass(frozen=True)
-class Preset:
-    """What differs by model size; every value can be overridden from the command line.
-
-    Attributes:
-        source: ``embedded``, or the model's id on the Hugging Face Hub.
-        corpus: Where clean text comes from unless the user says otherwise.
-        probe_tokens: Tokens of the frozen probe, at least 4 × hidden size.
-        batch_size: Windows per fine-tuning step.
-        attack_lr: AdamW learning rate of the attack.
-        attack_sgd_lr: SGD learning rate of the attack.
-        attack_steps: Attack budget, in optimiser steps.
-        healing_lr: Learning rate of healing.
-        sweep_healing_steps: Healing steps per cell of the default ``main`` sweep.
-        threads: CPU threads of torch; 0 = torch's default.
-    """
-
-    source: str
-    corpus: str
-    probe_tokens: int
-    batch_size: int
-    attack_lr: float
-    attack_sgd_lr: float
-    attack_steps: int
-    healing_lr: float
-    sweep_healing_steps: int
-    threads: int
-
-
-_EMBEDDED = {
-    "nano": Preset("embedded", "stdlib", 4096, 8, 2e-2, 0.2, 40, 1e-3, 60, 1),
-    "micro": Preset("embedded", "stdlib", 4096, 8, 2e-2, 0.2, 40, 1e-3, 60, 1),
-}
-_PYTHIA = {
-    size: Preset(f"EleutherAI/pythia-{size}", "pile", tokens, 8, 1e-3, 1e-1, 100, 1e-4, 500, 0)
-    for size, tokens in {
-        "70m": 8192,
-        "160m": 8192,
-        "410m": 8192,
-        "1b": 8192,
-        "1.4b": 8192,
-        "2.8b": 10240,
-    }.items()
-}
-PRESETS: dict[str, Preset] = {**_EMBEDDED, **_PYTHIA}
-MODELS = tuple(PRESETS)
-DEFAULT_MODEL = "1b"
-
 NOT_DETERMINING = frozenset(
     {
         "device",
@@ -97,17 +50,6 @@ NOT_DETERMINING = frozenset(
 )
 """Fields left out of a cell's fingerprint: they change no number, or what they name does and is put
 in where it is known (the kind of device, a reference's weights)."""
-
-
-def preset_for(model: str) -> Preset:
-    """The preset of a model name.
-
-    Raises:
-        ConfigError: The name is not one of :data:`MODELS`.
-    """
-    if model not in PRESETS:
-        raise ConfigError(f"unknown model {model!r}: choose one of {', '.join(MODELS)}")
-    return PRESETS[model]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -316,162 +258,6 @@ class HealConfig(BaseConfig):
         if len(given) > 1:
             flags = " and ".join("--" + name.replace("_", "-") for name in given)
             raise ConfigError(f"{flags} exclude each other: give one of them")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SummarizeConfig:
-    """Which healing runs to pool, and how."""
-
-    experiment: str = option(
-        "", "MLflow experiment (name or id) that holds the healing runs; empty = the current one."
-    )
-    filter: str = option(
-        "", "MLflow filter string added to the query, e.g. \"tags.model = 'nano'\"."
-    )
-    legacy: bool = option(
-        False, "Summarize the predecessor's imported runs; they are never pooled with others."
-    )
-    confidence: float = option(
-        0.95, "Confidence level of the intervals.", minimum=0.5, maximum=0.999
-    )
-    output_dir: str = option("./experiments/results", "Local folder for results.")
-    verbosity: str = option(
-        "normal", "quiet, normal or verbose.", choices=("quiet", "normal", "verbose")
-    )
-
-    def __post_init__(self) -> None:
-        validate_fields(self)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImportConfig:
-    """Recorded results of the predecessor to read into MLflow."""
-
-    folder: str = option("", "Folder of the predecessor's results, searched at any depth.")
-    output_dir: str = option("./experiments/results", "Local folder for the report.")
-    verbosity: str = option(
-        "normal", "quiet, normal or verbose.", choices=("quiet", "normal", "verbose")
-    )
-
-    def __post_init__(self) -> None:
-        validate_fields(self)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PretrainConfig:
-    """Training of an embedded model from nothing."""
-
-    model: str = option("nano", "Embedded model to train.", choices=("nano", "micro"))
-    corpus: str = option("stdlib", "Text to train on (see attack --corpus).")
-    max_documents: int = option(20_000, "Documents read from the corpus at most.", minimum=1)
-    tokens_per_parameter: float = option(
-        20.5, "Training tokens over parameters.", minimum=0, exclusive_minimum=True
-    )
-    vocab_size: int = option(2048, "Entries of the byte-level BPE.", minimum=300, maximum=65_536)
-    batch_size: int = option(16, "Windows per optimiser step.", minimum=1)
-    sequence_length: int = option(128, "Tokens per window.", minimum=8, maximum=2048)
-    learning_rate: float = option(
-        4e-3,
-        "Peak AdamW learning rate (linear warm-up, cosine decay).",
-        minimum=0,
-        exclusive_minimum=True,
-    )
-    weight_decay: float = option(0.1, "Decoupled weight decay.", minimum=0)
-    gradient_clip: float = option(1.0, "Largest gradient norm.", minimum=0)
-    measurement_interval: int = option(
-        250, "Optimiser steps between held-out evaluations.", minimum=1
-    )
-    seed: int = option(0, "Seed of every named random stream.", minimum=0, maximum=2**31 - 1)
-    threads: int = option(0, "CPU threads; 0 = torch's default.", minimum=0)
-    output_dir: str = option("./experiments/pretrained", "Folder the model is written to.")
-    verbosity: str = option(
-        "normal", "quiet, normal or verbose.", choices=("quiet", "normal", "verbose")
-    )
-
-    def __post_init__(self) -> None:
-        validate_fields(self)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SweepConfig:
-    """Models x arms x seeds: attack and heal each, then summarize."""
-
-    models: str = option("nano,micro", "Comma-separated model sizes.")
-    arms: str = option("haep,gaussian_noise,spectral", "Comma-separated arms.")
-    seeds: str = option("0,1,2", "Comma-separated seeds; each gives its own checkpoint.")
-    noise_match: str = option(
-        "loss",
-        "What gaussian_noise shares with the haep attack of the same seed: the weight change per "
-        "tensor (norm), or the damage: the probe's loss or rank.",
-        choices=NOISE_MATCHES,
-    )
-    sham: bool = option(
-        True, "Heal the healthy model too, and refer every recovery to it beside the plain formula."
-    )
-    basin: bool = option(
-        False,
-        "Also examine the landscape of every haep and gaussian_noise run (see the basin stage): is "
-        "the collapsed state a minimum?",
-    )
-    healing_steps: int | str = option(
-        AUTO,
-        "Fine-tuning steps per cell; auto = 60 for nano and micro, 500 for Pythia.",
-        minimum=0,
-    )
-    healing_lr: float | str = option(
-        AUTO, "Healing learning rate; auto = by model.", minimum=0, exclusive_minimum=True
-    )
-    attack_steps: int | str = option(AUTO, "Attack budget; auto = by model.", minimum=0)
-    corpus: str = option(AUTO, "Clean text (see attack --corpus); auto = by model.")
-    batch_size: int | str = option(AUTO, "Windows per step; auto = by model.", minimum=1)
-    sequence_length: int = option(128, "Tokens per window.", minimum=8, maximum=2048)
-    measurement_interval: int = option(10, "Optimiser steps between measurements.", minimum=1)
-    workers: int | str = option(
-        AUTO,
-        "Cells run at a time, in threads; auto = one per CPU core (at most 4) for nano and micro "
-        "on the CPU, else 1.",
-        minimum=1,
-    )
-    device: str = option(AUTO, DEVICES_HELP)
-    output_dir: str = option("./experiments/results", "Local folder for results.")
-    verbosity: str = option(
-        "normal", "quiet, normal or verbose.", choices=("quiet", "normal", "verbose")
-    )
-
-    def __post_init__(self) -> None:
-        validate_fields(self)
-        self.model_list(), self.arm_list(), self.seed_list()
-
-    def model_list(self) -> tuple[str, ...]:
-        """Model names in the order given."""
-        return _listed(self.models, "--models", MODELS)
-
-    def arm_list(self) -> tuple[str, ...]:
-        """Arms in the order given."""
-        return _listed(self.arms, "--arms", ARMS)
-
-    def seed_list(self) -> tuple[int, ...]:
-        """Seeds in the order given."""
-        items = _listed(self.seeds, "--seeds", None)
-        if not all(item.isdecimal() for item in items):
-            raise ConfigError(
-                f"--seeds must be whole numbers from 0, as in 0,1,2; got {self.seeds!r}"
-            )
-        return tuple(int(item) for item in items)
-
-
-def _listed(text: str, flag: str, admissible: tuple[str, ...] | None) -> tuple[str, ...]:
-    items = tuple(item.strip() for item in text.split(",") if item.strip())
-    if not items:
-        raise ConfigError(f"{flag} is empty: name at least one")
-    unknown = [item for item in items if admissible and item not in admissible]
-    if unknown:
-        raise ConfigError(
-            f"{flag}: unknown {', '.join(unknown)}; choose from {', '.join(admissible or ())}"
-        )
-    if len(set(items)) < len(items):
-        raise ConfigError(f"{flag} names one entry twice: {text}")
-    return items
 
 
 ConfigT = TypeVar("ConfigT", bound=BaseConfig)

@@ -13,7 +13,7 @@ import jinja2
 
 from healing.plots.style import arm_label
 from healing.pooling import GroupSummary, HealRun, Summary
-from healing.report import VERDICT_MEANING, comparison_sentence, table
+from healing.report import SHAM_NOTE, VERDICT_MEANING, comparison_sentence, sham_table, table
 from healing.wording import (
     PLAN_NOTE,
     PROSPECTS_NOTE,
@@ -173,6 +173,8 @@ def render(summary: Summary, figures: Mapping[str, pathlib.Path]) -> str:
             comparisons=[comparison_sentence(m, summary) for m in summary.comparisons],
             groups=table(summary),
             table_note=VERDICT_MEANING.replace("*", ""),
+            sham=sham_table(summary),
+            sham_note=SHAM_NOTE,
             figures={
                 key: embed(path, CAPTIONS[key], _alt(key, summary)) for key, path in figures.items()
             },

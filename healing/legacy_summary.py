@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from healing.config import MODELS
+from healing.presets import MODELS
 from healing.stats import DegenerateDataWarning, Interval, t_interval
 from healing.wording import interval_text, number_text
 

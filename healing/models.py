@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from healing.config import MODELS, preset_for
+from healing.presets import MODELS, preset_for
 
 transformers_logging.disable_progress_bar()  # its bars would break ours
 

@@ -13,9 +13,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-from healing.config import PretrainConfig
 from healing.corpora import Corpus, batches, pack
 from healing.models import evaluation_mode, new_embedded_model
+from healing.stage_config import PretrainConfig
 
 END_OF_TEXT = "<|endoftext|>"
 WARMUP_SHARE = 0.02

@@ -36,6 +36,10 @@ ENDPOINT_LABELS = {
     "rank_recovery_sham_pct": "rank recovery against the sham (%)",
     "loss_recovery_sham_pct": "loss recovery against the sham (%)",
 }
+SHAM_NOTE = (
+    "100·(now − collapsed)/(sham − collapsed), the sham being the healthy model after the same "
+    "fine-tuning steps on the same batches."
+)
 EQUAL = {
     "norm": "equal weight change",
     "loss": "equal loss (damage-matched)",
@@ -203,8 +207,7 @@ def markdown(summary: Summary) -> str:
         lines += [
             "## Recovery against the sham",
             "",
-            "100·(now − collapsed)/(sham − collapsed), the sham being the healthy model after the "
-            "same fine-tuning steps on the same batches.",
+            SHAM_NOTE,
             "",
             *_markdown_table(sham_header, sham_rows),
             "",

@@ -17,20 +17,10 @@ from entrypoints import attack, basin, heal, import_results, main, pretrain, sum
 from entrypoints._mlproject import render
 from healing import config as configs
 from healing.basin_config import BasinConfig
-from healing.config import (
-    AttackConfig,
-    ConfigError,
-    HealConfig,
-    ImportConfig,
-    PretrainConfig,
-    SummarizeConfig,
-    SweepConfig,
-    as_params,
-    fingerprint,
-    preset_for,
-    resolve,
-)
+from healing.config import AttackConfig, ConfigError, HealConfig, as_params, fingerprint, resolve
 from healing.options import fields_of, flag_name
+from healing.presets import preset_for
+from healing.stage_config import ImportConfig, PretrainConfig, SummarizeConfig, SweepConfig
 from tests.conftest import ROOT
 
 STAGES = {
@@ -45,7 +35,7 @@ STAGES = {
 
 # Data flows down this list: a module imports only from modules above it.
 LAYERS = """
-options config basin_config randomness
+options presets config stage_config basin_config randomness
 spectra lanczos stochastic curvature subspaces landscape minimum
 lockout models corpora pretraining probe precision
 attacks.driver attacks.alignment attacks.haep attacks.clean_curvature attacks.arms attacks.matching
@@ -101,7 +91,7 @@ def test_only_tracking_knows_mlflow_and_nothing_knows_click(name):
 
 
 def test_configuration_needs_only_the_standard_library():
-    for name in ("options", "config", "basin_config"):
+    for name in ("options", "presets", "config", "stage_config", "basin_config"):
         roots = {i.split(".")[0] for i in imports(modules()[name])}
         assert not roots & {"torch", "numpy", "scipy", "transformers", "mlflow", "datasets"}
 

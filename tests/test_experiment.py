@@ -13,7 +13,7 @@ import torch
 from mlflow.tracking import MlflowClient
 
 from healing.attacks.matching import MatchError
-from healing.config import AttackConfig, HealConfig, SummarizeConfig, SweepConfig
+from healing.config import AttackConfig, HealConfig
 from healing.experiment import sweep as sweep_module
 from healing.experiment.attack import attack
 from healing.experiment.errors import SweepError
@@ -37,6 +37,7 @@ from healing.models import (
 )
 from healing.probe import Probe
 from healing.sft import Trainer
+from healing.stage_config import SummarizeConfig, SweepConfig
 from healing.tracking import TrackingError
 
 SMALL = {"model": "nano", "sequence_length": 64, "probe_tokens": 1024, "batch_size": 4,

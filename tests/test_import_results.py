@@ -13,11 +13,11 @@ from mlflow.tracking import MlflowClient
 from entrypoints import import_results as import_command
 from entrypoints import summarize as summarize_command
 from healing import tracking
-from healing.config import ImportConfig, SummarizeConfig
 from healing.experiment.import_results import import_results
 from healing.experiment.summarize import find_runs
 from healing.experiment.summarize_legacy import find_results, summarize_imported
 from healing.legacy import LegacyError, read_run
+from healing.stage_config import ImportConfig, SummarizeConfig
 from healing.tracking import TrackingError
 from tests.conftest import SHARED_DATA
 from tests.legacy_folders import (

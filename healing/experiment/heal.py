@@ -11,12 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from healing import tracking
-from healing.config import (
-    SHAM,
-    AttackConfig,
-    HealConfig,
-    as_params,
-)
+from healing.config import SHAM, AttackConfig, HealConfig, as_params
 from healing.experiment.attack import (
     attack,
     log_corpora,

@@ -10,16 +10,7 @@ from typing import Any
 
 import torch
 
-from healing.config import (
-    AUTO,
-    DEFAULT_MODEL,
-    NOT_DETERMINING,
-    SHAM,
-    HealConfig,
-    as_params,
-    fingerprint,
-    resolve,
-)
+from healing.config import AUTO, NOT_DETERMINING, SHAM, HealConfig, as_params, fingerprint, resolve
 from healing.corpora import batches
 from healing.experiment.attack import (
     state_of,
@@ -46,6 +37,7 @@ from healing.precision import (
     first_nonfinite_parameter,
     forward_failure,
 )
+from healing.presets import DEFAULT_MODEL
 from healing.probe import Measurement, Probe
 from healing.randomness import named_generator
 from healing.recovery import Damage, State, verdict_of

@@ -11,11 +11,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from healing import legacy, tracking
-from healing.config import ImportConfig, as_params
+from healing.config import as_params
 from healing.experiment.console import Console
 from healing.experiment.files import write_json
 from healing.experiment.summarize_legacy import LEGACY_RUNS, LEGACY_TAGS
 from healing.legacy import LegacyError, LegacyRun
+from healing.stage_config import ImportConfig
 from healing.tracking import RunLogger
 
 STAGE = "import_results"

@@ -10,12 +10,13 @@ import time
 import torch
 
 from healing import tracking
-from healing.config import PretrainConfig, as_params
+from healing.config import as_params
 from healing.corpora import load_corpus
 from healing.experiment.console import Console
 from healing.experiment.files import write_json
 from healing.plots import runs as runs_figures
 from healing.pretraining import Pretraining, PretrainRecord, unigram_perplexity
+from healing.stage_config import PretrainConfig
 
 
 def _metrics(record: PretrainRecord) -> dict[str, float]:

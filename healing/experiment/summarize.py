@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from healing import html_report, paper, report, tracking
-from healing.config import SummarizeConfig, as_params
+from healing.config import as_params
 from healing.experiment.attack import open_run, upload
 from healing.experiment.console import Console
 from healing.experiment.files import write_json
@@ -21,6 +21,7 @@ from healing.legacy_summary import LegacySummary
 from healing.plots import groups as groups_figures
 from healing.plots.style import COLUMN
 from healing.pooling import GroupSummary, HealRun, Summary, summarize_runs
+from healing.stage_config import SummarizeConfig
 from healing.tracking import RunLogger, RunView, TrackingError
 from healing.wording import group_label
 

@@ -7,11 +7,12 @@ import math
 import pathlib
 
 from healing import legacy_summary, tracking
-from healing.config import SummarizeConfig, as_params
+from healing.config import as_params
 from healing.experiment.console import Console
 from healing.experiment.files import write_json
 from healing.legacy import SOURCE
 from healing.legacy_summary import LegacyResult, LegacySummary, summarize_legacy
+from healing.stage_config import SummarizeConfig
 from healing.tracking import RunLogger, RunView, TrackingError
 
 LEGACY_TAGS = {"source": SOURCE, "legacy_metrics": "true"}

@@ -16,16 +16,12 @@ from healing.basin_config import BasinConfig
 from healing.config import (
     AUTO,
     CONTROL,
-    MODELS,
     SHAM,
     TREATMENT,
     AttackConfig,
     ConfigError,
     HealConfig,
-    SummarizeConfig,
-    SweepConfig,
     as_params,
-    preset_for,
     resolve,
 )
 from healing.experiment.attack import attack, attack_fingerprint, attack_name, raw_data_folder
@@ -38,7 +34,9 @@ from healing.experiment.loading import load_inputs
 from healing.experiment.summarize import summarize
 from healing.models import CHECKPOINT_NAME, read_checkpoint, resolve_device
 from healing.pooling import HealRun, Summary
+from healing.presets import MODELS, preset_for
 from healing.report import markdown
+from healing.stage_config import SummarizeConfig, SweepConfig
 from healing.tracking import RunLogger, RunView
 
 

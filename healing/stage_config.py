@@ -1,0 +1,165 @@
+"""Configurations of the stages beside attack, heal and basin. Standard library only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from healing.config import ARMS, DEVICES_HELP, NOISE_MATCHES
+from healing.options import AUTO, ConfigError, option, validate_fields
+from healing.presets import MODELS
+
+
+@dataclass(frozen=True, kw_only=True)
+class SummarizeConfig:
+    """Which healing runs to pool, and how."""
+
+    experiment: str = option(
+        "", "MLflow experiment (name or id) that holds the healing runs; empty = the current one."
+    )
+    filter: str = option(
+        "", "MLflow filter string added to the query, e.g. \"tags.model = 'nano'\"."
+    )
+    legacy: bool = option(
+        False, "Summarize the predecessor's imported runs; they are never pooled with others."
+    )
+    confidence: float = option(
+        0.95, "Confidence level of the intervals.", minimum=0.5, maximum=0.999
+    )
+    output_dir: str = option("./experiments/results", "Local folder for results.")
+    verbosity: str = option(
+        "normal", "quiet, normal or verbose.", choices=("quiet", "normal", "verbose")
+    )
+
+    def __post_init__(self) -> None:
+        validate_fields(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """Training of an embedded model from nothing."""
+
+    model: str = option("nano", "Embedded model to train.", choices=("nano", "micro"))
+    corpus: str = option("stdlib", "Text to train on (see attack --corpus).")
+    max_documents: int = option(20_000, "Documents read from the corpus at most.", minimum=1)
+    tokens_per_parameter: float = option(
+        20.5, "Training tokens over parameters.", minimum=0, exclusive_minimum=True
+    )
+    vocab_size: int = option(2048, "Entries of the byte-level BPE.", minimum=300, maximum=65_536)
+    batch_size: int = option(16, "Windows per optimiser step.", minimum=1)
+    sequence_length: int = option(128, "Tokens per window.", minimum=8, maximum=2048)
+    learning_rate: float = option(
+        4e-3,
+        "Peak AdamW learning rate (linear warm-up, cosine decay).",
+        minimum=0,
+        exclusive_minimum=True,
+    )
+    weight_decay: float = option(0.1, "Decoupled weight decay.", minimum=0)
+    gradient_clip: float = option(1.0, "Largest gradient norm.", minimum=0)
+    measurement_interval: int = option(
+        250, "Optimiser steps between held-out evaluations.", minimum=1
+    )
+    seed: int = option(0, "Seed of every named random stream.", minimum=0, maximum=2**31 - 1)
+    threads: int = option(0, "CPU threads; 0 = torch's default.", minimum=0)
+    output_dir: str = option("./experiments/pretrained", "Folder the model is written to.")
+    verbosity: str = option(
+        "normal", "quiet, normal or verbose.", choices=("quiet", "normal", "verbose")
+    )
+
+    def __post_init__(self) -> None:
+        validate_fields(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportConfig:
+    """Recorded results of the predecessor to read into MLflow."""
+
+    folder: str = option("", "Folder of the predecessor's results, searched at any depth.")
+    output_dir: str = option("./experiments/results", "Local folder for the report.")
+    verbosity: str = option(
+        "normal", "quiet, normal or verbose.", choices=("quiet", "normal", "verbose")
+    )
+
+    def __post_init__(self) -> None:
+        validate_fields(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """Models x arms x seeds: attack and heal each, then summarize."""
+
+    models: str = option("nano,micro", "Comma-separated model sizes.")
+    arms: str = option("haep,gaussian_noise,spectral", "Comma-separated arms.")
+    seeds: str = option("0,1,2", "Comma-separated seeds; each gives its own checkpoint.")
+    noise_match: str = option(
+        "loss",
+        "What gaussian_noise shares with the haep attack of the same seed: the weight change per "
+        "tensor (norm), or the damage: the probe's loss or rank.",
+        choices=NOISE_MATCHES,
+    )
+    sham: bool = option(
+        True, "Heal the healthy model too, and refer every recovery to it beside the plain formula."
+    )
+    basin: bool = option(
+        False,
+        "Also examine the landscape of every haep and gaussian_noise run (see the basin stage): is "
+        "the collapsed state a minimum?",
+    )
+    healing_steps: int | str = option(
+        AUTO,
+        "Fine-tuning steps per cell; auto = 60 for nano and micro, 500 for Pythia.",
+        minimum=0,
+    )
+    healing_lr: float | str = option(
+        AUTO, "Healing learning rate; auto = by model.", minimum=0, exclusive_minimum=True
+    )
+    attack_steps: int | str = option(AUTO, "Attack budget; auto = by model.", minimum=0)
+    corpus: str = option(AUTO, "Clean text (see attack --corpus); auto = by model.")
+    batch_size: int | str = option(AUTO, "Windows per step; auto = by model.", minimum=1)
+    sequence_length: int = option(128, "Tokens per window.", minimum=8, maximum=2048)
+    measurement_interval: int = option(10, "Optimiser steps between measurements.", minimum=1)
+    workers: int | str = option(
+        AUTO,
+        "Cells run at a time, in threads; auto = one per CPU core (at most 4) for nano and micro "
+        "on the CPU, else 1.",
+        minimum=1,
+    )
+    device: str = option(AUTO, DEVICES_HELP)
+    output_dir: str = option("./experiments/results", "Local folder for results.")
+    verbosity: str = option(
+        "normal", "quiet, normal or verbose.", choices=("quiet", "normal", "verbose")
+    )
+
+    def __post_init__(self) -> None:
+        validate_fields(self)
+        self.model_list(), self.arm_list(), self.seed_list()
+
+    def model_list(self) -> tuple[str, ...]:
+        """Model names in the order given."""
+        return _listed(self.models, "--models", MODELS)
+
+    def arm_list(self) -> tuple[str, ...]:
+        """Arms in the order given."""
+        return _listed(self.arms, "--arms", ARMS)
+
+    def seed_list(self) -> tuple[int, ...]:
+        """Seeds in the order given."""
+        items = _listed(self.seeds, "--seeds", None)
+        if not all(item.isdecimal() for item in items):
+            raise ConfigError(
+                f"--seeds must be whole numbers from 0, as in 0,1,2; got {self.seeds!r}"
+            )
+        return tuple(int(item) for item in items)
+
+
+def _listed(text: str, flag: str, admissible: tuple[str, ...] | None) -> tuple[str, ...]:
+    items = tuple(item.strip() for item in text.split(",") if item.strip())
+    if not items:
+        raise ConfigError(f"{flag} is empty: name at least one")
+    unknown = [item for item in items if admissible and item not in admissible]
+    if unknown:
+        raise ConfigError(
+            f"{flag}: unknown {', '.join(unknown)}; choose from {', '.join(admissible or ())}"
+        )
+    if len(set(items)) < len(items):
+        raise ConfigError(f"{flag} names one entry twice: {text}")
+    return items
