@@ -374,9 +374,11 @@ def test_a_gradient_that_overflows_at_scale_one_is_not_the_scalers_matter():
     assert diagnose(Steep(), IDS, step=1) is None  # in fp32 there is nothing wrong
 
 
-def test_control_stops_at_its_first_failure(nano, windows):
-    config = settings(precision="fp16", precision_mode="pure")
+def test_control_stops_at_its_first_failure(nano, windows, monkeypatch):
+    config, calls, step = settings(precision="fp16", precision_mode="pure"), [], Trainer.step
+    monkeypatch.setattr(Trainer, "step", lambda self, ids: (calls.append(1), step(self, ids))[1])
     control = control_run(nano, config, windows, named_generator(0, "sft"), 5)
+    assert len(calls) == 1
     assert (control.steps, control.failure.step, control.origin) == (5, 1, "update")
     fine = control_run(load_model("nano"), settings(), windows, named_generator(0, "sft"), 2)
     assert (fine.steps, fine.failure, fine.origin) == (2, None, "none")
