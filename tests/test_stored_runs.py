@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import pathlib
@@ -17,7 +18,7 @@ from mlflow.exceptions import MlflowException
 
 from healing import tracking
 from healing.experiment.files import JsonLines
-from healing.experiment.stored_runs import from_artifact, from_history, read_runs
+from healing.experiment.stored_runs import collection_paused, from_artifact, from_history, read_runs
 from healing.pooling import ENDPOINTS
 from healing.tracking import TrackingError
 
@@ -202,6 +203,23 @@ def test_metric_page_names_what_failed(store, monkeypatch):
             patch.setattr(tracking, "MlflowClient", client)
             with pytest.raises(TrackingError, match=message):
                 tracking.metric_page([view.run_id], "loss")
+
+
+@pytest.mark.parametrize("was_on", [True, False])
+def test_garbage_collection_is_left_as_it_was(was_on):
+    try:
+        (gc.enable if was_on else gc.disable)()
+
+        def paused_and_failing():
+            with collection_paused():
+                assert not gc.isenabled()
+                raise KeyError("x")
+
+        with pytest.raises(KeyError):
+            paused_and_failing()
+        assert gc.isenabled() == was_on
+    finally:
+        gc.enable()
 
 
 def test_failed_and_unreadable_runs_keep_their_reason(store):
