@@ -184,13 +184,14 @@ def measure(way: str) -> dict[str, object]:
     config = SummarizeConfig(
         experiment="bench", verbosity="quiet", output_dir=tempfile.mkdtemp(dir=".")
     )
-    marks = [time.perf_counter()]
+    marks, busy = [time.perf_counter()], time.process_time()
     views = find_runs(config)
     marks.append(time.perf_counter())
     runs = read(way, views)
     marks.append(time.perf_counter())
     summarize_runs(runs, 0.95, np.random.default_rng(0))
     marks.append(time.perf_counter())
+    busy = time.process_time() - busy
     peak, whole = peak_megabytes(), float("nan")
     if way == "bulk":
         os.environ["MLFLOW_EXPERIMENT_NAME"] = "summaries"
@@ -198,8 +199,8 @@ def measure(way: str) -> dict[str, object]:
         whole, peak = time.perf_counter() - marks[-1], peak_megabytes()
     digest = hashlib.sha256(repr([(r.name, r.steps, dict(r.trajectory)) for r in runs]).encode())
     find, took, pool = (b - a for a, b in itertools.pairwise(marks))
-    return {"runs": len(runs), "find": find, "read": took, "pool": pool, "whole": whole,
-            "peak": peak, "digest": digest.hexdigest()[:12]}  # fmt: skip
+    return {"runs": len(runs), "find": find, "read": took, "pool": pool, "cpu": busy,
+            "whole": whole, "peak": peak, "digest": digest.hexdigest()[:12]}  # fmt: skip
 
 
 def in_fresh_process(way: str, uri: str, folder: pathlib.Path) -> dict[str, object]:
@@ -238,17 +239,21 @@ def serve(folder: pathlib.Path) -> tuple[subprocess.Popen[bytes], str]:
 
 def table(results: dict[tuple[str, str], list[dict[str, object]]]) -> str:
     """Markdown: medians over rounds, with the range of the sum of find and read."""
-    lines = ["| store | way | find s | read s | pool s | find + read + pool s | whole stage with "
-             "figures s | peak MB |", "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    header = (
+        "store", "way", "find s", "read s", "pool s", "find + read + pool s", "of it own CPU s",
+        "whole stage with figures s", "peak MB",
+    )  # fmt: skip
+    lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
     for (store, way), rounds in results.items():
         middle = {k: statistics.median(r[k] for r in rounds)
-                  for k in ("find", "read", "pool", "whole", "peak")}  # fmt: skip
+                  for k in ("find", "read", "pool", "cpu", "whole", "peak")}  # fmt: skip
         sums = [r["find"] + r["read"] + r["pool"] for r in rounds]
         whole = "" if middle["whole"] != middle["whole"] else f"{middle['whole']:.1f}"
         lines.append(
             f"| {store} | {way} | {middle['find']:.1f} | {middle['read']:.1f} | "
             f"{middle['pool']:.1f} | {statistics.median(sums):.1f} "
-            f"({min(sums):.1f}–{max(sums):.1f}) | {whole} | {middle['peak']:.0f} |"
+            f"({min(sums):.1f}–{max(sums):.1f}) | {middle['cpu']:.1f} | {whole} | "
+            f"{middle['peak']:.0f} |"
         )
     return "\n".join(lines)
 
