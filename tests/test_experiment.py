@@ -387,7 +387,10 @@ def test_status_and_failure_are_stored_with_the_run(store, checkpoint):
     stored = json.loads((run_folder(store) / "healing_summary.json").read_text())
     assert stored["status_reason"] == tags["status_reason"]
     summary = summarize(SummarizeConfig(verbosity="quiet"))
-    assert summary.groups[0].statuses == {"format_overflow": 1}
+    (group,) = summary.groups
+    assert group.statuses == {"format_overflow": 1}
+    band = group.bands["loss_recovery_pct"]  # not even the 0 % of its step 0
+    assert all(math.isnan(interval.point) for interval in band.intervals)
 
 
 def test_the_mode_of_fp32_is_no_setting_and_that_of_fp16_is(store, checkpoint):
