@@ -49,8 +49,9 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: setup  ## Print what measuring and logging cost beside training
+bench: setup  ## Print what measuring, logging and summarizing cost
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/summarize.py --ways bulk
 
 clean:  ## Remove the environment and caches (results stay)
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info
