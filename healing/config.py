@@ -51,6 +51,21 @@ NOT_DETERMINING = frozenset(
 """Fields left out of a cell's fingerprint: they change no number, or what they name does and is put
 in where it is known (the kind of device, a reference's weights)."""
 
+NOT_SETTINGS = frozenset(
+    {
+        "seed",
+        "fingerprint",
+        "attack_run_id",
+        "reference_checkpoint",
+        "reference_run_id",
+        "reference_fingerprint",
+        "output_dir",
+        "verbosity",
+        "device",
+    }
+)
+"""Entries of a checkpoint's configuration that runs may differ in and still be pooled."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class BaseConfig:

@@ -145,7 +145,9 @@ class Diagnosis:
         if self.control is None:
             return "the healthy model was not tried"
         if self.control.failure is None:
-            return f"the healthy model takes the same {self.control.steps} steps"
+            short = self.failure is not None and self.control.steps < self.failure.step
+            limit = ", and further it was not tried" if short else ""
+            return f"the healthy model takes the same {self.control.steps} steps{limit}"
         at = self.control.failure
         alike = "the same way" if self.status == OPTIMISER_ARTIFACT else "differently"
         return f"the healthy model fails {alike}: at step {at.step} {at}"

@@ -10,6 +10,9 @@ from healing.landscape import Escape, GradientStatistics
 STANDARD_ERRORS = 3.0
 """A squared gradient norm beyond so many of its standard errors is not zero."""
 
+SMALL_GAIN = 0.01
+"""Nats per token: what the gradient may still be able to gain, by its upper bound, in a minimum."""
+
 YES, NO, UNDETERMINED = "yes", "no", "undetermined"
 
 
@@ -59,6 +62,17 @@ class Evidence:
     curvature: Curvature
     escape: Escape
     tolerance: float
+
+    @property
+    def gain_bound(self) -> float:
+        """(‖G‖² + 3 standard errors)/(2·λ_max): most that one step of 1/λ_max along the gradient
+        gains to second order, nats. Not rejecting a zero gradient does not show that it is zero.
+        """
+        if not self.curvature.largest[0] > 0:
+            return math.inf
+        g = self.gradient
+        bound = max(0.0, g.squared_norm) + STANDARD_ERRORS * g.standard_error
+        return bound / (2.0 * self.curvature.largest[0])
 
     @property
     def gradient_is_nonzero(self) -> bool:
@@ -128,6 +142,11 @@ def _missing(evidence: Evidence) -> list[str]:
     if not evidence.curvature.finite:
         return ["the curvature is not finite"]
     missing = []
+    if not evidence.gain_bound < SMALL_GAIN:
+        missing.append(
+            f"the gradient is not known well enough (a step along it could gain "
+            f"{evidence.gain_bound:.2g} nats)"
+        )
     if not evidence.lowest_converged:
         missing.append("the lowest eigenvalue did not converge")
     if evidence.escape.reason:

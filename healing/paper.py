@@ -260,6 +260,12 @@ def subsection_file(summary: Summary) -> str:
         lines += [r"\paragraph{Controls.} " + " ".join(others), ""]
     if summary.comparisons:
         said = " ".join(escape(comparison_sentence(m, summary)) for m in summary.comparisons)
-        lines += [r"\paragraph{HAEP against noise.} " + said, ""]
+        # Intervals do not part at a line's end: let the spaces between them stretch.
+        lines += [
+            r"{\emergencystretch=3em",
+            r"\paragraph{HAEP against noise.} " + said,
+            r"\par}",
+            "",
+        ]
     lines += [r"\paragraph{Limits.} " + _limits(summary), ""]
     return "\n".join(lines)

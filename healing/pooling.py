@@ -34,7 +34,9 @@ from healing.stats import (
 )
 
 SHAM_ENDPOINTS = ("rank_recovery_sham_pct", "loss_recovery_sham_pct")
-ENDPOINTS = (*PRIMARY_ENDPOINTS, "ppl_improvement_pct", *SHAM_ENDPOINTS)
+UNIGRAM = "unigram_loss_recovery_pct"
+"""What a model that knows token frequencies alone would score on loss recovery."""
+ENDPOINTS = (*PRIMARY_ENDPOINTS, "ppl_improvement_pct", *SHAM_ENDPOINTS, UNIGRAM)
 T = TypeVar("T")
 
 
@@ -60,6 +62,7 @@ class HealRun:
         spectral_state: ``collapsed``, ``inflated``, ``unchanged``, ``undefined``.
         undefined_reason: Why rank recovery is undefined; empty where defined.
         noise_match: What noise shares with the attack of its seed; empty for other arms.
+        reference: The collapsed state that noise was matched to; empty where it was to none.
         failure: Why the run failed.
     """
 
@@ -79,6 +82,7 @@ class HealRun:
     spectral_state: str = ""
     undefined_reason: str = ""
     noise_match: str = ""
+    reference: str = ""
     failure: str = ""
 
 
@@ -282,14 +286,26 @@ def _verdict(
 
 
 def _by_seed(runs: Sequence[HealRun], endpoint: str) -> ClusterMeans:
-    values = [r.final.get(endpoint, math.nan) for r in runs]
+    """Means by seed. A rank that was raised comes down again: that is not what a lowered rank
+    does when it recovers, and the two are not subtracted from one another.
+    """
+    values = [
+        math.nan
+        if endpoint == "rank_recovery_pct" and r.spectral_state != "collapsed"
+        else r.final.get(endpoint, math.nan)
+        for r in runs
+    ]
     return cluster_means(values, [r.seed for r in runs])
 
 
 def _compare(
     treatment: Sequence[HealRun], control: Sequence[HealRun], alpha: float
 ) -> ArmComparison | None:
-    """HAEP against noise of the same seeds; ``None`` where no seed is in both."""
+    """HAEP against noise of the same seeds; ``None`` where no seed is in both. Noise that was
+    matched to something else than these attacks is not compared with them.
+    """
+    attacks = {r.checkpoint for r in treatment}
+    control = [r for r in control if not r.reference or r.reference in attacks]
     if not {r.seed for r in treatment} & {r.seed for r in control}:
         return None
     with warnings.catch_warnings():

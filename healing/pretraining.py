@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import pathlib
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -62,16 +61,19 @@ def train_tokenizer(texts: tuple[str, ...], vocab_size: int) -> PreTrainedTokeni
     )
 
 
-def unigram_perplexity(train: torch.Tensor, heldout: torch.Tensor, vocab_size: int) -> float:
-    """Perplexity of add-one-smoothed token frequencies of ``train`` on ``heldout``.
+def unigram_loss(train: torch.Tensor, heldout: torch.Tensor, vocab_size: int) -> float:
+    """Cross entropy of add-one-smoothed token frequencies of ``train`` on ``heldout``, nats/token.
 
     The first token of each window is not scored, as for the language model.
     """
-    counts = Counter(train.flatten().tolist())
-    total = train.numel() + vocab_size
-    targets = heldout[:, 1:].flatten().tolist()
-    nats = sum(-math.log((counts[token] + 1) / total) for token in targets) / len(targets)
-    return math.exp(nats)
+    counts = torch.bincount(train.flatten(), minlength=vocab_size).double() + 1.0
+    nats = -(counts / counts.sum()).log()
+    return float(nats[heldout[:, 1:].flatten()].mean())
+
+
+def unigram_perplexity(train: torch.Tensor, heldout: torch.Tensor, vocab_size: int) -> float:
+    """Exp of :func:`unigram_loss`."""
+    return math.exp(unigram_loss(train, heldout, vocab_size))
 
 
 @torch.no_grad()

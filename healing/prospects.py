@@ -106,8 +106,6 @@ def half_times(trajectories: Sequence[CheckpointTrajectory], confidence: float) 
         DegenerateDataWarning: as ``half_recovery_time`` and ``kaplan_meier``.
     """
     found = [half_recovery_time(t.steps, t.replicates) for t in trajectories]
-    # A checkpoint that was never trained on was never at risk of recovering.
-    found = [replace(h, time=math.nan) if h.time == 0.0 else h for h in found]
     curve = kaplan_meier([h.time for h in found], [h.censored for h in found], confidence)
     return HalfTimes(tuple(found), curve)
 

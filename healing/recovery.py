@@ -121,16 +121,25 @@ class Damage:
         """Recovery referred to the sham at the same step, in percent; NaN where undefined.
 
         100·(now − collapsed)/(sham − collapsed): fine-tuning moves a healthy model too, and a
-        healed one can be asked for no more than that. Undefined by the same rule as the plain
-        recovery, with the sham in the healthy model's place.
+        healed one can be asked for no more than that. Undefined where the plain recovery is (what
+        fine-tuning does to an undamaged model is no recovery), where the sham lies on the other
+        side of the collapsed value than the healthy model does, and where it lies too close to it
+        by the plain rule.
         """
         against = Damage(
             replace(sham, rank_standard_error=self.healthy.rank_standard_error), self.collapsed
         )
-        numbers = against.recovery(now)
+        numbers, plain = against.recovery(now), self.recovery(now)
+        ahead = {
+            "rank": (sham.effective_rank - self.collapsed.effective_rank)
+            * (self.healthy.effective_rank - self.collapsed.effective_rank),
+            "loss": (sham.loss - self.collapsed.loss) * (self.healthy.loss - self.collapsed.loss),
+        }
         return {
-            "rank_recovery_sham_pct": numbers["rank_recovery_pct"],
-            "loss_recovery_sham_pct": numbers["loss_recovery_pct"],
+            f"{name}_recovery_sham_pct": numbers[f"{name}_recovery_pct"]
+            if ahead[name] > 0 and math.isfinite(plain[f"{name}_recovery_pct"])
+            else math.nan
+            for name in ("rank", "loss")
         }
 
     def recovery(self, now: State) -> dict[str, float]:

@@ -35,6 +35,7 @@ ENDPOINT_LABELS = {
     "ppl_improvement_pct": "perplexity improvement (%)",
     "rank_recovery_sham_pct": "rank recovery against the sham (%)",
     "loss_recovery_sham_pct": "loss recovery against the sham (%)",
+    "unigram_loss_recovery_pct": "loss recovery of a unigram model (%)",
 }
 SHAM_NOTE = (
     "100·(now − collapsed)/(sham − collapsed), the sham being the healthy model after the same "

@@ -98,7 +98,8 @@ class Trainer:
         nonfinite: Without one, since loss or gradient was not finite.
         scaler_skipped: Without one, to lower the gradient scaler's scale. From a scale of 1 down it
             is the gradient itself that the format cannot hold: such a step counts as not finite.
-        failure: First step that could not be taken, or whose update broke the weights.
+        failure: The step whose failure ended the run (the first of its last streak, or the one
+            whose update broke the weights); as long as it goes on, the first that was not taken.
     """
 
     def __init__(
@@ -115,6 +116,7 @@ class Trainer:
         self.failure: Failure | None = None
         self._sound_at_first = not first_nonfinite_parameter(model)
         self._first_skipped: Failure | None = None
+        self._streak: Failure | None = None
         self._in_a_row, self._broken = 0, False
 
     @property
@@ -158,11 +160,12 @@ class Trainer:
 
     def _after_update(self) -> None:
         self.taken, self._in_a_row = self.taken + 1, 0
+        self._streak = None
         broken = first_nonfinite_parameter(self.model)
         if broken:
             self._broken = True
             origin = UPDATE if self._sound_at_first else WEIGHTS
-            self.failure = self.failure or Failure(self.steps, origin, broken)
+            self.failure = self._streak = Failure(self.steps, origin, broken)
 
     def _count(self, batch: torch.Tensor, loss: float, scale: float) -> None:
         """Count a step that was not taken, and look into the first one of its kind."""
@@ -172,7 +175,10 @@ class Trainer:
             self._first_skipped = self._first_skipped or self._explain(batch, loss, scale)
             return
         self.nonfinite, self._in_a_row = self.nonfinite + 1, self._in_a_row + 1
-        self.failure = self.failure or self._explain(batch, loss, scale)
+        if self._streak is None:
+            self._streak = self._explain(batch, loss, scale)
+        # What ends a run is the failure that its last streak began with, not one it got over.
+        self.failure = self._streak if self.must_stop else self.failure or self._streak
 
     def _explain(self, batch: torch.Tensor, loss: float, scale: float) -> Failure:
         found = diagnose(self.model, batch, self.steps, self.precision, scale)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from healing.config import TREATMENT
 from healing.plots.style import arm_label
-from healing.pooling import TREATMENT, GroupSummary, Summary
+from healing.pooling import UNIGRAM, GroupSummary, Summary
 from healing.prospects import Approach, VerdictPlan
 from healing.stats import IRREVERSIBLE_BELOW, MIN_CHECKPOINTS, REVERSIBLE_ABOVE, Interval
 
@@ -121,6 +122,12 @@ def loss_sentence(group: GroupSummary) -> str:
         return "Loss recovery is undefined."
     verdict = VERDICT_NAMES.get(group.verdict_loss, group.verdict_loss).lower()
     text = f"The loss recovers by {estimate_text(interval)}, which by itself reads “{verdict}”"
+    unigram = group.intervals.get(UNIGRAM)
+    if unigram is not None and not math.isnan(unigram.point):
+        text += (
+            f" (a model that knows token frequencies alone would score {unigram.point:.1f} %: read "
+            "the loss beside that)"
+        )
     decided = {"irreversible pathology", "acute structural failure", "partial"}
     if {group.verdict, group.verdict_loss} <= decided and group.verdict != group.verdict_loss:
         return f"{text}: rank and loss disagree, and the verdict is about the rank."

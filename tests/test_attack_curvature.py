@@ -14,7 +14,13 @@ from transformers import GPTNeoXForCausalLM
 from healing.attacks.alignment import gradients_of, sequence_loss
 from healing.attacks.arms import make_arm, warmup_batches
 from healing.attacks.clean_curvature import clean_hessian, hessian_subspace, rayleigh_rank
-from healing.attacks.driver import WeightChange, make_optimizer, run_attack, warm_second_moment
+from healing.attacks.driver import (
+    WeightChange,
+    make_optimizer,
+    prime_first_moment,
+    run_attack,
+    warm_second_moment,
+)
 from healing.config import AttackConfig, resolve
 from healing.models import LoadedModel, block_matrices, load_model, state_digest
 from healing.probe import Probe
@@ -237,8 +243,32 @@ def test_warm_up_moves_the_second_moment_and_nothing_else(nano, corpus):
         expected = 0.999 * expected + 0.001 * gradient.square()
     state = optimizer.state[parameter]
     torch.testing.assert_close(state["exp_avg_sq"], expected, rtol=1e-4, atol=1e-12)
-    assert not bool(state["exp_avg"].any())
     assert float(state["step"]) == 3
+
+
+class Slope:
+    """An arm whose objective has the gradient −2 in its one parameter."""
+
+    def __init__(self, parameter: nn.Parameter) -> None:
+        self.parameter = parameter
+
+    def give_gradients(self) -> None:
+        self.parameter.grad = torch.tensor([-2.0])
+
+
+def test_the_first_step_after_the_warm_up_is_as_long_as_without():
+    """Warmed on gradients of the attack's own size, AdamW takes steps of one learning rate."""
+    parameter = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.AdamW([parameter], lr=0.0, weight_decay=0.0)
+    for _ in range(20):
+        parameter.grad = torch.tensor([2.0])  # clean text pulls the other way
+        optimizer.step()
+    prime_first_moment(optimizer, Slope(parameter))
+    optimizer.param_groups[0]["lr"] = 1.0
+    for step in (1.0, 2.0, 3.0):
+        parameter.grad = torch.tensor([-2.0])
+        optimizer.step()
+        assert float(parameter.detach()) == pytest.approx(step, rel=1e-4)
 
 
 def test_warm_up_changes_the_attack(corpus):

@@ -37,9 +37,9 @@ STAGES = {
 LAYERS = """
 options presets config stage_config basin_config randomness
 spectra lanczos stochastic curvature subspaces landscape minimum
-lockout models corpora pretraining probe precision
+recovery lockout models corpora pretraining probe precision
 attacks.driver attacks.alignment attacks.haep attacks.clean_curvature attacks.arms attacks.matching
-sft recovery
+sft
 stats variance scaling comparison survival trajectory power prospects pooling
 checkout ui_view histories tracking
 plots.style plots.runs plots.groups plots.basin

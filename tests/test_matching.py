@@ -22,6 +22,7 @@ class Curve:
 
     loss: float
     effective_rank: float
+    nonfinite_tokens: int = 0
 
 
 class FakeArm:
@@ -86,7 +87,7 @@ def test_a_loss_that_overflows_is_past_the_target():
 
 
 def test_a_jump_over_the_target_is_not_called_a_match():
-    with pytest.raises(MatchError, match=r"closest was 3 \(70\.0 % off\)"):
+    with pytest.raises(MatchError, match=r"closest was 3 \(100\.0 % off\)"):
         search(10.0, lambda s: 3.0 if s < 5.0 else 100.0)
 
 
@@ -98,6 +99,24 @@ def test_nothing_finite_is_said_so():
 def test_a_reference_that_cannot_compute_is_no_target():
     with pytest.raises(MatchError, match=r"loss of the reference attack is nan.*use --match norm"):
         DamageTarget.of("loss", Curve(math.nan, 1.0), Curve(3.0, 40.0))
+    with pytest.raises(MatchError, match=r"with 7 tokens that cannot be computed"):
+        DamageTarget.of("loss", Curve(9.0, 1.0, 7), Curve(3.0, 40.0))
+
+
+def test_a_reference_without_damage_is_no_target():
+    with pytest.raises(
+        MatchError, match=r"left the loss at 3\.1 \(healthy 3\), which is no damage"
+    ):
+        DamageTarget.of("loss", Curve(3.1, 40.0), Curve(3.0, 40.0))
+
+
+def test_two_percent_are_of_the_damage_where_that_is_the_smaller():
+    slight = DamageTarget("loss", 3.5, 3.0)
+    assert slight.error(Curve(3.45, 40.0)) == pytest.approx(-0.1)  # 1.4 % of the loss itself
+    deep = DamageTarget("rank", 10.0, 40.0)
+    assert deep.error(Curve(3.0, 10.5)) == pytest.approx(0.05)  # 1.7 % of the damage
+    assert math.isnan(slight.error(Curve(3.5, 40.0, 1)))
+    assert slight.beyond(Curve(3.1, 40.0, 1))
 
 
 def test_noise_on_nano_reaches_the_loss_of_a_known_damage(nano, corpus, probe, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from scipy import stats as scipy_stats
 
 from healing.prospects import CheckpointTrajectory, approach, half_times, plan_verdict
-from healing.stats import TooFewCheckpointsWarning, group_verdict, t_interval
+from healing.stats import TooFewCheckpointsWarning, UndefinedDataWarning, group_verdict, t_interval
 
 STEPS = tuple(range(0, 101, 10))
 
@@ -70,7 +70,10 @@ def test_half_times_by_hand() -> None:
 
 
 def test_a_checkpoint_that_was_never_trained_on_has_no_time() -> None:
-    with pytest.warns(TooFewCheckpointsWarning, match="no checkpoints"):
+    with (
+        pytest.warns(TooFewCheckpointsWarning, match="no checkpoints"),
+        pytest.warns(UndefinedDataWarning, match="no recovery is defined"),
+    ):
         found = half_times([CheckpointTrajectory((0,), ((0.0,),))], 0.95)
     assert math.isnan(found.times[0].time)
     assert found.curve.n == 0

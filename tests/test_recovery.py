@@ -117,6 +117,15 @@ def test_sham_recovery_by_hand():
     found = damage.sham_recovery(now, sham)
     assert found["rank_recovery_sham_pct"] == pytest.approx(100 * 6 / 15)
     assert found["loss_recovery_sham_pct"] == pytest.approx(100 * 8 / 10.5)
+    # Another value for an undamaged rank is what fine-tuning does, not recovery from anything.
+    unhurt = Damage(State(42.9, 3.0, 20.0), State(42.8, 13.0, 4e5))
+    found = unhurt.sham_recovery(State(41.0, 5.0, 150.0), State(40.0, 2.5, 12.0))
+    assert math.isnan(found["rank_recovery_sham_pct"])
+    assert found["loss_recovery_sham_pct"] == pytest.approx(100 * 8 / 10.5)
+    # A sham on the other side of the collapsed state gives no direction to recover in.
+    across = Damage(State(40.0, 3.0, 20.0), State(30.0, 13.0, 4e5))
+    found = across.sham_recovery(State(33.0, 5.0, 150.0), State(27.0, 2.5, 12.0))
+    assert math.isnan(found["rank_recovery_sham_pct"])
     # A sham that itself ends where the collapsed model is leaves nothing to recover.
     assert math.isnan(damage.sham_recovery(now, State(20.5, 13.1, 5e5))["rank_recovery_sham_pct"])
     assert math.isnan(damage.sham_recovery(now, State(20.5, 13.1, 5e5))["loss_recovery_sham_pct"])

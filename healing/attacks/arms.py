@@ -21,10 +21,12 @@ from healing.attacks.alignment import (
 from healing.attacks.clean_curvature import clean_hessian, hessian_subspace, rayleigh_rank
 from healing.attacks.driver import StepOutcome, WeightChange, gradient_step
 from healing.attacks.haep import Catalyst, search_catalyst
-from healing.config import TREATMENT, AttackConfig
+from healing.config import CONTROL, SHAM, TREATMENT, AttackConfig
 from healing.corpora import Corpus, batches
 from healing.curvature import HessianOperator
 from healing.models import (
+    COLLAPSED_KIND,
+    Checkpoint,
     CheckpointError,
     LoadedModel,
     block_matrices,
@@ -85,6 +87,11 @@ class ObjectiveArm:
             del numbers["kappa"]  # there is no gradient outside N to compare with
         return replace(outcome, diagnostics=numbers)
 
+    def give_gradients(self) -> None:
+        """Gradients of the objective on its fixed data, as the optimiser is given them."""
+        self.fixed_objective().backward()  # type: ignore[no-untyped-call]
+        self._project_gradients()
+
     def _project_gradients(self) -> None:
         if not self.projected:
             return
@@ -131,6 +138,9 @@ class NoiseArm:
         self.place(step / total)
         return StepOutcome()
 
+    def give_gradients(self) -> None:
+        """There are none."""
+
     def diagnostics(self) -> dict[str, float]:
         """ρ of the weight change beside its baselines; there is no objective gradient."""
         return self.baselines.metrics(self.model, self.change.delta(self.model))
@@ -147,7 +157,29 @@ def gaussian_noise(
     return noise
 
 
-def _reference_norms(config: AttackConfig, change: WeightChange) -> dict[str, float]:
+def _require_attack(reference: Checkpoint, path: pathlib.Path, healthy_digest: str) -> None:
+    """Refuse as a reference what is not an attack on these very weights.
+
+    Raises:
+        CheckpointError: Saying what it is instead.
+    """
+    made = reference.config
+    problem = ""
+    if reference.kind != COLLAPSED_KIND:
+        problem = "holds healed weights"
+    elif made.get("arm") in (CONTROL, SHAM):
+        problem = f"is of the arm {made['arm']}"
+    elif made.get("healthy_digest", healthy_digest) != healthy_digest:
+        problem = "was made from other healthy weights than the ones here"
+    if problem:
+        raise CheckpointError(
+            f"{path} {problem}: give noise the checkpoint of an attack on this model to match"
+        )
+
+
+def _reference_norms(
+    config: AttackConfig, change: WeightChange, healthy_digest: str
+) -> dict[str, float]:
     """‖ΔW‖ per tensor of the referenced attack, or noise_scale · std · √size."""
     if not config.reference_checkpoint:
         return {
@@ -155,7 +187,9 @@ def _reference_norms(config: AttackConfig, change: WeightChange) -> dict[str, fl
             for name, w in change.healthy.items()
         }
     path = pathlib.Path(config.reference_checkpoint)
-    state = read_checkpoint(path).state
+    reference = read_checkpoint(path)
+    _require_attack(reference, path, healthy_digest)
+    state = reference.state
     wrong = [k for k, w in change.healthy.items() if k not in state or state[k].shape != w.shape]
     if wrong:
         raise CheckpointError(
@@ -235,7 +269,11 @@ class _Maker:
     def noise(self) -> NoiseArm:
         config, change = self.config, self.change
         zero = config.arm == "none"
-        norms = dict.fromkeys(change.healthy, 0.0) if zero else _reference_norms(config, change)
+        norms = (
+            dict.fromkeys(change.healthy, 0.0)
+            if zero
+            else _reference_norms(config, change, self.loaded.digest)
+        )
         draws = named_generator(config.seed, "attack", config.arm)
         return NoiseArm(
             self.model, gaussian_noise(change.healthy, norms, draws), self.baselines, change

@@ -29,6 +29,9 @@ class Arm(Protocol):
     def diagnostics(self) -> dict[str, float]:
         """Numbers of the arm's own at the current weights (alignment and its baselines)."""
 
+    def give_gradients(self) -> None:
+        """Put the objective's gradients at the current weights where the optimiser finds them."""
+
 
 @dataclass(frozen=True)
 class StepOutcome:
@@ -135,9 +138,9 @@ def warm_second_moment(
 ) -> None:
     """Let AdamW's second moment see clean gradients without moving the weights.
 
-    The steps are taken at learning rate 0; the first moment is cleared afterwards, so that the
-    attack starts without clean momentum. Where clean text has little gradient the second moment
-    stays small, and AdamW then takes long steps there.
+    The steps are taken at learning rate 0. Where clean text has little gradient the second moment
+    stays small, and AdamW then takes long steps there. The first moment is set anew by
+    :func:`prime_first_moment`.
 
     Args:
         optimizer: AdamW without weight decay.
@@ -151,8 +154,26 @@ def warm_second_moment(
         gradient_step(optimizer, model(input_ids=batch, labels=batch).loss)
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
-    for state in optimizer.state.values():
-        state["exp_avg"].zero_()
+
+
+def prime_first_moment(optimizer: torch.optim.Optimizer, arm: Arm) -> None:
+    """Make AdamW's first moment that of the attack's own gradient g instead of clean text's.
+
+    m = (1−β₁ᴷ)·g after K warm-up steps, so that the bias-corrected moment of the first attack step
+    is g. Clearing it instead would shrink the first steps tenfold: its bias correction is spent.
+    """
+    optimizer.zero_grad()
+    arm.give_gradients()
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter)
+            if state:
+                gradient = parameter.grad
+                state["exp_avg"].zero_()
+                if gradient is not None:
+                    share = 1.0 - group["betas"][0] ** float(state["step"])
+                    state["exp_avg"].add_(gradient, alpha=share)
+    optimizer.zero_grad()
 
 
 def run_attack(
@@ -182,6 +203,8 @@ def run_attack(
     total = 0 if config.arm == "none" else int(config.attack_steps)
     optimizer = make_optimizer(model, config)
     warm_second_moment(optimizer, model, warmup)
+    if optimizer.state:
+        prime_first_moment(optimizer, arm)
     yield AttackRecord(0, healthy, StepOutcome(), 0.0, arm.diagnostics())
     target = healthy.effective_rank * (1.0 - config.target_rank_reduction)
     for step in range(1, total + 1):

@@ -16,9 +16,10 @@ from healing.attacks.arms import NoiseArm
 from healing.attacks.driver import AttackRecord, StepOutcome, WeightChange
 from healing.models import LoadedModel
 from healing.probe import Measurement, Probe
+from healing.recovery import RELATIVE_CHANGE
 
 TOLERANCE = 0.02
-"""Largest relative difference from the target that counts as equal."""
+"""Largest difference from the target that counts as equal, over the target and over the damage."""
 
 LARGEST_POWER = 8
 """Scales from 2⁻⁸ to 2⁸ times the reference's weight change are searched."""
@@ -52,19 +53,35 @@ class DamageTarget:
             MatchError: The reference's own value is not finite.
         """
         target = cls(name, _value(name, reference), _value(name, healthy))
-        if not math.isfinite(target.value):
+        if not math.isfinite(target.value) or reference.nonfinite_tokens:
             raise MatchError(
-                f"the {name} of the reference attack is {target.value}, which no noise can be "
-                "matched to: use --match norm"
+                f"the {name} of the reference attack is {target.value} with "
+                f"{reference.nonfinite_tokens} tokens that cannot be computed, which no noise can "
+                "be matched to: use --match norm"
+            )
+        if abs(target.value - target.healthy) < RELATIVE_CHANGE * target.healthy:
+            raise MatchError(
+                f"the reference attack left the {name} at {target.value:.4g} (healthy "
+                f"{target.healthy:.4g}), which is no damage to match: use --match norm, or a "
+                "stronger attack"
             )
         return target
 
     def error(self, measurement: Measurement) -> float:
-        """(value − target)/target."""
-        return (_value(self.name, measurement) - self.value) / self.value
+        """(value − target) over the target or over its damage, whichever is smaller: within 2 % of
+        a slightly raised loss could be no damage at all. NaN where a token cannot be computed.
+        """
+        scale = min(abs(self.value), abs(self.value - self.healthy))
+        if measurement.nonfinite_tokens or not scale:
+            return math.nan
+        return (_value(self.name, measurement) - self.value) / scale
 
     def beyond(self, measurement: Measurement) -> bool:
-        """Whether a state is past the target, seen from the healthy model; NaN is past it."""
+        """Whether a state is past the target, seen from the healthy model; one that cannot be
+        computed is.
+        """
+        if measurement.nonfinite_tokens:
+            return True
         return not (_value(self.name, measurement) - self.value) * (self.healthy - self.value) > 0
 
 

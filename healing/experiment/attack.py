@@ -15,7 +15,15 @@ from healing.attacks.arms import NoiseArm, Preparation, make_arm, warmup_batches
 from healing.attacks.driver import AttackRecord, WeightChange, run_attack
 from healing.attacks.haep import Catalyst
 from healing.attacks.matching import DamageTarget, match_damage, measure_state
-from healing.config import RAW_DATA, AttackConfig, BaseConfig, as_params, fingerprint, resolve
+from healing.config import (
+    NOT_SETTINGS,
+    RAW_DATA,
+    AttackConfig,
+    BaseConfig,
+    as_params,
+    fingerprint,
+    resolve,
+)
 from healing.experiment.console import Console
 from healing.experiment.files import JsonLines, start_folder, write_json
 from healing.experiment.loading import code_digest, device_kind, load_inputs, use_threads
@@ -222,6 +230,21 @@ def _tags(outcome: AttackOutcome) -> dict[str, Any]:
     return tags | dict(outcome.preparation.statuses)
 
 
+def _reference_facts(config: AttackConfig) -> dict[str, str]:
+    """What noise was matched to: which state, by which arm, made how. Noise matched to attacks of
+    other arms or settings is other noise, and pairs with the attack it was matched to.
+    """
+    if not config.reference_checkpoint:
+        return {}
+    made = read_checkpoint(pathlib.Path(config.reference_checkpoint)).config
+    settings = {k: v for k, v in made.items() if k not in NOT_SETTINGS}
+    return {
+        "reference_arm": made.get("arm", "unknown"),
+        "reference_settings": fingerprint(settings),
+        "reference_fingerprint": made.get("fingerprint", ""),
+    }
+
+
 def _store(run: RunLogger, outcome: AttackOutcome, folder: pathlib.Path) -> pathlib.Path:
     config = outcome.config
     checkpoint = folder / "checkpoints" / CHECKPOINT_NAME
@@ -234,6 +257,8 @@ def _store(run: RunLogger, outcome: AttackOutcome, folder: pathlib.Path) -> path
         {
             **as_params(config),
             "noise_match": noise_match(config),
+            **_reference_facts(config),
+            "code": code_digest(),
             "fingerprint": outcome.fingerprint,
             "attack_run_id": run.run_id,
             "healthy_digest": outcome.loaded.digest,

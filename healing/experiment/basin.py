@@ -17,12 +17,14 @@ from healing.experiment.basin_cell import (
     BasinCell,
     BasinOutcome,
     basin_cell,
+    basin_fingerprint,
     inputs_of,
+    read_states,
     settle,
 )
 from healing.experiment.console import Console
 from healing.experiment.files import start_folder, write_json
-from healing.experiment.loading import use_threads
+from healing.experiment.loading import load_inputs, use_threads
 from healing.models import (
     CHECKPOINT_NAME,
     HEALED_NAME,
@@ -113,6 +115,14 @@ def find_cell(config: BasinConfig) -> tuple[BasinCell, Checkpoint]:
     checkpoint = read_checkpoint(healed)
     settled = settle(config, checkpoint, healed)
     return BasinCell(settled, str(collapsed or ""), str(healed)), checkpoint
+
+
+def stored_fingerprint(config: BasinConfig) -> str:
+    """The fingerprint that :func:`basin` would give, without examining anything."""
+    cell, _ = find_cell(config)
+    corpus, loaded, _ = load_inputs(inputs_of(cell.config))
+    weights, _ = read_states(cell, loaded)
+    return basin_fingerprint(cell, weights, corpus.digests)
 
 
 def describe(outcome: BasinOutcome) -> str:

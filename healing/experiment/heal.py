@@ -150,6 +150,7 @@ def _lineage(checkpoint: Checkpoint) -> dict[str, Any]:
         "attack_run_id": made.get("attack_run_id", ""),
         "attack_seed": made.get("seed", ""),
         "noise_match": made.get("noise_match", ""),
+        "reference_checkpoint_id": made.get("reference_fingerprint", ""),
     }
 
 

@@ -10,7 +10,16 @@ from typing import Any
 
 import torch
 
-from healing.config import AUTO, NOT_DETERMINING, SHAM, HealConfig, as_params, fingerprint, resolve
+from healing.config import (
+    AUTO,
+    NOT_DETERMINING,
+    NOT_SETTINGS,
+    SHAM,
+    HealConfig,
+    as_params,
+    fingerprint,
+    resolve,
+)
 from healing.corpora import batches
 from healing.experiment.attack import (
     state_of,
@@ -23,9 +32,12 @@ from healing.experiment.loading import (
 )
 from healing.lockout import CONTROL_STEPS, FORWARD, WEIGHTS, Control, Diagnosis, Failure
 from healing.models import (
+    CHECKPOINT_NAME,
+    HEALED_KIND,
     Checkpoint,
     CheckpointError,
     LoadedModel,
+    embedding_matrix,
     load_model,
     load_state,
     read_checkpoint,
@@ -38,9 +50,10 @@ from healing.precision import (
     forward_failure,
 )
 from healing.presets import DEFAULT_MODEL
+from healing.pretraining import unigram_loss
 from healing.probe import Measurement, Probe
 from healing.randomness import named_generator
-from healing.recovery import Damage, State, verdict_of
+from healing.recovery import Damage, State, recovery_pct, verdict_of
 from healing.sft import HealRecord, control_run
 from healing.sft import heal as heal_steps
 from healing.survival import half_recovery_time
@@ -83,6 +96,8 @@ class HealOutcome:
         digests: Corpus digests by split.
         in_float32: What the collapsed model cannot compute in float32 before any step, if so.
         control: The healthy model through the same first steps, where the run stalled.
+        unigram_loss: Of token frequencies alone on the probe, nats per token: a collapsed model may
+            be worse than knowing nothing, and most of its loss comes back without any knowledge.
     """
 
     cell: HealCell
@@ -94,6 +109,7 @@ class HealOutcome:
     digests: dict[str, str]
     in_float32: Failure | None = None
     control: Control | None = None
+    unigram_loss: float = math.nan
 
     @property
     def damage(self) -> Damage:
@@ -127,6 +143,8 @@ class HealOutcome:
         """
         now, sham = state_of(record.measurement), self.cell.sham.get(record.step)
         numbers = self.damage.recovery(now)
+        unigram = recovery_pct(self.unigram_loss, self.damage.collapsed.loss, self.healthy.loss)
+        numbers["unigram_loss_recovery_pct"] = math.nan if self.damage.loss_reason else unigram
         if sham is not None:
             numbers |= self.damage.sham_recovery(now, sham)
         return dict.fromkeys(numbers, math.nan) if self._not_computing else numbers
@@ -172,6 +190,7 @@ class HealOutcome:
             "original_loss": damage.healthy.loss,
             "collapsed_loss": damage.collapsed.loss,
             "final_loss": final.loss,
+            "unigram_loss": self.unigram_loss,
             "rank_reduction_pct": damage.rank_reduction_pct,
             "rank_change_threshold": damage.rank_threshold,
             "half_recovery_steps_rank": rank_time,
@@ -228,6 +247,7 @@ def heal_fingerprint(
         bare,
         cell.replicate,
         weights,
+        attacked_settings(checkpoint),
         healthy_digest,
         digests,
         code_digest(),
@@ -265,6 +285,7 @@ def _control(cell: HealCell, failure: Failure, windows: torch.Tensor) -> Control
     healthy = load_model(cell.config.model, cell.config.device)
     if cell.config.gradient_checkpointing:
         healthy.model.activation_checkpointing_enable()
+    # As long as the run took to the failures that ended it, at most CONTROL_STEPS.
     steps = min(failure.step, CONTROL_STEPS)
     return control_run(healthy, cell.config, windows, _data_order(cell), steps)
 
@@ -285,6 +306,11 @@ def heal_cell(
     checkpoint = read_checkpoint(pathlib.Path(cell.checkpoint)) if cell.checkpoint else None
     corpus, loaded, probe = load_inputs(config)
     checkpoint = checkpoint or sham_checkpoint(loaded, config)
+    if checkpoint.kind == HEALED_KIND:
+        raise CheckpointError(
+            f"{cell.checkpoint} holds healed weights: name the collapsed checkpoint "
+            f"({CHECKPOINT_NAME}) instead"
+        )
     healthy = probe.measure(loaded.model, named_generator(config.seed, "bootstrap"))
     made_from = checkpoint.config.get("healthy_digest")
     if made_from and made_from != loaded.digest:
@@ -307,6 +333,7 @@ def heal_cell(
         (HealRecord(0, 0, collapsed),),
         corpus.digests,
         failure_in_float32(loaded, collapsed, probe, _first_batch(cell, windows)),
+        unigram_loss=unigram_loss(windows, probe.windows, len(embedding_matrix(loaded.model))),
     )
     on_start(outcome)
     for record in heal_steps(loaded, config, windows, probe, collapsed, _data_order(cell)):
@@ -320,18 +347,11 @@ def heal_cell(
 
 
 SEEDED = ("seed", "collapsed_checkpoint", "arm")
-NOT_SETTINGS = frozenset(
-    {
-        "seed",
-        "fingerprint",
-        "attack_run_id",
-        "reference_checkpoint",
-        "reference_run_id",
-        "output_dir",
-        "verbosity",
-        "device",
-    }
-)
+
+
+def attacked_settings(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What made a checkpoint, seeds, paths and lineage left out."""
+    return {k: v for k, v in checkpoint.config.items() if k not in NOT_SETTINGS}
 
 
 def settings_of(cell: HealCell, checkpoint: Checkpoint, digests: dict[str, str]) -> str:
@@ -341,5 +361,5 @@ def settings_of(cell: HealCell, checkpoint: Checkpoint, digests: dict[str, str])
         for k, v in as_params(_determining(cell.config)).items()
         if k not in (*NOT_DETERMINING, *SEEDED)
     }
-    attacked = {k: v for k, v in checkpoint.config.items() if k not in NOT_SETTINGS}
+    attacked = attacked_settings(checkpoint)
     return fingerprint(healing, attacked, digests, code_digest(), device_kind(cell.config))

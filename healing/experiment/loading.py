@@ -16,6 +16,9 @@ from healing.corpora import Corpus, CorpusError, load_corpus
 from healing.models import LoadedModel, load_model, resolve_device
 from healing.probe import Probe
 
+DEFAULT_THREADS = torch.get_num_threads()
+"""What ``threads=0`` means, whatever an earlier cell of the process was given."""
+
 cached_corpus = functools.lru_cache(maxsize=4)(load_corpus)
 
 NUMERICAL_MODULES = (
@@ -84,8 +87,9 @@ def training_windows(config: BaseConfig, corpus: Corpus, loaded: LoadedModel) ->
 
 def use_threads(config: BaseConfig) -> None:
     """Set torch's CPU threads: how sums are divided changes their last bits."""
-    if int(config.threads) and torch.get_num_threads() != int(config.threads):
-        torch.set_num_threads(int(config.threads))
+    wanted = int(config.threads) or DEFAULT_THREADS
+    if torch.get_num_threads() != wanted:
+        torch.set_num_threads(wanted)
 
 
 def device_kind(config: BaseConfig) -> str:

@@ -95,6 +95,7 @@ def _heal_run(view: RunView, trajectory: Trajectory) -> HealRun:
         spectral_state=tags["spectral_state"],
         undefined_reason=tags.get("rank_undefined_reason", ""),
         noise_match=tags.get("noise_match", ""),
+        reference=tags.get("reference_checkpoint_id", ""),
     )
 
 

@@ -25,7 +25,7 @@ from healing.config import (
     resolve,
 )
 from healing.experiment.attack import attack, attack_fingerprint, attack_name, raw_data_folder
-from healing.experiment.basin import basin
+from healing.experiment.basin import basin, stored_fingerprint
 from healing.experiment.console import Console
 from healing.experiment.errors import EXPECTED, SweepError
 from healing.experiment.heal import heal_one
@@ -174,22 +174,19 @@ class Sweep:
         """The landscape of a healing run, examined once."""
         if not self.config.basin or cell.arm not in (TREATMENT, CONTROL):
             return None
-        query = (
-            f"tags.stage = 'basin' and tags.heal_run_id = '{healed.run_id}' "
-            "and attributes.status = 'FINISHED'"
+        shared = _shared(self.config)
+        settings = BasinConfig(
+            heal_run_id=healed.run_id,
+            device=shared["device"],
+            output_dir=shared["output_dir"],
+            verbosity=shared["verbosity"],
         )
-        done = tracking.search(self.run.experiment_id, query)
-        if not done:
-            shared = _shared(self.config)
-            settings = BasinConfig(
-                heal_run_id=healed.run_id,
-                device=shared["device"],
-                output_dir=shared["output_dir"],
-                verbosity=shared["verbosity"],
-            )
+        mark = stored_fingerprint(settings)
+        done = tracking.find_finished(self.run.experiment_id, mark)
+        if done is None:
             basin(settings, parent=self.run, console=self.console)
-            done = tracking.search(self.run.experiment_id, query)
-        return done[-1]
+            done = tracking.find_finished(self.run.experiment_id, mark)
+        return done
 
     def run_chain(
         self, chain: Sequence[SweepCell], on_done: Callable[[CellResult], None]
@@ -270,8 +267,13 @@ def basin_sentences(results: Sequence[CellResult]) -> list[str]:
 
 
 def _range(values: Sequence[float]) -> str:
-    low, high = min(values), max(values)
-    return f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
+    known = [value for value in values if not math.isnan(value)]
+    if not known:
+        return "undefined"
+    low, high = min(known), max(known)
+    text = f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
+    lost = len(values) - len(known)
+    return f"{text} (undefined in {lost})" if lost else text
 
 
 def failed_run(result: CellResult) -> HealRun:
@@ -303,6 +305,11 @@ def sweep(config: SweepConfig) -> Summary:
     name = f"{config.models} x {config.arms} x seeds {config.seeds}"
     with tracking.start(name, {"stage": "main"}) as run:
         run.params("main", as_params(config))
+        if CONTROL in config.arm_list() and TREATMENT not in config.arm_list():
+            console.say(
+                f"note: {CONTROL} is not matched to anything, since {TREATMENT} is not among "
+                "--arms: it gets noise of one standard deviation of each tensor"
+            )
         results = Sweep(config, run).run_all(console)
         views = [r.view for r in results if r.view is not None]
         failures = [r.failure for r in results if r.failure]
