@@ -224,7 +224,8 @@ def serve(folder: pathlib.Path) -> tuple[subprocess.Popen[bytes], str]:
          f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", f"{folder}/artifacts",
          "--workers", "1", "--port", str(port)],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=folder,
-        env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"},
+        env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true",
+             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
     )  # fmt: skip
     uri = f"http://127.0.0.1:{port}"
     for _ in range(240):

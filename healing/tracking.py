@@ -395,14 +395,14 @@ def children(parent: RunLogger) -> list[RunView]:
     return search(parent.experiment_id, f"tags.`mlflow.parentRunId` = '{parent.run_id}'")
 
 
-def download(uri: str) -> pathlib.Path:
-    """Local path of an artifact given by ``runs:/…`` or another MLflow URI.
+def download(uri: str, folder: str | None = None) -> pathlib.Path:
+    """Local path (below ``folder`` if given) of an artifact: ``runs:/…`` or another MLflow URI.
 
     Raises:
         TrackingError: It is not there.
     """
     try:
-        return pathlib.Path(mlflow.artifacts.download_artifacts(artifact_uri=uri))
+        return pathlib.Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=folder))
     except (MlflowException, OSError) as error:
         raise TrackingError(f"artifact {uri} cannot be had: {_one_line(error)[:200]}") from error
 

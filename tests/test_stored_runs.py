@@ -5,10 +5,12 @@ from __future__ import annotations
 import gc
 import json
 import math
+import os
 import pathlib
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 
@@ -97,6 +99,7 @@ def server(tmp_path):
              "--backend-store-uri", f"sqlite:///{tmp_path}/served.db",
              "--artifacts-destination", f"{tmp_path}/served"],
             stdout=stream, stderr=stream, cwd=tmp_path,
+            env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
         )  # fmt: skip
     try:
         for _ in range(480):
@@ -123,13 +126,17 @@ def test_over_http(store, server, monkeypatch):
     downloads: list[str] = []
     original = tracking.download
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tracking, "download", downloads.append)
+        patch.setattr(tracking, "download", lambda uri, folder: downloads.append(uri))
         assert [r.name for r in read_runs(views)] == ["one", "undefined", "locked"]
     assert downloads == []
     assert tracking.download is original
     found = from_history(views)
+    folder = store / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
     for view in views:
         assert_same(found[view.run_id], from_artifact(view))
+    assert not list(folder.iterdir())  # a thousand runs would leave a thousand folders
     monkeypatch.setattr(tracking, "BULK_HISTORY", "/ajax-api/2.0/mlflow/metrics/none")
     with pytest.raises(TrackingError, match="no bulk history of loss"):
         tracking.metric_page([views[0].run_id], "loss")

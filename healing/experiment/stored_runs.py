@@ -10,6 +10,7 @@ import contextlib
 import gc
 import json
 import math
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 
 from healing import tracking
@@ -29,9 +30,9 @@ def from_artifact(view: RunView) -> Trajectory:
     Raises:
         TrackingError: The artifact is missing, or not what a healing run leaves.
     """
-    path = tracking.download(f"runs:/{view.run_id}/metrics.jsonl")
     try:
-        rows = read_jsonl(path)
+        with tempfile.TemporaryDirectory() as folder:  # MLflow's own would stay behind
+            rows = read_jsonl(tracking.download(f"runs:/{view.run_id}/metrics.jsonl", folder))
         steps = tuple(int(row["step"]) for row in rows)
         values = {e: tuple(float(row.get(e, math.nan)) for row in rows) for e in ENDPOINTS}
     except (json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
