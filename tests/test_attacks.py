@@ -19,6 +19,8 @@ from healing.attacks.driver import WeightChange, gradient_step, run_attack
 from healing.attacks.haep import Catalyst, propose_swaps, search_catalyst, token_gradient
 from healing.config import AttackConfig, resolve
 from healing.models import (
+    COLLAPSED_KIND,
+    HEALED_KIND,
     CheckpointError,
     block_matrices,
     load_model,
@@ -240,6 +242,24 @@ def test_noise_reference_of_another_model_is_refused(nano, corpus, small_probe, 
     config = settings("gaussian_noise", reference_checkpoint=str(path))
     with pytest.raises(CheckpointError, match="is not an attack on model nano"):
         run(nano, corpus, small_probe, config)
+
+
+@pytest.mark.parametrize(
+    ("config", "kind", "message"),
+    [
+        ({"arm": "haep"}, HEALED_KIND, "holds healed weights"),
+        ({"arm": "none"}, COLLAPSED_KIND, "is of the arm none"),
+        ({"arm": "gaussian_noise"}, COLLAPSED_KIND, "is of the arm gaussian_noise"),
+        ({"healthy_digest": "dead"}, COLLAPSED_KIND, "was made from other healthy weights"),
+    ],
+)
+def test_noise_reference_has_to_be_an_attack_on_these_weights(
+    nano, corpus, small_probe, tmp_path, config, kind, message
+):
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, nano.model, 0, "x", {"model": "nano", **config}, kind)
+    with pytest.raises(CheckpointError, match=message):
+        run(nano, corpus, small_probe, settings("gaussian_noise", reference_checkpoint=str(path)))
 
 
 def test_noise_norms_and_independence():

@@ -255,3 +255,26 @@ def test_a_long_summary_is_described_in_whole_lines():
     assert whole.startswith(body + "\n")
     short = pool([make_run(1.0)])
     assert description(short) == markdown(short)
+
+
+def test_noise_is_compared_with_the_attacks_it_was_matched_to_alone():
+    attacks = [make_run(10.0 + i, seed=i, checkpoint=f"state{i}") for i in range(4)]
+    own = [
+        make_run(30.0 + 2 * i, seed=i, arm="gaussian_noise", reference=f"state{i}")
+        for i in range(4)
+    ]
+    other = [replace(run, reference="elsewhere") for run in own]
+    assert pool([*attacks, *own]).comparisons["nano"].endpoints[0].superiority.interval.n == 4
+    assert not pool([*attacks, *other]).comparisons
+
+
+def test_a_raised_rank_is_not_subtracted_from_a_lowered_one():
+    attacks = [make_run(10.0 + i, seed=i) for i in range(4)]
+    raised = [
+        make_run(30.0 + 2 * i, seed=i, arm="gaussian_noise", spectral_state="inflated")
+        for i in range(4)
+    ]
+    rank, loss = pool([*attacks, *raised]).comparisons["nano"].endpoints
+    assert rank.n_undefined == 4
+    assert math.isnan(rank.superiority.interval.point)
+    assert loss.n_undefined == 0
