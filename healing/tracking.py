@@ -38,6 +38,8 @@ from healing.histories import POINTS_PER_PAGE, Point
 DEFAULT_EXPERIMENT = "llm-healing"
 FLUSH_SECONDS = 2.0
 METRICS_PER_REQUEST = 1000
+MAX_TAG = 8000
+"""Characters; MLflow cuts longer tags anywhere."""
 _DATASETS = threading.Lock()
 """MLflow looks a dataset up before it inserts it: two threads at once violate its uniqueness."""
 
@@ -150,7 +152,10 @@ class RunLogger:
         self.flush()
 
     def describe(self, markdown: str) -> None:
-        """Set the run's description (shown first in the UI)."""
+        """Set the run's description (shown first in the UI), as far as its lines fit in a tag."""
+        if len(markdown) > MAX_TAG:
+            rest = "\n\nThe rest is in the artifacts."
+            markdown = markdown[: MAX_TAG - len(rest)].rpartition("\n")[0] + rest
         self.tags({"mlflow.note.content": markdown})
 
     def artifact(self, path: pathlib.Path, folder: str | None = None) -> None:

@@ -27,8 +27,7 @@ from healing.wording import group_label
 
 HEAL_RUNS = "tags.stage = 'heal'"
 BOOTSTRAP_SEED = 0
-MAX_DESCRIPTION = 8000
-"""Characters; MLflow cuts longer tags."""
+MAX_DESCRIPTION = tracking.MAX_TAG
 
 
 def find_runs(config: SummarizeConfig) -> list[RunView]:
