@@ -49,9 +49,10 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: setup  ## Print what measuring, logging and summarizing cost
+bench: setup  ## Print what measuring, logging, summarizing and Hessian products cost
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/summarize.py --ways bulk
+	$(BIN)/python -m benchmarks.hvp
 
 clean:  ## Remove the environment and caches (results stay)
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info
