@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from healing import html_report, paper, report, tracking
-from healing.config import as_params
+from healing.config import SHAM, as_params
 from healing.experiment.attack import open_run, upload
 from healing.experiment.console import Console
 from healing.experiment.files import write_json
@@ -95,7 +95,12 @@ def write_summary(folder: pathlib.Path, summary: Summary) -> None:
     subsection = paper.subsection_file(summary)
     (place / "addressing_irreversibility.tex").write_text(subsection, encoding="ascii")
     if summary.groups:
-        groups_figures.mean_recovery(place / "fig_recovery", summary.groups, COLUMN)
+        groups_figures.mean_recovery(place / "fig_recovery", _drawn(summary), COLUMN)
+
+
+def _drawn(summary: Summary) -> list[GroupSummary]:
+    """The groups that figures show: a sham has no recovery by design, it would be a label alone."""
+    return [g for g in summary.groups if g.arm != SHAM] or list(summary.groups)
 
 
 def description(summary: Summary) -> str:
@@ -108,14 +113,12 @@ def description(summary: Summary) -> str:
 
 def _draw(folder: pathlib.Path, summary: Summary) -> dict[str, pathlib.Path]:
     """The figures that the summary allows: name → PNG."""
-    drawn = []
-    if summary.groups:
-        groups_figures.mean_recovery(folder / "mean_recovery", summary.groups)
-        groups_figures.final_recovery(folder / "final_recovery", summary.groups)
-        groups_figures.half_recovery(folder / "half_recovery", summary.groups)
-        groups_figures.recovery_against_parameters(
-            folder / "recovery_against_parameters", summary.groups
-        )
+    drawn, groups = [], _drawn(summary)
+    if groups:
+        groups_figures.mean_recovery(folder / "mean_recovery", groups)
+        groups_figures.final_recovery(folder / "final_recovery", groups)
+        groups_figures.half_recovery(folder / "half_recovery", groups)
+        groups_figures.recovery_against_parameters(folder / "recovery_against_parameters", groups)
         drawn += ["mean_recovery", "final_recovery", "half_recovery", "recovery_against_parameters"]
     if summary.comparisons:
         groups_figures.haep_against_noise(folder / "haep_against_noise", summary.comparisons)
