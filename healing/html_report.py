@@ -13,7 +13,14 @@ import jinja2
 
 from healing.plots.style import arm_label
 from healing.pooling import GroupSummary, HealRun, Summary
-from healing.report import SHAM_NOTE, VERDICT_MEANING, comparison_sentence, sham_table, table
+from healing.report import (
+    SHAM_NOTE,
+    VERDICT_MEANING,
+    comparison_gaps,
+    comparison_sentence,
+    sham_table,
+    table,
+)
 from healing.wording import (
     PLAN_NOTE,
     PROSPECTS_NOTE,
@@ -170,7 +177,10 @@ def render(summary: Summary, figures: Mapping[str, pathlib.Path]) -> str:
             title="Recovery report",
             subtitle=f"{counts}, {len(summary.failed)} failed. Intervals: {level}.",
             verdicts=[_verdict(g, groups) for g in headline_groups(summary)],
-            comparisons=[comparison_sentence(m, summary) for m in summary.comparisons],
+            comparisons=[
+                *(comparison_sentence(m, summary) for m in summary.comparisons),
+                *comparison_gaps(summary),
+            ],
             groups=table(summary),
             table_note=VERDICT_MEANING.replace("*", ""),
             sham=sham_table(summary),

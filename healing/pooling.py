@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import numpy as np
@@ -34,6 +34,7 @@ from healing.stats import (
 )
 
 SHAM_ENDPOINTS = ("rank_recovery_sham_pct", "loss_recovery_sham_pct")
+RANK_ENDPOINTS = ("rank_recovery_pct", "rank_recovery_sham_pct")
 UNIGRAM = "unigram_loss_recovery_pct"
 """What a model that knows token frequencies alone would score on loss recovery."""
 ENDPOINTS = (*PRIMARY_ENDPOINTS, "ppl_improvement_pct", *SHAM_ENDPOINTS, UNIGRAM)
@@ -192,8 +193,17 @@ def _settings_order(runs: Iterable[HealRun]) -> dict[tuple[str, str, str], list[
     return groups
 
 
+def _defined(runs: Sequence[HealRun], endpoint: str) -> list[HealRun]:
+    """The runs with a defined value somewhere: one that could not be trained ends early, and its
+    steps would cut those of the others short. All of them, where none has any.
+    """
+    found = [r for r in runs if any(map(math.isfinite, r.trajectory[endpoint]))]
+    return found or list(runs)
+
+
 def _band(runs: Sequence[HealRun], endpoint: str, confidence: float, notes: _Notes) -> Band:
-    """Interval over checkpoints at every step that all runs measured."""
+    """Interval over checkpoints at every step that all runs with a value measured."""
+    runs = _defined(runs, endpoint)
     shared = sorted(set.intersection(*(set(r.steps) for r in runs))) if runs else []
     checkpoints = [r.checkpoint for r in runs]
     intervals = []
@@ -211,7 +221,7 @@ def _checkpoint_trajectories(runs: Sequence[HealRun], endpoint: str) -> list[Che
     """One per checkpoint, its replicates at the steps that all of them measured."""
     found = []
     for checkpoint in dict.fromkeys(r.checkpoint for r in runs):
-        own = [r for r in runs if r.checkpoint == checkpoint]
+        own = _defined([r for r in runs if r.checkpoint == checkpoint], endpoint)
         shared = sorted(set.intersection(*(set(r.steps) for r in own)))
         rows = (tuple(r.trajectory[endpoint][r.steps.index(s)] for s in shared) for r in own)
         found.append(CheckpointTrajectory(tuple(shared), tuple(rows)))
@@ -286,16 +296,24 @@ def _verdict(
 
 
 def _by_seed(runs: Sequence[HealRun], endpoint: str) -> ClusterMeans:
-    """Means by seed. A rank that was raised comes down again: that is not what a lowered rank
-    does when it recovers, and the two are not subtracted from one another.
-    """
-    values = [
-        math.nan
-        if endpoint == "rank_recovery_pct" and r.spectral_state != "collapsed"
-        else r.final.get(endpoint, math.nan)
-        for r in runs
-    ]
+    values = [r.final.get(endpoint, math.nan) for r in runs]
     return cluster_means(values, [r.seed for r in runs])
+
+
+def _without_raised_rank(run: HealRun) -> HealRun:
+    """Rank recovery of a run whose attack raised the rank, undefined: a rank that was raised comes
+    down again, which is no recovery from a collapse and is not averaged with one.
+    """
+    if run.spectral_state != "inflated":
+        return run
+    nan = {e: math.nan for e in RANK_ENDPOINTS if e in run.final}
+    paths = {e: (math.nan,) * len(run.steps) for e in RANK_ENDPOINTS if e in run.trajectory}
+    return replace(
+        run,
+        final={**run.final, **nan},
+        trajectory={**run.trajectory, **paths},
+        undefined_reason="the attack raised the effective rank: nothing had collapsed",
+    )
 
 
 def _compare(
@@ -358,7 +376,7 @@ def summarize_runs(runs: Sequence[HealRun], confidence: float, rng: np.random.Ge
         confidence: Level of the intervals.
         rng: Draws the bootstrap.
     """
-    finished = [r for r in runs if r.finished]
+    finished = [_without_raised_rank(r) for r in runs if r.finished]
     grouped = _settings_order(finished)
     groups = tuple(summarize_group(members, confidence, rng) for members in grouped.values())
     return Summary(

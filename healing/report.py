@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from healing.config import CONTROL
+from healing.config import CONTROL, TREATMENT
 from healing.lockout import (
     DIVERGED,
     FORMAT_OVERFLOW,
@@ -159,11 +159,31 @@ def comparison_sentence(model: str, summary: Summary) -> str:
         difference = endpoint.superiority.interval
         label = ENDPOINT_LABELS[endpoint.endpoint].replace(" (%)", "")
         unit = "" if math.isnan(difference.point) else " points"
-        parts.append(f"{label} {interval_text(difference)}{unit}")
+        pairs = "" if math.isnan(difference.point) else f" ({difference.n} pairs)"
+        parts.append(f"{label} {interval_text(difference)}{unit}{pairs}")
     return (
         f"{model}: HAEP minus Gaussian noise of {noise_kind(model, summary)}, paired by seed: "
         f"{'; '.join(parts)}. {STATEMENTS[comparison.statement]}."
     )
+
+
+def comparison_gaps(summary: Summary) -> list[str]:
+    """Models with HAEP and noise that are not compared, and why, one line each."""
+    lines = []
+    for model in dict.fromkeys(g.model for g in summary.groups):
+        counts = {
+            arm: sum((g.model, g.arm) == (model, arm) for g in summary.groups)
+            for arm in (TREATMENT, CONTROL)
+        }
+        if all(counts.values()) and model not in summary.comparisons:
+            several = max(counts.values()) > 1
+            why = (
+                "an arm has several settings (narrow the query with --filter)"
+                if several
+                else "no noise run shares a seed with the attack that it was matched to"
+            )
+            lines.append(f"{model}: HAEP and Gaussian noise are not compared: {why}.")
+    return lines
 
 
 def noise_kind(model: str, summary: Summary) -> str:
@@ -213,6 +233,7 @@ def markdown(summary: Summary) -> str:
             *_markdown_table(sham_header, sham_rows),
             "",
         ]
+    lines += [line + "\n" for line in comparison_gaps(summary)]
     if summary.comparisons:
         lines += ["## HAEP against Gaussian noise", ""]
         lines += [_inline(f"- {comparison_sentence(m, summary)}") for m in summary.comparisons] + [

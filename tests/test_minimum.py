@@ -67,6 +67,11 @@ LOST = Curvature((NAN,), (NAN,), (NAN,), (NAN,), "nonfinite", 1)
             {"curvature": replace(BOWL, smallest_residuals=(0.011,))},
             "the lowest eigenvalue did not converge",
         ),
+        (
+            # Not significant, and not known to be small either: 0.025 + 3·0.09 over 2·10.
+            {"gradient": replace(QUIET, squared_norm=0.025, standard_error=0.09)},
+            "the gradient is not known well enough (a step along it could gain 0.015 nats)",
+        ),
         ({"escape": LEFT}, "perturbations led away although nothing says why"),
         ({"curvature": LOST}, "the curvature is not finite"),
         ({"gradient": GradientStatistics(NAN, NAN, NAN, NAN, 12)}, "the gradient is not finite"),

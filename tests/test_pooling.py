@@ -15,6 +15,7 @@ from healing.experiment.summarize import description
 from healing.pooling import HealRun, _slopes, summarize_runs
 from healing.report import (
     as_json,
+    comparison_gaps,
     comparison_sentence,
     group_rows,
     markdown,
@@ -278,3 +279,43 @@ def test_a_raised_rank_is_not_subtracted_from_a_lowered_one():
     assert rank.n_undefined == 4
     assert math.isnan(rank.superiority.interval.point)
     assert loss.n_undefined == 0
+
+
+def test_a_run_that_could_not_be_trained_does_not_cut_the_others_short():
+    healed = [make_run(80.0 + i, seed=i) for i in range(3)]
+    nan = (math.nan, math.nan)
+    broken = replace(
+        make_run(math.nan, seed=3, status="diverged"),
+        steps=(0, 10),
+        trajectory={"rank_recovery_pct": nan, "loss_recovery_pct": nan},
+        final={"rank_recovery_pct": math.nan, "loss_recovery_pct": math.nan},
+    )
+    twin = replace(broken, run_id="twin", checkpoint=healed[0].checkpoint)
+    (alone,) = pool(healed).groups
+    (group,) = pool([*healed, broken, twin]).groups
+    assert group.bands["rank_recovery_pct"].steps == (0, 10, 20)
+    times = [h.time for h in group.half_times["rank_recovery_pct"].times]
+    assert times[:3] == [h.time for h in alone.half_times["rank_recovery_pct"].times]
+    assert group.statuses == {"diverged": 2, "ok": 3}
+
+
+def test_a_raised_rank_has_no_recovery_and_no_verdict():
+    raised = [make_run(85.0 + i, seed=i, spectral_state="inflated") for i in range(4)]
+    summary = pool(raised)
+    assert summary.groups[0].verdict == "undefined"
+    assert math.isnan(summary.groups[0].intervals["rank_recovery_pct"].point)
+    assert {r.undefined_reason for r in summary.undefined} == {
+        "the attack raised the effective rank: nothing had collapsed"
+    }
+
+
+def test_arms_that_are_not_compared_are_named():
+    runs = [make_run(10.0 + i, seed=i) for i in range(3)]
+    runs += [make_run(30.0 + i, seed=i, arm="gaussian_noise") for i in range(3)]
+    assert comparison_gaps(pool(runs)) == []
+    twice = [replace(r, settings="other", run_id=r.run_id + "b") for r in runs[3:]]
+    (line,) = comparison_gaps(pool([*runs, *twice]))
+    assert line.startswith("nano: HAEP and Gaussian noise are not compared: an arm has several")
+    strangers = [replace(r, seed="9" + r.seed) for r in runs[3:]]
+    (line,) = comparison_gaps(pool([*runs[:3], *strangers]))
+    assert "no noise run shares a seed" in line

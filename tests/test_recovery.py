@@ -122,6 +122,8 @@ def test_sham_recovery_by_hand():
     found = unhurt.sham_recovery(State(41.0, 5.0, 150.0), State(40.0, 2.5, 12.0))
     assert math.isnan(found["rank_recovery_sham_pct"])
     assert found["loss_recovery_sham_pct"] == pytest.approx(100 * 8 / 10.5)
+    found = unhurt.sham_recovery(State(44.0, 5.0, 150.0), State(46.0, 2.5, 12.0))
+    assert math.isnan(found["rank_recovery_sham_pct"])
     # A sham on the other side of the collapsed state gives no direction to recover in.
     across = Damage(State(40.0, 3.0, 20.0), State(30.0, 13.0, 4e5))
     found = across.sham_recovery(State(33.0, 5.0, 150.0), State(27.0, 2.5, 12.0))

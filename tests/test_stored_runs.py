@@ -238,10 +238,14 @@ def test_failed_and_unreadable_runs_keep_their_reason(store):
             run.artifact(store / "metrics.jsonl")
     with tracking.start("none", TAGS):
         pass
+    with tracking.start("untagged", {k: v for k, v in TAGS.items() if k != "status"}) as run:
+        (store / "metrics.jsonl").write_text('{"step": 0}')
+        run.artifact(store / "metrics.jsonl")
     failures = {r.name: r.failure for r in read_runs(stored())}
     assert failures["broken"] == "out of memory"
+    assert failures["untagged"].startswith("it lacks the tag or parameter 'status'")
     assert failures["malformed"].startswith("metrics.jsonl of malformed is malformed: JSON")
     assert failures["wrong"] == "metrics.jsonl of wrong is malformed: KeyError('step')"
-    assert failures["empty"] == "metrics.jsonl of empty is empty"
+    assert failures["empty"] == "metrics.jsonl of empty does not begin with step 0"
     assert "cannot be had" in failures["none"]
     assert json.dumps(failures)

@@ -37,8 +37,8 @@ def from_artifact(view: RunView) -> Trajectory:
         values = {e: tuple(float(row.get(e, math.nan)) for row in rows) for e in ENDPOINTS}
     except (json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise TrackingError(f"metrics.jsonl of {view.name} is malformed: {error!r}") from error
-    if not steps:
-        raise TrackingError(f"metrics.jsonl of {view.name} is empty")
+    if not steps or steps[0] != 0:
+        raise TrackingError(f"metrics.jsonl of {view.name} does not begin with step 0")
     return Trajectory(steps, values)
 
 
@@ -70,7 +70,7 @@ def from_history(views: Sequence[RunView]) -> dict[str, Trajectory]:
     ids = [view.run_id for view in views]
     found = trajectories(_page, ids, ENDPOINTS, also=(STEP_METRIC,))
     last = {view.run_id: view.metrics.get("summary/steps") for view in views}
-    return {i: t for i, t in found.items() if last[i] in (None, t.steps[-1])}
+    return {i: t for i, t in found.items() if t.steps[0] == 0 and last[i] in (None, t.steps[-1])}
 
 
 def _heal_run(view: RunView, trajectory: Trajectory) -> HealRun:
@@ -111,6 +111,8 @@ def _read(view: RunView, known: dict[str, Trajectory]) -> HealRun:
         return _heal_run(view, known.get(view.run_id) or from_artifact(view))
     except TrackingError as error:
         return _failed(view, str(error))
+    except KeyError as error:
+        return _failed(view, f"it lacks the tag or parameter {error}: not a run of this version")
 
 
 def read_runs(

@@ -161,6 +161,8 @@ def summarize(
         console.say("\n" + report.text_table(summary))
         for model in summary.comparisons:
             console.say(report.comparison_sentence(model, summary))
+        for line in report.comparison_gaps(summary):
+            console.say(line)
         for lost in summary.failed:
             console.say(f"failed: {lost.name}: {lost.failure}")
         console.say(f"summary → {folder}")
