@@ -176,6 +176,12 @@ def load_model(name: str, device: str = "cpu", *, attention: str = "sdpa") -> Lo
     return LoadedModel(name, model, tokenizer, state_digest(model.state_dict()))
 
 
+def next_token_loss(model: nn.Module, windows: torch.Tensor) -> torch.Tensor:
+    """Mean cross entropy of windows (batch, tokens), nats per token; the model shifts once."""
+    loss: torch.Tensor = model(input_ids=windows, labels=windows).loss
+    return loss
+
+
 def transformer_blocks(model: nn.Module) -> nn.ModuleList:
     """The list of transformer blocks: the longest ``ModuleList`` of equal modules.
 

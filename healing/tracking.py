@@ -82,6 +82,14 @@ def _stored(what: str) -> Iterator[None]:
         ) from error
 
 
+def whole_lines(text: str, elsewhere: str) -> str:
+    """As many whole lines of a text as a tag holds, and where the rest is."""
+    if len(text) <= MAX_TAG:
+        return text
+    more = f"\n\nThe rest is in {elsewhere}."
+    return text[: MAX_TAG - len(more)].rpartition("\n")[0] + more
+
+
 class RunLogger:
     """Writes to one MLflow run; every call is one batched request where MLflow has one.
 
@@ -153,10 +161,7 @@ class RunLogger:
 
     def describe(self, markdown: str) -> None:
         """Set the run's description (shown first in the UI), as far as its lines fit in a tag."""
-        if len(markdown) > MAX_TAG:
-            rest = "\n\nThe rest is in the artifacts."
-            markdown = markdown[: MAX_TAG - len(rest)].rpartition("\n")[0] + rest
-        self.tags({"mlflow.note.content": markdown})
+        self.tags({"mlflow.note.content": whole_lines(markdown, "the artifacts")})
 
     def artifact(self, path: pathlib.Path, folder: str | None = None) -> None:
         """Store one file."""

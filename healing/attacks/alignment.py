@@ -8,15 +8,13 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from healing.models import block_matrices
+from healing.models import block_matrices, next_token_loss
 from healing.subspaces import LowCurvatureSubspace
 
 
 def sequence_loss(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
     """Mean cross entropy of one sequence (tokens,), nats per token."""
-    ids = tokens.unsqueeze(0)
-    loss: torch.Tensor = model(input_ids=ids, labels=ids).loss
-    return loss
+    return next_token_loss(model, tokens.unsqueeze(0))
 
 
 def gradients_of(

@@ -16,7 +16,7 @@ from healing.config import AttackConfig
 from healing.corpora import Corpus
 from healing.curvature import HessianOperator, LeadingSubspace
 from healing.lanczos import LanczosResult, lanczos
-from healing.models import LoadedModel, block_matrices
+from healing.models import LoadedModel, block_matrices, next_token_loss
 from healing.stochastic import rayleigh_percentile
 from healing.subspaces import HessianSubspace
 
@@ -25,12 +25,6 @@ LANCZOS_TOLERANCE = 1e-2
 
 LARGE = 50_000_000
 """From this many parameters on the Lanczos basis is kept in bfloat16 in host memory."""
-
-
-def clean_loss(model: nn.Module, windows: torch.Tensor) -> torch.Tensor:
-    """Mean cross entropy of windows (batch, tokens), nats per token."""
-    loss: torch.Tensor = model(input_ids=windows, labels=windows).loss
-    return loss
 
 
 def clean_hessian(config: AttackConfig, loaded: LoadedModel, corpus: Corpus) -> HessianOperator:
@@ -44,7 +38,7 @@ def clean_hessian(config: AttackConfig, loaded: LoadedModel, corpus: Corpus) -> 
     parts = windows.to(loaded.device).split(int(config.batch_size))
     return HessianOperator(
         loaded.model,
-        clean_loss,
+        next_token_loss,
         parts,
         [len(part) for part in parts],
         parameters=block_matrices(loaded.model).values(),

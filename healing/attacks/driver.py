@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from healing.config import AttackConfig
-from healing.models import LoadedModel
+from healing.models import LoadedModel, next_token_loss
 from healing.probe import Measurement, Probe
 
 
@@ -151,7 +151,7 @@ def warm_second_moment(
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     for batch in clean_batches:
-        gradient_step(optimizer, model(input_ids=batch, labels=batch).loss)
+        gradient_step(optimizer, next_token_loss(model, batch))
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
 

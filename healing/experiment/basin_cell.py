@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from healing.basin_config import BasinConfig
 from healing.config import AUTO, BaseConfig, ConfigError, fingerprint, resolve
@@ -35,6 +35,7 @@ from healing.models import (
     CheckpointError,
     LoadedModel,
     load_state,
+    next_token_loss,
     read_checkpoint,
     state_digest,
 )
@@ -195,12 +196,6 @@ def inputs_of(config: BasinConfig) -> BaseConfig:
     """The part of a settled configuration that says what is loaded."""
     shared = {f.name for f in fields(BaseConfig)} & {f.name for f in fields(BasinConfig)}
     return resolve(BaseConfig(**{name: getattr(config, name) for name in shared}))
-
-
-def next_token_loss(model: nn.Module, windows: Tensor) -> Tensor:
-    """Mean cross entropy of a batch (windows, length), nats per token; the model shifts once."""
-    loss: Tensor = model(input_ids=windows, labels=windows).loss
-    return loss
 
 
 def attack_split(config: BasinConfig, corpus: Corpus, loaded: LoadedModel) -> Tensor:

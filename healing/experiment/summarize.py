@@ -27,7 +27,6 @@ from healing.wording import group_label
 
 HEAL_RUNS = "tags.stage = 'heal'"
 BOOTSTRAP_SEED = 0
-MAX_DESCRIPTION = tracking.MAX_TAG
 
 
 def find_runs(config: SummarizeConfig) -> list[RunView]:
@@ -105,10 +104,7 @@ def _drawn(summary: Summary) -> list[GroupSummary]:
 
 def description(summary: Summary) -> str:
     """``summary.md`` as far as whole lines of it fit in a tag of MLflow."""
-    text, more = report.markdown(summary), "\n\nThe rest is in `summary.md`."
-    if len(text) <= MAX_DESCRIPTION:
-        return text
-    return text[: MAX_DESCRIPTION - len(more)].rpartition("\n")[0] + more
+    return tracking.whole_lines(report.markdown(summary), "`summary.md`")
 
 
 def _draw(folder: pathlib.Path, summary: Summary) -> dict[str, pathlib.Path]:
