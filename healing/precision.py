@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +19,11 @@ import torch
 from torch import nn
 
 from healing.lockout import FORWARD, GRADIENT, Failure
-from healing.models import block_outputs, evaluation_mode, training_mode
+from healing.models import evaluation_mode, training_mode
 
 FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-HEADROOM_WINDOWS = 4
-"""Probe windows, always the first ones, on which the headroom is measured."""
+WINDOWS_PER_FORWARD = 4
+"""Windows passed at a time in the search for what is not finite."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,10 @@ class Precision:
     def largest(self) -> float:
         """Largest finite number of the format: 65,504 for fp16, 3.4e38 for the others."""
         return torch.finfo(self.dtype).max
+
+    def headroom(self, peaks: Iterable[float]) -> tuple[float, ...]:
+        """Share that each largest |h| is of the largest finite number; NaN where it is NaN."""
+        return tuple(peak / self.largest for peak in peaks)
 
     @property
     def pure(self) -> bool:
@@ -114,6 +118,8 @@ def all_finite(tensor: torch.Tensor) -> bool:
 def first_nonfinite_parameter(model: nn.Module) -> str:
     """Name of the first parameter, by registration, that is not finite; empty if there is none."""
     names, parameters = zip(*model.named_parameters(), strict=True)
+    if bool(torch.isfinite(torch.nn.utils.get_total_norm(p.detach() for p in parameters))):
+        return ""  # the usual case, in one pass; a norm may also overflow where no weight has
     # One answer for all of them: on an accelerator every question waits for the queue.
     finite = torch.stack([torch.isfinite(p.detach()).all() for p in parameters]).tolist()
     return "" if all(finite) else names[finite.index(False)]
@@ -188,13 +194,14 @@ def nonfinite_gradients(model: nn.Module) -> Iterator[list[str]]:
 def gradient_norm(model: torch.nn.Module, gradient_clip: float) -> torch.Tensor:
     """Norm of the gradient before clipping, float32; clips to ``gradient_clip`` (0 = not)."""
     parameters = [p for p in model.parameters() if p.grad is not None]
-    limit = gradient_clip or math.inf
-    if all(p.dtype == torch.float32 for p in parameters):
-        return torch.nn.utils.clip_grad_norm_(parameters, limit)
-    # In fp16 the norm of a finite gradient can itself overflow.
-    norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in parameters]
-    norm = torch.linalg.vector_norm(torch.stack(norms))
-    torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if all(g.dtype == torch.float32 for g in gradients):
+        norm = torch.nn.utils.get_total_norm(gradients)
+    else:  # in fp16 the norm of a finite gradient can itself overflow
+        norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]
+        norm = torch.linalg.vector_norm(torch.stack(norms))
+    if gradient_clip:
+        torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip, norm)
     return norm
 
 
@@ -249,31 +256,8 @@ def forward_failure(model: nn.Module, windows: torch.Tensor) -> str:
     """
     device = next(model.parameters()).device
     with evaluation_mode(model), nonfinite_outputs(model) as found:
-        for chunk in windows.split(HEADROOM_WINDOWS):
+        for chunk in windows.split(WINDOWS_PER_FORWARD):
             model(input_ids=chunk.to(device))
             if found:
                 return found[0]
     return ""
-
-
-@torch.no_grad()
-def headroom(model: nn.Module, windows: torch.Tensor, largest: float) -> tuple[float, ...]:
-    """max|h| of every block's output over the largest finite number of a format.
-
-    1 or more means that this block's output cannot be held in the format; what is inside the block
-    may overflow before. All tokens count, first ones and outliers too.
-
-    Args:
-        model: In float32.
-        windows: int64 (windows, tokens); the first :data:`HEADROOM_WINDOWS` are used.
-        largest: As :attr:`Precision.largest`.
-
-    Returns:
-        One share per block; NaN where a hidden state is NaN.
-    """
-    device = next(model.parameters()).device
-    with evaluation_mode(model), block_outputs(model) as outputs:
-        model(input_ids=windows[:HEADROOM_WINDOWS].to(device))
-        peaks = torch.stack([h.abs().max() for h in outputs]).double()
-    shares: list[float] = (peaks / largest).tolist()
-    return tuple(shares)

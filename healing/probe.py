@@ -8,14 +8,21 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from healing.corpora import Corpus
+from healing.heads import token_losses
 from healing.models import LoadedModel, block_outputs, evaluation_mode
-from healing.spectra import CentredRows, RankErrors, Spectrum
+from healing.moments import MomentAccumulator, Moments
+from healing.rank_error import (
+    BOOTSTRAP_MAX_DIMENSION,
+    RankInfluence,
+    bootstrap_error,
+    linear_error,
+)
+from healing.spectra import Spectrum
 
 TOKENS_PER_FORWARD = 2048
-"""Tokens per forward pass: large enough to be fast, small enough that logits stay small."""
+"""Tokens per forward pass: large enough to be fast, small enough that hidden states stay small."""
 
 
 @dataclass(frozen=True)
@@ -28,12 +35,14 @@ class Measurement:
         spectra: One per block.
         rank_standard_error: Of the mean effective rank (bootstrap over windows); NaN where it was
             not asked for.
+        peaks: Largest |h| of every block over all probe tokens, first ones and outliers too.
     """
 
     loss: float
     nonfinite_tokens: int
     spectra: tuple[Spectrum, ...]
     rank_standard_error: float = math.nan
+    peaks: tuple[float, ...] = ()
 
     @property
     def perplexity(self) -> float:
@@ -92,16 +101,12 @@ class Probe:
         return cls(corpus.windows("probe", loaded.tokenizer, length, tokens))
 
     def _forward(self, model: nn.Module) -> Iterator[tuple[torch.Tensor, list[torch.Tensor]]]:
+        """Losses of every chunk's tokens (tokens,) and its block outputs."""
         device = next(model.parameters()).device
         rows = max(1, TOKENS_PER_FORWARD // self.windows.shape[1])
         with block_outputs(model) as outputs:
             for chunk in self.windows.split(rows):
-                ids = chunk.to(device)
-                # Chunk i's logits at position t predict token t+1: the one and only shift.
-                logits = model(input_ids=ids).logits[:, :-1].float()
-                losses = F.cross_entropy(
-                    logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
-                )
+                losses = token_losses(model, chunk.to(device))
                 yield losses, list(outputs)
 
     @torch.no_grad()
@@ -122,22 +127,50 @@ class Probe:
         Args:
             model: A causal language model; its mode is restored.
             error_generator: Draws the bootstrap for ``rank_standard_error``; ``None`` skips it.
+                Above hidden size 256 it costs a second pass.
         """
-        total, finite, count = 0.0, 0, 0
-        per_block: list[list[torch.Tensor]] = []
         with evaluation_mode(model):
-            for losses, outputs in self._forward(model):
-                mask = torch.isfinite(losses)
-                total += float(losses[mask].double().sum())
-                finite += int(mask.sum())
-                count += losses.numel()
-                per_block = per_block or [[] for _ in outputs]
-                for store, output in zip(per_block, outputs, strict=True):
-                    store.append(output)
-        loss = total / finite if finite else math.nan
-        spectra, errors = [], RankErrors(error_generator)
-        while per_block:  # one block at a time in float64; its hidden states are freed after it
-            block = CentredRows.of(torch.cat(per_block.pop(0)))
-            spectra.append(block.spectrum())
-            errors.add(block)
-        return Measurement(loss, count - finite, tuple(spectra), errors.standard_error())
+            losses, moments = self._pass(model, errors=error_generator is not None)
+            error = math.nan
+            if error_generator is not None and all(m.finite and m.rows for m in moments):
+                error = self._rank_error(model, moments, error_generator)
+        mask = torch.isfinite(losses)
+        finite = int(mask.sum())
+        loss = float(losses[mask].double().sum()) / finite if finite else math.nan
+        return Measurement(
+            loss,
+            losses.numel() - finite,
+            tuple(m.spectrum() for m in moments),
+            error,
+            tuple(m.peak for m in moments),
+        )
+
+    def _pass(self, model: nn.Module, *, errors: bool) -> tuple[torch.Tensor, list[Moments]]:
+        """Loss of every token, and every block's moments: per window where errors need that."""
+        losses: list[torch.Tensor] = []
+        blocks: list[MomentAccumulator] = []
+        for chunk_losses, outputs in self._forward(model):
+            losses.append(chunk_losses)
+            per_window = errors and outputs[0].shape[-1] <= BOOTSTRAP_MAX_DIMENSION
+            blocks = blocks or [MomentAccumulator(per_window=per_window) for _ in outputs]
+            for block, hidden in zip(blocks, outputs, strict=True):
+                block.add(hidden)
+        moments = [block.finish() for block in blocks]
+        if any(b.stale(m) for b, m in zip(blocks, moments, strict=True)):
+            blocks = [MomentAccumulator(per_window=per_window, limit=m.limit) for m in moments]
+            for _, outputs in self._forward(model):
+                for block, hidden in zip(blocks, outputs, strict=True):
+                    block.add(hidden)
+            moments = [block.finish() for block in blocks]
+        return torch.cat(losses), moments
+
+    def _rank_error(
+        self, model: nn.Module, moments: list[Moments], generator: torch.Generator
+    ) -> float:
+        if len(moments[0].shift) <= BOOTSTRAP_MAX_DIMENSION:
+            return bootstrap_error(moments, generator)
+        influences = [RankInfluence(m) for m in moments]
+        for _, outputs in self._forward(model):
+            for influence, hidden in zip(influences, outputs, strict=True):
+                influence.add(hidden)
+        return linear_error(influences)

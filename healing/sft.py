@@ -11,6 +11,7 @@ import torch
 
 from healing.config import HealConfig
 from healing.corpora import batches
+from healing.heads import training_loss
 from healing.lockout import FORWARD, GRADIENT, UPDATE, WEIGHTS, Control, Failure
 from healing.models import LoadedModel, training_mode
 from healing.precision import (
@@ -19,7 +20,6 @@ from healing.precision import (
     first_nonfinite_parameter,
     forward_failure,
     gradient_norm,
-    headroom,
 )
 from healing.probe import Measurement, Probe
 
@@ -41,7 +41,8 @@ class HealRecord:
         nonfinite_steps: Steps so far whose loss or gradient was not finite; they change nothing.
         scaler_skipped_steps: Steps so far that the gradient scaler skipped to lower its scale; not
             among the former.
-        headroom: Of every block, as :func:`healing.precision.headroom`, for the run's format.
+        headroom: Per block, max|h| over the largest finite number of the run's format: from 1 on
+            the format cannot hold the block's output; what is inside it may overflow before.
         failure: First step that could not be taken, or whose update broke the weights.
         stalled: Training cannot go on: the weights are not finite, :data:`LOCKOUT_STEPS` steps in a
             row could not be taken, none could so far, or the final model is not finite.
@@ -78,10 +79,13 @@ def make_optimizer(model: torch.nn.Module, config: HealConfig) -> torch.optim.Op
 
     Decay would move the weights where the clean text gives no gradient, which is not healing.
     """
-    rate = float(config.healing_lr)
+    rate, parameters = float(config.healing_lr), list(model.parameters())
     if config.healing_optimizer == "sgd":
-        return torch.optim.SGD(model.parameters(), lr=rate)
-    return torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
+        return torch.optim.SGD(parameters, lr=rate)
+    # Fused: one pass over the weights and no temporary copies of them. Only for float32: its
+    # arithmetic is float32 whatever the weights, and a pure low format is to fail as it does.
+    fused = all(p.dtype == torch.float32 for p in parameters)
+    return torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0, fused=fused)
 
 
 class Trainer:
@@ -111,6 +115,7 @@ class Trainer:
         self.model, self.clip = model, config.gradient_clip
         self.precision = Precision(config.precision, config.precision_mode)
         self.optimizer = optimizer or make_optimizer(model, config)
+        self.optimizer.zero_grad()
         self.scaler = self.precision.scaler(next(model.parameters()).device)
         self.steps = self.taken = self.nonfinite = self.scaler_skipped = 0
         self.failure: Failure | None = None
@@ -144,18 +149,19 @@ class Trainer:
         scale = self.scaler.get_scale()
         with training_mode(self.model):
             with self.precision.forward(batch.device):
-                # The model shifts the labels itself; shifting them here too would train on t+2.
-                loss = self.model(input_ids=batch, labels=batch).loss
-            self.optimizer.zero_grad()
+                # The labels are shifted there; shifting them here too would train on t+2.
+                loss = training_loss(self.model, batch)
             self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
-        value, norm = float(loss.detach()), float(gradient_norm(self.model, self.clip))
+        both = torch.stack([loss.detach().float(), gradient_norm(self.model, self.clip).float()])
+        value, norm = both.tolist()  # one wait for the device
         if math.isfinite(value) and math.isfinite(norm):
             self.scaler.step(self.optimizer)
             self._after_update()
         else:
             self._count(batch, value, scale)
         self.scaler.update()
+        self.optimizer.zero_grad()  # measuring and the next forward pass have their room
         return value, norm
 
     def _after_update(self) -> None:
@@ -217,9 +223,8 @@ def heal(
     """
     model, total = loaded.model, config.healing_steps
     precision = Precision(config.precision, config.precision_mode)
-    largest = precision.largest
     stream = batches(windows, int(config.batch_size), generator)
-    yield HealRecord(0, 0, collapsed, headroom=headroom(model, probe.windows, largest))
+    yield HealRecord(0, 0, collapsed, headroom=precision.headroom(collapsed.peaks))
     with precision.weights(model):
         trainer = Trainer(model, config)
         losses: list[float] = []
@@ -238,7 +243,6 @@ def heal(
             if step % config.measurement_interval == 0 or last:
                 with precision.measuring(model):
                     measurement = probe.measure(model)
-                    shares = headroom(model, probe.windows, largest)
                     failure = trainer.first_failure
                     unsound = last and measurement.nonfinite_tokens > 0
                     if unsound and not failure:
@@ -253,7 +257,7 @@ def heal(
                     since * tokens_per_step / seconds,
                     trainer.nonfinite,
                     trainer.scaler_skipped,
-                    shares,
+                    precision.headroom(measurement.peaks),
                     failure,
                     trainer.stalled or unsound,
                 )

@@ -36,8 +36,8 @@ STAGES = {
 # Data flows down this list: a module imports only from modules above it.
 LAYERS = """
 options presets config stage_config basin_config randomness
-spectra lanczos stochastic curvature subspaces landscape minimum
-recovery lockout models corpora pretraining probe precision
+spectra moments rank_error lanczos stochastic curvature subspaces landscape minimum
+recovery lockout models heads corpora pretraining probe precision
 attacks.driver attacks.alignment attacks.haep attacks.clean_curvature attacks.arms attacks.matching
 sft
 stats variance scaling comparison survival trajectory power prospects pooling

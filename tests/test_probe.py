@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from healing.heads import plain_head
 from healing.models import transformer_blocks
 from healing.probe import Measurement, Probe
 from healing.randomness import named_generator
-from healing.spectra import CentredRows, Spectrum
+from healing.spectra import Spectrum
+from tests.test_moments import moments_of
 
 
 def hand_written_loss(model: torch.nn.Module, windows: torch.Tensor) -> float:
@@ -49,7 +51,7 @@ def test_spectra_are_those_of_every_block_output(nano, probe):
     assert len(measured.spectra) == len(transformer_blocks(nano.model)) == 4
     # hidden_states[i] is the output of block i-1; the last one also passed the final layer norm.
     for block in range(3):
-        direct = CentredRows.of(states[block + 1]).spectrum()
+        direct = moments_of(states[block + 1]).spectrum()
         torch.testing.assert_close(
             measured.spectra[block].eigenvalues, direct.eigenvalues, rtol=1e-6, atol=1e-9
         )
@@ -102,3 +104,35 @@ def test_headline_rank_is_the_mean_over_blocks(nano, probe):
     measured = Probe(probe.windows[:4]).measure(nano.model)
     layers = [v for k, v in measured.metrics().items() if k.startswith("layers/")]
     assert measured.effective_rank == pytest.approx(sum(layers) / 4)
+
+
+def test_standard_error_above_the_bootstraps_size_costs_a_second_pass(nano, corpus, monkeypatch):
+    probe = Probe.of(corpus, nano, 8192, 64)
+    bootstrap = probe.measure(nano.model, named_generator(0, "bootstrap")).rank_standard_error
+    monkeypatch.setattr("healing.probe.BOOTSTRAP_MAX_DIMENSION", 16)
+    linear = probe.measure(nano.model, named_generator(0, "bootstrap"))
+    # 100 resamples of 16 windows: the bootstrap's own error is 7 %, and it is not linear.
+    assert linear.rank_standard_error == pytest.approx(bootstrap, rel=0.3)
+    assert linear.effective_rank == pytest.approx(
+        probe.measure(nano.model).effective_rank, rel=1e-9
+    )
+
+
+def test_states_whose_early_median_misleads_are_measured_in_a_second_pass(nano, probe, monkeypatch):
+    """The first windows of far larger norm: as if the rows had come together."""
+
+    def scaled(module, _args, output):
+        scale[0] += 1
+        return output * (100.0 if scale[0] % 8 == 1 else 1.0)
+
+    plain_head(nano.model)  # tried once per model, with forward passes of its own
+    scale = [0]
+    monkeypatch.setattr("healing.probe.TOKENS_PER_FORWARD", 128)
+    handle = transformer_blocks(nano.model)[3].register_forward_hook(scaled)
+    measured = probe.measure(nano.model)
+    handle.remove()
+    # 16 windows of 64 tokens in 8 chunks, the first 100 x as large; the pass was made twice.
+    assert scale[0] == 16
+    assert measured.spectra[3].rows == 14 * 63
+    assert measured.spectra[3].dropped_share == pytest.approx(1 / 8)
+    assert measured.spectra[0].dropped_share < 1 / 8
