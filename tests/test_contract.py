@@ -36,7 +36,7 @@ STAGES = {
 LAYERS = """
 options presets config stage_config basin_config randomness
 spectra moments rank_error lanczos stochastic curvature subspaces landscape minimum
-recovery lockout hub sources models heads checkpoints corpora pretraining probe precision
+recovery lockout optimizers hub sources models heads checkpoints corpora pretraining probe precision
 attacks.driver attacks.alignment attacks.haep attacks.clean_curvature attacks.arms attacks.matching
 sft
 stats variance scaling comparison survival trajectory power prospects pooling
