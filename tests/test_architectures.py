@@ -201,10 +201,15 @@ def test_tied_weights_are_stored_once_and_load_strictly(folders, tmp_path):
     assert cpu_state(loaded.model).keys() == checkpoint.state.keys()
 
 
-def test_dropout_is_off_in_training_mode(folders):
-    stored = json.loads((folders["gpt2"] / "config.json").read_text())
-    assert stored["resid_pdrop"] == stored["attn_pdrop"] == stored["embd_pdrop"] == 0.1
-    model = load_model(str(folders["gpt2"])).model.train()
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_dropout_is_off_in_training_mode(folders, tmp_path, name):
+    folder = shutil.copytree(folders[name], tmp_path / name)
+    stored = json.loads((folder / "config.json").read_text())
+    if name == "gpt2":  # modules
+        assert stored["resid_pdrop"] == stored["attn_pdrop"] == stored["embd_pdrop"] == 0.1
+    else:  # a number that the attention reads
+        (folder / "config.json").write_text(json.dumps(stored | {"attention_dropout": 0.5}))
+    model = load_model(str(folder)).model.train()
     ids = torch.arange(40).view(2, 20)
     state = torch.get_rng_state()
     with torch.no_grad():
