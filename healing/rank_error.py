@@ -50,8 +50,8 @@ class RankInfluence:
     """Derivative of one block's effective rank with respect to each window's weight at 1.
 
     With f = exp(H), ∂f/∂λᵢ = f·(−ln pᵢ − H)/(2 σᵢ Σσ) and ∂C/∂wₖ = Σ_{rows of k} (x xᵀ − C)/n, so
-    that window k has the influence uₖ = Σ_{rows of k} (xᵀ M x − tr C M)/n, where M has the
-    eigenvectors of C and the eigenvalues ∂f/∂λᵢ.
+    that window k has the influence uₖ = Σ_{rows of k} xᵀ M x/n, where M has the eigenvectors of C
+    and the eigenvalues ∂f/∂λᵢ; tr C M = 0, since f does not change with the scale of C.
 
     Args:
         moments: Of the same states.
@@ -64,7 +64,6 @@ class RankInfluence:
         entropy = -torch.xlogy(p, p).sum()
         slope = entropy.exp() * (-p.log() - entropy) / (2 * sigma * sigma.sum())
         self._sensitivity = (vectors * slope) @ vectors.T
-        self._offset = values @ slope
         self._mean, self._limit, self._n = moments.mean, moments.limit, moments.rows
         self._found: list[torch.Tensor] = []
 
@@ -72,7 +71,7 @@ class RankInfluence:
         """Take the states of some windows, (windows, tokens, hidden)."""
         rows, norms = row_norms(hidden)
         rows = rows - self._mean
-        change = ((rows @ self._sensitivity) * rows).sum(-1) - self._offset
+        change = ((rows @ self._sensitivity) * rows).sum(-1)
         self._found.append(torch.where(norms <= self._limit, change, 0.0).sum(1) / self._n)
 
     def per_window(self) -> torch.Tensor:
