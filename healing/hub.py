@@ -150,6 +150,10 @@ def _fetch(repo: str, revision: str, commit: str, patterns: Sequence[str]) -> pa
         folder = huggingface_hub.snapshot_download(
             repo, revision=commit, allow_patterns=list(patterns)
         )
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        # A gated model tells of itself and refuses its files; a commit is not looked up before.
+        reason = refusal(error, "model", repo)
+        raise ModelError(f"model {repo}, revision {revision}: {reason}") from error
     except CONNECTION_ERRORS as error:
         if is_offline_mode():
             raise ModelError(_not_cached(repo, revision, error)) from error

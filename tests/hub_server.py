@@ -30,7 +30,7 @@ class Repository:
 
     Attributes:
         revisions: Branch or tag → path → content.
-        gated: Answers as one whose terms are not accepted.
+        gated: Tells of itself, but gives no file to the anonymous.
         head: Branch whose commit a request without a revision means.
     """
 
@@ -138,8 +138,6 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             if repository is None:
                 # The Hub answers 401 to the anonymous: it does not tell missing from private.
                 self._error(401, "RepoNotFound", "Invalid username or password.")
-            elif repository.gated:
-                self._error(401, "GatedRepo", f"Access to {name} is restricted.")
             else:
                 return repository
             return None
@@ -198,6 +196,8 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             repository = self._repository(name)
             if repository is None:
                 return
+            if repository.gated:
+                return self._error(401, "GatedRepo", f"Access to {name} is restricted.")
             revision, _, path = rest.partition("/")
             known = repository.find(revision)
             if known is None:
