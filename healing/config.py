@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from healing.options import AUTO, ConfigError, option, validate_fields
-from healing.presets import DEFAULT_MODEL, MODELS, preset_for
+from healing.presets import DEFAULT_MODEL, LORA_RATE_RATIO, MODELS, preset_for
 
 ARMS = (
     "haep",
@@ -26,6 +26,8 @@ ARMS = (
 TREATMENT, CONTROL, SHAM = "haep", "gaussian_noise", "none"
 NOISE_MATCHES = ("norm", "loss", "rank")
 OPTIMIZERS = ("adamw", "sgd")
+METHODS = ("full", "lora")
+FULL, LORA = METHODS
 SUBSPACES = ("singular", "hessian")
 PRECISIONS = ("fp32", "bf16", "fp16")
 PRECISION_MODES = ("autocast", "pure")
@@ -240,11 +242,25 @@ class HealConfig(BaseConfig):
     healing_steps: int = option(500, "Fine-tuning steps on clean text.", minimum=0)
     healing_lr: float | str = option(
         AUTO,
-        "Learning rate; auto = 1e-4 for Pythia sizes, 1e-3 for nano and micro.",
+        "Learning rate; auto = 1e-4 for Pythia sizes, 1e-3 for nano and micro; 10 times that for "
+        "lora.",
         minimum=0,
         exclusive_minimum=True,
     )
     healing_optimizer: str = option("adamw", "Optimiser of healing.", choices=OPTIMIZERS)
+    healing_method: str = option(
+        FULL,
+        "What is trained: all weights, or (lora, which needs peft) low-rank adapters of the linear "
+        "layers inside the blocks, merged afterwards.",
+        choices=METHODS,
+    )
+    lora_rank: int = option(8, "lora: rank r of the change of every matrix.", minimum=1)
+    lora_alpha: float = option(
+        16.0,
+        "lora: the change is alpha / rank times the product of the adapters.",
+        minimum=0,
+        exclusive_minimum=True,
+    )
     sham: bool = option(
         False,
         "Also refer recovery to the sham: the healthy model through the same fine-tuning (healed "
@@ -273,6 +289,20 @@ class HealConfig(BaseConfig):
         if len(given) > 1:
             flags = " and ".join("--" + name.replace("_", "-") for name in given)
             raise ConfigError(f"{flags} exclude each other: give one of them")
+        if self.healing_method == LORA:
+            self._check_lora()
+
+    def _check_lora(self) -> None:
+        if self.precision_mode == "pure" and self.precision != "fp32":
+            raise ConfigError(
+                "--healing-method lora keeps the weights, --precision-mode pure rounds them: "
+                "use --precision-mode autocast"
+            )
+        if self.healing_optimizer != "adamw" and self.healing_lr == AUTO:
+            raise ConfigError(
+                "--healing-lr auto is AdamW's for --healing-method lora: give a number with "
+                f"--healing-optimizer {self.healing_optimizer}"
+            )
 
 
 ConfigT = TypeVar("ConfigT", bound=BaseConfig)
@@ -294,6 +324,8 @@ def resolve(config: ConfigT) -> ConfigT:
             values[field.name] = getattr(preset, field.name)
     if "attack_lr" in values and getattr(config, "attack_optimizer", "") == "sgd":
         values["attack_lr"] = preset.attack_sgd_lr
+    if "healing_lr" in values and getattr(config, "healing_method", FULL) == LORA:
+        values["healing_lr"] = LORA_RATE_RATIO * preset.healing_lr
     return dataclasses.replace(config, **values)
 
 

@@ -54,6 +54,8 @@ _PYTHIA = {
 PRESETS: dict[str, Preset] = {**_EMBEDDED, **_PYTHIA}
 MODELS = tuple(PRESETS)
 DEFAULT_MODEL = "1b"
+LORA_RATE_RATIO = 10.0
+"""Learning rate of adapters over that of all weights (docs/method.md, Low-rank healing)."""
 
 
 def preset_for(model: str) -> Preset:

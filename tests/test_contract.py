@@ -37,7 +37,7 @@ STAGES = {
 LAYERS = """
 options presets config stage_config basin_config randomness
 spectra moments rank_error lanczos stochastic curvature subspaces landscape minimum
-recovery lockout models heads corpora pretraining probe precision
+recovery lockout models lora heads corpora pretraining probe precision
 attacks.driver attacks.alignment attacks.haep attacks.clean_curvature attacks.arms attacks.matching
 sft
 stats variance scaling comparison survival trajectory power prospects pooling

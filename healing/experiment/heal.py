@@ -33,6 +33,7 @@ from healing.experiment.healing_cell import (
     sham_checkpoint,
 )
 from healing.experiment.loading import load_inputs, use_threads
+from healing.lora import n_trainable, require
 from healing.models import (
     CHECKPOINT_NAME,
     HEALED_KIND,
@@ -244,6 +245,7 @@ def _heal_in(run: RunLogger, cell: HealCell, title: str, arm: str, console: Cons
             files["lines"] = JsonLines(files["folder"] / "metrics.jsonl")
             run.rescue(files["folder"] / "config.json", files["lines"].path)
             run.n_params(outcome.loaded.n_params)
+            run.n_params(n_trainable(outcome.loaded.model, config), "n_trainable_params")
             warn_of_few_rows(console, config, outcome.loaded)
             settings = settings_of(cell, outcome.checkpoint, outcome.digests)
             marks = {"fingerprint": outcome.fingerprint, "settings": settings}
@@ -344,6 +346,7 @@ def heal(config: HealConfig) -> list[HealOutcome]:
     """
     console = Console(config.verbosity)
     with tracking.start("heal", {"stage": "heal"}) as run:
+        require(config)
         if config.checkpoint_dir:
             paths = find_checkpoints(config.checkpoint_dir)
             replicates = config.runs_per_checkpoint

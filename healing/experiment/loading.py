@@ -35,6 +35,7 @@ NUMERICAL_MODULES = (
     "heads",
     "lanczos",
     "lockout",
+    "lora",
     "models",
     "moments",
     "precision",
