@@ -43,6 +43,8 @@ def options_of(config_class: type) -> Callable[[Callable[..., Any]], Callable[..
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         for field, kind, may_be_auto in reversed(list(fields_of(config_class))):
+            # --sham alone means --sham true.
+            flag: dict[str, Any] = {"is_flag": False, "flag_value": True} if kind is bool else {}
             function = click.option(
                 flag_name(field.name),
                 field.name,
@@ -50,6 +52,7 @@ def options_of(config_class: type) -> Callable[[Callable[..., Any]], Callable[..
                 default=field.default,
                 show_default=field.default != "",
                 help=field.metadata["help"],
+                **flag,
             )(function)
         return function
 

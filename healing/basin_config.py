@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from healing.config import DEVICES_HELP
+from healing.config import DEDUPED_HELP, DEVICES_HELP, REVISION_HELP
 from healing.options import AUTO, ConfigError, option, validate_fields
-from healing.presets import MODELS, preset_for
+from healing.presets import MODELS_HELP, check_source, model_label
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,9 +20,9 @@ class BasinConfig:
     healed_checkpoint: str = option(
         "", "Healed checkpoint that belongs to --collapsed-checkpoint (a path or an MLflow URI)."
     )
-    model: str = option(
-        AUTO, f"Model size: {', '.join(MODELS)}; auto = the one the healed checkpoint names."
-    )
+    model: str = option(AUTO, f"Model: {MODELS_HELP}; auto = the one the healed checkpoint names.")
+    revision: str = option("", f"{REVISION_HELP} The healed checkpoint brings its own.")
+    deduped: bool = option(False, f"{DEDUPED_HELP} The healed checkpoint brings its own.")
     corpus: str = option(AUTO, "Clean text (see attack --corpus); auto = as in the healing run.")
     max_documents: int | str = option(
         AUTO, "Documents read from the corpus at most; auto = as in the healing run.", minimum=1
@@ -93,7 +93,7 @@ class BasinConfig:
     def __post_init__(self) -> None:
         validate_fields(self)
         if self.model != AUTO:
-            preset_for(self.model)
+            check_source(self.model, self.revision, self.deduped)
         if 100 % (self.path_points - 1):
             raise ConfigError(
                 f"--path-points must be 21, 26, 51 or 101 (whole percents apart), got "
@@ -104,6 +104,11 @@ class BasinConfig:
                 f"--lanczos-iterations must be at least twice --eigenvalues "
                 f"({2 * self.eigenvalues}), got {self.lanczos_iterations}"
             )
+
+    @property
+    def label(self) -> str:
+        """The model with its revision and training set, for titles and tags."""
+        return model_label(self.model, self.revision, self.deduped)
 
     def require_source(self) -> None:
         """Check that the states to examine are named, and named once.

@@ -8,11 +8,26 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from healing.options import AUTO, ConfigError, option, validate_fields
-from healing.presets import DEFAULT_MODEL, LORA_RATE_RATIO, MODELS, preset_for
+from healing.presets import (
+    DEFAULT_MODEL,
+    HUB,
+    LORA_RATE_RATIO,
+    MAIN,
+    MODELS_HELP,
+    PYTHIA,
+    PYTHIA_HIDDEN,
+    canonical_model,
+    check_source,
+    model_kind,
+    model_label,
+    preset_for,
+    probe_tokens_for,
+)
 
 ARMS = (
     "haep",
@@ -31,6 +46,11 @@ FULL, LORA = METHODS
 SUBSPACES = ("singular", "hessian")
 PRECISIONS = ("fp32", "bf16", "fp16")
 PRECISION_MODES = ("autocast", "pure")
+REVISION_HELP = (
+    "Branch, tag or commit on the Hub; empty = main. Pythia has a tag per training checkpoint: "
+    "step0, step1, step2, step4 ... step512, step1000, step2000 ... step143000."
+)
+DEDUPED_HELP = "Pythia sizes: the model trained on the deduplicated Pile."
 DEVICES_HELP = "auto (accelerator if there is one), cpu, cuda, cuda:N or mps."
 RAW_DATA = "priority5_healing/raw_data"
 """Folder below ``output_dir`` that holds one folder per run."""
@@ -73,11 +93,13 @@ NOT_SETTINGS = frozenset(
 class BaseConfig:
     """What every stage that loads a model shares."""
 
-    model: str = option(DEFAULT_MODEL, f"Model size: {', '.join(MODELS)}.")
+    model: str = option(DEFAULT_MODEL, f"Model: {MODELS_HELP}.")
+    revision: str = option("", REVISION_HELP)
+    deduped: bool = option(False, DEDUPED_HELP)
     corpus: str = option(
         AUTO,
-        "Clean text: stdlib, pile, a .txt/.jsonl/.parquet file or folder, or a Hub dataset id; "
-        "auto = stdlib for embedded models, pile for Pythia.",
+        "Clean text: stdlib, pile, a .txt/.jsonl/.jsonl.zst/.parquet file or folder, or a Hub "
+        "dataset id; auto = stdlib for nano and micro, else pile.",
     )
     max_documents: int = option(
         20_000, "Documents read from the corpus at most (a stream stops there).", minimum=1
@@ -90,7 +112,10 @@ class BaseConfig:
         128, "Tokens per window, in training and on the probe.", minimum=8, maximum=2048
     )
     probe_tokens: int | str = option(
-        AUTO, "Tokens of the frozen probe; auto = by model, at least 4 x hidden size.", minimum=64
+        AUTO,
+        "Tokens of the frozen probe; auto = by model: 4096 for nano and micro, else 8192 or what "
+        "gives 4 rows per hidden dimension.",
+        minimum=64,
     )
     measurement_interval: int = option(10, "Optimiser steps between measurements.", minimum=1)
     threads: int | str = option(
@@ -108,7 +133,12 @@ class BaseConfig:
     def __post_init__(self) -> None:
         validate_fields(self)
         if self.model != AUTO:
-            preset_for(self.model)
+            check_source(self.model, self.revision, self.deduped)
+
+    @property
+    def label(self) -> str:
+        """The model with its revision and training set, for titles, tags and groups."""
+        return model_label(self.model, self.revision, self.deduped)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,9 +254,10 @@ class HealConfig(BaseConfig):
 
     model: str = option(
         AUTO,
-        f"Model size: {', '.join(MODELS)}; auto = the model the checkpoint names, "
-        f"else {DEFAULT_MODEL}.",
+        f"Model: {MODELS_HELP}; auto = the model the checkpoint names, else {DEFAULT_MODEL}.",
     )
+    revision: str = option("", f"{REVISION_HELP} A checkpoint brings its own.")
+    deduped: bool = option(False, f"{DEDUPED_HELP} A checkpoint brings its own.")
     collapsed_checkpoint: str = option("", "Checkpoint file to heal (a path or an MLflow URI).")
     attack_run_id: str = option("", "MLflow attack run whose checkpoint is healed.")
     checkpoint_dir: str = option(
@@ -242,8 +273,7 @@ class HealConfig(BaseConfig):
     healing_steps: int = option(500, "Fine-tuning steps on clean text.", minimum=0)
     healing_lr: float | str = option(
         AUTO,
-        "Learning rate; auto = 1e-4 for Pythia sizes, 1e-3 for nano and micro; 10 times that for "
-        "lora.",
+        "Learning rate; auto = 1e-3 for nano and micro, else 1e-4, and 10 times that for lora.",
         minimum=0,
         exclusive_minimum=True,
     )
@@ -311,14 +341,18 @@ ConfigT = TypeVar("ConfigT", bound=BaseConfig)
 def resolve(config: ConfigT) -> ConfigT:
     """Replace every ``auto`` by the preset of the configuration's model.
 
-    The device stays ``auto``: which accelerator exists is not a property of the experiment.
+    The device stays ``auto``: which accelerator exists is not a property of the experiment. So does
+    the probe's size where only the model's own files tell its hidden size
+    (:func:`healing.experiment.loading.complete`).
 
     Raises:
         ConfigError: Unknown model.
     """
     model = DEFAULT_MODEL if config.model == AUTO else config.model
     preset = preset_for(model)
-    values: dict[str, Any] = {"model": model}
+    values: dict[str, Any] = {"model": canonical_model(model)}
+    if not config.revision and model_kind(model) in (PYTHIA, HUB):
+        values["revision"] = MAIN
     for field in dataclasses.fields(config):
         if getattr(config, field.name) == AUTO and hasattr(preset, field.name):
             values[field.name] = getattr(preset, field.name)
@@ -326,6 +360,9 @@ def resolve(config: ConfigT) -> ConfigT:
         values["attack_lr"] = preset.attack_sgd_lr
     if "healing_lr" in values and getattr(config, "healing_method", FULL) == LORA:
         values["healing_lr"] = LORA_RATE_RATIO * preset.healing_lr
+    if "probe_tokens" in values and model in PYTHIA_HIDDEN:
+        hidden = PYTHIA_HIDDEN[model]
+        values["probe_tokens"] = probe_tokens_for(hidden, config.sequence_length)
     return dataclasses.replace(config, **values)
 
 
@@ -337,13 +374,15 @@ def as_params(config: Any) -> dict[str, Any]:
 def fingerprint(*parts: Any) -> str:
     """Hash (16 hex digits) of what determines a result.
 
-    Dataclasses contribute every field except :data:`NOT_DETERMINING`; anything else must be
-    JSON-serialisable.
+    Dataclasses contribute every field except :data:`NOT_DETERMINING`, and a model's folder not its
+    path: its content is hashed where it is known. Anything else must be JSON-serialisable.
     """
     plain = []
     for part in parts:
         if dataclasses.is_dataclass(part) and not isinstance(part, type):
             part = {k: v for k, v in as_params(part).items() if k not in NOT_DETERMINING}
+            if os.path.isabs(str(part.get("model", ""))):
+                part["model"] = "folder"
         plain.append(part)
     text = json.dumps(plain, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -16,7 +16,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import huggingface_hub
 import torch
+import zstandard
+from huggingface_hub import is_offline_mode
+
+from healing.hub import CONNECTION_ERRORS, refusal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,12 +32,14 @@ DOCUMENTS_PER_CALL = 64
 SPLITS = ("train", "attack", "probe")
 SPLIT_BOUNDS = {"train": (0.0, 0.8), "attack": (0.8, 0.9), "probe": (0.9, 1.0)}
 PILE_ID = "monology/pile-uncopyrighted"
-LOCAL_FORMATS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
+LOCAL_FORMATS = {".txt": "text", ".jsonl": "json", ".jsonl.zst": "json", ".parquet": "parquet"}
 BLANK_LINES = re.compile(r"\n[ \t]*\n")
 ALTERNATIVES = (
-    "use --corpus stdlib (no network), a local .txt, .jsonl or .parquet file or folder, "
-    "pile, or a Hub dataset id such as owner/name"
+    "use --corpus stdlib (no network), a local .txt, .jsonl, .jsonl.zst or .parquet file or "
+    "folder, pile, or a Hub dataset id such as owner/name"
 )
+STREAM_ATTEMPTS = 1
+"""Reads of a broken stream; each is retried by the Hub's client for half a minute."""
 
 # Parts of the standard library that many distributions leave out or that are not prose-like code
 # (character tables), so that one Python version gives one corpus wherever it was installed from.
@@ -173,17 +180,20 @@ def _take(dataset: Iterable[dict[str, Any]], name: str, limit: int) -> list[str]
     return list(itertools.islice(texts, limit))
 
 
+def _suffix(name: str) -> str:
+    """The ending of a file's name that :data:`LOCAL_FORMATS` knows, or nothing."""
+    return next((ending for ending in LOCAL_FORMATS if name.endswith(ending)), "")
+
+
 def _local_documents(path: pathlib.Path, limit: int) -> list[str]:
     import datasets
 
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    files = [p for p in files if p.suffix in LOCAL_FORMATS]
-    formats = {p.suffix for p in files}
+    files = [p for p in files if _suffix(p.name)]
+    formats = {_suffix(p.name) for p in files}
     if not files or len(formats) > 1:
-        found = ", ".join(sorted(formats)) or "no such file"
-        raise CorpusError(
-            f"{path}: expected .txt, .jsonl or .parquet files of one kind, found {found}"
-        )
+        found, expected = ", ".join(sorted(formats)) or "no such file", ", ".join(LOCAL_FORMATS)
+        raise CorpusError(f"{path}: expected {expected} files of one kind, found {found}")
     suffix = formats.pop()
     try:
         dataset = datasets.load_dataset(
@@ -194,7 +204,7 @@ def _local_documents(path: pathlib.Path, limit: int) -> list[str]:
             **({"sample_by": "document"} if suffix == ".txt" else {}),
         )
         texts = _take(dataset, str(path), limit)
-    except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
+    except (datasets.exceptions.DatasetsError, ValueError, OSError, zstandard.ZstdError) as error:
         raise CorpusError(f"{path} could not be read as {suffix}: {error}") from error
     # In one text file blank lines part the documents; in a folder of texts each file is one.
     one_text = suffix == ".txt" and path.is_file()
@@ -203,20 +213,22 @@ def _local_documents(path: pathlib.Path, limit: int) -> list[str]:
 
 def _hub_documents(dataset_id: str, limit: int) -> list[str]:
     import datasets
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
+    datasets.config.STREAMING_READ_MAX_RETRIES = STREAM_ATTEMPTS
     try:
+        huggingface_hub.HfApi().dataset_info(dataset_id)  # the stream would be retried for minutes
         dataset = datasets.load_dataset(dataset_id, split="train", streaming=True)
         return _take(dataset, dataset_id, limit)
     except (
-        OSError,
+        *CONNECTION_ERRORS,
         ValueError,
-        HfHubHTTPError,
-        HFValidationError,
-        OfflineModeIsEnabled,
+        RuntimeError,
         datasets.exceptions.DatasetsError,
+        zstandard.ZstdError,
     ) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = refusal(error, "dataset", dataset_id)
+        if is_offline_mode():
+            reason = "HF_HUB_OFFLINE forbids the network, and streamed text is not kept"
         raise CorpusError(
             f"dataset {dataset_id!r} could not be loaded from the Hub ({reason}): {ALTERNATIVES}"
         ) from error
@@ -233,7 +245,7 @@ def load_corpus(name: str, max_documents: int = 20_000) -> Corpus:
         CorpusError: It cannot be loaded; the message names the alternatives.
     """
     path = pathlib.Path(name).expanduser()
-    looks_local = path.suffix in LOCAL_FORMATS or name.startswith((".", "/", "~"))
+    looks_local = bool(_suffix(name)) or name.startswith((".", "/", "~"))
     if name == "stdlib":
         texts: Iterable[str] = list(_stdlib_documents())[:max_documents]
     elif path.exists():

@@ -1,13 +1,12 @@
-"""Models: embedded, or from the Hugging Face Hub; their blocks and matrices; safe checkpoints."""
+"""Models: embedded, from the Hugging Face Hub or a folder; their blocks and matrices."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import pathlib
-import pickle
+import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,15 +21,12 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from healing.presets import MODELS, preset_for
+from healing.config import fingerprint
+from healing.hub import ModelError
+from healing.presets import model_label
+from healing.sources import LOADING_ERRORS, loading_failure, locate, read_config, unloadable
 
 transformers_logging.disable_progress_bar()  # its bars would break ours
-
-EMBEDDED_DIR = pathlib.Path(__file__).parent / "embedded"
-CHECKPOINT_NAME = "checkpoint_post_treatment.pt"
-HEALED_NAME = "checkpoint_post_healing.pt"
-COLLAPSED_KIND, HEALED_KIND = "post_treatment", "post_healing"
-CHECKPOINT_KEYS = ("step", "model_state_dict", "checkpoint_type", "description")
 
 EMBEDDED_SHAPES: dict[str, dict[str, Any]] = {
     # Pythia's proportions (4x feed-forward, a quarter of each head rotary, untied output matrix)
@@ -40,29 +36,37 @@ EMBEDDED_SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-class ModelError(RuntimeError):
-    """A model cannot be loaded."""
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint is missing, damaged, or not of the model it is loaded into."""
-
-
 @dataclass
 class LoadedModel:
     """A causal language model with its tokenizer.
 
     Attributes:
-        name: Model size as the user names it.
+        name: Model as the user names it, with its revision.
         model: float32 weights, in ``eval`` mode, on the requested device.
         tokenizer: The model's own tokenizer.
         digest: Hash of the healthy weights (16 hex digits).
+        source: ``embedded``, the id on the Hub or the folder.
+        commit: Commit of the Hub's repository; empty for other sources.
+        identity: Hash of weights, architecture and tokenizer (16 hex digits): the same weights with
+            another of these are another model.
     """
 
     name: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     digest: str
+    source: str = "embedded"
+    commit: str = ""
+    identity: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.identity = _identity(self.digest, self.model, self.tokenizer)
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """Where the model came from, for a run's tags."""
+        known = {"model_source": self.source, "model_revision": self.commit}
+        return {name: value for name, value in known.items() if value}
 
     @property
     def n_params(self) -> int:
@@ -140,40 +144,73 @@ def state_digest(state: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
-def load_model(name: str, device: str = "cpu", *, attention: str = "sdpa") -> LoadedModel:
-    """Load a healthy model in float32.
+NOT_ARCHITECTURE = ("_name_or_path", "transformers_version", "dtype", "use_cache", "architectures")
+"""Entries of a transformers configuration that change no number here."""
+
+
+def _identity(digest: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
+    shape = json.loads(model.config.to_json_string(use_diff=True))
+    shape = {k: v for k, v in shape.items() if k not in NOT_ARCHITECTURE}
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    words = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
+    return fingerprint(digest, shape, words, tokenizer.eos_token_id)
+
+
+def load_model(
+    name: str,
+    device: str = "cpu",
+    *,
+    revision: str = "",
+    deduped: bool = False,
+    attention: str = "sdpa",
+) -> LoadedModel:
+    """Load a healthy model in float32, whatever its file holds; no dropout, no remote code.
 
     Args:
-        name: One of :data:`healing.config.MODELS`.
+        name: A name of :data:`healing.presets.MODELS`, a Hub id or a folder.
         device: ``auto`` or a torch device.
+        revision: Branch, tag or commit on the Hub; empty = ``main``.
+        deduped: The Pythia that was trained on the deduplicated Pile.
         attention: transformers' attention implementation; ``eager`` has second derivatives.
 
     Raises:
         ConfigError: Unknown model.
-        ModelError: The weights cannot be loaded; the message says what to do.
+        ModelError: It cannot be loaded; the message says what to do.
     """
-    source = preset_for(name).source
-    location = str(EMBEDDED_DIR / name) if source == "embedded" else source
-    target = resolve_device(device)
+    label, target = model_label(name, revision, deduped), resolve_device(device)
+    location = locate(name, revision, deduped)
+    config = read_config(label, location)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(location)
-        model = AutoModelForCausalLM.from_pretrained(
-            location, dtype=torch.float32, attn_implementation=attention
+        tokenizer = AutoTokenizer.from_pretrained(location.folder, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises this very type for a damaged tokenizer.json
+        raise loading_failure(error, label, location) from error
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            location.folder,
+            config=config,
+            dtype=torch.float32,
+            attn_implementation=attention,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        hint = (
-            f"run the pretrain entry point with --model {name}"
-            if source == "embedded"
-            else "check the network, set HF_HOME to a cache that has it, or use --model nano or "
-            "micro, which need no download"
-        )
-        raise ModelError(
-            f"model {name} could not be loaded from {location} ({reason}): {hint}"
-        ) from error
+    except LOADING_ERRORS as error:
+        raise loading_failure(error, label, location) from error
+    model, report = loaded
+    # transformers fills what a file lacks with random numbers, and only warns.
+    if lacking := sorted(report["missing_keys"]):
+        reason = f"its weights lack {len(lacking)} tensors, first {lacking[0]}"
+        raise unloadable(label, location, reason, "name a folder or revision with all of them")
+    words, rows = len(tokenizer), len(embedding_matrix(model))
+    if words > rows:
+        reason = f"its tokenizer has {words} tokens, its embedding matrix {rows} rows"
+        raise unloadable(label, location, reason, "put the model's own tokenizer beside it")
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):  # one that does not follow the configuration
+            module.p = 0.0
     model.config.use_cache = False
     model.eval().to(target)
-    return LoadedModel(name, model, tokenizer, state_digest(model.state_dict()))
+    digest = state_digest(model.state_dict())
+    return LoadedModel(label, model, tokenizer, digest, location.source, location.commit)
 
 
 def next_token_loss(model: nn.Module, windows: torch.Tensor) -> torch.Tensor:
@@ -183,16 +220,19 @@ def next_token_loss(model: nn.Module, windows: torch.Tensor) -> torch.Tensor:
 
 
 def transformer_blocks(model: nn.Module) -> nn.ModuleList:
-    """The list of transformer blocks: the longest ``ModuleList`` of equal modules.
+    """The list of transformer blocks: the outermost ``ModuleList`` with as many modules as the
+    configuration has layers; without a configuration the longest one of equal modules.
 
     Raises:
         ModelError: There is none.
     """
-    lists = [
-        module
-        for module in model.modules()
-        if isinstance(module, nn.ModuleList) and len({type(m) for m in module}) == 1
-    ]
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    config = getattr(model, "config", None)
+    if config is not None:
+        depth = getattr(config.get_text_config(), "num_hidden_layers", None)
+        lists = [module for module in lists if len(module) == depth][:1]
+    else:
+        lists = [module for module in lists if len({type(m) for m in module}) == 1]
     if not lists:
         raise ModelError("no list of transformer blocks found in this architecture")
     return max(lists, key=len)
@@ -252,125 +292,3 @@ def evaluation_mode(model: nn.Module) -> contextlib.AbstractContextManager[None]
 def training_mode(model: nn.Module) -> contextlib.AbstractContextManager[None]:
     """``train()`` inside (dropout and activation checkpointing act), the previous mode after."""
     return _mode(model, training=True)
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A collapsed or healed state on disk.
-
-    Attributes:
-        step: Attack or healing step it was taken after.
-        state: Parameter name → tensor, on the CPU.
-        description: One line.
-        config: What made it ({} in files of the predecessor).
-        kind: ``post_treatment`` (collapsed) or ``post_healing``.
-    """
-
-    step: int
-    state: dict[str, torch.Tensor]
-    description: str
-    config: dict[str, Any]
-    kind: str = COLLAPSED_KIND
-
-    @property
-    def model_name(self) -> str | None:
-        """The model it names, if it names one."""
-        return self.config.get("model")
-
-
-def save_checkpoint(
-    path: pathlib.Path,
-    model: nn.Module,
-    step: int,
-    description: str,
-    config: dict[str, Any],
-    kind: str = COLLAPSED_KIND,
-) -> None:
-    """Write a checkpoint that ``torch.load(weights_only=True)`` reads.
-
-    The file appears whole or not at all (written beside, then renamed).
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    torch.save(
-        {
-            "step": step,
-            "model_state_dict": {k: v.detach().cpu() for k, v in model.state_dict().items()},
-            "checkpoint_type": kind,
-            "description": description,
-            "config": config,
-        },
-        partial,
-    )
-    partial.replace(path)
-
-
-def read_checkpoint(path: pathlib.Path) -> Checkpoint:
-    """Read a checkpoint without running any code it may carry.
-
-    Raises:
-        CheckpointError: Missing, damaged, unsafe, or without the expected entries.
-    """
-    if not path.is_file():
-        raise CheckpointError(f"no checkpoint at {path}: give the path of a {CHECKPOINT_NAME}")
-    try:
-        data = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} is damaged or holds objects other than tensors and plain values, "
-            "which are not loaded: make it anew with the attack entry point"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"{path} is truncated or not a torch checkpoint: copy or make it anew"
-        ) from error
-    missing = [k for k in CHECKPOINT_KEYS if not isinstance(data, dict) or k not in data]
-    if missing:
-        raise CheckpointError(
-            f"{path} lacks {', '.join(missing)}: expected {', '.join(CHECKPOINT_KEYS)}"
-        )
-    state = data["model_state_dict"]
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise CheckpointError(f"{path}: model_state_dict is not a mapping of names to tensors")
-    config = data.get("config") or {}
-    named = config.get("model") if isinstance(config, dict) else 0
-    if not isinstance(data["step"], int) or not (named is None or isinstance(named, str)):
-        raise CheckpointError(
-            f"{path}: step is not a number or config is not a mapping that names a model"
-        )
-    kind = str(data["checkpoint_type"])
-    return Checkpoint(data["step"], state, str(data["description"]), config, kind)
-
-
-def _mismatch(model: nn.Module, state: dict[str, torch.Tensor]) -> str:
-    own = model.state_dict()
-    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    shapes = [k for k in own.keys() & state.keys() if own[k].shape != state[k].shape]
-    notes = []
-    if missing:
-        notes.append(f"{len(missing)} tensors missing, first {missing[0]}")
-    if extra:
-        notes.append(f"{len(extra)} unexpected, first {extra[0]}")
-    if shapes:
-        key = sorted(shapes)[0]
-        notes.append(
-            f"{len(shapes)} of another shape, first {key} "
-            f"{tuple(state[key].shape)} for {tuple(own[key].shape)}"
-        )
-    return "; ".join(notes)
-
-
-def load_state(loaded: LoadedModel, checkpoint: Checkpoint, path: object) -> None:
-    """Put a checkpoint's weights into a model, strictly, as float32.
-
-    Raises:
-        CheckpointError: A tensor is missing, unexpected or of another shape; the model is
-            unchanged then.
-    """
-    notes = _mismatch(loaded.model, checkpoint.state)
-    if notes:
-        raise CheckpointError(
-            f"{path} is not a checkpoint of model {loaded.name} ({notes}): "
-            f"name the right one with --model ({', '.join(MODELS)})"
-        )
-    loaded.model.load_state_dict(checkpoint.state, strict=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from healing.config import ARMS, DEVICES_HELP, NOISE_MATCHES
+from healing.config import ARMS, DEDUPED_HELP, DEVICES_HELP, NOISE_MATCHES, REVISION_HELP
 from healing.options import AUTO, ConfigError, option, validate_fields
-from healing.presets import MODELS
+from healing.presets import MODELS_HELP, canonical_model, check_source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +87,9 @@ class ImportConfig:
 class SweepConfig:
     """Models x arms x seeds: attack and heal each, then summarize."""
 
-    models: str = option("nano,micro", "Comma-separated model sizes.")
+    models: str = option("nano,micro", f"Comma-separated models: {MODELS_HELP}.")
+    revision: str = option("", f"Of every model. {REVISION_HELP}")
+    deduped: bool = option(False, f"Of every model. {DEDUPED_HELP}")
     arms: str = option("haep,gaussian_noise,spectral", "Comma-separated arms.")
     seeds: str = option("0,1,2", "Comma-separated seeds; each gives its own checkpoint.")
     noise_match: str = option(
@@ -106,7 +108,7 @@ class SweepConfig:
     )
     healing_steps: int | str = option(
         AUTO,
-        "Fine-tuning steps per cell; auto = 60 for nano and micro, 500 for Pythia.",
+        "Fine-tuning steps per cell; auto = 60 for nano and micro, else 500.",
         minimum=0,
     )
     healing_lr: float | str = option(
@@ -134,8 +136,13 @@ class SweepConfig:
         self.model_list(), self.arm_list(), self.seed_list()
 
     def model_list(self) -> tuple[str, ...]:
-        """Model names in the order given."""
-        return _listed(self.models, "--models", MODELS)
+        """Model names in the order given, folders as absolute paths."""
+        models = tuple(canonical_model(m) for m in _listed(self.models, "--models", None))
+        for model in models:
+            check_source(model, self.revision, self.deduped)
+        if len(set(models)) < len(models):
+            raise ConfigError(f"--models names one folder twice: {self.models}")
+        return models
 
     def arm_list(self) -> tuple[str, ...]:
         """Arms in the order given."""

@@ -17,16 +17,9 @@ from healing.attacks.alignment import (
 from healing.attacks.arms import gaussian_noise, make_arm, mean_spectral_entropy
 from healing.attacks.driver import WeightChange, gradient_step, run_attack
 from healing.attacks.haep import Catalyst, propose_swaps, search_catalyst, token_gradient
+from healing.checkpoints import COLLAPSED_KIND, HEALED_KIND, CheckpointError, save_checkpoint
 from healing.config import AttackConfig, resolve
-from healing.models import (
-    COLLAPSED_KIND,
-    HEALED_KIND,
-    CheckpointError,
-    block_matrices,
-    load_model,
-    save_checkpoint,
-    state_digest,
-)
+from healing.models import block_matrices, load_model, state_digest
 from healing.probe import Probe
 from healing.randomness import named_generator
 from healing.subspaces import MatrixSubspace, SingularSubspace

@@ -16,6 +16,7 @@ from mlflow.tracking import MlflowClient
 from torch import nn
 
 from healing.basin_config import BasinConfig
+from healing.checkpoints import HEALED_NAME, CheckpointError, load_state, read_checkpoint
 from healing.config import AttackConfig, ConfigError, HealConfig, fingerprint
 from healing.corpora import Corpus, CorpusError, batches
 from healing.curvature import HessianOperator
@@ -34,14 +35,7 @@ from healing.experiment.heal import find_checkpoints, heal
 from healing.experiment.healing_cell import HealCell, decide_model, settings_of
 from healing.experiment.loading import cached_corpus
 from healing.landscape import loss_path, weights_of
-from healing.models import (
-    HEALED_NAME,
-    CheckpointError,
-    load_model,
-    load_state,
-    new_embedded_model,
-    read_checkpoint,
-)
+from healing.models import load_model, new_embedded_model
 from healing.plots import basin as figures
 from healing.probe import Probe
 from healing.randomness import named_generator

@@ -10,7 +10,8 @@ from click.testing import CliRunner, Result
 from mlflow.tracking import MlflowClient
 
 from entrypoints import attack, basin, heal, import_results, main, pretrain, summarize
-from healing.models import CHECKPOINT_NAME, load_model, save_checkpoint
+from healing.checkpoints import CHECKPOINT_NAME, save_checkpoint
+from healing.models import load_model
 
 COMMANDS = {
     "attack": attack.main,
@@ -136,7 +137,7 @@ def test_unreachable_hub_is_one_line(store, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     result = invoke("attack", "--model", "70m", "--corpus", "stdlib")
     assert result.exit_code == 1
-    assert "model 70m could not be loaded" in result.stderr
+    assert "model EleutherAI/pythia-70m is not in the cache" in result.stderr
     status, failure = failed_run()
     assert status == "FAILED"
     assert "--model nano or micro" in failure

@@ -15,11 +15,10 @@ import yaml
 
 from entrypoints import attack, basin, heal, import_results, main, pretrain, summarize
 from entrypoints._mlproject import render
-from healing import config as configs
 from healing.basin_config import BasinConfig
 from healing.config import AttackConfig, ConfigError, HealConfig, as_params, fingerprint, resolve
 from healing.options import fields_of, flag_name
-from healing.presets import preset_for
+from healing.presets import MODELS, preset_for
 from healing.stage_config import ImportConfig, PretrainConfig, SummarizeConfig, SweepConfig
 from tests.conftest import ROOT
 
@@ -37,7 +36,7 @@ STAGES = {
 LAYERS = """
 options presets config stage_config basin_config randomness
 spectra moments rank_error lanczos stochastic curvature subspaces landscape minimum
-recovery lockout models lora heads corpora pretraining probe precision
+recovery lockout hub sources models lora heads checkpoints corpora pretraining probe precision
 attacks.driver attacks.alignment attacks.haep attacks.clean_curvature attacks.arms attacks.matching
 sft
 stats variance scaling comparison survival trajectory power prospects pooling
@@ -197,7 +196,7 @@ def test_nothing_catches_everything():
 
 
 def test_resolving_leaves_no_auto_but_the_device():
-    for model in configs.MODELS:
+    for model in MODELS:
         for config in (AttackConfig(model=model), HealConfig(model=model)):
             left = {k for k, v in as_params(resolve(config)).items() if v == "auto"}
             assert left <= {"device"}
@@ -234,9 +233,8 @@ def test_probe_presets_have_four_rows_per_dimension():
               "1.4b": 2048, "2.8b": 2560}  # fmt: skip
     for model, size in hidden.items():
         tokens = preset_for(model).probe_tokens
-        # 8,192 tokens in windows of 128 leave 64·127 rows without first tokens: 3.97 per dimension
-        # at 2,048, which is recorded and warned of, not hidden.
-        assert tokens >= 4 * size
+        assert tokens % 128 == 0
+        assert tokens * 127 // 128 >= 4 * size  # the first token of each window is left out
 
 
 def test_fingerprint_follows_results_not_places():
@@ -280,7 +278,7 @@ def test_fingerprint_follows_results_not_places():
             lambda: AttackConfig(warmup_steps=3, attack_optimizer="sgd"),
             "--warmup-steps prepares AdamW's second moment: leave it out with",
         ),
-        (lambda: SweepConfig(models="nano,giant"), "--models: unknown giant; choose from nano"),
+        (lambda: SweepConfig(models="nano,giant"), "unknown model 'giant': choose one of nano"),
         (lambda: SweepConfig(arms=""), "--arms is empty"),
         (lambda: SweepConfig(seeds="0,x"), "--seeds must be whole numbers"),
         (lambda: SweepConfig(seeds="1,1"), "--seeds names one entry twice"),

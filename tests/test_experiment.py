@@ -13,6 +13,7 @@ import torch
 from mlflow.tracking import MlflowClient
 
 from healing.attacks.matching import MatchError
+from healing.checkpoints import CHECKPOINT_NAME, CheckpointError, read_checkpoint
 from healing.config import AttackConfig, HealConfig
 from healing.experiment import sweep as sweep_module
 from healing.experiment.attack import attack
@@ -28,13 +29,7 @@ from healing.experiment.healing_cell import (
 )
 from healing.experiment.summarize import summarize
 from healing.experiment.sweep import plan, sweep, worker_count
-from healing.models import (
-    CHECKPOINT_NAME,
-    CheckpointError,
-    load_model,
-    read_checkpoint,
-    transformer_blocks,
-)
+from healing.models import load_model, transformer_blocks
 from healing.probe import Probe
 from healing.sft import Trainer
 from healing.stage_config import SummarizeConfig, SweepConfig

@@ -6,10 +6,10 @@ import math
 
 import pytest
 
+from healing.checkpoints import save_checkpoint
 from healing.config import AttackConfig, HealConfig, resolve
 from healing.experiment.attack import attack_cell
 from healing.experiment.healing_cell import HealCell, HealOutcome, heal_cell
-from healing.models import save_checkpoint
 
 pytestmark = pytest.mark.slow
 

@@ -9,13 +9,14 @@ import torch
 from click.testing import CliRunner
 from mlflow.tracking import MlflowClient
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from entrypoints import heal as heal_command
+from healing.checkpoints import read_checkpoint
 from healing.config import ConfigError, HealConfig, resolve
 from healing.heads import training_loss
 from healing.lora import adapted, linear_layers, n_trainable, require
-from healing.models import block_outputs, load_model, read_checkpoint
+from healing.models import block_outputs, load_model
 from healing.probe import Probe
 from healing.randomness import named_generator
 from healing.sft import Trainer, control_run, heal
@@ -282,8 +283,7 @@ def test_a_missing_library_is_one_line_before_anything_is_loaded(store, monkeypa
     require(settings(healing_method="full"))
     with pytest.raises(ConfigError, match=r"pip install 'llm-healing\[lora\]'"):
         require(settings())
-    monkeypatch.setattr("healing.models.load_model", lambda *_, **__: pytest.fail("weights loaded"))
-    monkeypatch.setattr("healing.experiment.loading.load_model", lambda *_, **__: pytest.fail("."))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("."))
     arguments = ["--model", "nano", "--healing-method", "lora", "--arm", "none"]
     result = CliRunner().invoke(heal_command.main, arguments)
     assert result.exit_code == 1

@@ -12,8 +12,9 @@ from healing.attacks import matching
 from healing.attacks.arms import NoiseArm, make_arm
 from healing.attacks.driver import WeightChange
 from healing.attacks.matching import DamageTarget, MatchError, match_damage, measure_state
+from healing.checkpoints import save_checkpoint
 from healing.config import AttackConfig, resolve
-from healing.models import load_model, save_checkpoint, state_digest
+from healing.models import load_model, state_digest
 
 
 @dataclass(frozen=True)

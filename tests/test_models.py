@@ -10,22 +10,19 @@ import pickle
 import pytest
 import torch
 
+from healing.checkpoints import CheckpointError, load_state, read_checkpoint, save_checkpoint
 from healing.config import ConfigError
 from healing.models import (
-    EMBEDDED_DIR,
-    CheckpointError,
     ModelError,
     block_matrices,
     load_model,
-    load_state,
-    read_checkpoint,
     resolve_device,
-    save_checkpoint,
     state_digest,
     transformer_blocks,
 )
 from healing.pretraining import heldout_loss, unigram_perplexity
 from healing.probe import Probe
+from healing.sources import EMBEDDED_DIR
 from tests.test_probe import hand_written_loss
 
 
@@ -105,7 +102,9 @@ def test_unknown_model_names_the_choices():
 
 def test_unreachable_hub_says_what_to_do(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ModelError, match=r"model 70m could not be loaded.*--model nano or micro"):
+    with pytest.raises(
+        ModelError, match=r"pythia-70m is not in the cache.*OFFLINE.*--model nano or micro"
+    ):
         load_model("70m")
 
 

@@ -21,19 +21,11 @@ from healing.attacks.alignment import (
 from healing.attacks.clean_curvature import clean_hessian, hessian_subspace, rayleigh_rank
 from healing.attacks.driver import StepOutcome, WeightChange, gradient_step
 from healing.attacks.haep import Catalyst, search_catalyst
+from healing.checkpoints import COLLAPSED_KIND, Checkpoint, CheckpointError, read_checkpoint
 from healing.config import CONTROL, SHAM, TREATMENT, AttackConfig
 from healing.corpora import Corpus, batches
 from healing.curvature import HessianOperator
-from healing.models import (
-    COLLAPSED_KIND,
-    Checkpoint,
-    CheckpointError,
-    LoadedModel,
-    block_matrices,
-    block_outputs,
-    embedding_matrix,
-    read_checkpoint,
-)
+from healing.models import LoadedModel, block_matrices, block_outputs, embedding_matrix
 from healing.randomness import named_generator
 from healing.spectra import keep_mask, spectral_entropy
 from healing.subspaces import LowCurvatureSubspace, SingularSubspace

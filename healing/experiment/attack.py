@@ -15,6 +15,7 @@ from healing.attacks.arms import NoiseArm, Preparation, make_arm, warmup_batches
 from healing.attacks.driver import AttackRecord, WeightChange, run_attack
 from healing.attacks.haep import Catalyst
 from healing.attacks.matching import DamageTarget, match_damage, measure_state
+from healing.checkpoints import CHECKPOINT_NAME, read_checkpoint, save_checkpoint
 from healing.config import (
     NOT_SETTINGS,
     RAW_DATA,
@@ -26,16 +27,16 @@ from healing.config import (
 )
 from healing.experiment.console import Console
 from healing.experiment.files import JsonLines, start_folder, write_json
-from healing.experiment.loading import code_digest, device_kind, load_inputs, use_threads
-from healing.models import (
-    CHECKPOINT_NAME,
-    LoadedModel,
-    embedding_matrix,
-    read_checkpoint,
-    save_checkpoint,
-    state_digest,
+from healing.experiment.loading import (
+    code_digest,
+    complete,
+    device_kind,
+    load_inputs,
+    use_threads,
 )
+from healing.models import LoadedModel, embedding_matrix, state_digest
 from healing.plots import runs as runs_figures
+from healing.presets import model_slug
 from healing.probe import Measurement
 from healing.randomness import named_generator
 from healing.recovery import Damage, State
@@ -116,15 +117,15 @@ def state_of(measurement: Measurement) -> State:
     )
 
 
-def attack_fingerprint(config: AttackConfig, healthy_digest: str, digests: dict[str, str]) -> str:
-    """Fingerprint of an attack: configuration, healthy weights, texts, code, and the referenced
+def attack_fingerprint(config: AttackConfig, identity: str, digests: dict[str, str]) -> str:
+    """Fingerprint of an attack: configuration, healthy model, texts, code, and the referenced
     attack's weights instead of its path.
     """
     reference = ""
     if config.reference_checkpoint:
         reference = state_digest(read_checkpoint(pathlib.Path(config.reference_checkpoint)).state)
     return fingerprint(
-        "attack", config, reference, healthy_digest, digests, code_digest(), device_kind(config)
+        "attack", config, reference, identity, digests, code_digest(), device_kind(config)
     )
 
 
@@ -137,9 +138,9 @@ def attack_cell(
         config: May hold ``auto``.
         on_record: Called with every record as it is made.
     """
-    config = resolve(config)
+    config = complete(config)
     corpus, loaded, probe = load_inputs(config)
-    mark = attack_fingerprint(config, loaded.digest, corpus.digests)
+    mark = attack_fingerprint(config, loaded.identity, corpus.digests)
     healthy = probe.measure(loaded.model, named_generator(config.seed, "bootstrap"))
     change = WeightChange(loaded.model)
     made = make_arm(config, loaded, corpus, change)
@@ -168,7 +169,8 @@ def noise_match(config: AttackConfig) -> str:
 
 def attack_name(config: AttackConfig, mark: str) -> str:
     """Folder and run name of an attack."""
-    return f"{config.model}_{config.arm}_seed{config.seed}_attack_{mark[:8]}"
+    slug = model_slug(config.label)
+    return f"{slug}_{config.arm}_seed{config.seed}_attack_{mark[:8]}"
 
 
 def raw_data_folder(output_dir: str, name: str) -> pathlib.Path:
@@ -180,7 +182,7 @@ def describe(outcome: AttackOutcome) -> str:
     """Markdown description of an attack run."""
     s, damage, config = outcome.summary(), outcome.damage, outcome.config
     lines = [
-        f"Attack **{config.arm}** on **{config.model}**, seed {config.seed}: "
+        f"Attack **{config.arm}** on **{config.label}**, seed {config.seed}: "
         f"**{damage.spectral_state}**.",
         "",
         "| | healthy | after the attack | change |",
@@ -252,7 +254,7 @@ def _store(run: RunLogger, outcome: AttackOutcome, folder: pathlib.Path) -> path
         checkpoint,
         outcome.loaded.model,
         outcome.last.step,
-        f"{config.model} after {outcome.last.step} steps of {config.arm}, seed {config.seed}: "
+        f"{config.label} after {outcome.last.step} steps of {config.arm}, seed {config.seed}: "
         f"{outcome.damage.spectral_state}",
         {
             **as_params(config),
@@ -335,19 +337,21 @@ def attack(
     """
     console = console or Console(config.verbosity)
     config = with_reference(resolve(config))
-    title = f"attack {config.model} {config.arm} seed {config.seed}"
-    own = {"stage": "attack", "arm": config.arm, "model": config.model}
+    title = f"attack {config.label} {config.arm} seed {config.seed}"
+    own = {"stage": "attack", "arm": config.arm, "model": config.label}
     use_threads(config)
     with open_run(parent, title, own) as run:
+        config = complete(config)
         run.params("attack", as_params(config))
         corpus, loaded, _ = load_inputs(config)
         run.n_params(loaded.n_params)
+        run.tags(loaded.tags)
         if config.reference_checkpoint:
             made = read_checkpoint(pathlib.Path(config.reference_checkpoint)).config
             run.tags({"reference_run_id": made.get("attack_run_id", "")})
         warn_of_few_rows(console, config, loaded)
         log_corpora(run, config, corpus.digests, {"attack": "attack", "probe": "probe"})
-        mark = attack_fingerprint(config, loaded.digest, corpus.digests)
+        mark = attack_fingerprint(config, loaded.identity, corpus.digests)
         folder = raw_data_folder(config.output_dir, attack_name(config, mark))
         start_folder(folder, as_params(config))
         lines, begin, trajectory = JsonLines(folder / "metrics.jsonl"), time.perf_counter(), []
@@ -370,7 +374,7 @@ def attack(
         run.tags(_tags(outcome))
         checkpoint = _store(run, outcome, folder)
         runs_figures.rank_collapse(
-            folder / "plots" / "rank_collapse.png", trajectory, config.arm, config.model
+            folder / "plots" / "rank_collapse.png", trajectory, config.arm, config.label
         )
         run.describe(describe(outcome))
         upload(run, folder)

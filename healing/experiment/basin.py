@@ -9,6 +9,13 @@ import torch
 
 from healing import tracking
 from healing.basin_config import BasinConfig
+from healing.checkpoints import (
+    CHECKPOINT_NAME,
+    HEALED_NAME,
+    Checkpoint,
+    CheckpointError,
+    read_checkpoint,
+)
 from healing.config import as_params
 from healing.experiment.attack import log_corpora, open_run, raw_data_folder, upload
 from healing.experiment.basin_cell import (
@@ -25,16 +32,10 @@ from healing.experiment.basin_cell import (
 from healing.experiment.console import Console
 from healing.experiment.files import start_folder, write_json
 from healing.experiment.loading import load_inputs, use_threads
-from healing.models import (
-    CHECKPOINT_NAME,
-    HEALED_NAME,
-    Checkpoint,
-    CheckpointError,
-    read_checkpoint,
-    state_digest,
-)
+from healing.models import state_digest
 from healing.plots import basin as figures
 from healing.plots.style import arm_label
+from healing.presets import model_slug
 from healing.tracking import RunLogger, RunView, TrackingError
 
 SHOWN = (
@@ -122,7 +123,7 @@ def stored_fingerprint(config: BasinConfig) -> str:
     cell, _ = find_cell(config)
     corpus, loaded, _ = load_inputs(inputs_of(cell.config))
     weights, _ = read_states(cell, loaded)
-    return basin_fingerprint(cell, weights, corpus.digests)
+    return basin_fingerprint(cell, weights, loaded.identity, corpus.digests)
 
 
 def describe(outcome: BasinOutcome) -> str:
@@ -203,7 +204,7 @@ def _store(outcome: BasinOutcome, folder: pathlib.Path, arm: str) -> None:
     write_json(folder / "paths.json", paths)
     write_json(folder / "spectral_density.json", _densities(outcome))
     config, plots = outcome.cell.config, folder / "plots"
-    run = f"{config.model}, {arm_label(arm)}, seed {config.seed}"
+    run = f"{config.label}, {arm_label(arm)}, seed {config.seed}"
     figures.loss_barriers(
         plots / "loss_barriers.png", outcome.paths, f"Loss on straight paths: {run}"
     )
@@ -259,8 +260,8 @@ def basin(
     with open_run(parent, "basin", {"stage": "basin"}) as run:
         cell, healed = find_cell(config)
         settled, arm = cell.config, str(healed.config.get("arm", "unknown"))
-        title = f"basin {settled.model} {arm} seed {settled.seed}"
-        run.tags({"model": settled.model, "arm": arm, "mlflow.runName": title})
+        title = f"basin {settled.label} {arm} seed {settled.seed}"
+        run.tags({"model": settled.label, "arm": arm, "mlflow.runName": title})
         run.params("basin", {**as_params(settled), "arm": arm})
         use_threads(inputs_of(settled))
         with console.bar(STEPS, title, unit="part") as bar:
@@ -272,7 +273,8 @@ def basin(
             outcome = basin_cell(cell, on_step)
         run.n_params(outcome.n_params)
         log_corpora(run, settled, outcome.digests, {"attack": "curvature", "probe": "probe"})
-        name = f"{settled.model}_{arm}_seed{settled.seed}_basin_{outcome.fingerprint[:8]}"
+        slug, mark = model_slug(settled.label), outcome.fingerprint[:8]
+        name = f"{slug}_{arm}_seed{settled.seed}_basin_{mark}"
         folder = raw_data_folder(settled.output_dir, name)
         sources = {"collapsed": cell.collapsed, "healed": cell.healed}
         start_folder(folder, {**as_params(settled), **sources, "fingerprint": outcome.fingerprint})

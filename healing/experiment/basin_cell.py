@@ -13,10 +13,23 @@ import torch
 from torch import Tensor
 
 from healing.basin_config import BasinConfig
-from healing.config import AUTO, BaseConfig, ConfigError, fingerprint, resolve
+from healing.checkpoints import (
+    HEALED_KIND,
+    Checkpoint,
+    CheckpointError,
+    load_state,
+    read_checkpoint,
+)
+from healing.config import AUTO, BaseConfig, ConfigError, fingerprint
 from healing.corpora import Corpus, CorpusError
 from healing.curvature import HessianOperator
-from healing.experiment.loading import BASIN_MODULES, code_digest, device_kind, load_inputs
+from healing.experiment.loading import (
+    BASIN_MODULES,
+    code_digest,
+    complete,
+    device_kind,
+    load_inputs,
+)
 from healing.lanczos import lanczos
 from healing.landscape import (
     Displacement,
@@ -29,16 +42,7 @@ from healing.landscape import (
     weights_of,
 )
 from healing.minimum import Curvature, Evidence, Statement, is_minimum
-from healing.models import (
-    HEALED_KIND,
-    Checkpoint,
-    CheckpointError,
-    LoadedModel,
-    load_state,
-    next_token_loss,
-    read_checkpoint,
-    state_digest,
-)
+from healing.models import LoadedModel, next_token_loss, state_digest
 from healing.probe import Probe
 from healing.randomness import named_generator
 from healing.stochastic import SpectralDensity, lanczos_quadrature
@@ -175,19 +179,17 @@ def settle(config: BasinConfig, healed: Checkpoint, path: object) -> BasinConfig
     """Replace every ``auto`` by what the healing run had, else by the default.
 
     Raises:
-        CheckpointError: The user names another model than the checkpoint, or it names none.
+        CheckpointError: The user names another model or revision than the checkpoint, or it names
+            none.
+        ConfigError: The model cannot be what is named.
     """
-    named = healed.model_name
-    if named and config.model not in (AUTO, named):
-        raise CheckpointError(
-            f"{path} is a checkpoint of model {named}, --model says {config.model}: "
-            "leave --model out or name the same"
-        )
-    if not named and config.model == AUTO:
+    named = healed.model_fields(path, config.model, config.revision, config.deduped)
+    if named["model"] == AUTO:
         raise CheckpointError(f"{path} names no model: name it with --model")
     wanted = [f.name for f in fields(BaseConfig) if getattr(config, f.name, "") == AUTO]
     known = {name: healed.config[name] for name in wanted if name in healed.config}
-    base = resolve(BaseConfig(**{"model": config.model, **known}))
+    base = complete(BaseConfig(**{**known, **named}))
+    wanted += list(named)
     auto = {name: getattr(base, name) for name in wanted if name != "device"}
     return replace(config, **auto)
 
@@ -195,7 +197,7 @@ def settle(config: BasinConfig, healed: Checkpoint, path: object) -> BasinConfig
 def inputs_of(config: BasinConfig) -> BaseConfig:
     """The part of a settled configuration that says what is loaded."""
     shared = {f.name for f in fields(BaseConfig)} & {f.name for f in fields(BasinConfig)}
-    return resolve(BaseConfig(**{name: getattr(config, name) for name in shared}))
+    return complete(BaseConfig(**{name: getattr(config, name) for name in shared}))
 
 
 def attack_split(config: BasinConfig, corpus: Corpus, loaded: LoadedModel) -> Tensor:
@@ -350,12 +352,14 @@ def _require_healthy(checkpoint: Checkpoint, loaded: LoadedModel, path: str) -> 
         )
 
 
-def basin_fingerprint(cell: BasinCell, weights: dict[str, Tensor], digests: dict[str, str]) -> str:
+def basin_fingerprint(
+    cell: BasinCell, weights: dict[str, Tensor], identity: str, digests: dict[str, str]
+) -> str:
     """Fingerprint of a landscape; states count by their weights, not by their paths or runs."""
     bare = replace(cell.config, heal_run_id="", collapsed_checkpoint="", healed_checkpoint="")
     marks = {name: state_digest({name: vector}) for name, vector in weights.items()}
     kind = device_kind(inputs_of(cell.config))
-    return fingerprint("basin", bare, marks, digests, code_digest(BASIN_MODULES), kind)
+    return fingerprint("basin", bare, marks, identity, digests, code_digest(BASIN_MODULES), kind)
 
 
 def _prefixed(on_step: Callable[[str], None], state: str) -> Callable[[str], None]:
@@ -372,7 +376,7 @@ def basin_cell(cell: BasinCell, on_step: Callable[[str], None] = lambda _: None)
     corpus, loaded, probe = load_inputs(inputs_of(cell.config))
     windows = attack_split(cell.config, corpus, loaded)
     weights, healed = read_states(cell, loaded)
-    mark = basin_fingerprint(cell, weights, corpus.digests)
+    mark = basin_fingerprint(cell, weights, loaded.identity, corpus.digests)
     states = {}
     for name in STATES:
         put_weights(loaded.model, weights[name])

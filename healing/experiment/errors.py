@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from healing.attacks.matching import MatchError
+from healing.checkpoints import CheckpointError
 from healing.config import ConfigError
 from healing.corpora import CorpusError
 from healing.legacy import LegacyError
-from healing.models import CheckpointError, ModelError
+from healing.models import ModelError
 from healing.tracking import TrackingError
 
 

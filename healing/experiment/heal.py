@@ -11,6 +11,15 @@ from dataclasses import replace
 from typing import Any
 
 from healing import tracking
+from healing.checkpoints import (
+    CHECKPOINT_NAME,
+    HEALED_KIND,
+    HEALED_NAME,
+    Checkpoint,
+    CheckpointError,
+    read_checkpoint,
+    save_checkpoint,
+)
 from healing.config import SHAM, AttackConfig, HealConfig, as_params
 from healing.experiment.attack import (
     attack,
@@ -34,18 +43,10 @@ from healing.experiment.healing_cell import (
 )
 from healing.experiment.loading import load_inputs, use_threads
 from healing.lora import n_trainable, require
-from healing.models import (
-    CHECKPOINT_NAME,
-    HEALED_KIND,
-    HEALED_NAME,
-    Checkpoint,
-    CheckpointError,
-    read_checkpoint,
-    save_checkpoint,
-    state_digest,
-)
+from healing.models import state_digest
 from healing.plots import runs as runs_figures
 from healing.plots.style import arm_label
+from healing.presets import model_slug
 from healing.recovery import State
 from healing.sft import HealRecord
 from healing.tracking import RunLogger
@@ -54,9 +55,9 @@ from healing.wording import percent_text
 
 def heal_name(cell: HealCell, checkpoint: Checkpoint, mark: str) -> str:
     """Folder and run name of a healing run."""
-    arm = checkpoint.config.get("arm", "unknown")
-    config = cell.config
-    return f"{config.model}_{arm}_seed{config.seed}_run{cell.replicate + 1:02d}_{mark[:8]}"
+    config, arm = cell.config, checkpoint.config.get("arm", "unknown")
+    slug = model_slug(config.label)
+    return f"{slug}_{arm}_seed{config.seed}_run{cell.replicate + 1:02d}_{mark[:8]}"
 
 
 def describe(outcome: HealOutcome) -> str:
@@ -69,7 +70,7 @@ def describe(outcome: HealOutcome) -> str:
     return "\n".join(
         [
             f"**{s['verdict']}**: rank recovery {rank}, loss recovery {loss} "
-            f"after {s['steps']} steps on {config.model}.",
+            f"after {s['steps']} steps on {config.label}.",
             "",
             "| | healthy | collapsed | healed |",
             "|---|---|---|---|",
@@ -116,7 +117,7 @@ def _store(
         "healed": outcome.records[-1].measurement.mean_spectrum(),
     }
     write_json(folder / "spectra.json", spectra)
-    title = f"{config.model}, {arm_label(arm)}, seed {config.seed}"
+    title = f"{config.label}, {arm_label(arm)}, seed {config.seed}"
     runs_figures.recovery_trajectory(
         folder / "plots" / "recovery_trajectory.png", rows, s, arm, title
     )
@@ -139,7 +140,7 @@ def _save_healed(run: RunLogger, outcome: HealOutcome, folder: pathlib.Path) -> 
         "collapsed_digest": state_digest(outcome.checkpoint.state),
         "corpus_digests": outcome.digests,
     }
-    text = f"{outcome.cell.config.model} healed for {step} steps after {arm}"
+    text = f"{outcome.cell.config.label} healed for {step} steps after {arm}"
     path = folder / "checkpoints" / HEALED_NAME
     save_checkpoint(path, outcome.loaded.model, step, text, config, HEALED_KIND)
 
@@ -165,7 +166,7 @@ def sham_trajectory(
     unit = cell.sham_cell()
     corpus, loaded, _ = load_inputs(unit.config)
     healthy = sham_checkpoint(loaded, unit.config)
-    mark = heal_fingerprint(unit, healthy, loaded.digest, corpus.digests)
+    mark = heal_fingerprint(unit, healthy, loaded.identity, corpus.digests)
     done = tracking.find_finished(parent.experiment_id, mark)
     if done is None:
         heal_one(unit, console, parent=parent)
@@ -214,11 +215,10 @@ def heal_one(
     """Run, log and store one healing run: in a given run, else as a child of the parent."""
     config, arm = cell.config, SHAM
     if cell.checkpoint:
-        checkpoint = read_checkpoint(pathlib.Path(cell.checkpoint))
-        arm = checkpoint.config.get("arm", "unknown")
-    title = f"heal {config.model} {arm} seed {config.seed} run {cell.replicate + 1}"
+        arm = read_checkpoint(pathlib.Path(cell.checkpoint)).config.get("arm", "unknown")
+    title = f"heal {config.label} {arm} seed {config.seed} run {cell.replicate + 1}"
     own = {"checkpoint": cell.checkpoint, "replicate": cell.replicate}
-    tags = {"stage": "heal", "arm": arm, "model": config.model, **own}
+    tags = {"stage": "heal", "arm": arm, "model": config.label, **own}
     use_threads(config)
     if run is None:
         with open_run(parent, title, tags) as fresh:
@@ -249,7 +249,7 @@ def _heal_in(run: RunLogger, cell: HealCell, title: str, arm: str, console: Cons
             warn_of_few_rows(console, config, outcome.loaded)
             settings = settings_of(cell, outcome.checkpoint, outcome.digests)
             marks = {"fingerprint": outcome.fingerprint, "settings": settings}
-            run.tags({**_lineage(outcome.checkpoint), **marks})
+            run.tags({**outcome.loaded.tags, **_lineage(outcome.checkpoint), **marks})
             log_corpora(run, config, outcome.digests, {"train": "training", "probe": "probe"})
 
         def on_record(outcome: HealOutcome, record: HealRecord) -> None:
@@ -313,6 +313,8 @@ def _fresh_attack(run: RunLogger, config: HealConfig, console: Console) -> pathl
         name: getattr(resolved, name)
         for name in (
             "model",
+            "revision",
+            "deduped",
             "corpus",
             "max_documents",
             "seed",

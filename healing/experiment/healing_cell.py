@@ -10,8 +10,15 @@ from typing import Any
 
 import torch
 
+from healing.checkpoints import (
+    CHECKPOINT_NAME,
+    HEALED_KIND,
+    Checkpoint,
+    CheckpointError,
+    load_state,
+    read_checkpoint,
+)
 from healing.config import (
-    AUTO,
     FULL,
     NOT_DETERMINING,
     NOT_SETTINGS,
@@ -19,7 +26,6 @@ from healing.config import (
     HealConfig,
     as_params,
     fingerprint,
-    resolve,
 )
 from healing.corpora import batches
 from healing.experiment.attack import (
@@ -27,31 +33,21 @@ from healing.experiment.attack import (
 )
 from healing.experiment.loading import (
     code_digest,
+    complete,
     device_kind,
+    load_for,
     load_inputs,
     training_windows,
 )
 from healing.lockout import CONTROL_STEPS, FORWARD, WEIGHTS, Control, Diagnosis, Failure
 from healing.lora import adapted
-from healing.models import (
-    CHECKPOINT_NAME,
-    HEALED_KIND,
-    Checkpoint,
-    CheckpointError,
-    LoadedModel,
-    embedding_matrix,
-    load_model,
-    load_state,
-    read_checkpoint,
-    state_digest,
-)
+from healing.models import LoadedModel, embedding_matrix, state_digest
 from healing.precision import (
     Precision,
     diagnose,
     first_nonfinite_parameter,
     forward_failure,
 )
-from healing.presets import DEFAULT_MODEL
 from healing.pretraining import unigram_loss
 from healing.probe import Measurement, Probe
 from healing.randomness import named_generator
@@ -205,25 +201,24 @@ class HealOutcome:
 
 
 def decide_model(config: HealConfig, checkpoint: Checkpoint | None, path: object) -> HealConfig:
-    """Resolve ``auto``: the checkpoint's model, unless the user names one.
+    """Resolve ``auto``: the checkpoint's model and revision, unless the user names one.
 
     Raises:
-        CheckpointError: The user names another model than the checkpoint.
+        CheckpointError: The user names another model or revision than the checkpoint.
+        ConfigError: The model cannot be what is named.
     """
-    named = checkpoint.model_name if checkpoint else None
-    if named and config.model not in (AUTO, named):
-        raise CheckpointError(
-            f"{path} is a checkpoint of model {named}, --model says {config.model}: "
-            "leave --model out or name the same"
-        )
-    model = named or (DEFAULT_MODEL if config.model == AUTO else config.model)
-    return resolve(replace(config, model=model))
+    if checkpoint is None:
+        return complete(config)
+    named = checkpoint.model_fields(path, config.model, config.revision, config.deduped)
+    return complete(replace(config, **named))
 
 
 def sham_checkpoint(loaded: LoadedModel, config: HealConfig) -> Checkpoint:
     """The healthy model in a checkpoint's place."""
     made = {
         "model": config.model,
+        "revision": config.revision,
+        "deduped": config.deduped,
         "arm": SHAM,
         "seed": config.seed,
         "healthy_digest": loaded.digest,
@@ -246,7 +241,7 @@ def _determining(config: HealConfig) -> HealConfig:
 
 
 def heal_fingerprint(
-    cell: HealCell, checkpoint: Checkpoint, healthy_digest: str, digests: dict[str, str]
+    cell: HealCell, checkpoint: Checkpoint, identity: str, digests: dict[str, str]
 ) -> str:
     """Fingerprint of a healing run; the checkpoint counts by its weights, not by its path."""
     bare = replace(_determining(cell.config), collapsed_checkpoint="", arm="none")
@@ -257,7 +252,7 @@ def heal_fingerprint(
         cell.replicate,
         weights,
         attacked_settings(checkpoint),
-        healthy_digest,
+        identity,
         digests,
         code_digest(),
         device_kind(cell.config),
@@ -291,7 +286,7 @@ def failure_in_float32(
 
 def _control(cell: HealCell, failure: Failure, windows: torch.Tensor) -> Control:
     """A failed run's first steps on a fresh healthy model: a second model in memory meanwhile."""
-    healthy = load_model(cell.config.model, cell.config.device)
+    healthy = load_for(cell.config)
     if cell.config.gradient_checkpointing:
         healthy.model.activation_checkpointing_enable()
     # As long as the run took to the failures that ended it, at most CONTROL_STEPS.
@@ -324,10 +319,10 @@ def heal_cell(
     made_from = checkpoint.config.get("healthy_digest")
     if made_from and made_from != loaded.digest:
         raise CheckpointError(
-            f"{cell.checkpoint} was made from other weights of {config.model} than the ones here: "
+            f"{cell.checkpoint} was made from other weights of {config.label} than the ones here: "
             "its healthy reference is not this model; run the attack again"
         )
-    mark = heal_fingerprint(cell, checkpoint, loaded.digest, corpus.digests)
+    mark = heal_fingerprint(cell, checkpoint, loaded.identity, corpus.digests)
     load_state(loaded, checkpoint, cell.checkpoint)
     windows = training_windows(config, corpus, loaded)
     collapsed = probe.measure(loaded.model, named_generator(config.seed, "bootstrap"))

@@ -4,6 +4,7 @@ their arguments, so they are kept.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import pathlib
 
@@ -11,10 +12,13 @@ import torch
 import transformers
 
 import healing
-from healing.config import BaseConfig, fingerprint
+from healing.config import BaseConfig, ConfigError, ConfigT, fingerprint, resolve
 from healing.corpora import Corpus, CorpusError, load_corpus
 from healing.models import LoadedModel, load_model, resolve_device
+from healing.options import AUTO, flag_name
+from healing.presets import FOLDER, HUB, model_kind, probe_tokens_for
 from healing.probe import Probe
+from healing.sources import model_shape
 
 DEFAULT_THREADS = torch.get_num_threads()
 """What ``threads=0`` means, whatever an earlier cell of the process was given."""
@@ -30,6 +34,7 @@ NUMERICAL_MODULES = (
     "attacks/driver",
     "attacks/haep",
     "attacks/matching",
+    "checkpoints",
     "corpora",
     "curvature",
     "heads",
@@ -44,6 +49,7 @@ NUMERICAL_MODULES = (
     "rank_error",
     "recovery",
     "sft",
+    "sources",
     "spectra",
     "stochastic",
     "subspaces",
@@ -51,6 +57,7 @@ NUMERICAL_MODULES = (
 """Modules whose source decides a cell's numbers."""
 
 BASIN_MODULES = (
+    "checkpoints",
     "corpora",
     "curvature",
     "experiment/basin_cell",
@@ -61,6 +68,7 @@ BASIN_MODULES = (
     "models",
     "probe",
     "randomness",
+    "sources",
     "stochastic",
 )
 """Modules whose source decides a basin cell's numbers."""
@@ -102,9 +110,38 @@ def device_kind(config: BaseConfig) -> str:
     return resolve_device(config.device).type
 
 
+def complete(config: ConfigT) -> ConfigT:
+    """Replace every ``auto`` but the device's, also what only the model's own files tell.
+
+    Raises:
+        ConfigError: Unknown model, or windows longer than it can read.
+        ModelError: Its files cannot be had.
+    """
+    config = resolve(config)
+    if model_kind(config.model) not in (HUB, FOLDER):
+        return config  # the presets know their sizes, and read windows of any admissible length
+    shape = model_shape(config.model, config.revision, config.deduped)
+    for name in ("sequence_length", "catalyst_length"):
+        length = getattr(config, name, 0)
+        if shape.max_positions is not None and length > shape.max_positions:
+            raise ConfigError(
+                f"{flag_name(name)} {length} is more than the {shape.max_positions} positions that "
+                f"model {config.label} can read: lower it"
+            )
+    if config.probe_tokens != AUTO:
+        return config
+    tokens = probe_tokens_for(shape.hidden_size, config.sequence_length)
+    return dataclasses.replace(config, probe_tokens=tokens)
+
+
+def load_for(config: BaseConfig) -> LoadedModel:
+    """The healthy model that a resolved configuration names."""
+    return load_model(config.model, config.device, revision=config.revision, deduped=config.deduped)
+
+
 def load_inputs(config: BaseConfig) -> tuple[Corpus, LoadedModel, Probe]:
     """Corpus, healthy model and probe of a resolved configuration, cheapest check first."""
     corpus = cached_corpus(config.corpus, config.max_documents)
-    loaded = load_model(config.model, config.device)
+    loaded = load_for(config)
     probe = Probe.of(corpus, loaded, int(config.probe_tokens), config.sequence_length)
     return corpus, loaded, probe

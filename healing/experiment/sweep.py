@@ -13,6 +13,7 @@ from typing import Any
 
 from healing import tracking
 from healing.basin_config import BasinConfig
+from healing.checkpoints import CHECKPOINT_NAME, read_checkpoint
 from healing.config import (
     AUTO,
     CONTROL,
@@ -22,7 +23,6 @@ from healing.config import (
     ConfigError,
     HealConfig,
     as_params,
-    resolve,
 )
 from healing.experiment.attack import attack, attack_fingerprint, attack_name, raw_data_folder
 from healing.experiment.basin import basin, stored_fingerprint
@@ -30,11 +30,11 @@ from healing.experiment.console import Console
 from healing.experiment.errors import EXPECTED, SweepError
 from healing.experiment.heal import heal_one
 from healing.experiment.healing_cell import HealCell, heal_fingerprint, sham_checkpoint
-from healing.experiment.loading import load_inputs
+from healing.experiment.loading import complete, load_inputs
 from healing.experiment.summarize import summarize
-from healing.models import CHECKPOINT_NAME, read_checkpoint, resolve_device
+from healing.models import resolve_device
 from healing.pooling import HealRun, Summary
-from healing.presets import MODELS, preset_for
+from healing.presets import MODELS, model_label, preset_for
 from healing.report import markdown
 from healing.stage_config import SummarizeConfig, SweepConfig
 from healing.tracking import RunLogger, RunView
@@ -47,15 +47,23 @@ class SweepCell:
     model: str
     arm: str
     seed: int
+    revision: str = ""
+    deduped: bool = False
+
+    @property
+    def label(self) -> str:
+        """The model as runs are grouped by."""
+        return model_label(self.model, self.revision, self.deduped)
 
     @property
     def title(self) -> str:
         """For the progress bar."""
-        return f"{self.model} {self.arm} seed {self.seed}"
+        return f"{self.label} {self.arm} seed {self.seed}"
 
 
 def plan(config: SweepConfig) -> list[list[SweepCell]]:
-    """Chains of cells: the arms of one model and seed, the largest model first.
+    """Chains of cells: the arms of one model and seed, the largest model first; before all a model
+    of unknown size.
 
     Within a chain the sham comes first, since the others refer to it, and the noise comes after
     the attack that it is matched to.
@@ -65,10 +73,14 @@ def plan(config: SweepConfig) -> list[list[SweepCell]]:
         wanted = (SHAM, *wanted)
     arms = sorted(wanted, key=lambda arm: (arm != SHAM, arm == CONTROL))
     return [
-        [SweepCell(model, arm, seed) for arm in arms]
-        for model in sorted(config.model_list(), key=MODELS.index, reverse=True)
+        [SweepCell(model, arm, seed, config.revision, config.deduped) for arm in arms]
+        for model in sorted(config.model_list(), key=_size, reverse=True)
         for seed in config.seed_list()
     ]
+
+
+def _size(model: str) -> int:
+    return MODELS.index(model) if model in MODELS else len(MODELS)
 
 
 def worker_count(config: SweepConfig) -> int:
@@ -82,6 +94,8 @@ def worker_count(config: SweepConfig) -> int:
 
 def _shared(config: SweepConfig) -> dict[str, Any]:
     names = (
+        "revision",
+        "deduped",
         "corpus",
         "batch_size",
         "sequence_length",
@@ -94,7 +108,7 @@ def _shared(config: SweepConfig) -> dict[str, Any]:
 
 def attack_config(config: SweepConfig, cell: SweepCell, reference: str) -> AttackConfig:
     """Resolved configuration of a cell's attack."""
-    return resolve(
+    return complete(
         AttackConfig(
             model=cell.model,
             arm=cell.arm,
@@ -112,7 +126,7 @@ def heal_config(config: SweepConfig, cell: SweepCell) -> HealConfig:
     steps = config.healing_steps
     if steps == AUTO:
         steps = preset_for(cell.model).sweep_healing_steps
-    return resolve(
+    return complete(
         HealConfig(
             model=cell.model,
             arm=cell.arm,
@@ -147,7 +161,7 @@ class Sweep:
     def _attack(self, cell: SweepCell, reference: str) -> pathlib.Path:
         settings = attack_config(self.config, cell, reference)
         corpus, loaded, _ = load_inputs(settings)
-        mark = attack_fingerprint(settings, loaded.digest, corpus.digests)
+        mark = attack_fingerprint(settings, loaded.identity, corpus.digests)
         done = tracking.find_finished(self.run.experiment_id, mark)
         if done is None:
             return attack(settings, parent=self.run, console=self.console)[1]
@@ -161,7 +175,7 @@ class Sweep:
         unit = HealCell(heal_config(self.config, cell), "" if path is None else str(path))
         corpus, loaded, _ = load_inputs(unit.config)
         start = sham_checkpoint(loaded, unit.config) if path is None else read_checkpoint(path)
-        mark = heal_fingerprint(unit, start, loaded.digest, corpus.digests)
+        mark = heal_fingerprint(unit, start, loaded.identity, corpus.digests)
         done = tracking.find_finished(self.run.experiment_id, mark)
         if done is not None:
             return done, True
@@ -250,7 +264,7 @@ def basin_sentences(results: Sequence[CellResult]) -> list[str]:
     groups: dict[tuple[str, str], list[RunView]] = {}
     for result in results:
         if result.basin is not None:
-            key = (result.cell.model, result.cell.arm)
+            key = (result.cell.label, result.cell.arm)
             groups.setdefault(key, []).append(result.basin)
     lines = []
     for (model, arm), views in groups.items():
@@ -280,7 +294,7 @@ def failed_run(result: CellResult) -> HealRun:
     """A cell without a healing run, as the summary lists it."""
     cell = result.cell
     return HealRun(
-        "none", cell.title, False, model=cell.model, arm=cell.arm, failure=result.failure
+        "none", cell.title, False, model=cell.label, arm=cell.arm, failure=result.failure
     )
 
 

@@ -1,0 +1,388 @@
+"""Other causal language models: tiny random GPT-2, Llama and Qwen2 go through everything alike."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import pathlib
+import shutil
+
+import pytest
+import torch
+import transformers
+
+from healing.checkpoints import (
+    CheckpointError,
+    cpu_state,
+    load_state,
+    read_checkpoint,
+    save_checkpoint,
+)
+from healing.config import AttackConfig, ConfigError, HealConfig, fingerprint
+from healing.experiment.attack import attack_cell
+from healing.experiment.healing_cell import HealCell, decide_model, heal_cell
+from healing.experiment.loading import complete, load_inputs
+from healing.models import (
+    ModelError,
+    block_matrices,
+    block_outputs,
+    embedding_matrix,
+    load_model,
+    state_digest,
+    transformer_blocks,
+)
+from healing.presets import model_label, model_slug, probe_tokens_for
+from healing.probe import Probe
+from healing.sources import EMBEDDED_DIR, model_shape
+from healing.subspaces import MatrixSubspace
+
+COMMON = {"vocab_size": 2060, "bos_token_id": 0, "eos_token_id": 0}  # 12 rows beyond the tokenizer
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+         "num_attention_heads": 4, "max_position_embeddings": 96}  # fmt: skip
+CONFIGS = {
+    "gpt2": lambda: transformers.GPT2Config(
+        n_embd=32, n_layer=3, n_head=4, n_positions=96, **COMMON
+    ),
+    "llama": lambda: transformers.LlamaConfig(num_key_value_heads=2, **SMALL, **COMMON),
+    "qwen2": lambda: transformers.Qwen2Config(
+        num_key_value_heads=2, tie_word_embeddings=True, **SMALL, **COMMON
+    ),
+}
+MATRICES = {"gpt2": 4, "llama": 7, "qwen2": 7}
+"""Weight matrices per block, counted by hand: qkv, output and two of the MLP; or q, k, v, o and
+three."""
+TIED = ("gpt2", "qwen2")
+
+
+def make_folder(folder: pathlib.Path, config: transformers.PreTrainedConfig) -> pathlib.Path:
+    """A model in transformers' format, weights in fp16, with nano's tokenizer."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                torch.nn.init.normal_(parameter, std=0.2)
+    model.half().save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(EMBEDDED_DIR / "nano" / name, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, pathlib.Path]:
+    root = tmp_path_factory.mktemp("models")
+    return {name: make_folder(root / name, make()) for name, make in CONFIGS.items()}
+
+
+@pytest.fixture(params=list(CONFIGS))
+def kind(request) -> str:
+    return request.param
+
+
+def small_attack(folder: pathlib.Path, **changes) -> AttackConfig:
+    settings = {
+        "corpus": "stdlib", "sequence_length": 48, "probe_tokens": 960, "attack_steps": 3,
+        "batch_size": 2, "search_steps": 1, "search_candidates": 2, "baseline_draws": 3,
+        "curvature_tokens": 96, "rayleigh_draws": 2, "measurement_interval": 2,
+        "attack_lr": 1e-2, "hessian_directions": 2, "device": "cpu", "threads": 1,
+    }  # fmt: skip
+    return AttackConfig(model=str(folder), **settings | changes)
+
+
+def test_weights_are_float32_and_whole(folders, kind):
+    loaded = load_model(str(folders[kind]))
+    assert {p.dtype for p in loaded.model.parameters()} == {torch.float32}
+    bare = transformers.AutoModelForCausalLM.from_pretrained(folders[kind], dtype=torch.float16)
+    for name, value in bare.state_dict().items():
+        assert torch.equal(loaded.model.state_dict()[name], value.float())
+    assert loaded.n_params == sum({id(p): p.numel() for p in bare.parameters()}.values())
+    tied = loaded.model.get_output_embeddings().weight is embedding_matrix(loaded.model)
+    assert tied == (kind in TIED)
+    assert loaded.source == str(folders[kind])
+
+
+def test_blocks_and_their_matrices(folders, kind):
+    model = load_model(str(folders[kind])).model
+    assert len(transformer_blocks(model)) == 3
+    assert len(block_matrices(model)) == 3 * MATRICES[kind]
+    left = {n for n, p in model.named_parameters() if p.ndim == 2} - set(block_matrices(model))
+    assert all(any(w in n for w in ("embed", "wte", "wpe", "lm_head")) for n in left), left
+    assert embedding_matrix(model).shape == (2060, 32)
+
+
+def test_block_outputs_are_the_hidden_states_of_transformers(folders, kind):
+    model = load_model(str(folders[kind])).model
+    ids = torch.arange(40).view(2, 20)
+    with torch.no_grad(), block_outputs(model) as outputs:
+        states = model(input_ids=ids, output_hidden_states=True).hidden_states
+    # Its list starts with the embeddings, and its last entry is after the final norm.
+    assert len(outputs) == 3 == len(states) - 1
+    for own, theirs in zip(outputs[:-1], states[1:-1], strict=True):
+        assert torch.equal(own, theirs)
+    norm = model.transformer.ln_f if kind == "gpt2" else model.model.norm
+    with torch.no_grad():
+        torch.testing.assert_close(norm(outputs[-1]), states[-1])
+    assert not torch.allclose(outputs[-1], states[-1])
+
+
+def test_attack_and_heal_end_to_end(folders, kind, tmp_path):
+    attacked = attack_cell(small_attack(folders[kind]))
+    assert attacked.last.step > 0
+    assert 0 < attacked.catalyst.alignment < 1
+    assert math.isfinite(attacked.summary()["rayleigh_quotient"])
+    assert attacked.collapsed.loss != attacked.healthy.loss
+    path = tmp_path / "c.pt"
+    made = dataclasses.asdict(attacked.config) | {"healthy_digest": attacked.loaded.digest}
+    save_checkpoint(path, attacked.loaded.model, 3, "test", made)
+    wanted = HealConfig(
+        corpus="stdlib", sequence_length=48, probe_tokens=960, batch_size=2, healing_steps=4,
+        measurement_interval=2, healing_lr=1e-3, device="cpu", threads=1,
+    )  # fmt: skip
+    config = decide_model(wanted, read_checkpoint(path), path)
+    assert config.model == str(folders[kind])
+    healed = heal_cell(HealCell(config, str(path)))
+    assert healed.status == "ok"
+    assert [r.step for r in healed.records] == [0, 2, 4]
+    assert healed.records[0].measurement.loss == pytest.approx(attacked.collapsed.loss, rel=1e-6)
+    assert healed.records[-1].measurement.loss < healed.records[0].measurement.loss
+    again = heal_cell(HealCell(config, str(path)))  # no dropout: nothing is drawn but by name
+    assert again.records[-1].measurement.loss == healed.records[-1].measurement.loss
+    assert again.fingerprint == healed.fingerprint
+
+
+@pytest.mark.parametrize("arm", ["haep_oracle", "spectral", "gaussian_noise", "random_tokens"])
+def test_every_arm_attacks_convolution_style_matrices(folders, arm):
+    outcome = attack_cell(small_attack(folders["gpt2"], arm=arm))
+    assert outcome.status == "ok"
+    assert outcome.last.weight_change > 0
+
+
+def test_hessian_subspace_of_grouped_queries_and_tied_embeddings(folders):
+    outcome = attack_cell(small_attack(folders["qwen2"], subspace="hessian"))
+    assert outcome.preparation.statuses["hessian_status"]
+    assert 0 < outcome.catalyst.alignment <= 1
+
+
+def test_the_projection_commutes_with_transposition():
+    """GPT-2 stores (in, out) where others store (out, in): N is the same."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(12, 7, generator=generator, dtype=torch.float64)
+    gradient = torch.randn(12, 7, generator=generator, dtype=torch.float64)
+    one, other = MatrixSubspace.of(weight, 0.6), MatrixSubspace.of(weight.T, 0.6)
+    torch.testing.assert_close(one.project(gradient), other.project(gradient.T).T)
+    assert one.dimension == other.dimension
+
+
+def test_tied_weights_are_stored_once_and_load_strictly(folders, tmp_path):
+    loaded = load_model(str(folders["gpt2"]))
+    path = tmp_path / "c.pt"
+    save_checkpoint(path, loaded.model, 0, "", {"model": str(folders["gpt2"])})
+    size = 4 * sum(p.numel() for p in loaded.model.parameters())
+    assert path.stat().st_size < size + 40_000  # names and headers; the embeddings are 264 kB
+    checkpoint = read_checkpoint(path)
+    digest = state_digest(checkpoint.state)
+    assert digest == loaded.digest
+    with torch.no_grad():
+        embedding_matrix(loaded.model).add_(1.0)
+    load_state(loaded, checkpoint, path)
+    assert state_digest(loaded.model.state_dict()) == digest
+    checkpoint.state["lm_head.weight"] = checkpoint.state["lm_head.weight"] + 1
+    with pytest.raises(CheckpointError, match=r"wte\.weight and lm_head\.weight are tied in the"):
+        load_state(loaded, checkpoint, path)
+    assert cpu_state(loaded.model).keys() == checkpoint.state.keys()
+
+
+def test_dropout_is_off_in_training_mode(folders):
+    stored = json.loads((folders["gpt2"] / "config.json").read_text())
+    assert stored["resid_pdrop"] == stored["attn_pdrop"] == stored["embd_pdrop"] == 0.1
+    model = load_model(str(folders["gpt2"])).model.train()
+    ids = torch.arange(40).view(2, 20)
+    state = torch.get_rng_state()
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
+        assert torch.equal(model(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
+    assert torch.equal(torch.get_rng_state(), state)  # nothing was drawn
+
+
+def test_sizes_come_from_the_models_own_configuration(folders, kind):
+    settled = complete(AttackConfig(model=str(folders[kind]), sequence_length=64))
+    shape = model_shape(str(folders[kind]))
+    assert (shape.hidden_size, shape.max_positions) == (32, 96)
+    assert settled.probe_tokens == 8192
+    assert (settled.corpus, settled.attack_lr, settled.threads) == ("pile", 1e-3, 0)
+    assert settled.revision == ""
+
+
+def test_wide_models_get_four_rows_per_dimension():
+    for hidden, length in ((2048, 128), (4096, 128), (5000, 64), (100, 100)):
+        tokens = probe_tokens_for(hidden, length)
+        assert tokens % length == 0
+        assert tokens // length * (length - 1) >= 4 * hidden
+    assert probe_tokens_for(2048, 128) == 65 * 128
+
+
+def test_windows_longer_than_the_model_can_read(folders):
+    with pytest.raises(ConfigError, match=r"--sequence-length 128 is more than the 96 positions"):
+        complete(HealConfig(model=str(folders["gpt2"])))
+    with pytest.raises(ConfigError, match=r"--catalyst-length 97 is more than the 96 positions"):
+        complete(AttackConfig(model=str(folders["llama"]), sequence_length=64, catalyst_length=97))
+
+
+def test_same_model_elsewhere_is_the_same_experiment(folders, tmp_path):
+    copy = shutil.copytree(folders["llama"], tmp_path / "copy")
+    one, other = load_model(str(folders["llama"])), load_model(str(copy))
+    assert one.identity == other.identity
+    configs = [complete(small_attack(f)) for f in (folders["llama"], copy)]
+    assert fingerprint(configs[0]) == fingerprint(configs[1])
+    assert len({model_slug(c.label) for c in configs}) == 2
+    text = (copy / "config.json").read_text()
+    changed = json.loads(text) | {"rms_norm_eps": 1e-3}
+    (copy / "config.json").write_text(json.dumps(changed))
+    assert load_model(str(copy)).identity != one.identity  # same weights, another architecture
+    (copy / "config.json").write_text(text)
+    words = json.loads((copy / "tokenizer.json").read_text())
+    vocab = words["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    (copy / "tokenizer.json").write_text(json.dumps(words))
+    assert load_model(str(copy)).identity != one.identity  # same weights, another tokenizer
+    assert load_model(str(copy)).digest == one.digest
+
+
+def test_checkpoint_of_a_folder_that_moved(folders, tmp_path):
+    moved = shutil.copytree(folders["llama"], tmp_path / "moved")
+    path = tmp_path / "c.pt"
+    loaded = load_model(str(moved))
+    save_checkpoint(path, loaded.model, 0, "", {"model": "/gone/llama"})
+    base = HealConfig(sequence_length=48)
+    with pytest.raises(ConfigError, match="no folder /gone/llama here"):
+        decide_model(base, read_checkpoint(path), path)
+    named = dataclasses.replace(base, model=str(moved))
+    assert decide_model(named, read_checkpoint(path), path).model == str(moved)
+
+
+def test_weights_that_lack_tensors_are_not_filled_with_noise(folders, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(folders["llama"], tmp_path / "holes")
+    state = load_file(folder / "model.safetensors")
+    del state["model.layers.1.mlp.up_proj.weight"]
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"lack 1 tensors, first model\.layers\.1\.mlp\.up_proj"):
+        load_model(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vocab_size": 100}, r"could not be loaded.*holed"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "weights are quantized"),
+        (
+            {"model_type": "own", "auto_map": {"AutoConfig": "c.C", "AutoModelForCausalLM": "c.M"}},
+            "needs Python code of its own, which is never run",
+        ),
+        ({"model_type": "unheard"}, r"could not be loaded.*unheard"),
+        ({"model_type": "t5"}, r"could not be loaded"),
+    ],
+)
+def test_models_that_cannot_be_loaded_say_why(folders, tmp_path, change, message):
+    folder = shutil.copytree(folders["llama"], tmp_path / "holed")
+    stored = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(stored | change))
+    (folder / "c.py").write_text("open('code-was-run', 'w')")
+    with pytest.raises(ModelError, match=message) as caught:
+        load_model(str(folder))
+    assert "trust_remote_code" not in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+    assert not pathlib.Path("code-was-run").exists()
+
+
+def test_damaged_and_missing_files(folders, tmp_path):
+    folder = shutil.copytree(folders["llama"], tmp_path / "broken")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ModelError, match=r"could not be loaded from .*broken"):
+        load_model(str(folder))
+    weights.unlink()
+    with pytest.raises(ModelError, match=r"could not be loaded.*model\.safetensors"):
+        load_model(str(folder))
+    shutil.copy(folders["llama"] / "model.safetensors", folder)
+    load_model(str(folder))
+    words = (folder / "tokenizer.json").read_text()
+    (folder / "tokenizer.json").write_text(words.replace('"Ġthe"', '"Ġhte"'))
+    with pytest.raises(ModelError, match=r"could not be loaded.*out of vocabulary"):
+        load_model(str(folder))
+    (folder / "config.json").unlink()
+    with pytest.raises(ModelError, match=r"could not be loaded"):
+        load_model(str(folder))
+
+
+def test_tokenizer_that_does_not_fit(folders, tmp_path):
+    config = CONFIGS["gpt2"]()
+    config.vocab_size = 2000
+    folder = make_folder(tmp_path / "short", config)
+    with pytest.raises(ModelError, match="tokenizer has 2048 tokens, its embedding matrix 2000"):
+        load_model(str(folder))
+
+
+def test_tokenizer_without_end_of_text(folders, tmp_path, corpus):
+    folder = shutil.copytree(folders["llama"], tmp_path / "endless")
+    stored = json.loads((folder / "tokenizer_config.json").read_text())
+    stored = {k: v for k, v in stored.items() if k not in ("eos_token", "bos_token", "pad_token")}
+    (folder / "tokenizer_config.json").write_text(json.dumps(stored))
+    loaded = load_model(str(folder))
+    assert loaded.tokenizer.eos_token_id is None
+    windows = corpus.windows("probe", loaded.tokenizer, 48, 480)
+    first = loaded.tokenizer(corpus.documents["probe"][0])["input_ids"]
+    assert windows.flatten().tolist()[: min(480, len(first))] == first[:480]
+    assert math.isfinite(Probe(windows).loss(loaded.model))
+
+
+class Evil:
+    """Would run code when unpickled."""
+
+    def __reduce__(self):
+        return (pathlib.Path.touch, (pathlib.Path("evil-was-here"),))
+
+
+def test_pickled_weights_load_and_run_no_code(folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    from safetensors.torch import load_file
+
+    folder = shutil.copytree(folders["llama"], tmp_path / "pickled")
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(state, folder / "pytorch_model.bin")
+    assert load_model(str(folder)).digest == load_model(str(folders["llama"])).digest
+    torch.save(state | {"evil": Evil()}, folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="could not be loaded"):
+        load_model(str(folder))
+    assert not (tmp_path / "evil-was-here").exists()
+
+
+def test_labels_and_slugs_are_readable_and_apart(folders):
+    assert model_label("70m", "main") == "70m"
+    assert model_label("70m", "step1000", True) == "70m-deduped@step1000"
+    assert model_slug("70m-deduped@step1000") == "70m-deduped@step1000"
+    assert model_slug("Qwen/Qwen2-0.5B") == "Qwen--Qwen2-0.5B"
+    label = model_label("/data/my model/")
+    assert label.startswith("folder-") or label.startswith("my-model-")
+    assert label != model_label("/data/my-model")
+    branches = [model_slug(model_label("a/b", r)) for r in ("x/y", "x-y", "x y")]
+    assert len(set(branches)) == 3
+    assert all("/" not in b and " " not in b for b in branches)
+
+
+def test_embedded_models_have_their_identity():
+    loaded = load_model("nano")
+    assert (loaded.name, loaded.source, loaded.commit) == ("nano", "embedded", "")
+    assert loaded.tags == {"model_source": "embedded"}
+    assert loaded.identity == load_model("nano").identity != load_model("micro").identity
+
+
+def test_inputs_of_a_folder(folders):
+    config = complete(small_attack(folders["qwen2"]))
+    _, loaded, probe = load_inputs(config)
+    assert probe.windows.shape == (20, 48)
+    assert loaded.name == config.label
+    assert math.isfinite(probe.measure(loaded.model).effective_rank)

@@ -1,0 +1,329 @@
+"""Models and text from the Hugging Face Hub, against a server of our own, in real processes.
+
+HF_ENDPOINT and HF_HOME are read when huggingface_hub is imported, so every client is a process of
+its own; each does several checks, since its imports take seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import mlflow
+import pytest
+import torch
+import zstandard
+from safetensors.torch import load_file
+
+from healing.checkpoints import CHECKPOINT_NAME
+from healing.config import AttackConfig, ConfigError, HealConfig, resolve
+from healing.models import load_model
+from healing.presets import PYTHIA_STEPS, source_of
+from healing.sources import EMBEDDED_DIR
+from tests.conftest import ROOT
+from tests.hub_server import Hub, Repository, commit_of
+
+PYTHIA, DEDUPED = "models/EleutherAI/pythia-70m", "models/EleutherAI/pythia-70m-deduped"
+PILE = "datasets/monology/pile-uncopyrighted"
+
+PREAMBLE = """
+import json, sys, time
+import huggingface_hub.constants, huggingface_hub.utils._http
+{early}
+from healing.corpora import load_corpus
+from healing.experiment.errors import EXPECTED
+from healing.models import load_model
+
+def attempt(function):
+    begin = time.monotonic()
+    try:
+        found = function()
+    except EXPECTED as error:
+        found = {{"error": " ".join(str(error).split()), "lines": len(str(error).splitlines())}}
+    print(json.dumps(found | {{"seconds": time.monotonic() - begin}}), flush=True)
+
+def model(name="70m", **changes):
+    loaded = load_model(name, **changes)
+    return {{"name": loaded.name, "commit": loaded.commit, "digest": loaded.digest,
+            "source": loaded.source, "dtype": str(next(loaded.model.parameters()).dtype)}}
+
+def corpus(name="pile", count=300):
+    documents = load_corpus(name, count).documents
+    return {{"texts": sorted(text.split()[0] for part in documents.values() for text in part)}}
+"""
+NO_WAITING = """
+huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = 65_536
+time.sleep = lambda seconds: None
+"""
+
+
+def files_of(scale: float = 1.0, *, pickled: bool = False) -> dict[str, bytes]:
+    """A tiny model that pretends to be a Pythia: nano, its weights multiplied, in fp16."""
+    names = ("config.json", "tokenizer.json", "tokenizer_config.json")
+    files = {name: (EMBEDDED_DIR / "nano" / name).read_bytes() for name in names}
+    state = load_file(EMBEDDED_DIR / "nano" / "model.safetensors")
+    state = {k: (v * scale).to(torch.float16) for k, v in state.items()}
+    if pickled:
+        import io
+
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        return files | {"pytorch_model.bin": buffer.getvalue()}
+    from safetensors.torch import save
+
+    return files | {"model.safetensors": save(state, {"format": "pt"})}
+
+
+def shard(kind: str, count: int, seed: int, letters: int = 200) -> bytes:
+    """Documents in the Pile's layout, incompressible, so that bytes can be counted."""
+    draws = random.Random(seed)
+    lines = (
+        json.dumps({"text": f"{kind}{i} {draws.randbytes(letters).hex()}", "meta": {"set": "x"}})
+        for i in range(count)
+    )
+    return zstandard.compress("\n".join(lines).encode())
+
+
+@pytest.fixture(scope="module")
+def pile() -> dict[str, bytes]:
+    return {
+        "README.md": b"---\nlicense: other\n---\n# The Pile\n",
+        "train/00.jsonl.zst": shard("train", 24_000, 0, letters=1000),
+        "train/01.jsonl.zst": shard("later", 300, 1),
+        "val.jsonl.zst": shard("val", 300, 2),
+        "test.jsonl.zst": shard("test", 300, 3),
+    }
+
+
+@pytest.fixture
+def hub(pile) -> Iterator[Hub]:
+    repositories = {
+        PYTHIA: Repository({"main": files_of(), "step0": files_of(0.5, pickled=True)}),
+        DEDUPED: Repository({"main": files_of(0.9), "step1000": files_of(0.8)}),
+        "models/own/gated": Repository({"main": files_of()}, gated=True),
+        "models/own/onnx": Repository({"main": {"config.json": b"{}", "onnx/model.onnx": b"0"}}),
+        PILE: Repository({"main": pile}),
+    }
+    with Hub(repositories) as server:
+        yield server
+
+
+def environment(hub: Hub | str, home: pathlib.Path, **more: str) -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "MLFLOW", "HUGGING"))}
+    endpoint = hub if isinstance(hub, str) else hub.endpoint
+    return {
+        **kept, "HF_HOME": str(home / "hf"), "HF_ENDPOINT": endpoint, "OMP_NUM_THREADS": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1", "MLFLOW_TRACKING_URI": f"sqlite:///{home}/mlflow.db",
+        **more,
+    }  # fmt: skip
+
+
+def client(
+    hub: Hub | str, home: pathlib.Path, *attempts: str, early: str = "", **more: str
+) -> list[dict]:
+    """What each attempt found, or its error, in one process."""
+    code = PREAMBLE.format(early=early) + "\n".join(f"attempt(lambda: {a})" for a in attempts)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        cwd=ROOT, env=environment(hub, home, **more), capture_output=True, text=True,
+        timeout=100, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_models_download_once_and_work_offline_afterwards(hub, tmp_path):
+    wanted = (
+        "model()",
+        "model(revision='step0')",
+        "model(deduped=True, revision='step1000')",
+        "model(revision='step1')",
+        "model('own/nothing')",
+        "model('own/gated')",
+        "model('own/onnx')",
+    )
+    first = client(hub, tmp_path, *wanted)
+    main, step0, deduped, missing, nothing, gated, onnx = first
+    repository = hub.repositories[PYTHIA].revisions
+    assert main["commit"] == commit_of(repository["main"])
+    assert (main["name"], main["source"]) == ("70m", "EleutherAI/pythia-70m")
+    assert main["digest"] == load_model("nano").digest  # the fp16 file, in float32
+    assert step0["commit"] == commit_of(repository["step0"])  # pytorch_model.bin alone
+    assert (deduped["name"], deduped["source"]) == (
+        "70m-deduped@step1000",
+        "EleutherAI/pythia-70m-deduped",
+    )
+    assert len({found["digest"] for found in first[:3]}) == 3
+    assert {found["dtype"] for found in first[:3]} == {"torch.float32"}
+    assert "pythia-70m, revision step1: no such revision" in missing["error"]
+    assert "the Hub has no such model that you may read" in nothing["error"]
+    assert "own/gated, revision main: it is gated: accept its terms at" in gated["error"]
+    assert "neither model.safetensors nor pytorch_model.bin" in onnx["error"]
+    assert [found["lines"] for found in first[3:]] == [1] * 4
+    hub.requests.clear()
+    second = client(hub, tmp_path, *wanted[:3])
+    assert [f["digest"] for f in second] == [f["digest"] for f in first[:3]]
+    assert not hub.file_requests()
+    assert len(hub.requests) == 3  # one question per revision: which commit is it now?
+    hub.requests.clear()
+    offline = client(hub, tmp_path, *wanted[:4], "corpus()", HF_HUB_OFFLINE="1")
+    assert [f["digest"] for f in offline[:3]] == [f["digest"] for f in first[:3]]
+    assert (
+        "revision step1 of model EleutherAI/pythia-70m is not in the cache" in offline[3]["error"]
+    )
+    assert "HF_HUB_OFFLINE forbids the network" in offline[3]["error"]
+    assert "HF_HUB_OFFLINE forbids the network, and streamed text is not" in offline[4]["error"]
+    assert not hub.requests
+
+
+def test_interrupted_downloads(hub, tmp_path):
+    hub.breaks = {"model.safetensors": 200_000}  # of 625,136 bytes, on every connection
+    (resumed,) = client(hub, tmp_path / "a", "model()", early=NO_WAITING)
+    assert resumed["digest"] == load_model("nano").digest
+    ranges = [r.range for r in hub.file_requests() if r.range]
+    assert len(ranges) >= 2  # it went on where it had stopped
+    hub.breaks = {"model.safetensors": 0, "00.jsonl.zst": 1000}
+    failed, text = client(hub, tmp_path / "b", "model()", "corpus()", early=NO_WAITING)
+    assert "the download of model EleutherAI/pythia-70m (revision main) from" in failed["error"]
+    assert "was not completed" in failed["error"]
+    assert "run again, what has arrived is kept" in failed["error"]
+    assert "dataset 'monology/pile-uncopyrighted' could not be loaded" in text["error"]
+    (offline,) = client(hub, tmp_path / "b", "model()", HF_HUB_OFFLINE="1")
+    assert "HF_HUB_OFFLINE forbids the network" in offline["error"]
+    hub.breaks = {}
+    (whole,) = client(hub, tmp_path / "b", "model()")
+    assert whole["digest"] == load_model("nano").digest
+    hub.silent = True
+    check_nobody_waits(hub, tmp_path / "b", "timed out", HF_HUB_ETAG_TIMEOUT="1")
+    check_nobody_waits("http://127.0.0.1:9", tmp_path / "b", "refused")
+
+
+def check_nobody_waits(hub: Hub | str, home: pathlib.Path, why: str, **more: str) -> None:
+    """A silent or absent server: seconds, the cache where it has the model, else one line."""
+    wanted = ("model()", "model(revision='step0')", "corpus()", "model('own/other')")
+    cached, revision, text, other = found = client(hub, home, *wanted, **more)
+    assert cached["digest"] == load_model("nano").digest
+    assert "revision step0 of model EleutherAI/pythia-70m is not in the cache" in revision["error"]
+    assert "use --model nano or micro, which need no download" in revision["error"]
+    assert all(why in f["error"] for f in (revision, text, other))
+    assert max(f["seconds"] for f in found) < 6
+
+
+def test_the_pile_is_streamed_and_only_its_training_part(hub, tmp_path, pile):
+    small = {
+        f"{name}.jsonl.zst": shard(name.replace("/", ""), 40, seed)
+        for seed, name in enumerate(("train/00", "train/01", "val", "test"))
+    }
+    hub.repositories["datasets/own/pile"] = Repository({"main": small})
+    few, whole, nothing = client(
+        hub, tmp_path, "corpus()", "corpus('own/pile')", "corpus('own/nothing')"
+    )
+    assert few["texts"] == sorted(f"train{i}" for i in range(300))
+    shard_size = len(pile["train/00.jsonl.zst"])
+    # It is read in blocks of 5 MB, twice: once to find the columns.
+    assert hub.sent("train/00.jsonl.zst") <= 22_000_000 < shard_size < 30_000_000
+    assert not [r for r in hub.requests if "pile-uncopyrighted" in r.path and "01.jsonl" in r.path]
+    assert hub.sent("val.jsonl.zst") == hub.sent("test.jsonl.zst") == 0
+    assert len(whole["texts"]) == 80  # both shards of the small one, to their ends
+    assert {text[:7] for text in whole["texts"]} == {"train00", "train01"}
+    assert "no such dataset that you may read" in nothing["error"]
+    folder = tmp_path / "local" / "train"
+    folder.mkdir(parents=True)
+    for name in ("train/00", "train/01"):
+        (folder.parent / f"{name}.jsonl.zst").write_bytes(small[f"{name}.jsonl.zst"])
+    (local,) = client(hub, tmp_path, f"corpus({str(folder)!r})", HF_HUB_OFFLINE="1")
+    assert local["texts"] == whole["texts"]  # a copy needs no network
+
+
+def run_stage(hub: Hub, home: pathlib.Path, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-W", "ignore", "-m", *arguments, "--verbosity", "quiet"]
+    return subprocess.run(
+        command, cwd=home, env=environment(hub, home, PYTHONPATH=str(ROOT)), capture_output=True,
+        text=True, timeout=100, check=False,
+    )  # fmt: skip
+
+
+def test_attack_and_heal_of_a_training_checkpoint_from_the_command_line(hub, tmp_path):
+    shared = ("--corpus", "stdlib", "--sequence-length", "64", "--probe-tokens", "1024",
+              "--batch-size", "2", "--threads", "1", "--device", "cpu")  # fmt: skip
+    attacked = run_stage(
+        hub, tmp_path, "entrypoints.attack", "--model", "70m", "--revision", "step1000",
+        "--deduped", "--arm", "random_tokens", "--attack-steps", "2", *shared,
+    )  # fmt: skip
+    assert attacked.returncode == 0, attacked.stderr
+    (path,) = (tmp_path / "experiments").rglob(CHECKPOINT_NAME)
+    assert path.parents[1].name.startswith("70m-deduped@step1000_random_tokens_seed0_attack_")
+    healed = run_stage(
+        hub, tmp_path, "entrypoints.heal", "--collapsed-checkpoint", str(path),
+        "--healing-steps", "2", *shared,
+    )  # fmt: skip
+    assert healed.returncode == 0, healed.stderr
+    refused = run_stage(
+        hub, tmp_path, "entrypoints.heal", "--collapsed-checkpoint", str(path), "--revision",
+        "step2000", *shared,
+    )  # fmt: skip
+    assert refused.returncode == 1
+    assert refused.stderr.count("\n") == 1
+    assert "is a checkpoint of revision step1000 of model 70m, --revision says" in refused.stderr
+    tracking = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    (experiment,) = [e for e in tracking.search_experiments() if e.name != "Default"]
+    runs = tracking.search_runs([experiment.experiment_id], "tags.model = '70m-deduped@step1000'")
+    assert {run.data.tags["stage"] for run in runs} == {"attack", "heal"}
+    for run in runs:
+        stage, tags = run.data.tags["stage"], run.data.tags
+        assert tags["model_source"] == "EleutherAI/pythia-70m-deduped"
+        commit = commit_of(hub.repositories[DEDUPED].revisions["step1000"])
+        assert tags["model_revision"] == commit
+        assert run.data.params[f"{stage}.revision"] == "step1000"
+        assert run.data.params[f"{stage}.deduped"].lower() == "true"
+        assert run.data.params["model"] == "70m"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: AttackConfig(model="70m", revision="step1500"),
+            r"not one of Pythia's 154 training checkpoints .* the nearest is step1000|step2000",
+        ),
+        (lambda: AttackConfig(model="1b", revision="step143001"), "the nearest is step143000"),
+        (lambda: HealConfig(model="1b", revision="step03"), "the nearest is step"),
+        (lambda: HealConfig(model="1b", revision="final"), "main or a commit \\(40 hex digits\\)$"),
+        (
+            lambda: AttackConfig(model="nano", revision="step1"),
+            "--model nano is embedded: leave --revision out",
+        ),
+        (
+            lambda: AttackConfig(model=str(EMBEDDED_DIR / "nano"), revision="step1"),
+            "is a local folder: leave --revision out",
+        ),
+        (lambda: AttackConfig(model="own/model", revision="a b"), "not a branch, tag or commit"),
+        (lambda: AttackConfig(model="nano", deduped=True), "leave it out with --model nano"),
+        (lambda: AttackConfig(model="own/model", deduped=True), "leave it out with --model own"),
+        (lambda: AttackConfig(model="./gone"), r"--model \./gone: no folder .*gone here"),
+        (lambda: AttackConfig(model="giga"), "unknown model 'giga': choose one of nano, micro"),
+        (lambda: AttackConfig(model="a/b/c"), "unknown model 'a/b/c'.*a Hub id"),
+        (lambda: AttackConfig(model=""), "unknown model ''"),
+        (lambda: resolve(HealConfig(revision="step7")), "the nearest is step8"),
+    ],
+)
+def test_what_can_be_refused_without_the_network(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
+def test_revisions_and_sources():
+    assert len(set(PYTHIA_STEPS)) == 154
+    assert (PYTHIA_STEPS[0], PYTHIA_STEPS[-1], 512 in PYTHIA_STEPS) == (0, 143_000, True)
+    for revision in ("main", "step512", "step143000", "0" * 40):
+        assert resolve(AttackConfig(model="2.8b", revision=revision)).revision == revision
+    assert resolve(AttackConfig(model="70m")).revision == "main"
+    assert resolve(AttackConfig(model="nano")).revision == ""
+    assert source_of("1.4b", True) == "EleutherAI/pythia-1.4b-deduped"
+    assert source_of("own/model") == "own/model"
+    assert AttackConfig(model="own/model", revision="v1.0/x").label == "own/model@v1.0/x"
