@@ -49,10 +49,8 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: setup  ## Print what measuring, logging, summarizing and Hessian products cost
-	$(BIN)/python benchmarks/overhead.py
-	$(BIN)/python benchmarks/summarize.py --ways bulk
-	$(BIN)/python -m benchmarks.hvp
+bench: setup  ## Print what the loop, spectra, memory, logging, products and summarizing cost
+	$(BIN)/python -m benchmarks
 
 clean:  ## Remove the environment and caches (results stay)
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info

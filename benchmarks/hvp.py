@@ -16,9 +16,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import re
-import statistics
 import subprocess
 import sys
 import time
@@ -26,13 +24,13 @@ import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.table import Row, at_most, ratios, rounds, save, show
 from healing.corpora import load_corpus
 from healing.curvature import HessianOperator
 from healing.lanczos import gaussian
@@ -113,27 +111,6 @@ def methods(attention: str, stack: ExitStack) -> dict[str, Timed]:
     return calls if oracle is None else calls | {"curvlinops": oracle}
 
 
-def time_call(call: Timed, clock: Callable[[], float]) -> float:
-    """Seconds of one call."""
-    start = clock()
-    call()
-    return clock() - start
-
-
-def time_interleaved(
-    calls: dict[str, Timed], rounds: int, clock: Callable[[], float]
-) -> dict[str, list[float]]:
-    """Seconds of every call in every round, after two rounds of warm-up."""
-    names = list(calls)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(-2, rounds):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            elapsed = time_call(calls[name], clock)
-            if turn >= 0:
-                seconds[name].append(elapsed)
-    return seconds
-
-
 def resident_mib(field: str) -> float:
     """VmRSS or VmHWM of this process, MiB."""
     status = Path("/proc/self/status").read_text()
@@ -180,44 +157,27 @@ def relative_errors(attention: str) -> dict[str, dict[str, float]]:
     return errors
 
 
-def report(
+def table(
     seconds: dict[str, list[float]], peaks: dict[str, float], errors: dict[str, dict[str, float]]
-) -> list[dict[str, Any]]:
-    """One row per method; ratios to the gradient of the same round, per column."""
+) -> list[Row]:
+    """In gradients of the same round, per column; then memory and errors."""
     rows = []
     for name, times in seconds.items():
+        if name == "gradient":
+            continue
         columns = COLUMNS if "columns" in name else 1
-        ratios = [t / g / columns for t, g in zip(times, seconds["gradient"], strict=True)]
-        rows.append(
-            {
-                "method": name,
-                "median_ms": 1e3 * statistics.median(times) / columns,
-                "gradients": statistics.median(ratios),
-                "gradients_min": min(ratios),
-                "gradients_max": max(ratios),
-                "target": TARGETS.get(name),
-                "peak_mib": peaks.get(name),
-                "relative_errors": errors.get(name, {}),
-            }
-        )
-    return rows
-
-
-def print_table(rows: list[dict[str, Any]]) -> None:
-    """Markdown table of the report."""
-    print(
-        "| method | ms per product | gradients, median (min-max) | target | peak MiB "
-        "| relative error: gradient, isotropic |"
-    )
-    print("| --- | --- | --- | --- | --- | --- |")
-    for row in rows:
-        ratio = f"{row['gradients']:.2f} ({row['gradients_min']:.2f}-{row['gradients_max']:.2f})"
-        target = "" if row["target"] is None else f"<= {row['target']}"
-        peak = "" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
-        error = ", ".join(f"{value:.1e}" for value in row["relative_errors"].values())
-        print(
-            f"| {row['method']} | {row['median_ms']:.1f} | {ratio} | {target} | {peak} | {error} |"
-        )
+        values = [r / columns for r in ratios(times, seconds["gradient"])]
+        what, target = f"{MODEL}: Hessian product, {name}", TARGETS.get(name)
+        if target is None:
+            rows.append(Row(what, tuple(values), "gradients"))
+        else:
+            rows.append(at_most(what, values, "gradients", target))
+    rows += [Row(f"{MODEL}: peak memory of {name}", (peak,), "MiB") for name, peak in peaks.items()]
+    return rows + [
+        Row(f"{MODEL}: relative error, {name}, along the {direction}", (error,), "")
+        for name, found in errors.items()
+        for direction, error in found.items()
+    ]
 
 
 def main() -> None:
@@ -227,7 +187,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--attention", choices=["sdpa", "eager"], default="sdpa")
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", default="")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -238,15 +198,15 @@ def main() -> None:
         return
     with ExitStack() as stack:
         calls = methods(options.attention, stack)
-        seconds = time_interleaved(calls, options.rounds, CLOCKS[options.clock])
+        seconds = rounds(calls, options.rounds, warm_up=2, clock=CLOCKS[options.clock])
     peaks = {name: peak_in_fresh_process(name, options) for name in seconds}
-    rows = report(seconds, peaks, relative_errors(options.attention))
-    print_table(rows)
-    if options.json:
-        settings: dict[str, object] = {"torch": torch.__version__, "rounds": options.rounds}
-        settings |= {"threads": options.threads, "attention": options.attention}
-        settings["clock"] = options.clock
-        options.json.write_text(json.dumps({"settings": settings, "rows": rows}, indent=2) + "\n")
+    rows = table(seconds, peaks, relative_errors(options.attention))
+    show(
+        f"{MODEL}, one batch of {ROWS} x {LENGTH} tokens, {options.threads} thread(s), attention "
+        f"{options.attention}; a gradient takes {1e3 * min(seconds['gradient']):.0f} ms at best",
+        rows,
+    )
+    save(options.json, rows)
 
 
 if __name__ == "__main__":

@@ -4,19 +4,19 @@ Heals ``micro`` and divides the time of the run into training steps, measurement
 spectra of all blocks, recovery) and metric logging to an SQLite store (every request of the loop;
 the run's fixed cost, its parameters, tags and artifacts, is not in it). Medians over rounds.
 
-    python benchmarks/overhead.py [--model micro] [--steps 50] [--rounds 5]
+    python -m benchmarks.overhead [--model micro] [--steps 50] [--rounds 5] [--json FILE]
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import pathlib
 import statistics
 import tempfile
 import time
 
+from benchmarks.table import at_most, save, show
 from healing import tracking
 from healing.config import AttackConfig, HealConfig, resolve
 from healing.experiment.attack import attack_cell
@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("--model", default="micro")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", default="")
     arguments = parser.parse_args()
     config = resolve(HealConfig(model=arguments.model, healing_steps=arguments.steps))
     use_threads(config)
@@ -59,7 +60,7 @@ def main() -> None:
     corpus, _, probe = load_inputs(config)
     windows = training_windows(config, corpus, attacked.loaded)
     collapsed = probe.measure(attacked.loaded.model)
-    shares_measuring, shares_logging, speeds = [], [], []
+    measuring, logged, speeds = [], [], []
     with tempfile.TemporaryDirectory() as folder:
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
         os.chdir(pathlib.Path(folder))
@@ -68,20 +69,20 @@ def main() -> None:
                 total, training, logging = timed(
                     attacked.loaded, config, windows, probe, collapsed, run
                 )
-                shares_measuring.append((total - training - logging) / total)
-                shares_logging.append(logging / total)
+                measuring.append((total - training - logging) / total)
+                logged.append(logging / total)
                 speeds.append(config.healing_steps / training)
-    n = len(shares_measuring)
-    print(f"{arguments.model}, {arguments.steps} steps, {n} rounds, {config.threads} thread(s)")
-    print("share of a healing run      median    min    max    target")
-    for name, values, target in (
-        ("measuring (probe, spectra)", shares_measuring, "<= 25 %"),
-        ("MLflow logging", shares_logging, "<= 3 %"),
-    ):
-        low, mid, high = min(values), statistics.median(values), max(values)
-        print(f"{name:27s} {100 * mid:5.1f} % {100 * low:5.1f} {100 * high:5.1f}    {target}")
-    print(f"training speed: {statistics.median(speeds):.2f} steps/s (median)")
-    print(json.dumps({"measuring": shares_measuring, "logging": shares_logging}))
+    rows = [
+        at_most(f"{arguments.model}: measuring, share of a healing run", measuring, "", 0.25),
+        at_most(f"{arguments.model}: MLflow logging, share of a healing run", logged, "", 0.03),
+    ]
+    speed = statistics.median(speeds)
+    show(
+        f"{arguments.model}, {arguments.steps} steps, {config.threads} thread(s), "
+        f"{speed:.2f} training steps/s",
+        rows,
+    )
+    save(arguments.json, rows)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ each: finding the runs, reading them, pooling them, drawing and storing the summ
 * ``threads``: the same in 8 threads;
 * ``tag``: the trajectory as one compressed tag, found with the run.
 
-    python benchmarks/summarize.py [--runs 1000] [--rounds 3] [--ways bulk,artifact,threads,tag]
+    python -m benchmarks.summarize [--runs 1000] [--rounds 3] [--ways bulk,artifact,threads,tag]
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from benchmarks.table import at_most, save, show
 from healing import tracking
 from healing.experiment import stored_runs
 from healing.experiment.summarize import find_runs, summarize
@@ -48,6 +49,7 @@ METRICS = (
     "effective_rank", "perplexity", "loss", "train_loss", "grad_norm", "nonfinite_tokens",
     "tokens_per_second", "rank_recovery_pct", "loss_recovery_pct", "ppl_improvement_pct",
 )  # fmt: skip
+TARGET_SECONDS, TARGET_MEGABYTES = {"sqlite": 20, "http": 60}, 1000
 POINTS, INTERVAL = 51, 10
 MODELS = {"nano": 309_792, "micro": 1_317_632}
 ARMS = ("haep", "gaussian_noise", "spectral", "random_tokens", "random_text")
@@ -264,6 +266,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--ways", default="bulk,artifact,threads,tag")
+    parser.add_argument("--json", default="")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
@@ -299,6 +302,25 @@ def main() -> None:
     assert len({r["digest"] for rounds in results.values() for r in rounds}) == 1
     print(f"\nAll ways give the same {arguments.runs} runs. Load at the end: {os.getloadavg()}\n")
     print(table(results))
+    rows = [
+        at_most(
+            f"{arguments.runs} runs: find, read, pool from {store} ({way})",
+            [r["find"] + r["read"] + r["pool"] for r in rounds],
+            "s",
+            TARGET_SECONDS[store],
+        )
+        for (store, way), rounds in results.items()
+    ] + [
+        at_most(
+            f"{arguments.runs} runs: peak memory from {store} ({way})",
+            [r["peak"] for r in rounds],
+            "MB",
+            TARGET_MEGABYTES,
+        )
+        for (store, way), rounds in results.items()
+    ]
+    show("summarize", rows)
+    save(arguments.json, rows)
 
 
 if __name__ == "__main__":

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import pathlib
 import pickle
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from healing.models import LoadedModel
+from healing.models import LoadedModel, state_digest
 from healing.options import AUTO
 from healing.presets import FOLDER, MAIN, MODELS, canonical_model, model_kind, same_revision
 
@@ -32,10 +33,11 @@ class Checkpoint:
 
     Attributes:
         step: Attack or healing step it was taken after.
-        state: Parameter name → tensor, on the CPU.
+        state: Parameter name → tensor, on the CPU (of a file: mapped, read as it is used).
         description: One line.
         config: What made it ({} in files of the predecessor).
         kind: ``post_treatment`` (collapsed) or ``post_healing``.
+        known_digest: Hash of the weights, where the tensors are not at hand any more.
     """
 
     step: int
@@ -43,6 +45,16 @@ class Checkpoint:
     description: str
     config: dict[str, Any]
     kind: str = COLLAPSED_KIND
+    known_digest: str = ""
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Hash of the weights (16 hex digits)."""
+        return self.known_digest or state_digest(self.state)
+
+    def without_tensors(self) -> Checkpoint:
+        """What is still asked of it once a model holds its weights."""
+        return replace(self, state={}, known_digest=self.digest)
 
     @property
     def model_name(self) -> str | None:
@@ -143,7 +155,7 @@ def read_checkpoint(path: pathlib.Path) -> Checkpoint:
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}: give the path of a {CHECKPOINT_NAME}")
     try:
-        data = torch.load(path, map_location="cpu", weights_only=True)
+        data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} is damaged or holds objects other than tensors and plain values, "

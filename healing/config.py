@@ -301,7 +301,11 @@ class HealConfig(BaseConfig):
     save_healed: bool = option(
         True, "Store the healed weights, which basin needs (4 bytes per parameter)."
     )
-    precision: str = option("fp32", "Number format of healing.", choices=PRECISIONS)
+    precision: str = option(
+        AUTO,
+        "Number format of healing; auto = bf16 on an accelerator, fp32 on the CPU.",
+        choices=(AUTO, *PRECISIONS),
+    )
     precision_mode: str = option(
         "autocast",
         "bf16, fp16: autocast (fp32 master weights) or pure (weights, gradients and optimiser "
@@ -338,12 +342,16 @@ class HealConfig(BaseConfig):
 ConfigT = TypeVar("ConfigT", bound=BaseConfig)
 
 
-def resolve(config: ConfigT) -> ConfigT:
+def resolve(config: ConfigT, *, accelerated: bool = False) -> ConfigT:
     """Replace every ``auto`` by the preset of the configuration's model.
 
     The device stays ``auto``: which accelerator exists is not a property of the experiment. So does
     the probe's size where only the model's own files tell its hidden size
     (:func:`healing.experiment.loading.complete`).
+
+    Args:
+        config: Of any stage that loads a model.
+        accelerated: Whether it runs on an accelerator, which decides the number format.
 
     Raises:
         ConfigError: Unknown model.
@@ -356,6 +364,8 @@ def resolve(config: ConfigT) -> ConfigT:
     for field in dataclasses.fields(config):
         if getattr(config, field.name) == AUTO and hasattr(preset, field.name):
             values[field.name] = getattr(preset, field.name)
+    if getattr(config, "precision", "") == AUTO:
+        values["precision"] = "bf16" if accelerated else "fp32"
     if "attack_lr" in values and getattr(config, "attack_optimizer", "") == "sgd":
         values["attack_lr"] = preset.attack_sgd_lr
     if "healing_lr" in values and getattr(config, "healing_method", FULL) == LORA:

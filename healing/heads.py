@@ -111,11 +111,16 @@ def training_loss(model: nn.Module, windows: torch.Tensor) -> torch.Tensor:
     """Mean of the same over a batch, with a gradient of first order (no second derivatives: they
     need :func:`healing.models.next_token_loss`, which it equals).
 
+    The fused form finds its gradients in the forward pass, before any loss scaling, so that fp16
+    would lose the small ones: under fp16 the model's own loss is taken.
+
     Args:
         model: A causal language model in float32, under autocast or not.
         windows: int64 (windows, tokens), on the model's device.
     """
+    device = windows.device.type
+    fp16 = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
     head = plain_head(model)
-    if head is None or head.weight.dtype != torch.float32:
+    if head is None or head.weight.dtype != torch.float32 or fp16:
         return next_token_loss(model, windows)
     return _chunked(model, head, windows, "mean")  # type: ignore[arg-type]

@@ -15,6 +15,7 @@ from healing.heads import training_loss
 from healing.lockout import FORWARD, GRADIENT, UPDATE, WEIGHTS, Control, Failure
 from healing.lora import adapted
 from healing.models import LoadedModel, training_mode
+from healing.optimizers import make_optimizer
 from healing.precision import (
     Precision,
     diagnose,
@@ -76,21 +77,6 @@ class HealRecord:
         }
 
 
-def make_optimizer(model: torch.nn.Module, config: HealConfig) -> torch.optim.Optimizer:
-    """AdamW or plain SGD at a constant rate, without weight decay or momentum, of what is trained.
-
-    Decay would move the weights where the clean text gives no gradient, which is not healing.
-    """
-    rate = float(config.healing_lr)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if config.healing_optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=rate)
-    # Fused: one pass over the weights and no temporary copies of them. Only for float32: its
-    # arithmetic is float32 whatever the weights, and a pure low format is to fail as it does.
-    fused = all(p.dtype == torch.float32 for p in parameters)
-    return torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0, fused=fused)
-
-
 class Trainer:
     """Takes the fine-tuning steps of one model and keeps count of those that it cannot take.
 
@@ -117,7 +103,10 @@ class Trainer:
     ) -> None:
         self.model, self.clip = model, config.gradient_clip
         self.precision = Precision(config.precision, config.precision_mode)
-        self.optimizer = optimizer or make_optimizer(model, config)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = optimizer or make_optimizer(
+            config.healing_optimizer, trained, float(config.healing_lr)
+        )
         self.optimizer.zero_grad()
         self.scaler = self.precision.scaler(next(model.parameters()).device)
         self.steps = self.taken = self.nonfinite = self.scaler_skipped = 0

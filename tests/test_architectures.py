@@ -8,11 +8,16 @@ import math
 import pathlib
 import shutil
 
+import click
 import pytest
 import torch
 import transformers
+from click.testing import CliRunner
 
+from entrypoints._cli import options_of
+from healing.basin_config import BasinConfig
 from healing.checkpoints import (
+    Checkpoint,
     CheckpointError,
     cpu_state,
     load_state,
@@ -21,8 +26,10 @@ from healing.checkpoints import (
 )
 from healing.config import AttackConfig, ConfigError, HealConfig, fingerprint
 from healing.experiment.attack import attack_cell
+from healing.experiment.basin_cell import settle
 from healing.experiment.healing_cell import HealCell, decide_model, heal_cell
 from healing.experiment.loading import complete, load_inputs
+from healing.experiment.sweep import attack_config, heal_config, plan
 from healing.models import (
     ModelError,
     block_matrices,
@@ -35,6 +42,7 @@ from healing.models import (
 from healing.presets import model_label, model_slug, probe_tokens_for
 from healing.probe import Probe
 from healing.sources import EMBEDDED_DIR, model_shape
+from healing.stage_config import SweepConfig
 from healing.subspaces import MatrixSubspace
 
 COMMON = {"vocab_size": 2060, "bos_token_id": 0, "eos_token_id": 0}  # 12 rows beyond the tokenizer
@@ -193,10 +201,15 @@ def test_tied_weights_are_stored_once_and_load_strictly(folders, tmp_path):
     assert cpu_state(loaded.model).keys() == checkpoint.state.keys()
 
 
-def test_dropout_is_off_in_training_mode(folders):
-    stored = json.loads((folders["gpt2"] / "config.json").read_text())
-    assert stored["resid_pdrop"] == stored["attn_pdrop"] == stored["embd_pdrop"] == 0.1
-    model = load_model(str(folders["gpt2"])).model.train()
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_dropout_is_off_in_training_mode(folders, tmp_path, name):
+    folder = shutil.copytree(folders[name], tmp_path / name)
+    stored = json.loads((folder / "config.json").read_text())
+    if name == "gpt2":  # modules
+        assert stored["resid_pdrop"] == stored["attn_pdrop"] == stored["embd_pdrop"] == 0.1
+    else:  # a number that the attention reads
+        (folder / "config.json").write_text(json.dumps(stored | {"attention_dropout": 0.5}))
+    model = load_model(str(folder)).model.train()
     ids = torch.arange(40).view(2, 20)
     state = torch.get_rng_state()
     with torch.no_grad():
@@ -386,3 +399,73 @@ def test_inputs_of_a_folder(folders):
     assert probe.windows.shape == (20, 48)
     assert loaded.name == config.label
     assert math.isfinite(probe.measure(loaded.model).effective_rank)
+
+
+def checkpoint_of(**made: object) -> Checkpoint:
+    return Checkpoint(0, {}, "", dict(made))
+
+
+def test_a_checkpoint_brings_its_model_revision_and_training_set():
+    made = checkpoint_of(model="70m", revision="step1000", deduped=True)
+    config = decide_model(HealConfig(), made, "c.pt")
+    assert config.label == "70m-deduped@step1000"
+    same = HealConfig(model="70m", revision="step1000", deduped=True)
+    assert decide_model(same, made, "c.pt").label == config.label
+    older = checkpoint_of(model="70m")  # written before revisions were recorded
+    assert decide_model(HealConfig(revision="main"), older, "c.pt").revision == "main"
+    assert decide_model(HealConfig(model="160m", revision="step1"), checkpoint_of(), "c").label == (
+        "160m@step1"
+    )
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        (HealConfig(model="160m"), "checkpoint of model 70m, --model says 160m: leave --model out"),
+        (HealConfig(revision="step2"), "of revision step1 of model 70m, --revision says step2"),
+        (HealConfig(revision="main"), "of revision step1 of model 70m, --revision says main"),
+        (HealConfig(deduped=True), "of model 70m without --deduped: leave --deduped out"),
+        (HealConfig(model="own/other"), "checkpoint of model 70m, --model says own/other"),
+    ],
+)
+def test_what_contradicts_the_checkpoint_is_refused(wanted, message):
+    with pytest.raises(CheckpointError, match=message):
+        decide_model(wanted, checkpoint_of(model="70m", revision="step1"), "c.pt")
+
+
+def test_the_landscape_takes_the_model_from_its_checkpoint():
+    made = checkpoint_of(model="70m", revision="step1", deduped=True, sequence_length=64)
+    settled = settle(BasinConfig(), made, "h.pt")
+    assert (settled.label, settled.sequence_length) == ("70m-deduped@step1", 64)
+    assert settle(settled, made, "h.pt") == settled
+    with pytest.raises(CheckpointError, match="--revision says step4"):
+        settle(BasinConfig(revision="step4"), made, "h.pt")
+
+
+def test_a_sweep_takes_any_model_at_one_revision(folders):
+    names = f"nano,{folders['llama']}"
+    chains = plan(SweepConfig(models=names, arms="haep", seeds="0", sham=False))
+    assert [chain[0].model for chain in chains] == [str(folders["llama"]), "nano"]
+    sweep = SweepConfig(models="70m,160m", revision="step512", deduped=True, arms="haep", seeds="0")
+    cells = [cell for chain in plan(sweep) for cell in chain]
+    assert {cell.label for cell in cells} == {"70m-deduped@step512", "160m-deduped@step512"}
+    attack = attack_config(sweep, cells[0], "")
+    assert attack.label == heal_config(sweep, cells[0]).label == cells[0].label
+    with pytest.raises(ConfigError, match="--model nano is embedded: leave --revision out"):
+        SweepConfig(models="nano,70m", revision="step1")
+    with pytest.raises(ConfigError, match="--models names one folder twice"):
+        SweepConfig(models=f"{folders['llama']},{folders['llama']}/")
+
+
+def test_a_switch_needs_no_value():
+    @click.command()
+    @options_of(AttackConfig)
+    def command(**values: object) -> None:
+        click.echo(f"{values['deduped']} {values['model']}")
+
+    def shown(*arguments: str) -> str:
+        return CliRunner().invoke(command, arguments).output.strip()
+
+    assert shown("--deduped", "--model", "70m") == "True 70m"
+    assert shown("--model", "70m", "--deduped") == "True 70m"
+    assert shown("--deduped", "false", "--model", "1b") == "False 1b"

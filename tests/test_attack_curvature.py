@@ -16,13 +16,13 @@ from healing.attacks.arms import make_arm, warmup_batches
 from healing.attacks.clean_curvature import clean_hessian, hessian_subspace, rayleigh_rank
 from healing.attacks.driver import (
     WeightChange,
-    make_optimizer,
     prime_first_moment,
     run_attack,
     warm_second_moment,
 )
 from healing.config import AttackConfig, resolve
 from healing.models import LoadedModel, block_matrices, load_model, state_digest
+from healing.optimizers import make_optimizer
 from healing.probe import Probe
 from healing.randomness import named_generator
 from healing.subspaces import SingularSubspace
@@ -229,7 +229,8 @@ def test_attack_in_the_hessian_subspace_reports_its_pairs(corpus):
 def test_warm_up_moves_the_second_moment_and_nothing_else(nano, corpus):
     config = settings(warmup_steps=3)
     before = state_digest(nano.model.state_dict())
-    optimizer = make_optimizer(nano.model, config)
+    rate = float(config.attack_lr)
+    optimizer = make_optimizer(config.attack_optimizer, nano.model.parameters(), rate)
     clean = list(warmup_batches(config, nano, corpus))
     assert len(clean) == 3
     warm_second_moment(optimizer, nano.model, clean)

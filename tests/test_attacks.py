@@ -23,8 +23,8 @@ from healing.models import block_matrices, load_model, state_digest
 from healing.probe import Probe
 from healing.randomness import named_generator
 from healing.subspaces import MatrixSubspace, SingularSubspace
+from tests.test_moments import reference_rank
 from tests.test_probe import hand_written_loss
-from tests.test_spectra import reference_rank
 
 
 def matrix(m: int, n: int, seed: int = 0) -> torch.Tensor:

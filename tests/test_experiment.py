@@ -14,7 +14,7 @@ from mlflow.tracking import MlflowClient
 
 from healing.attacks.matching import MatchError
 from healing.checkpoints import CHECKPOINT_NAME, CheckpointError, read_checkpoint
-from healing.config import AttackConfig, HealConfig
+from healing.config import AttackConfig, HealConfig, resolve
 from healing.experiment import sweep as sweep_module
 from healing.experiment.attack import attack
 from healing.experiment.errors import SweepError
@@ -630,7 +630,7 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing_else(store, check
     block = transformer_blocks(model)[0]
     handle = block.attention.register_forward_pre_hook(lambda *_: calls.append(1))
     ids = torch.zeros(1, 8, dtype=torch.int64)
-    Trainer(model, heal_config(healing_lr=1e-9)).step(ids)
+    Trainer(model, resolve(heal_config(healing_lr=1e-9))).step(ids)
     handle.remove()
     assert len(calls) == 2  # once forward, once again in the backward pass
 

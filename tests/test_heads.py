@@ -137,6 +137,12 @@ def test_autocast_computes_the_product_in_the_low_format(windows):
     assert model.get_output_embeddings().weight.grad.dtype == torch.float32
 
 
+def test_fp16_autocast_takes_the_models_own_loss_whose_gradients_can_be_scaled(windows):
+    model = random_model("llama")
+    with Precision("fp16").forward(windows.device):
+        assert torch.equal(training_loss(model, windows), next_token_loss(model, windows))
+
+
 def test_pure_low_formats_take_the_models_own_loss(windows):
     model = random_model("llama").to(torch.bfloat16)
     assert torch.equal(training_loss(model, windows), next_token_loss(model, windows))

@@ -102,9 +102,7 @@ def test_unknown_model_names_the_choices():
 
 def test_unreachable_hub_says_what_to_do(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(
-        ModelError, match=r"pythia-70m is not in the cache.*OFFLINE.*--model nano or micro"
-    ):
+    with pytest.raises(ModelError, match=r"is not in the cache.*OFFLINE.*--model nano or micro"):
         load_model("70m")
 
 
@@ -222,3 +220,29 @@ def test_micro_checkpoint_is_not_a_nano(tmp_path, nano):
     path = write(tmp_path / "c.pt", load_model("micro"))
     with pytest.raises(CheckpointError, match="not a checkpoint of model nano"):
         load_state(nano, read_checkpoint(path), path)
+
+
+def test_a_checkpoint_without_its_tensors_keeps_its_digest(nano, tmp_path):
+    path = tmp_path / "checkpoint_post_treatment.pt"
+    save_checkpoint(path, nano.model, 3, "text", {"model": "nano"})
+    checkpoint = read_checkpoint(path)
+    assert checkpoint.digest == state_digest(nano.model.state_dict()) == nano.digest
+    light = checkpoint.without_tensors()
+    assert (light.state, light.digest, light.step) == ({}, nano.digest, 3)
+    assert light.without_tensors().digest == nano.digest
+
+
+def test_a_checkpoint_is_mapped_until_its_tensors_are_used(nano, tmp_path):
+    """Reading its configuration alone must not cost the memory of its weights."""
+    path = tmp_path / "checkpoint_post_treatment.pt"
+    big = torch.nn.Linear(2000, 10_000, bias=False)  # 80 MB
+    save_checkpoint(path, big, 0, "text", {})
+
+    def resident() -> int:
+        return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    before = resident()
+    checkpoint = read_checkpoint(path)
+    assert resident() - before < 20e6
+    assert torch.equal(checkpoint.state["weight"], big.weight)
+    assert resident() - before > 60e6  # the measure can see them

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from healing.config import HealConfig, resolve
+from healing.experiment import loading
+from healing.experiment.loading import complete
 from healing.models import load_model
 from healing.precision import (
     Precision,
@@ -146,6 +148,16 @@ def test_first_nonfinite_parameter():
     model = Chain(1.0, math.inf, math.nan)
     assert first_nonfinite_parameter(model) == "blocks.1.0.factor"
     assert first_nonfinite_parameter(Chain(1.0)) == ""
+
+
+def test_auto_is_bf16_on_an_accelerator_and_fp32_on_the_cpu(monkeypatch):
+    config = HealConfig(model="nano")
+    assert config.precision == "auto"
+    assert resolve(config).precision == complete(config).precision == "fp32"
+    assert resolve(config, accelerated=True).precision == "bf16"
+    monkeypatch.setattr(loading, "resolve_device", lambda _: torch.device("cuda"))
+    assert complete(config).precision == "bf16"
+    assert complete(HealConfig(model="nano", precision="fp16")).precision == "fp16"
 
 
 @pytest.mark.parametrize(("name", "largest"), [("fp16", 65504.0), ("bf16", 3.3895313892515355e38)])

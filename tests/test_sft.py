@@ -12,7 +12,7 @@ from healing.corpora import batches
 from healing.models import load_model, state_digest
 from healing.probe import Probe
 from healing.randomness import named_generator
-from healing.sft import LOCKOUT_STEPS, Trainer, heal, make_optimizer
+from healing.sft import LOCKOUT_STEPS, Trainer, heal
 
 
 def settings(**changes) -> HealConfig:
@@ -113,9 +113,3 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(nano, windows,
     assert records[-1].step == records[-1].nonfinite_steps == LOCKOUT_STEPS
     assert math.isnan(records[-1].train_loss)
     assert math.isnan(records[-1].measurement.loss)
-
-
-def test_optimisers_have_no_decay_or_momentum(nano):
-    assert make_optimizer(nano.model, settings()).defaults["weight_decay"] == 0.0
-    sgd = make_optimizer(nano.model, settings(healing_optimizer="sgd")).defaults
-    assert (sgd["momentum"], sgd["weight_decay"]) == (0, 0)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from healing.config import AttackConfig
 from healing.models import LoadedModel, next_token_loss
+from healing.optimizers import make_optimizer
 from healing.probe import Measurement, Probe
 
 
@@ -123,16 +124,6 @@ def gradient_step(
     return StepOutcome(float(objective.detach()), norm, finite)
 
 
-def make_optimizer(model: torch.nn.Module, config: AttackConfig) -> torch.optim.Optimizer:
-    """AdamW or plain SGD, without weight decay: it would shrink the weights even where the arm's
-    gradient is zero.
-    """
-    rate = float(config.attack_lr)
-    if config.attack_optimizer == "sgd":
-        return torch.optim.SGD(model.parameters(), lr=rate)
-    return torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
-
-
 def warm_second_moment(
     optimizer: torch.optim.Optimizer, model: PreTrainedModel, clean_batches: Iterable[torch.Tensor]
 ) -> None:
@@ -201,7 +192,8 @@ def run_attack(
     """
     model = loaded.model
     total = 0 if config.arm == "none" else int(config.attack_steps)
-    optimizer = make_optimizer(model, config)
+    rate = float(config.attack_lr)
+    optimizer = make_optimizer(config.attack_optimizer, model.parameters(), rate)
     warm_second_moment(optimizer, model, warmup)
     if optimizer.state:
         prime_first_moment(optimizer, arm)

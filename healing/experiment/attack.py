@@ -34,7 +34,7 @@ from healing.experiment.loading import (
     load_inputs,
     use_threads,
 )
-from healing.models import LoadedModel, embedding_matrix, state_digest
+from healing.models import LoadedModel, embedding_matrix
 from healing.plots import runs as runs_figures
 from healing.presets import model_slug
 from healing.probe import Measurement
@@ -123,7 +123,7 @@ def attack_fingerprint(config: AttackConfig, identity: str, digests: dict[str, s
     """
     reference = ""
     if config.reference_checkpoint:
-        reference = state_digest(read_checkpoint(pathlib.Path(config.reference_checkpoint)).state)
+        reference = read_checkpoint(pathlib.Path(config.reference_checkpoint)).digest
     return fingerprint(
         "attack", config, reference, identity, digests, code_digest(), device_kind(config)
     )

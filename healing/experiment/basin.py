@@ -32,7 +32,6 @@ from healing.experiment.basin_cell import (
 from healing.experiment.console import Console
 from healing.experiment.files import start_folder, write_json
 from healing.experiment.loading import load_inputs, use_threads
-from healing.models import state_digest
 from healing.plots import basin as figures
 from healing.plots.style import arm_label
 from healing.presets import model_slug
@@ -69,7 +68,7 @@ def _collapsed_of(view: RunView) -> pathlib.Path | None:
                 raise
     found = read_checkpoint(local)
     wanted = view.tags.get("checkpoint_id", "")
-    if wanted and wanted not in (found.config.get("fingerprint"), state_digest(found.state)):
+    if wanted and wanted not in (found.config.get("fingerprint"), found.digest):
         raise CheckpointError(
             f"{local} is not the checkpoint that run {view.run_id} healed (its checkpoint_id is "
             f"{wanted}): restore that file, or name both files with --collapsed-checkpoint and "

@@ -324,7 +324,7 @@ def read_states(cell: BasinCell, loaded: LoadedModel) -> tuple[dict[str, Tensor]
         collapsed = read_checkpoint(pathlib.Path(cell.collapsed))
         _require_healthy(collapsed, loaded, cell.collapsed)
         load_state(loaded, collapsed, cell.collapsed)
-        digest = state_digest(collapsed.state)
+        digest = collapsed.digest
     weights["collapsed"] = weights_of(loaded.model)
     healed = read_checkpoint(pathlib.Path(cell.healed))
     if healed.kind != HEALED_KIND:

@@ -43,7 +43,6 @@ from healing.experiment.healing_cell import (
 )
 from healing.experiment.loading import load_inputs, use_threads
 from healing.lora import n_trainable, require
-from healing.models import state_digest
 from healing.plots import runs as runs_figures
 from healing.plots.style import arm_label
 from healing.presets import model_slug
@@ -137,7 +136,7 @@ def _save_healed(run: RunLogger, outcome: HealOutcome, folder: pathlib.Path) -> 
         "heal_run_id": run.run_id,
         "attack_run_id": made.get("attack_run_id", ""),
         "healthy_digest": outcome.loaded.digest,
-        "collapsed_digest": state_digest(outcome.checkpoint.state),
+        "collapsed_digest": outcome.checkpoint.digest,
         "corpus_digests": outcome.digests,
     }
     text = f"{outcome.cell.config.label} healed for {step} steps after {arm}"
@@ -148,7 +147,7 @@ def _save_healed(run: RunLogger, outcome: HealOutcome, folder: pathlib.Path) -> 
 def _lineage(checkpoint: Checkpoint) -> dict[str, Any]:
     made = checkpoint.config
     return {
-        "checkpoint_id": made.get("fingerprint") or state_digest(checkpoint.state),
+        "checkpoint_id": made.get("fingerprint") or checkpoint.digest,
         "attack_run_id": made.get("attack_run_id", ""),
         "attack_seed": made.get("seed", ""),
         "noise_match": made.get("noise_match", ""),

@@ -41,7 +41,7 @@ from healing.experiment.loading import (
 )
 from healing.lockout import CONTROL_STEPS, FORWARD, WEIGHTS, Control, Diagnosis, Failure
 from healing.lora import adapted
-from healing.models import LoadedModel, embedding_matrix, state_digest
+from healing.models import LoadedModel, embedding_matrix
 from healing.precision import (
     Precision,
     diagnose,
@@ -214,7 +214,7 @@ def decide_model(config: HealConfig, checkpoint: Checkpoint | None, path: object
 
 
 def sham_checkpoint(loaded: LoadedModel, config: HealConfig) -> Checkpoint:
-    """The healthy model in a checkpoint's place."""
+    """The healthy model in a checkpoint's place; its weights stay where they are."""
     made = {
         "model": config.model,
         "revision": config.revision,
@@ -224,8 +224,7 @@ def sham_checkpoint(loaded: LoadedModel, config: HealConfig) -> Checkpoint:
         "healthy_digest": loaded.digest,
         "fingerprint": loaded.digest,
     }
-    state = {k: v.detach().cpu().clone() for k, v in loaded.model.state_dict().items()}
-    return Checkpoint(0, state, "healthy model", made)
+    return Checkpoint(0, {}, "healthy model", made, known_digest=loaded.digest)
 
 
 _PLAIN = HealConfig()
@@ -245,12 +244,11 @@ def heal_fingerprint(
 ) -> str:
     """Fingerprint of a healing run; the checkpoint counts by its weights, not by its path."""
     bare = replace(_determining(cell.config), collapsed_checkpoint="", arm="none")
-    weights = state_digest(checkpoint.state)
     return fingerprint(
         "heal",
         bare,
         cell.replicate,
-        weights,
+        checkpoint.digest,
         attacked_settings(checkpoint),
         identity,
         digests,
@@ -323,7 +321,9 @@ def heal_cell(
             "its healthy reference is not this model; run the attack again"
         )
     mark = heal_fingerprint(cell, checkpoint, loaded.identity, corpus.digests)
-    load_state(loaded, checkpoint, cell.checkpoint)
+    if cell.checkpoint:
+        load_state(loaded, checkpoint, cell.checkpoint)
+    checkpoint = checkpoint.without_tensors()
     windows = training_windows(config, corpus, loaded)
     collapsed = probe.measure(loaded.model, named_generator(config.seed, "bootstrap"))
     if config.gradient_checkpointing:

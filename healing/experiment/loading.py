@@ -43,6 +43,7 @@ NUMERICAL_MODULES = (
     "lora",
     "models",
     "moments",
+    "optimizers",
     "precision",
     "probe",
     "randomness",
@@ -117,7 +118,7 @@ def complete(config: ConfigT) -> ConfigT:
         ConfigError: Unknown model, or windows longer than it can read.
         ModelError: Its files cannot be had.
     """
-    config = resolve(config)
+    config = resolve(config, accelerated=device_kind(config) != "cpu")
     if model_kind(config.model) not in (HUB, FOLDER):
         return config  # the presets know their sizes, and read windows of any admissible length
     shape = model_shape(config.model, config.revision, config.deduped)
