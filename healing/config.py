@@ -16,6 +16,7 @@ from healing.options import AUTO, ConfigError, option, validate_fields
 from healing.presets import (
     DEFAULT_MODEL,
     HUB,
+    LORA_RATE_RATIO,
     MAIN,
     MODELS_HELP,
     PYTHIA,
@@ -40,6 +41,8 @@ ARMS = (
 TREATMENT, CONTROL, SHAM = "haep", "gaussian_noise", "none"
 NOISE_MATCHES = ("norm", "loss", "rank")
 OPTIMIZERS = ("adamw", "sgd")
+METHODS = ("full", "lora")
+FULL, LORA = METHODS
 SUBSPACES = ("singular", "hessian")
 PRECISIONS = ("fp32", "bf16", "fp16")
 PRECISION_MODES = ("autocast", "pure")
@@ -270,11 +273,24 @@ class HealConfig(BaseConfig):
     healing_steps: int = option(500, "Fine-tuning steps on clean text.", minimum=0)
     healing_lr: float | str = option(
         AUTO,
-        "Learning rate; auto = 1e-3 for nano and micro, else 1e-4.",
+        "Learning rate; auto = 1e-3 for nano and micro, else 1e-4, and 10 times that for lora.",
         minimum=0,
         exclusive_minimum=True,
     )
     healing_optimizer: str = option("adamw", "Optimiser of healing.", choices=OPTIMIZERS)
+    healing_method: str = option(
+        FULL,
+        "What is trained: all weights, or (lora, which needs peft) low-rank adapters of the linear "
+        "layers inside the blocks, merged afterwards.",
+        choices=METHODS,
+    )
+    lora_rank: int = option(8, "lora: rank r of the change of every matrix.", minimum=1)
+    lora_alpha: float = option(
+        16.0,
+        "lora: the change is alpha / rank times the product of the adapters.",
+        minimum=0,
+        exclusive_minimum=True,
+    )
     sham: bool = option(
         False,
         "Also refer recovery to the sham: the healthy model through the same fine-tuning (healed "
@@ -307,6 +323,20 @@ class HealConfig(BaseConfig):
         if len(given) > 1:
             flags = " and ".join("--" + name.replace("_", "-") for name in given)
             raise ConfigError(f"{flags} exclude each other: give one of them")
+        if self.healing_method == LORA:
+            self._check_lora()
+
+    def _check_lora(self) -> None:
+        if self.precision_mode == "pure" and self.precision != "fp32":
+            raise ConfigError(
+                "--healing-method lora keeps the weights, --precision-mode pure rounds them: "
+                "use --precision-mode autocast"
+            )
+        if self.healing_optimizer != "adamw" and self.healing_lr == AUTO:
+            raise ConfigError(
+                "--healing-lr auto is AdamW's for --healing-method lora: give a number with "
+                f"--healing-optimizer {self.healing_optimizer}"
+            )
 
 
 ConfigT = TypeVar("ConfigT", bound=BaseConfig)
@@ -338,6 +368,8 @@ def resolve(config: ConfigT, *, accelerated: bool = False) -> ConfigT:
         values["precision"] = "bf16" if accelerated else "fp32"
     if "attack_lr" in values and getattr(config, "attack_optimizer", "") == "sgd":
         values["attack_lr"] = preset.attack_sgd_lr
+    if "healing_lr" in values and getattr(config, "healing_method", FULL) == LORA:
+        values["healing_lr"] = LORA_RATE_RATIO * preset.healing_lr
     if "probe_tokens" in values and model in PYTHIA_HIDDEN:
         hidden = PYTHIA_HIDDEN[model]
         values["probe_tokens"] = probe_tokens_for(hidden, config.sequence_length)

@@ -13,6 +13,7 @@ from healing.config import HealConfig
 from healing.corpora import batches
 from healing.heads import training_loss
 from healing.lockout import FORWARD, GRADIENT, UPDATE, WEIGHTS, Control, Failure
+from healing.lora import adapted
 from healing.models import LoadedModel, training_mode
 from healing.optimizers import make_optimizer
 from healing.precision import (
@@ -23,6 +24,7 @@ from healing.precision import (
     gradient_norm,
 )
 from healing.probe import Measurement, Probe
+from healing.randomness import named_generator
 
 LOCKOUT_STEPS = 10
 """Consecutive steps without a finite loss and gradient after which healing ends."""
@@ -101,8 +103,9 @@ class Trainer:
     ) -> None:
         self.model, self.clip = model, config.gradient_clip
         self.precision = Precision(config.precision, config.precision_mode)
+        trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = optimizer or make_optimizer(
-            config.healing_optimizer, model.parameters(), float(config.healing_lr)
+            config.healing_optimizer, trained, float(config.healing_lr)
         )
         self.optimizer.zero_grad()
         self.scaler = self.precision.scaler(next(model.parameters()).device)
@@ -186,6 +189,11 @@ def _mean(values: list[float]) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
+def adapter_draws(data_order: torch.Generator) -> torch.Generator:
+    """Stream of the adapters' start: another one for every data order, which it leaves as it is."""
+    return named_generator(data_order.initial_seed(), "adapters")
+
+
 def heal(
     loaded: LoadedModel,
     config: HealConfig,
@@ -196,8 +204,8 @@ def heal(
 ) -> Iterator[HealRecord]:
     """Fine-tune a model in place, yielding a record at step 0, every interval and the last step.
 
-    The model is measured in float32 whatever it trains in, and is in float32 when the iterator
-    is exhausted.
+    The model is measured in float32 whatever it trains in, and with its adapters where it has
+    them; it is in float32 and its plain architecture again when the iterator is exhausted.
 
     Args:
         loaded: The collapsed model, in float32.
@@ -214,7 +222,7 @@ def heal(
     precision = Precision(config.precision, config.precision_mode)
     stream = batches(windows, int(config.batch_size), generator)
     yield HealRecord(0, 0, collapsed, headroom=precision.headroom(collapsed.peaks))
-    with precision.weights(model):
+    with adapted(model, config, adapter_draws(generator)), precision.weights(model):
         trainer = Trainer(model, config)
         losses: list[float] = []
         norms: list[float] = []
@@ -271,9 +279,11 @@ def control_run(
         generator: In the state in which the failed run's began.
         steps: Steps to try.
     """
+    model = loaded.model
     stream = batches(windows, int(config.batch_size), generator)
-    with Precision(config.precision, config.precision_mode).weights(loaded.model):
-        trainer = Trainer(loaded.model, config)
+    precision = Precision(config.precision, config.precision_mode)
+    with adapted(model, config, adapter_draws(generator)), precision.weights(model):
+        trainer = Trainer(model, config)
         for _ in range(steps):
             trainer.step(next(stream).to(loaded.device))
             if trainer.failure:

@@ -118,11 +118,11 @@ class RunLogger:
         self._send("parameters", params=[Param(k, v) for k, v in fresh.items()])
         self._taken |= fresh.keys()
 
-    def n_params(self, count: int) -> None:
-        """Log the model's size, a number to plot against, under its bare name."""
-        if "n_params" not in self._taken:
-            self._send("parameters", params=[Param("n_params", str(count))])
-            self._taken.add("n_params")
+    def n_params(self, count: int, name: str = "n_params") -> None:
+        """Log a number of parameters, to plot against, under its bare name."""
+        if name not in self._taken:
+            self._send("parameters", params=[Param(name, str(count))])
+            self._taken.add(name)
 
     def tags(self, values: Mapping[str, Any]) -> None:
         """Set tags in one request."""

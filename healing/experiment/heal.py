@@ -42,6 +42,7 @@ from healing.experiment.healing_cell import (
     sham_checkpoint,
 )
 from healing.experiment.loading import load_inputs, use_threads
+from healing.lora import n_trainable, require
 from healing.plots import runs as runs_figures
 from healing.plots.style import arm_label
 from healing.presets import model_slug
@@ -53,8 +54,7 @@ from healing.wording import percent_text
 
 def heal_name(cell: HealCell, checkpoint: Checkpoint, mark: str) -> str:
     """Folder and run name of a healing run."""
-    arm = checkpoint.config.get("arm", "unknown")
-    config = cell.config
+    config, arm = cell.config, checkpoint.config.get("arm", "unknown")
     slug = model_slug(config.label)
     return f"{slug}_{arm}_seed{config.seed}_run{cell.replicate + 1:02d}_{mark[:8]}"
 
@@ -214,8 +214,7 @@ def heal_one(
     """Run, log and store one healing run: in a given run, else as a child of the parent."""
     config, arm = cell.config, SHAM
     if cell.checkpoint:
-        checkpoint = read_checkpoint(pathlib.Path(cell.checkpoint))
-        arm = checkpoint.config.get("arm", "unknown")
+        arm = read_checkpoint(pathlib.Path(cell.checkpoint)).config.get("arm", "unknown")
     title = f"heal {config.label} {arm} seed {config.seed} run {cell.replicate + 1}"
     own = {"checkpoint": cell.checkpoint, "replicate": cell.replicate}
     tags = {"stage": "heal", "arm": arm, "model": config.label, **own}
@@ -245,11 +244,11 @@ def _heal_in(run: RunLogger, cell: HealCell, title: str, arm: str, console: Cons
             files["lines"] = JsonLines(files["folder"] / "metrics.jsonl")
             run.rescue(files["folder"] / "config.json", files["lines"].path)
             run.n_params(outcome.loaded.n_params)
-            run.tags(outcome.loaded.tags)
+            run.n_params(n_trainable(outcome.loaded.model, config), "n_trainable_params")
             warn_of_few_rows(console, config, outcome.loaded)
             settings = settings_of(cell, outcome.checkpoint, outcome.digests)
             marks = {"fingerprint": outcome.fingerprint, "settings": settings}
-            run.tags({**_lineage(outcome.checkpoint), **marks})
+            run.tags({**outcome.loaded.tags, **_lineage(outcome.checkpoint), **marks})
             log_corpora(run, config, outcome.digests, {"train": "training", "probe": "probe"})
 
         def on_record(outcome: HealOutcome, record: HealRecord) -> None:
@@ -348,6 +347,7 @@ def heal(config: HealConfig) -> list[HealOutcome]:
     """
     console = Console(config.verbosity)
     with tracking.start("heal", {"stage": "heal"}) as run:
+        require(config)
         if config.checkpoint_dir:
             paths = find_checkpoints(config.checkpoint_dir)
             replicates = config.runs_per_checkpoint

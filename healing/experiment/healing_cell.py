@@ -19,6 +19,7 @@ from healing.checkpoints import (
     read_checkpoint,
 )
 from healing.config import (
+    FULL,
     NOT_DETERMINING,
     NOT_SETTINGS,
     SHAM,
@@ -39,6 +40,7 @@ from healing.experiment.loading import (
     training_windows,
 )
 from healing.lockout import CONTROL_STEPS, FORWARD, WEIGHTS, Control, Diagnosis, Failure
+from healing.lora import adapted
 from healing.models import LoadedModel, embedding_matrix
 from healing.precision import (
     Precision,
@@ -50,7 +52,7 @@ from healing.pretraining import unigram_loss
 from healing.probe import Measurement, Probe
 from healing.randomness import named_generator
 from healing.recovery import Damage, State, recovery_pct, verdict_of
-from healing.sft import HealRecord, control_run
+from healing.sft import HealRecord, adapter_draws, control_run
 from healing.sft import heal as heal_steps
 from healing.survival import half_recovery_time
 
@@ -225,9 +227,16 @@ def sham_checkpoint(loaded: LoadedModel, config: HealConfig) -> Checkpoint:
     return Checkpoint(0, {}, "healthy model", made, known_digest=loaded.digest)
 
 
+_PLAIN = HealConfig()
+
+
 def _determining(config: HealConfig) -> HealConfig:
-    """Without the mode of a precision that has none: fp32 is one experiment."""
-    return replace(config, precision_mode="autocast") if config.precision == "fp32" else config
+    """Without what has no effect: the mode of fp32, the adapters of full healing."""
+    if config.precision == "fp32":
+        config = replace(config, precision_mode="autocast")
+    if config.healing_method == FULL:
+        config = replace(config, lora_rank=_PLAIN.lora_rank, lora_alpha=_PLAIN.lora_alpha)
+    return config
 
 
 def heal_fingerprint(
@@ -319,6 +328,10 @@ def heal_cell(
     collapsed = probe.measure(loaded.model, named_generator(config.seed, "bootstrap"))
     if config.gradient_checkpointing:
         loaded.model.activation_checkpointing_enable()
+    # The gradients that this healing takes; for adapters, those of all weights need not fit.
+    with adapted(loaded.model, config, adapter_draws(_data_order(cell))):
+        batch = _first_batch(cell, windows)
+        in_float32 = failure_in_float32(loaded, collapsed, probe, batch)
     outcome = HealOutcome(
         cell,
         mark,
@@ -327,7 +340,7 @@ def heal_cell(
         healthy,
         (HealRecord(0, 0, collapsed),),
         corpus.digests,
-        failure_in_float32(loaded, collapsed, probe, _first_batch(cell, windows)),
+        in_float32,
         unigram_loss=unigram_loss(windows, probe.windows, len(embedding_matrix(loaded.model))),
     )
     on_start(outcome)

@@ -40,6 +40,7 @@ NUMERICAL_MODULES = (
     "heads",
     "lanczos",
     "lockout",
+    "lora",
     "models",
     "moments",
     "optimizers",
