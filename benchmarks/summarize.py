@@ -41,8 +41,9 @@ from benchmarks.table import at_most, save, show
 from healing import tracking
 from healing.experiment import stored_runs
 from healing.experiment.summarize import find_runs, summarize
+from healing.heal_runs import ENDPOINTS
 from healing.histories import Trajectory
-from healing.pooling import ENDPOINTS, summarize_runs
+from healing.pooling import summarize_runs
 from healing.stage_config import SummarizeConfig
 
 METRICS = (

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from healing.escaping import markdown as escape
 from healing.presets import MODELS
 from healing.stats import DegenerateDataWarning, Interval, t_interval
 from healing.wording import interval_text, number_text
@@ -226,9 +227,10 @@ def markdown(summary: LegacySummary) -> str:
     """Table and healing runs as Markdown (``legacy_summary.md``)."""
     header, rows = table(summary)
     lines = ["# The predecessor's recorded runs", "", HEADER_NOTE, ""]
-    lines += ["| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows]]
+    first, *others = (f"| {' | '.join(map(escape, row))} |" for row in (header, *rows))
+    lines += [first, f"|{'---|' * len(header)}", *others]
     lines += ["", "## Healing", "", healing_sentence(summary), ""]
-    return "\n".join([*lines, *(f"- {line}" for line in healing_lines(summary)), ""])
+    return "\n".join([*lines, *(f"- {escape(line)}" for line in healing_lines(summary)), ""])
 
 
 def group_rows(summary: LegacySummary) -> list[dict[str, Any]]:

@@ -8,9 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
+from healing.contrast_wording import (
+    comparison_gaps,
+    comparison_sentence,
+    contrast_sentences,
+    pace_sentence,
+    unfinished_sentences,
+)
+from healing.contrasts import Contrast
 from healing.latex import Macros, bounds, escape, number, spelled
 from healing.pooling import GroupSummary, Summary
-from healing.report import comparison_sentence
 from healing.stats import Interval
 from healing.wording import (
     LOSS,
@@ -19,6 +26,7 @@ from healing.wording import (
     budget,
     context_sentences,
     count_text,
+    group_estimate,
     group_name,
     headline_groups,
     shown_label,
@@ -45,15 +53,40 @@ def _group_values(group: GroupSummary, summary: Summary) -> dict[str, str]:
         "Sentence": escape(verdict_text(group, summary.groups)),
         "Checkpoints": str(group.n_checkpoints),
         "Runs": str(group.n_runs),
-        "Undefined": str(group.n_undefined),
+        "UndefinedRuns": str(group.n_undefined),
         "Lockouts": str(group.n_lockout),
         "Steps": "undefined" if steps is None else str(steps),
+        "TokensPerStep": str(group.tokens_per_step or "unknown"),
     }
     for endpoint, interval in group.intervals.items():
-        values |= _estimate(_endpoint(endpoint), interval)
+        name = _endpoint(endpoint)
+        values |= _estimate(name, interval) | {f"{name}N": str(interval.n)}
+        values[f"{name}UndefinedCheckpoints"] = str(group.undefined_checkpoints(endpoint))
+        bca = group.bootstrap.get(endpoint)
+        if bca is not None and bca.defined:
+            values[f"{name}Bca"] = bounds(bca)
     for endpoint, interval in group.half_recovery.items():
-        name = f"Half{_endpoint(endpoint)}Steps"
-        values |= {name: number(interval.point), f"{name}Interval": bounds(interval)}
+        values |= _half_values(_endpoint(endpoint), "Steps", interval)
+        tokens = group.half_recovery_tokens.get(endpoint)
+        if tokens:
+            values |= _half_values(_endpoint(endpoint), "Tokens", tokens)
+    return values | _fit_values(group)
+
+
+def _half_values(endpoint: str, unit: str, interval: Interval) -> dict[str, str]:
+    digits = 1 if unit == "Steps" else 0
+    name = f"Half{endpoint}{unit}"
+    return {name: number(interval.point, digits), f"{name}Interval": bounds(interval, digits)}
+
+
+def _fit_values(group: GroupSummary) -> dict[str, str]:
+    """Variance components, fitted limits and what would decide."""
+    values = {}
+    for endpoint, variance in group.variance.items():
+        name = _endpoint(endpoint)
+        values[f"{name}VarianceBetween"] = number(variance.between)
+        values[f"{name}VarianceWithin"] = number(variance.within)
+        values[f"{name}Icc"] = number(variance.icc, 2)
     for endpoint, found in group.approaches.items():
         name = _endpoint(endpoint)
         fits = {"Asymptote": found.asymptote, "HalfLife": found.half_life}
@@ -64,6 +97,22 @@ def _group_values(group: GroupSummary, summary: Summary) -> dict[str, str]:
     for endpoint, plan in group.plans.items():
         needed = "out of reach" if plan.n_checkpoints is None else str(plan.n_checkpoints)
         values[f"{_endpoint(endpoint)}CheckpointsNeeded"] = needed
+    return values
+
+
+def _contrast_values(model: str, found: Contrast, summary: Summary) -> dict[str, str]:
+    values = {
+        "Statement": found.comparison.statement,
+        "Sentence": escape(comparison_sentence(model, summary)),
+        "PaceSentence": escape(pace_sentence(model, summary)),
+    }
+    for endpoint in found.comparison.endpoints:
+        name, interval = _endpoint(endpoint.endpoint), endpoint.superiority.interval
+        values |= _estimate(name, interval)
+        values |= {f"{name}Pairs": str(interval.n), f"{name}P": number(endpoint.p_adjusted, 3)}
+    for key, test in found.pace.items():
+        name = f"{_endpoint(key)}LogRank"
+        values |= {f"{name}Z": number(test.statistic, 2), f"{name}P": number(test.p_value, 3)}
     return values
 
 
@@ -85,19 +134,15 @@ def macros(summary: Summary) -> Macros:
     common = {
         "Confidence": rf"{100 * summary.confidence:g}\,\%",
         "FailedRuns": str(len(summary.failed)),
+        "RunningRuns": str(len(summary.running)),
+        "RepeatedRuns": str(len(summary.repeats)),
         "UndefinedRuns": str(len(summary.undefined)),
     }
     found.add("", common)
     for group in summary.groups:
         found.add(group_stem(group, summary.groups), _group_values(group, summary))
-    for key, comparison in summary.comparisons.items():
-        values = {
-            "Statement": comparison.statement,
-            "Sentence": escape(comparison_sentence(key, summary)),
-        }
-        for endpoint in comparison.endpoints:
-            values |= _estimate(_endpoint(endpoint.endpoint), endpoint.superiority.interval)
-        found.add(f"{spelled(key)}HaepMinusNoise", values)
+    for model, own in summary.contrasts.items():
+        found.add(f"{spelled(model)}HaepMinusNoise", _contrast_values(model, own, summary))
     for arm, slope in summary.slopes.items():
         found.add(f"Scaling{spelled(arm)}", _estimate("Slope", slope.slope))
     return found
@@ -113,14 +158,15 @@ def macros_file(summary: Summary) -> str:
 
 
 def _row(group: GroupSummary, summary: Summary) -> str:
-    cells = [
-        escape(group.model),
-        escape(shown_label(group, summary.groups)),
-        f"{group.n_checkpoints} ({group.n_runs})",
-        *(_table_estimate(group.intervals[endpoint]) for endpoint in (RANK, LOSS)),
-        VERDICT_NAMES.get(group.verdict, group.verdict).lower(),
-    ]
-    return " & ".join(cells) + r" \\"
+    cells = [escape(group.model), escape(shown_label(group, summary.groups)), str(group.n_runs)]
+    for endpoint in (RANK, LOSS):
+        interval, undefined = group.intervals[endpoint], group.undefined_checkpoints(endpoint)
+        cells += [
+            _table_estimate(interval),
+            f"{interval.n} ({undefined})" if undefined else f"{interval.n}",
+        ]
+    cells.append(r"\raggedright " + VERDICT_NAMES.get(group.verdict, group.verdict).lower())
+    return " & ".join(cells) + r" \tabularnewline"
 
 
 def _table_estimate(interval: Interval) -> str:
@@ -136,22 +182,24 @@ def table_file(summary: Summary) -> str:
         if number_ and group.model != summary.groups[number_ - 1].model:
             rows.append(r"\addlinespace")
         rows.append(_row(group, summary))
-    body = "\n".join(rows) or r"\multicolumn{6}{c}{no finished runs} \\"
+    body = "\n".join(rows) or r"\multicolumn{8}{c}{no finished runs} \\"
     level = rf"{100 * summary.confidence:g}\,\%"
-    return NOTICE + _TABLE.format(level=level, failed=failed_sentence(summary), body=body)
+    return NOTICE + _TABLE.format(level=level, failed=left_out_sentences(summary), body=body)
 
 
 _TABLE = r"""\begin{{table*}}[t]
 \centering
 \caption{{Recovery of collapsed models under clean fine-tuning: mean over checkpoints with its
-{level} Student $t$ interval. $n$ counts checkpoints: collapsed states, whose replicates are
-averaged first. The verdict is read from the interval of rank recovery.{failed}}}
+{level} Student $t$ interval. $n$ counts the checkpoints that the interval rests on: collapsed
+states with a defined recovery, whose healing runs are averaged first; in brackets those whose
+recovery is undefined. The verdict is read from the interval of rank recovery.{failed}}}
 \label{{tab:recovery}}
+\vspace{{4pt}}
 \footnotesize
-\setlength{{\tabcolsep}}{{3pt}}
-\begin{{tabular}}{{@{{}}llclll@{{}}}}
+\setlength{{\tabcolsep}}{{2.5pt}}
+\begin{{tabular}}{{@{{}}llclclcp{{7.6em}}@{{}}}}
 \toprule
-Model & Arm & $n$ (runs) & Rank (\%) & Loss (\%) & Verdict \\
+Model & Arm & Runs & Rank (\%) & $n$ & Loss (\%) & $n$ & Verdict \\
 \midrule
 {body}
 \bottomrule
@@ -160,11 +208,9 @@ Model & Arm & $n$ (runs) & Rank (\%) & Loss (\%) & Verdict \\
 """
 
 
-def failed_sentence(summary: Summary) -> str:
-    """`` 2 runs failed and are not included.``; empty where none did."""
-    failed = len(summary.failed)
-    verb = "is" if failed == 1 else "are"
-    return f" {count_text(failed, 'run')} failed and {verb} not included." if failed else ""
+def left_out_sentences(summary: Summary) -> str:
+    """`` 2 runs failed and are not included.``, and the like; empty where all runs count."""
+    return "".join(f" {escape(sentence)}" for sentence in unfinished_sentences(summary))
 
 
 CLAIMS = {
@@ -200,8 +246,10 @@ def _others(summary: Summary, shown: Sequence[GroupSummary]) -> Iterable[str]:
     for group in summary.groups:
         if group not in shown:
             name = VERDICT_NAMES.get(group.verdict, group.verdict).lower()
-            label = group_name(group, summary.groups)
-            yield escape(f"{label}: {name} ({verdict_reason(group)}).")
+            why = f"rank {group_estimate(group, RANK)} %"
+            if group.verdict == "undefined":
+                why = verdict_reason(group)
+            yield escape(f"{group_name(group, summary.groups)}: {name} ({why}).")
 
 
 def _limits(summary: Summary) -> str:
@@ -222,7 +270,7 @@ def _limits(summary: Summary) -> str:
             f" {count_text(n, 'run')} {'has' if n == 1 else 'have'} no defined rank recovery, "
             "because the rank was not finite or changed by less than can be told from none."
         )
-    return escape(text + failed_sentence(summary))
+    return escape(text) + left_out_sentences(summary)
 
 
 _QUESTION = r"""Does a collapsed model heal if it is fine-tuned on clean text, and does it do so
@@ -250,7 +298,7 @@ def subsection_file(summary: Summary) -> str:
     lines += [r"\subsection{Addressing Irreversibility}", r"\label{sec:addressing-irreversibility}"]
     if not summary.groups:
         nothing = "No healing run finished, so that nothing can be said."
-        return "\n".join([*lines, nothing + failed_sentence(summary), ""])
+        return "\n".join([*lines, nothing + left_out_sentences(summary), ""])
     lines += [_QUESTION, _FIGURE, r"\input{\RecoveryPath recovery_table}", ""]
     shown = headline_groups(summary)
     for group in shown:
@@ -258,8 +306,9 @@ def subsection_file(summary: Summary) -> str:
     others = list(_others(summary, shown))
     if others:
         lines += [r"\paragraph{Controls.} " + " ".join(others), ""]
-    if summary.comparisons:
-        said = " ".join(escape(comparison_sentence(m, summary)) for m in summary.comparisons)
+    contrasts = [*contrast_sentences(summary), *comparison_gaps(summary)]
+    if contrasts:
+        said = " ".join(map(escape, contrasts))
         # Intervals do not part at a line's end: let the spaces between them stretch.
         lines += [
             r"{\emergencystretch=3em",

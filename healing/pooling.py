@@ -4,87 +4,42 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from healing.comparison import PRIMARY_ENDPOINTS, ArmComparison, compare_arms, paired_differences
-from healing.config import CONTROL, SHAM, TREATMENT
-from healing.lockout import LOCKOUT
-from healing.prospects import (
-    Approach,
-    CheckpointTrajectory,
-    HalfTimes,
-    VerdictPlan,
-    approach,
-    half_times,
-    plan_verdict,
+from healing.comparison import PRIMARY_ENDPOINTS, ArmComparison
+from healing.config import SHAM
+from healing.contrasts import Contrast, contrasts
+from healing.heal_runs import (
+    ENDPOINTS,
+    HealRun,
+    Repeat,
+    checkpoint_trajectories,
+    defined_runs,
+    distinct_runs,
+    shared_steps,
+    tokens_per_step,
+    values_at,
+    without_raised_rank,
 )
+from healing.lockout import LOCKOUT
+from healing.notes import Notes
+from healing.prospects import Approach, HalfTimes, VerdictPlan, approach, half_times, plan_verdict
 from healing.scaling import ScalingSlope, scaling_slope
 from healing.stats import (
+    MIN_BOOTSTRAP_CHECKPOINTS,
     ClusterMeans,
     DegenerateDataWarning,
     Interval,
     bca_interval,
     cluster_means,
     group_verdict,
+    scaled,
     t_interval,
 )
-
-SHAM_ENDPOINTS = ("rank_recovery_sham_pct", "loss_recovery_sham_pct")
-RANK_ENDPOINTS = ("rank_recovery_pct", "rank_recovery_sham_pct")
-UNIGRAM = "unigram_loss_recovery_pct"
-"""What a model that knows token frequencies alone would score on loss recovery."""
-ENDPOINTS = (*PRIMARY_ENDPOINTS, "ppl_improvement_pct", *SHAM_ENDPOINTS, UNIGRAM)
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class HealRun:
-    """One healing run as the statistics see it.
-
-    Attributes:
-        run_id: Where it is stored.
-        name: What a person calls it.
-        finished: Whether it ended well; otherwise ``failure`` says why.
-        model: Model size.
-        arm: Way of hurting.
-        settings: Hash of everything but seed and replicate; runs of other settings are not pooled.
-        checkpoint: The collapsed state: the independent unit.
-        seed: Of the attack; pairs the arms.
-        n_params: Parameters of the model.
-        final: Endpoint → percent after the last step; NaN where undefined, absent where it was
-            not asked for (the sham's).
-        steps: Measured steps.
-        trajectory: Endpoint → percent at each step.
-        status: As :attr:`healing.lockout.Diagnosis.status`.
-        spectral_state: ``collapsed``, ``inflated``, ``unchanged``, ``undefined``.
-        undefined_reason: Why rank recovery is undefined; empty where defined.
-        noise_match: What noise shares with the attack of its seed; empty for other arms.
-        reference: The collapsed state that noise was matched to; empty where it was to none.
-        failure: Why the run failed.
-    """
-
-    run_id: str
-    name: str
-    finished: bool
-    model: str = ""
-    arm: str = ""
-    settings: str = ""
-    checkpoint: str = ""
-    seed: str = ""
-    n_params: int = 0
-    final: Mapping[str, float] = field(default_factory=dict)
-    steps: tuple[int, ...] = ()
-    trajectory: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    status: str = "ok"
-    spectral_state: str = ""
-    undefined_reason: str = ""
-    noise_match: str = ""
-    reference: str = ""
-    failure: str = ""
+from healing.variance import VarianceComponents, variance_components
 
 
 @dataclass(frozen=True)
@@ -122,6 +77,8 @@ class GroupSummary:
         half_times: Endpoint → steps to 50 % of every checkpoint, and their Kaplan–Meier curve.
         approaches: Endpoint → fitted asymptote and half-life.
         plans: Endpoint with an inconclusive verdict → checkpoints that would decide it.
+        variance: Endpoint → variance between and within checkpoints.
+        tokens_per_step: Training tokens of one healing step; 0 where unknown.
     """
 
     model: str
@@ -146,6 +103,19 @@ class GroupSummary:
     half_times: Mapping[str, HalfTimes] = field(default_factory=dict)
     approaches: Mapping[str, Approach] = field(default_factory=dict)
     plans: Mapping[str, VerdictPlan] = field(default_factory=dict)
+    variance: Mapping[str, VarianceComponents] = field(default_factory=dict)
+    tokens_per_step: int = 0
+
+    @property
+    def half_recovery_tokens(self) -> dict[str, Interval]:
+        """As ``half_recovery`` in training tokens; empty where tokens per step are unknown."""
+        if not self.tokens_per_step:
+            return {}
+        return {e: scaled(i, self.tokens_per_step) for e, i in self.half_recovery.items()}
+
+    def undefined_checkpoints(self, endpoint: str) -> int:
+        """Checkpoints without a defined recovery: those that the endpoint's n does not count."""
+        return int((self.means[endpoint].counts == 0).sum())
 
 
 @dataclass(frozen=True)
@@ -154,36 +124,32 @@ class Summary:
 
     Attributes:
         groups: Ordered by model size, then arm.
-        comparisons: Model → HAEP against Gaussian noise, paired by seed.
+        contrasts: Model → HAEP against Gaussian noise.
+        gaps: Model → why its HAEP and noise runs are not compared.
         slopes: Arm → rank recovery against log10(parameters), from three sizes on.
-        failed: Runs that did not finish.
+        failed: Runs that did not end well.
+        running: Runs that the store does not say have ended.
+        repeats: Finished runs that repeat another one and are not counted.
         undefined: Finished runs without a defined rank recovery.
+        notes: What contrasts and slopes do not determine: (of what, why).
         confidence: Level of all intervals.
     """
 
     groups: tuple[GroupSummary, ...]
-    comparisons: Mapping[str, ArmComparison]
+    contrasts: Mapping[str, Contrast]
+    gaps: Mapping[str, str]
     slopes: Mapping[str, ScalingSlope]
     failed: tuple[HealRun, ...]
+    running: tuple[HealRun, ...]
+    repeats: tuple[Repeat, ...]
     undefined: tuple[HealRun, ...]
+    notes: tuple[tuple[str, str], ...]
     confidence: float
 
-
-class _Notes:
-    """Collects what the statistics warn about instead of printing it."""
-
-    def __init__(self) -> None:
-        self.texts: list[str] = []
-
-    def call(self, function: Callable[..., T], *args: object, **options: object) -> T:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", DegenerateDataWarning)
-            result = function(*args, **options)
-        for warning in caught:
-            text = str(warning.message)
-            if text not in self.texts:
-                self.texts.append(text)
-        return result
+    @property
+    def comparisons(self) -> dict[str, ArmComparison]:
+        """Model → recovery after the last step, paired by seed."""
+        return {model: found.comparison for model, found in self.contrasts.items()}
 
 
 def _settings_order(runs: Iterable[HealRun]) -> dict[tuple[str, str, str], list[HealRun]]:
@@ -193,39 +159,18 @@ def _settings_order(runs: Iterable[HealRun]) -> dict[tuple[str, str, str], list[
     return groups
 
 
-def _defined(runs: Sequence[HealRun], endpoint: str) -> list[HealRun]:
-    """The runs with a defined value somewhere: one that could not be trained ends early, and its
-    steps would cut those of the others short. All of them, where none has any.
-    """
-    found = [r for r in runs if any(map(math.isfinite, r.trajectory[endpoint]))]
-    return found or list(runs)
-
-
-def _band(runs: Sequence[HealRun], endpoint: str, confidence: float, notes: _Notes) -> Band:
+def _band(runs: Sequence[HealRun], endpoint: str, confidence: float) -> Band:
     """Interval over checkpoints at every step that all runs with a value measured."""
-    runs = _defined(runs, endpoint)
-    shared = sorted(set.intersection(*(set(r.steps) for r in runs))) if runs else []
-    checkpoints = [r.checkpoint for r in runs]
+    runs = defined_runs(runs, endpoint)
+    steps, checkpoints = shared_steps(runs), [r.checkpoint for r in runs]
     intervals = []
-    for step in shared:
-        values = [r.trajectory[endpoint][r.steps.index(step)] for r in runs]
+    for values in zip(*(values_at(run, endpoint, steps) for run in runs), strict=True):
         with warnings.catch_warnings():
             # Step 0 has no spread by definition; the summary notes speak of the final values.
             warnings.simplefilter("ignore", DegenerateDataWarning)
             means = cluster_means(values, checkpoints).means
             intervals.append(t_interval(means, confidence))
-    return Band(tuple(shared), tuple(intervals))
-
-
-def _checkpoint_trajectories(runs: Sequence[HealRun], endpoint: str) -> list[CheckpointTrajectory]:
-    """One per checkpoint, its replicates at the steps that all of them measured."""
-    found = []
-    for checkpoint in dict.fromkeys(r.checkpoint for r in runs):
-        own = _defined([r for r in runs if r.checkpoint == checkpoint], endpoint)
-        shared = sorted(set.intersection(*(set(r.steps) for r in own)))
-        rows = (tuple(r.trajectory[endpoint][r.steps.index(s)] for s in shared) for r in own)
-        found.append(CheckpointTrajectory(tuple(shared), tuple(rows)))
-    return found
+    return Band(tuple(steps), tuple(intervals))
 
 
 def _plans(
@@ -247,22 +192,23 @@ def summarize_group(
         confidence: Level of the intervals.
         rng: Draws the bootstrap.
     """
-    first, notes = runs[0], _Notes()
+    first, notes = runs[0], Notes()
     checkpoints = [r.checkpoint for r in runs]
     measured = [e for e in ENDPOINTS if any(e in r.final for r in runs)]
-    means = {
-        e: notes.call(cluster_means, [r.final.get(e, math.nan) for r in runs], checkpoints)
-        for e in measured
-    }
-    intervals = {e: notes.call(t_interval, means[e].means, confidence) for e in measured}
-    enough = len(set(checkpoints)) >= 10
+    finals = {e: [r.final.get(e, math.nan) for r in runs] for e in measured}
+    means = {e: notes.call(e, cluster_means, finals[e], checkpoints) for e in measured}
+    intervals = {e: notes.call(e, t_interval, means[e].means, confidence) for e in measured}
+    enough = len(set(checkpoints)) >= MIN_BOOTSTRAP_CHECKPOINTS
     bootstrap = {
-        e: notes.call(bca_interval, means[e].means, rng, confidence) for e in measured if enough
+        e: notes.call(e, bca_interval, means[e].means, rng, confidence) for e in measured if enough
     }
     states = [r.spectral_state for r in runs]
     statuses = [r.status for r in runs]
-    paths = {e: _checkpoint_trajectories(runs, e) for e in PRIMARY_ENDPOINTS}
-    half = {e: notes.call(half_times, p, confidence) for e, p in paths.items()}
+    paths = {e: checkpoint_trajectories(runs, e) for e in PRIMARY_ENDPOINTS}
+    half = {e: notes.call(e, half_times, p, confidence) for e, p in paths.items()}
+    variance = {
+        e: notes.call(e, variance_components, finals[e], checkpoints) for e in PRIMARY_ENDPOINTS
+    }
     return GroupSummary(
         model=first.model,
         arm=first.arm,
@@ -280,12 +226,14 @@ def summarize_group(
         verdict=_verdict(means, intervals, "rank_recovery_pct"),
         verdict_loss=_verdict(means, intervals, "loss_recovery_pct"),
         half_recovery={e: h.curve.median for e, h in half.items()},
-        bands={e: _band(runs, e, confidence, notes) for e in PRIMARY_ENDPOINTS},
-        notes=tuple(notes.texts),
+        bands={e: _band(runs, e, confidence) for e in PRIMARY_ENDPOINTS},
+        notes=notes.texts,
         statuses={s: statuses.count(s) for s in sorted(set(statuses))},
         half_times=half,
         approaches={e: approach(p, confidence) for e, p in paths.items()},
         plans=_plans(means, intervals, confidence),
+        variance=variance,
+        tokens_per_step=tokens_per_step(runs),
     )
 
 
@@ -295,76 +243,27 @@ def _verdict(
     return group_verdict(intervals[endpoint], means[endpoint].undefined_fraction)
 
 
-def _by_seed(runs: Sequence[HealRun], endpoint: str) -> ClusterMeans:
-    values = [r.final.get(endpoint, math.nan) for r in runs]
-    return cluster_means(values, [r.seed for r in runs])
-
-
-def _without_raised_rank(run: HealRun) -> HealRun:
-    """Rank recovery of a run whose attack raised the rank, undefined: a rank that was raised comes
-    down again, which is no recovery from a collapse and is not averaged with one.
+def sizes_of(groups: Sequence[GroupSummary], arm: str) -> tuple[list[GroupSummary], bool]:
+    """The groups of an arm whose size is known, and whether they belong on one line: several
+    settings of one size do not, for nothing says which of them go together.
     """
-    if run.spectral_state != "inflated":
-        return run
-    nan = {e: math.nan for e in RANK_ENDPOINTS if e in run.final}
-    paths = {e: (math.nan,) * len(run.steps) for e in RANK_ENDPOINTS if e in run.trajectory}
-    return replace(
-        run,
-        final={**run.final, **nan},
-        trajectory={**run.trajectory, **paths},
-        undefined_reason="the attack raised the effective rank: nothing had collapsed",
-    )
+    own = [g for g in groups if g.arm == arm and g.n_params > 0]
+    return own, len({g.model for g in own}) == len(own)
 
 
-def _compare(
-    treatment: Sequence[HealRun], control: Sequence[HealRun], alpha: float
-) -> ArmComparison | None:
-    """HAEP against noise of the same seeds; ``None`` where no seed is in both. Noise that was
-    matched to something else than these attacks is not compared with them.
-    """
-    attacks = {r.checkpoint for r in treatment}
-    control = [r for r in control if not r.reference or r.reference in attacks]
-    if not {r.seed for r in treatment} & {r.seed for r in control}:
-        return None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DegenerateDataWarning)
-        differences = {
-            e: paired_differences(_by_seed(treatment, e), _by_seed(control, e)).differences
-            for e in PRIMARY_ENDPOINTS
-        }
-        return compare_arms(differences, alpha=alpha)
-
-
-def _comparisons(
-    groups: Mapping[tuple[str, str, str], list[HealRun]], alpha: float
-) -> dict[str, ArmComparison]:
-    found = {}
-    for model in dict.fromkeys(key[0] for key in groups):
-        arms = {
-            arm: [runs for (m, a, _), runs in groups.items() if (m, a) == (model, arm)]
-            for arm in (TREATMENT, CONTROL)
-        }
-        # With several settings per arm nothing says which pairs belong together.
-        if all(len(candidates) == 1 for candidates in arms.values()):
-            comparison = _compare(arms[TREATMENT][0], arms[CONTROL][0], alpha)
-            if comparison is not None:
-                found[model] = comparison
-    return found
-
-
-def _slopes(groups: Sequence[GroupSummary], confidence: float) -> dict[str, ScalingSlope]:
+def _slopes(
+    groups: Sequence[GroupSummary], confidence: float, notes: Notes
+) -> dict[str, ScalingSlope]:
     slopes = {}
     for arm in dict.fromkeys(g.arm for g in groups):
-        own = [g for g in groups if g.arm == arm and g.n_params > 0]
-        if len({g.model for g in own}) < len(own):
-            continue  # several settings of one size: nothing says which belong on one line
+        own, one_line = sizes_of(groups, arm)
         # One mean per size: sizes deviate from a line, so that checkpoints of one size are not
         # independent given the line (their interval would cover about half of the time).
         points = [(math.log10(g.n_params), g.intervals["rank_recovery_pct"].point) for g in own]
         points = [(x, y) for x, y in points if math.isfinite(y)]
-        if len({x for x, _ in points}) >= 3:
+        if one_line and len({x for x, _ in points}) >= 3:
             sizes, recovery = zip(*points, strict=True)
-            slopes[arm] = _Notes().call(scaling_slope, sizes, recovery, confidence)
+            slopes[arm] = notes.call(arm, scaling_slope, sizes, recovery, confidence)
     return slopes
 
 
@@ -372,19 +271,29 @@ def summarize_runs(runs: Sequence[HealRun], confidence: float, rng: np.random.Ge
     """Group, estimate, compare; nothing is left out without being listed.
 
     Args:
-        runs: All runs of the query, finished or not.
+        runs: All runs of the query, finished or not, oldest first.
         confidence: Level of the intervals.
         rng: Draws the bootstrap.
     """
-    finished = [_without_raised_rank(r) for r in runs if r.finished]
+    distinct, repeats = distinct_runs([r for r in runs if r.finished])
+    finished = [without_raised_rank(r) for r in distinct]
     grouped = _settings_order(finished)
     groups = tuple(summarize_group(members, confidence, rng) for members in grouped.values())
+    found, gaps = contrasts(grouped, 1.0 - confidence)
+    slope_notes = Notes()
+    slopes = _slopes(groups, confidence, slope_notes)
+    notes = [(f"{model}, HAEP against noise", n) for model, c in found.items() for n in c.notes]
+    notes += [("scaling with size", n) for n in slope_notes.texts]
     return Summary(
         groups=groups,
-        comparisons=_comparisons(grouped, 1.0 - confidence),
-        slopes=_slopes(groups, confidence),
-        failed=tuple(r for r in runs if not r.finished),
+        contrasts=found,
+        gaps=gaps,
+        slopes=slopes,
+        failed=tuple(r for r in runs if not r.finished and not r.running),
+        running=tuple(r for r in runs if r.running),
+        repeats=repeats,
         # The sham changes nothing by design: not news.
         undefined=tuple(r for r in finished if r.undefined_reason and r.arm != SHAM),
+        notes=tuple(notes),
         confidence=confidence,
     )

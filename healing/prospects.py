@@ -1,7 +1,8 @@
 """What the checkpoints of a group foretell: where recovery is heading, and what would decide.
 
 Fits and half-recovery times are made per checkpoint, the independent unit, and then pooled; a
-trajectory is the mean over the replicates of one checkpoint. Nothing here changes a verdict.
+trajectory is the mean over the defined replicates of one checkpoint. Nothing here changes a
+verdict.
 """
 
 from __future__ import annotations
@@ -27,7 +28,14 @@ from healing.stats import (
     has_no_spread,
     t_interval,
 )
-from healing.survival import HalfRecovery, SurvivalCurve, half_recovery_time, kaplan_meier
+from healing.survival import (
+    HalfRecovery,
+    SurvivalCurve,
+    half_recovery_time,
+    kaplan_meier,
+    log_time_interval,
+    mean_trajectory,
+)
 from healing.trajectory import Law, TrajectoryFit, fit_trajectory
 
 POWER = 0.8
@@ -42,9 +50,10 @@ class CheckpointTrajectory:
     replicates: tuple[tuple[float, ...], ...]
 
     def mean(self) -> FloatArray:
-        """Mean over replicates, shape ``(steps,)``; NaN where one of them is undefined."""
-        mean: FloatArray = np.asarray(self.replicates, dtype=np.float64).mean(axis=0)
-        return mean
+        """As :func:`healing.survival.mean_trajectory`: replicates that are undefined are left out,
+        and the others are averaged where all of them are defined.
+        """
+        return mean_trajectory(np.asarray(self.steps, dtype=np.float64), self.replicates)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +63,8 @@ class HalfTimes:
     times: tuple[HalfRecovery, ...]
     """One per checkpoint; the time is NaN where recovery is undefined."""
     curve: SurvivalCurve
+    geometric_mean: Interval
+    """Log-scale Student t where no time is censored; otherwise NaN: a censored time has no mean."""
 
 
 @dataclass(frozen=True)
@@ -106,8 +117,14 @@ def half_times(trajectories: Sequence[CheckpointTrajectory], confidence: float) 
         DegenerateDataWarning: as ``half_recovery_time`` and ``kaplan_meier``.
     """
     found = [half_recovery_time(t.steps, t.replicates) for t in trajectories]
-    curve = kaplan_meier([h.time for h in found], [h.censored for h in found], confidence)
-    return HalfTimes(tuple(found), curve)
+    times, censored = [h.time for h in found], [h.censored for h in found]
+    curve = kaplan_meier(times, censored, confidence)
+    if any(censored) or curve.n == 0:  # the curve's own warning says so
+        nan = math.nan
+        mean = Interval(nan, nan, nan, curve.n, "log-scale Student t", confidence)
+    else:
+        mean = log_time_interval(times, censored, confidence)
+    return HalfTimes(tuple(found), curve, mean)
 
 
 def approach(trajectories: Sequence[CheckpointTrajectory], confidence: float) -> Approach:
@@ -120,7 +137,8 @@ def approach(trajectories: Sequence[CheckpointTrajectory], confidence: float) ->
     Raises:
         ValueError: as ``fit_trajectory``.
     """
-    defined = [(t.steps, t.mean()) for t in trajectories if np.isfinite(t.mean()).any()]
+    means = [(np.asarray(t.steps), t.mean()) for t in trajectories]
+    defined = [(steps, mean) for steps, mean in means if np.isfinite(mean[steps > 0]).any()]
     with warnings.catch_warnings():
         # Each degeneracy is in the result: a fit's reason, an interval without bounds.
         warnings.simplefilter("ignore", DegenerateDataWarning)

@@ -113,8 +113,7 @@ def half_recovery_time(
     t = as_vector("steps", steps)
     if not (len(t) and t[0] >= 0.0 and (np.diff(t) > 0.0).all()):
         raise ValueError("steps are not ascending from 0 or later; sort them and drop repeats")
-    mean = _mean_trajectory(recovery_pct)
-    require_same_length(steps=t, recovery_pct=mean)
+    mean = mean_trajectory(t, recovery_pct)
     t, mean = t[~np.isnan(mean)], mean[~np.isnan(mean)]
     if not (t > 0.0).any():
         warnings.warn("half_recovery_time: no recovery is defined", UndefinedDataWarning, 2)
@@ -130,14 +129,26 @@ def half_recovery_time(
     return HalfRecovery(float(t[after - 1] + share * (t[after] - t[after - 1])), censored=False)
 
 
-def _mean_trajectory(recovery_pct: ArrayLike) -> FloatArray:
-    """Average replicates; NaN at every step where a replicate that is ever defined is not."""
+def mean_trajectory(times: FloatArray, recovery_pct: ArrayLike) -> FloatArray:
+    """Mean over the replicates of one checkpoint that are defined after time 0, shape ``(steps,)``.
+
+    NaN at a step where one of these is undefined: a mean over fewer of them would jump there. The
+    collapsed state at 0 says nothing of a replicate: its recovery is 0 by definition.
+
+    Args:
+        times: steps or tokens, shape ``(steps,)``.
+        recovery_pct: per cent, shape ``(steps,)`` or ``(replicates, steps)``.
+
+    Raises:
+        ValueError: another shape, or infinite entries.
+    """
     rows = np.atleast_2d(np.asarray(recovery_pct, dtype=np.float64))
     if rows.ndim != 2:
         raise ValueError(
             f"recovery_pct has shape {rows.shape}; pass (steps,) or (replicates, steps)"
         )
-    ever_defined = ~np.isnan(rows).all(axis=1)
+    require_same_length(steps=times, recovery_pct=rows[0])
+    ever_defined = ~np.isnan(rows[:, times > 0.0]).all(axis=1)
     kept = rows[ever_defined] if ever_defined.any() else rows[:1]
     return as_vector("recovery_pct", kept.mean(axis=0))
 

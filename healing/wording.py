@@ -6,8 +6,9 @@ import math
 from collections.abc import Sequence
 
 from healing.config import TREATMENT
+from healing.heal_runs import UNIGRAM
 from healing.plots.style import arm_label
-from healing.pooling import UNIGRAM, GroupSummary, Summary
+from healing.pooling import GroupSummary, Summary
 from healing.prospects import Approach, VerdictPlan
 from healing.stats import IRREVERSIBLE_BELOW, MIN_CHECKPOINTS, REVERSIBLE_ABOVE, Interval
 
@@ -63,19 +64,32 @@ def budget(group: GroupSummary) -> int | None:
     return max(steps, default=None)
 
 
-def estimate_text(interval: Interval) -> str:
-    """A recovery with its interval, in words: ``18.5 % (95 % interval 1.3 to 35.8 %, n = 3)``."""
+def estimate_text(interval: Interval, undefined: int = 0) -> str:
+    """A recovery with its interval, in words: ``18.5 % (95 % interval 1.3 to 35.8 %, n = 3)``.
+
+    Args:
+        interval: In per cent.
+        undefined: Checkpoints that n does not count, because their recovery is undefined.
+    """
     if math.isnan(interval.point):
         return "undefined"
+    n = f"n\u00a0=\u00a0{interval.n}"  # not parted at a line's end
+    if undefined:
+        n += f", {count_text(undefined, 'checkpoint')} undefined"
     if not interval.defined:
-        return f"{interval.point:.1f} % (no interval, {_count_of(interval)})"
+        return f"{interval.point:.1f} % (no interval, {n})"
     level = f"{100 * interval.confidence:g} % interval"
     bounds = f"{level} {interval.low:.1f} to {interval.high:.1f} %"
-    return f"{interval.point:.1f} % ({bounds}, {_count_of(interval)})"
+    return f"{interval.point:.1f} % ({bounds}, {n})"
 
 
-def _count_of(interval: Interval) -> str:
-    return f"n\u00a0=\u00a0{interval.n}"  # not parted at a line's end
+def group_estimate(group: GroupSummary, endpoint: str) -> str:
+    """As :func:`interval_text`; where checkpoints are undefined, with the n that is left."""
+    interval, undefined = group.intervals[endpoint], group.undefined_checkpoints(endpoint)
+    text = interval_text(interval)
+    if undefined and not math.isnan(interval.point):
+        text += f" (n = {interval.n}, {undefined} undefined)"
+    return text
 
 
 def _inconclusive_because(interval: Interval) -> str:
@@ -95,7 +109,8 @@ def verdict_reason(group: GroupSummary) -> str:
     """Why the verdict on rank recovery is what it is: one sentence without its full stop."""
     interval, steps = group.intervals[RANK], budget(group)
     within = "" if steps is None else f" after {count_text(steps, 'healing step')}"
-    mean = f"mean rank recovery{within} is {estimate_text(interval)}"
+    estimate = estimate_text(interval, group.undefined_checkpoints(RANK))
+    mean = f"mean rank recovery{within} is {estimate}"
     if group.verdict == "irreversible pathology":
         return f"{mean}; its upper bound lies under {IRREVERSIBLE_BELOW:g} %"
     if group.verdict == "acute structural failure":
@@ -121,7 +136,8 @@ def loss_sentence(group: GroupSummary) -> str:
     if math.isnan(interval.point):
         return "Loss recovery is undefined."
     verdict = VERDICT_NAMES.get(group.verdict_loss, group.verdict_loss).lower()
-    text = f"The loss recovers by {estimate_text(interval)}, which by itself reads “{verdict}”"
+    estimate = estimate_text(interval, group.undefined_checkpoints(LOSS))
+    text = f"The loss recovers by {estimate}, which by itself reads “{verdict}”"
     unigram = group.intervals.get(UNIGRAM)
     if unigram is not None and not math.isnan(unigram.point):
         text += (
@@ -144,17 +160,42 @@ def half_sentence(group: GroupSummary) -> str:
     median = half.curve.median
     if math.isnan(median.point):
         return f"{text}, so that the median time is not reached."
-    return f"{text}; the median time is {steps_text(median)}."
+    tokens = group.half_recovery_tokens.get(RANK)
+    seen = f" ({time_text(tokens, 'tokens')})" if tokens else ""
+    return f"{text}; the median time is {steps_text(median)}{seen}."
 
 
 def steps_text(interval: Interval) -> str:
     """A number of steps with bounds, ``12 [8, 30] steps``; an infinite bound is ``∞``."""
+    return time_text(interval, "steps")
+
+
+def time_text(interval: Interval, unit: str = "") -> str:
+    """A time with its bounds and unit, ``12,800 [8,192, ∞] tokens``."""
     if math.isnan(interval.point):
         return "undefined"
-    if not interval.defined:
-        return f"{interval.point:.3g} steps [no interval]"
-    low, high = (("∞" if math.isinf(b) else f"{b:.3g}") for b in (interval.low, interval.high))
-    return f"{interval.point:.3g} [{low}, {high}] steps"
+    parts = [duration(interval.point), unit, "[no interval]"]
+    if interval.defined:
+        bounds = f"[{duration(interval.low)}, {duration(interval.high)}]"
+        parts = [duration(interval.point), bounds, unit]
+    return " ".join(filter(None, parts))
+
+
+def duration(value: float) -> str:
+    """A number of steps or tokens: three digits at least, thousands parted, ∞."""
+    if math.isinf(value):
+        return "∞"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def median_text(interval: Interval, unit: str = "") -> str:
+    """A median time, or what is known of one that was not reached."""
+    if interval.n == 0:
+        return "undefined"
+    if math.isnan(interval.point):
+        beyond = math.isfinite(interval.low)
+        return f"not reached [{duration(interval.low)}, ∞]" if beyond else "not reached"
+    return time_text(interval, unit)
 
 
 def approach_texts(approach: Approach) -> tuple[str, str]:
@@ -214,42 +255,3 @@ def verdict_text(group: GroupSummary, groups: Sequence[GroupSummary]) -> str:
 def headline_groups(summary: Summary) -> list[GroupSummary]:
     """The groups that the question is about: HAEP's, or all where HAEP was not run."""
     return [g for g in summary.groups if g.arm == TREATMENT] or list(summary.groups)
-
-
-def prospect_rows(summary: Summary) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the table of fitted asymptotes and half-lives."""
-    header = ["model", "arm", "endpoint", "asymptote", "half-life", "law (checkpoints)"]
-    rows = []
-    for group in summary.groups:
-        for endpoint, approach in group.approaches.items():
-            name = endpoint.removesuffix("_pct").replace("_", " ")
-            label = group_label(group, summary.groups)
-            rows.append([group.model, label, name, *approach_texts(approach), laws_text(approach)])
-    return header, rows
-
-
-def plan_rows(summary: Summary) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the table of checkpoints that inconclusive verdicts need."""
-    header = ["model", "arm", "endpoint", "checkpoints now", "needed in all", "for the verdict"]
-    rows = []
-    for group in summary.groups:
-        for endpoint, plan in group.plans.items():
-            needed = "out of reach" if plan.n_checkpoints is None else str(plan.n_checkpoints)
-            name = endpoint.removesuffix("_pct").replace("_", " ")
-            label = group_label(group, summary.groups)
-            now = str(group.intervals[endpoint].n)
-            rows.append([group.model, label, name, now, needed, plan.verdict])
-    return header, rows
-
-
-PROSPECTS_NOTE = (
-    "Each checkpoint's mean trajectory is fitted with an exponential and a power-law approach; "
-    "AICc chooses. Asymptote and half-life are Student t intervals over checkpoints, given "
-    "only where every checkpoint's fit converged. They extrapolate: where noise hides a slow "
-    "tail the asymptote is too low."
-)
-PLAN_NOTE = (
-    "Checkpoints in all that would give the verdict on whose side the mean lies with 80 % "
-    "probability, if the observed mean and spread were the true ones. From three checkpoints "
-    "these are orders of magnitude."
-)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from healing.pooling import HealRun, Summary, summarize_runs
+from healing.heal_runs import HealRun
+from healing.pooling import Summary, summarize_runs
 
 N_PARAMS = {"nano": 309_792, "micro": 1_317_632, "70m": 70_426_624}
 STEPS = tuple(range(0, 61, 10))
 TOO_SMALL = "the attack changed the effective rank by +0.42, less than the 2.14 that can be told"
 NASTY = (
     "<script>alert(1)</script>", "100%_a&b#c\\d{e}$f$^g~h", "[模型] **`é|'\"--''",
-    "a_b", "a-b", "</style>\n| x",
+    "a_b", "a-b", "</style>\n| x", "[x](javascript:alert(1)) ![y][z] `c` *d* _e_ ~~f~~",
+    "# =1+1 \\input{/etc/passwd} @g https://h.invalid &lt;i",
 )  # fmt: skip
 
 
@@ -75,6 +78,47 @@ def nasty() -> Summary:
     )
     failed = [HealRun(n, n, finished=False, failure=n) for n in NASTY]
     return pool([*runs, undefined, *failed])
+
+
+def eventful() -> Summary:
+    """Everything that a report has a place for: two replicates of each checkpoint (one of them
+    undefined), ten checkpoints, tokens, a repeat, a run that runs, two settings of an arm, sizes.
+    """
+    rng, runs = np.random.default_rng(4), []
+    for model, rank in (("nano", 60.0), ("micro", 30.0), ("70m", 80.0)):
+        for seed in range(10 if model == "nano" else 4):
+            for arm, shift in (("haep", 0.0), ("gaussian_noise", 12.0), ("random_text", -9.0)):
+                runs += [
+                    simulated_run(
+                        rng, model, arm, seed, rank + shift, 88.0,
+                        run_id=f"{model}{arm}{seed}{replicate}", tokens_per_step=1024,
+                        noise_match="loss" if arm == "gaussian_noise" else "",
+                        fingerprint=f"{model}{arm}{seed}{replicate}",
+                    )
+                    for replicate in range(2)
+                ]  # fmt: skip
+    undefined = {"rank_recovery_pct": math.nan}
+    path = {"rank_recovery_pct": (math.nan,) * len(STEPS)}
+    for place in (0, 6, 7):  # one replicate of a checkpoint, and both of another
+        run = runs[place]
+        runs[place] = replace(
+            run,
+            final={**run.final, **undefined},
+            trajectory={**run.trajectory, **path},
+            undefined_reason=TOO_SMALL,
+        )
+    runs += [
+        simulated_run(
+            rng, "micro", "random_text", s, 5.0, 60.0, settings="other", checkpoint=f"o{s}"
+        )
+        for s in range(3)
+    ]
+    runs += [
+        replace(runs[8], run_id="again"),
+        HealRun("pending", "heal 70m haep seed 9", finished=False, running=True),
+        HealRun("dead", "heal micro haep seed 9", finished=False, failure="out of memory"),
+    ]
+    return pool(runs)
 
 
 def degenerate() -> dict[str, Summary]:

@@ -34,16 +34,17 @@ STAGES = {
 
 # Data flows down this list: a module imports only from modules above it.
 LAYERS = """
-options presets config stage_config basin_config randomness
+options presets config stage_config basin_config randomness escaping
 spectra moments rank_error lanczos stochastic curvature subspaces landscape minimum
 recovery lockout optimizers hub sources shapes models lora heads checkpoints corpora pretraining
 probe precision
 attacks.driver attacks.alignment attacks.haep attacks.clean_curvature attacks.arms attacks.matching
 sft memory
-stats variance scaling comparison survival trajectory power prospects pooling
+stats notes variance scaling comparison survival trajectory power prospects
+heal_runs contrasts pooling
 checkout ui_view histories tracking
 plots.style plots.runs plots.groups plots.basin
-wording report html_report latex paper legacy legacy_summary
+wording contrast_wording tables report html_report latex paper legacy legacy_summary
 experiment.console experiment.files experiment.errors experiment.loading
 experiment.pretrain experiment.attack experiment.healing_cell experiment.heal
 experiment.basin_cell experiment.basin

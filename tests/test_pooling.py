@@ -10,18 +10,15 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
+from healing.contrast_wording import comparison_gaps, comparison_sentence
 from healing.experiment.files import plain
 from healing.experiment.summarize import description
-from healing.pooling import HealRun, _slopes, summarize_runs
-from healing.report import (
-    as_json,
-    comparison_gaps,
-    comparison_sentence,
-    group_rows,
-    markdown,
-    text_table,
-)
+from healing.heal_runs import HealRun
+from healing.notes import Notes
+from healing.pooling import _slopes, summarize_runs
+from healing.report import as_json, group_rows, markdown
 from healing.stats import Interval, cluster_means, t_interval
+from healing.tables import text_table
 from healing.wording import interval_text
 
 
@@ -196,7 +193,7 @@ def test_slope_covers_although_sizes_deviate_from_the_line():
             means = {"rank_recovery_pct": cluster_means(values, range(3))}
             change = {"model": f"{size}", "n_params": 10**size}
             groups.append(replace(template, **change, intervals=rank, means=means))
-        slope = _slopes(groups, 0.95)["haep"].slope
+        slope = _slopes(groups, 0.95, Notes())["haep"].slope
         covered += slope.low <= -5 <= slope.high
     # Binomial standard error 0.7 %; with one point per checkpoint 64 % would be covered.
     assert 0.92 < covered / 1000 < 0.98

@@ -21,7 +21,7 @@ from mlflow.exceptions import MlflowException
 from healing import tracking
 from healing.experiment.files import JsonLines
 from healing.experiment.stored_runs import collection_paused, from_artifact, from_history, read_runs
-from healing.pooling import ENDPOINTS
+from healing.heal_runs import ENDPOINTS
 from healing.tracking import TrackingError
 
 TAGS = {"stage": "heal", "model": "nano", "arm": "haep", "settings": "s", "checkpoint_id": "c",

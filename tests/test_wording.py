@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from healing.stats import Interval
+from healing.tables import plan_table, prospect_table
 from healing.wording import (
     approach_texts,
     context_sentences,
@@ -17,9 +18,7 @@ from healing.wording import (
     headline_groups,
     loss_sentence,
     percent_text,
-    plan_rows,
     plan_sentence,
-    prospect_rows,
     steps_text,
     verdict_heading,
     verdict_reason,
@@ -93,8 +92,7 @@ def test_an_inconclusive_verdict_says_what_would_decide() -> None:
         f" {needed} checkpoints in all would give “partial” with 80 %"
         in context_sentences(group)[-1]
     )
-    header, rows = plan_rows(pool([]))
-    assert (len(header), rows) == (6, [])
+    assert (len(plan_table(pool([])).header), plan_table(pool([])).rows) == (6, ())
     out_of_reach = group_of([0.0, 140.001]).plans["rank_recovery_pct"]
     assert "no attainable number of checkpoints" in plan_sentence(out_of_reach)
 
@@ -108,7 +106,7 @@ def test_fits_in_words() -> None:
     nano_haep = next(g for g in groups if (g.model, g.arm) == ("nano", "haep"))
     # The simulated half-life is 20 ln 2 = 13.9 steps.
     assert approach_texts(nano_haep.approaches["rank_recovery_pct"])[1].startswith("1")
-    assert all(len(row) == 6 for row in prospect_rows(realistic())[1])
+    assert all(len(row) == 6 for row in prospect_table(realistic()).rows)
 
 
 def test_headlines_are_haeps_or_all() -> None:

@@ -172,6 +172,7 @@ class HealOutcome:
         recovery = self.recovery(last)
         rank_time, rank_censored = self.half_recovery("rank_recovery_pct")
         loss_time, loss_censored = self.half_recovery("loss_recovery_pct")
+        per_step = int(self.cell.config.batch_size) * self.cell.config.sequence_length  # tokens
         return {
             **recovery,
             "verdict": verdict_of(recovery["rank_recovery_pct"]),
@@ -195,6 +196,8 @@ class HealOutcome:
             "half_recovery_censored_rank": rank_censored,
             "half_recovery_steps_loss": loss_time,
             "half_recovery_censored_loss": loss_censored,
+            "half_recovery_tokens_rank": rank_time * per_step,
+            "half_recovery_tokens_loss": loss_time * per_step,
             "steps": last.step,
             **self.diagnosis.summary(),
         }

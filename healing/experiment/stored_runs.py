@@ -15,13 +15,15 @@ from collections.abc import Callable, Iterator, Sequence
 
 from healing import tracking
 from healing.experiment.files import read_jsonl
+from healing.heal_runs import ENDPOINTS, SHAM_ENDPOINTS, HealRun
 from healing.histories import Point, Trajectory, trajectories
 from healing.lockout import UNTRAINED
-from healing.pooling import ENDPOINTS, SHAM_ENDPOINTS, HealRun
 from healing.tracking import RunView, TrackingError
 
 STEP_METRIC = "nonfinite_tokens"
 """Logged at every measured step, whatever else is NaN there."""
+RUNNING = ("RUNNING", "SCHEDULED")
+"""Statuses of runs that MLflow does not know to have ended; a run that was killed hard keeps it."""
 
 
 def from_artifact(view: RunView) -> Trajectory:
@@ -97,7 +99,21 @@ def _heal_run(view: RunView, trajectory: Trajectory) -> HealRun:
         undefined_reason=tags.get("rank_undefined_reason", ""),
         noise_match=tags.get("noise_match", ""),
         reference=tags.get("reference_checkpoint_id", ""),
+        fingerprint=tags.get("fingerprint", ""),
+        tokens_per_step=tokens_per_step(view),
     )
+
+
+def tokens_per_step(view: RunView) -> int:
+    """Training tokens of one step: batch size times sequence length, else by the metric ``tokens``
+    over the steps; 0 where a run tells neither.
+    """
+    sizes = [view.params.get(f"heal.{name}", "") for name in ("batch_size", "sequence_length")]
+    if all(size.isdecimal() for size in sizes):
+        return int(sizes[0]) * int(sizes[1])
+    tokens, steps = (view.metrics.get(name, math.nan) for name in ("tokens", "summary/steps"))
+    share = tokens / steps if steps > 0 else math.nan
+    return int(share) if math.isfinite(share) and share == int(share) else 0
 
 
 def _failed(view: RunView, why: str) -> HealRun:
@@ -105,6 +121,8 @@ def _failed(view: RunView, why: str) -> HealRun:
 
 
 def _read(view: RunView, known: dict[str, Trajectory]) -> HealRun:
+    if view.status in RUNNING:
+        return HealRun(view.run_id, view.name, finished=False, running=True)
     if view.status != "FINISHED":
         return _failed(view, view.tags.get("failure", f"status {view.status}"))
     try:
@@ -121,7 +139,7 @@ def read_runs(
     """Stored runs as the statistics see them, in the order given.
 
     Args:
-        views: Healing runs; those that did not finish become failed runs with their reason.
+        views: Healing runs; those that failed keep their reason, those that run are told apart.
         note: Told when runs have to be read one by one.
     """
     finished = [view for view in views if view.status == "FINISHED"]

@@ -5,28 +5,34 @@ from __future__ import annotations
 import csv
 import math
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from healing import html_report, paper, report, tracking
+from healing import html_report, paper, report, tables, tracking
 from healing.config import SHAM, as_params
+from healing.contrast_wording import comparison_gaps, contrast_sentences
+from healing.escaping import csv_cell, one_line
 from healing.experiment.attack import open_run, upload
 from healing.experiment.console import Console
 from healing.experiment.files import write_json
 from healing.experiment.stored_runs import read_runs
 from healing.experiment.summarize_legacy import is_legacy, summarize_imported
+from healing.heal_runs import HealRun
 from healing.legacy_summary import LegacySummary
 from healing.plots import groups as groups_figures
 from healing.plots.style import COLUMN
-from healing.pooling import GroupSummary, HealRun, Summary, summarize_runs
+from healing.pooling import GroupSummary, Summary, summarize_runs
 from healing.stage_config import SummarizeConfig
 from healing.tracking import RunLogger, RunView, TrackingError
 from healing.wording import group_label
 
 HEAL_RUNS = "tags.stage = 'heal'"
 BOOTSTRAP_SEED = 0
+KEY_LENGTH = 150
+"""Characters of a group in the name of a metric, which may have 250 in all."""
 
 
 def find_runs(config: SummarizeConfig) -> list[RunView]:
@@ -52,7 +58,7 @@ def _log_groups(run: RunLogger, summary: Summary) -> None:
     """Final numbers per group, and mean trajectories with their bounds, as metrics."""
     history: list[tuple[int, Mapping[str, float]]] = []
     for group in summary.groups:
-        prefix = f"{group.model}-{group_label(group, summary.groups).replace(' #', '-')}"
+        prefix = _key(group, summary.groups, "-")
         numbers: dict[str, float] = {"runs": group.n_runs, "checkpoints": group.n_checkpoints}
         for endpoint, interval in group.intervals.items():
             numbers |= _bounds(endpoint, interval.point, interval.low, interval.high)
@@ -69,12 +75,13 @@ def _bounds(name: str, point: float, low: float, high: float) -> dict[str, float
 
 
 def write_csv(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """One line per group."""
+    """One line per group; a column that some groups lack is empty there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, list(rows[0]) if rows else ["model"])
+    columns = list(dict.fromkeys(name for row in rows for name in row)) or ["model"]
+    with path.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, columns)
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({name: csv_cell(value) for name, value in row.items()} for row in rows)
 
 
 def write_summary(folder: pathlib.Path, summary: Summary) -> None:
@@ -84,7 +91,7 @@ def write_summary(folder: pathlib.Path, summary: Summary) -> None:
     """
     write_json(folder / "summary.json", report.as_json(summary))
     write_csv(folder / "summary.csv", report.group_rows(summary))
-    (folder / "summary.md").write_text(report.markdown(summary))
+    (folder / "summary.md").write_text(report.markdown(summary), encoding="utf-8")
     figures = _draw(folder / "figures", summary)
     (folder / "report.html").write_text(html_report.render(summary, figures), encoding="utf-8")
     place = folder / "paper"
@@ -151,24 +158,40 @@ def summarize(
         write_summary(folder, summary)
         upload(run, folder)
         run.tags(
-            {"runs": len(runs), "failed_runs": len(summary.failed), **_verdicts(summary.groups)}
+            {
+                "runs": len(runs),
+                "failed_runs": len(summary.failed),
+                "running_runs": len(summary.running),
+                "repeated_runs": len(summary.repeats),
+                **_verdicts(summary.groups),
+            }
         )
         run.describe(description(summary))
-        console.say("\n" + report.text_table(summary))
-        for model in summary.comparisons:
-            console.say(report.comparison_sentence(model, summary))
-        for line in report.comparison_gaps(summary):
-            console.say(line)
-        for lost in summary.failed:
-            console.say(f"failed: {lost.name}: {lost.failure}")
+        console.say("\n" + tables.text_table(summary))
+        for line in (*contrast_sentences(summary), *comparison_gaps(summary)):
+            console.say(one_line(line))
+        for line in _left_out(summary):
+            console.say(one_line(line))
         console.say(f"summary → {folder}")
     return summary
 
 
+def _left_out(summary: Summary) -> list[str]:
+    return [
+        *(f"failed: {run.name}: {run.failure}" for run in summary.failed),
+        *(f"still running, or killed: {run.name} ({run.run_id})" for run in summary.running),
+        *(f"not counted: {r.run.name} ({r.run.run_id}) {r.why}" for r in summary.repeats),
+    ]
+
+
 def _verdicts(groups: Sequence[GroupSummary]) -> dict[str, str]:
-    return {
-        f"verdict.{g.model}.{group_label(g, groups).replace(' #', '-')}": g.verdict for g in groups
-    }
+    return {f"verdict.{_key(g, groups, '.')}": g.verdict for g in groups}
+
+
+def _key(group: GroupSummary, groups: Sequence[GroupSummary], between: str) -> str:
+    """Model and arm in characters that MLflow takes in the name of a metric or tag."""
+    text = f"{group.model}{between}{group_label(group, groups).replace(' #', '-')}"
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", text)[:KEY_LENGTH]
 
 
 def summarize_stage(config: SummarizeConfig) -> Summary | LegacySummary:

@@ -24,12 +24,18 @@ from healing.plots.style import (
     text_colour,
     verdict_zones,
 )
-from healing.pooling import GroupSummary
+from healing.pooling import GroupSummary, sizes_of
 from healing.stats import Interval
 
 LABELS = {"rank_recovery_pct": "rank recovery (%)", "loss_recovery_pct": "loss recovery (%)"}
 GREY = "#555555"
-SHORT_NAMES = {"gaussian_noise": "noise", "random_tokens": "rand. tokens"}
+SHORT_NAMES = {
+    "gaussian_noise": "noise",
+    "random_tokens": "tokens",
+    "random_text": "text",
+    "haep_oracle": "oracle",
+}
+"""Arms at the ends of their lines, where every letter costs width of the axes."""
 
 
 def _groups_by_model(groups: Sequence[GroupSummary]) -> dict[str, list[GroupSummary]]:
@@ -43,9 +49,11 @@ def _settings_label(
     group: GroupSummary, groups: Sequence[GroupSummary], short: bool = False
 ) -> str:
     twins = [g for g in groups if (g.model, g.arm) == (group.model, group.arm)]
-    suffix = f" #{group.settings[:6]}" if len(twins) > 1 else ""
     name = SHORT_NAMES.get(group.arm, arm_label(group.arm)) if short else arm_label(group.arm)
-    return safe_text(name, 12 if short else 22) + safe_text(suffix)
+    if len(twins) == 1:
+        return safe_text(name, 12 if short else 22)
+    mark = safe_text(f"#{group.settings[: 4 if short else 6]}")
+    return f"{safe_text(name, 8 if short else 22)} {mark}"
 
 
 def _model_title(members: Sequence[GroupSummary]) -> str:
@@ -91,7 +99,7 @@ def mean_recovery(path: pathlib.Path, groups: Sequence[GroupSummary], width: flo
                 ax.set(ylabel=LABELS[endpoint], ylim=_visible_range(members, endpoint))
                 ax.set_xlabel("healing steps" if row == rows - 1 else "")
                 direct_labels(ax, [end for end in ends if end is not None])
-                ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+                ax.xaxis.set_major_locator(MaxNLocator(3 if width < PAGE else 5, integer=True))
             axes[2 * row].set_title(_model_title(members), loc="left")
 
 
@@ -182,34 +190,56 @@ def _draw_interval(ax: plt.Axes, interval: Interval, y: int, colour: str) -> Non
 
 
 def recovery_against_parameters(path: pathlib.Path, groups: Sequence[GroupSummary]) -> None:
-    """Final rank recovery against the number of parameters, one line per arm."""
+    """Final rank recovery against the number of parameters, one line per arm.
+
+    The points of an arm with several settings of one size are not joined, by the rule of the
+    scaling slope: nothing says which of them belong on one line.
+    """
+    arms = [arm for arm in dict.fromkeys(g.arm for g in groups) if _sized(groups, arm)]
     with paper_figure(path, 1, 1, (COLUMN, 2.3)) as (_, (ax,)):
         verdict_zones(ax)
-        ends = []
-        defined = [
-            g
-            for g in groups
-            if g.n_params and math.isfinite(g.intervals["rank_recovery_pct"].point)
-        ]
-        arms = list(dict.fromkeys(g.arm for g in defined))
-        for number, arm in enumerate(arms):
-            colour, marker, _ = arm_style(arm)
-            own = [g for g in defined if g.arm == arm]
-            # Side by side, so that the intervals of one size do not hide one another.
-            xs = [g.n_params * 1.04 ** (number - (len(arms) - 1) / 2) for g in own]
-            intervals = [g.intervals["rank_recovery_pct"] for g in own]
-            ax.plot(xs, [i.point for i in intervals], color=colour, marker=marker, markersize=4)
-            for x, i in zip(xs, intervals, strict=True):
-                if i.defined:
-                    ax.plot([x, x], [i.low, i.high], color=colour, linewidth=0.9)
-            name = safe_text(SHORT_NAMES.get(arm, arm_label(arm)), 12)
-            ends.append((intervals[-1].point, name, colour))
+        ends = [_draw_sizes(ax, groups, arm, n - (len(arms) - 1) / 2) for n, arm in enumerate(arms)]
         ax.set(xscale="log", xlabel="parameters (log scale)", ylabel="final rank recovery (%)")
         low, high = ax.get_ylim()
-        ax.set_ylim(min(low, -5.0), max(high, 105.0))
+        ax.set_ylim(min(low, -5.0), max(high, 105.0) + (14.0 if arms else 0.0))
         direct_labels(ax, ends)
-        if not defined:
+        if not arms:
             _note(ax, "rank recovery undefined everywhere")
+        loose = [arm for arm in arms if not sizes_of(groups, arm)[1]]
+        if loose:
+            names = ", ".join(_short_name(arm) for arm in loose[:3])
+            _note(ax, f"not joined (several settings of a size): {names}")
+
+
+def _sized(groups: Sequence[GroupSummary], arm: str) -> list[GroupSummary]:
+    """Groups of an arm with a known size and a defined recovery."""
+    own, _ = sizes_of(groups, arm)
+    return [g for g in own if math.isfinite(g.intervals["rank_recovery_pct"].point)]
+
+
+def _short_name(arm: str) -> str:
+    return safe_text(SHORT_NAMES.get(arm, arm_label(arm)), 12)
+
+
+def _draw_sizes(
+    ax: plt.Axes, groups: Sequence[GroupSummary], arm: str, place: float
+) -> tuple[float, str, str]:
+    """Draw one arm, a little to the side so that intervals of one size do not hide one another."""
+    colour, marker, _ = arm_style(arm)
+    own, joined = _sized(groups, arm), sizes_of(groups, arm)[1]
+    seen: dict[int, int] = {}
+    xs = []
+    for group in own:
+        twin = seen[group.n_params] = seen.get(group.n_params, -1) + 1
+        xs.append(group.n_params * 1.04 ** (place + 0.35 * twin))
+    intervals = [g.intervals["rank_recovery_pct"] for g in own]
+    line = "-" if joined else "none"
+    points = [i.point for i in intervals]
+    ax.plot(xs, points, color=colour, marker=marker, markersize=4, linestyle=line)
+    for x, i in zip(xs, intervals, strict=True):
+        if i.defined:
+            ax.plot([x, x], [i.low, i.high], color=colour, linewidth=0.9)
+    return points[-1], _short_name(arm), colour
 
 
 def half_recovery(path: pathlib.Path, groups: Sequence[GroupSummary]) -> None:
