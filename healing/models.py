@@ -74,6 +74,13 @@ class LoadedModel:
         return sum(p.numel() for p in self.model.parameters())
 
     @property
+    def vocabulary(self) -> int:
+        """Ids that are tokens: embeddings are often padded with rows that no text reaches (Pythia's
+        are), whose weights were never trained.
+        """
+        return min(len(self.tokenizer), len(embedding_matrix(self.model)))
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.model.parameters()).device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -19,7 +20,7 @@ from healing.attacks.driver import WeightChange, gradient_step, run_attack
 from healing.attacks.haep import Catalyst, propose_swaps, search_catalyst, token_gradient
 from healing.checkpoints import COLLAPSED_KIND, HEALED_KIND, CheckpointError, save_checkpoint
 from healing.config import AttackConfig, resolve
-from healing.models import block_matrices, load_model, state_digest
+from healing.models import LoadedModel, block_matrices, load_model, state_digest
 from healing.probe import Probe
 from healing.randomness import named_generator
 from healing.subspaces import MatrixSubspace, SingularSubspace
@@ -343,3 +344,23 @@ def test_weight_change_by_hand():
     with torch.no_grad():
         layer.weight.add_(torch.tensor([[0.0, 1.0]]))
     assert change.relative(layer) == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("arm", ["haep", "random_tokens"])
+def test_padding_rows_of_the_vocabulary_are_never_fed(tiny, corpus, arm):
+    """All ids above the tokenizer's are padding: here nine in ten rows, of steeper gradient."""
+    padded = copy.deepcopy(tiny.model)
+    padded.resize_token_embeddings(20_480, mean_resizing=False)
+    with torch.no_grad():
+        padded.get_input_embeddings().weight[2048:] *= 10.0
+    loaded = LoadedModel("nano", padded, tiny.tokenizer, "digest")
+    assert loaded.vocabulary == 2048
+    config = resolve(AttackConfig(model="nano", arm=arm, search_steps=3, rayleigh_draws=0))
+    made = make_arm(config, loaded, corpus, WeightChange(padded))
+    fed = []
+    padded.register_forward_pre_hook(
+        lambda _module, _args, given: fed.append(int(given["input_ids"].max())), with_kwargs=True
+    )
+    made.arm.fixed_objective()
+    assert int(made.arm.baselines.random.max()) < 2048
+    assert 0 < max(fed) < 2048

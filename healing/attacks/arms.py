@@ -25,7 +25,7 @@ from healing.checkpoints import COLLAPSED_KIND, Checkpoint, CheckpointError, rea
 from healing.config import CONTROL, SHAM, TREATMENT, AttackConfig
 from healing.corpora import Corpus, batches
 from healing.curvature import HessianOperator
-from healing.models import LoadedModel, block_matrices, block_outputs, embedding_matrix
+from healing.models import LoadedModel, block_matrices, block_outputs
 from healing.randomness import named_generator
 from healing.spectra import keep_mask, spectral_entropy
 from healing.subspaces import LowCurvatureSubspace, SingularSubspace
@@ -231,7 +231,7 @@ class _Maker:
     ) -> None:
         self.config, self.loaded, self.corpus, self.change = config, loaded, corpus, change
         self.model, self.length = loaded.model, config.catalyst_length
-        self.vocabulary = len(embedding_matrix(loaded.model))
+        self.vocabulary = loaded.vocabulary
         self.numbers: dict[str, float] = {}
         self.statuses: dict[str, str] = {}
         self.texts = corpus.windows("attack", loaded.tokenizer, self.length).to(loaded.device)
@@ -296,6 +296,7 @@ class _Maker:
             candidates=config.search_candidates,
             # The oracle draws what haep draws: the two differ in the projection alone.
             generator=named_generator(config.seed, "attack", TREATMENT),
+            vocabulary=self.vocabulary,
         )
         if config.rayleigh_draws:
             gradients = gradients_of(self.model, sequence_loss(self.model, found.tokens))

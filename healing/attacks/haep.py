@@ -120,6 +120,7 @@ def search_catalyst(
     steps: int,
     candidates: int,
     generator: torch.Generator,
+    vocabulary: int | None = None,
 ) -> Catalyst:
     """Maximise ρ over token sequences from a random start.
 
@@ -131,14 +132,15 @@ def search_catalyst(
         steps: Rounds; each evaluates ``candidates`` swaps.
         candidates: Swaps per round.
         generator: Draws the start and the swaps.
+        vocabulary: Ids that are tokens; ``None`` = all rows of the embeddings.
     """
     device = next(model.parameters()).device
-    vocabulary = len(embedding_matrix(model))
+    vocabulary = vocabulary or len(embedding_matrix(model))
     tokens = random_sequences(1, length, vocabulary, generator)[0].to(device)
     best = sequence_alignment(model, subspace, tokens)
     history = [best]
     for _ in range(steps):
-        gradient = token_gradient(model, subspace, tokens)
+        gradient = token_gradient(model, subspace, tokens)[:, :vocabulary]
         for proposal in propose_swaps(tokens, gradient, candidates, generator):
             rho = sequence_alignment(model, subspace, proposal)
             if rho > best:
