@@ -12,6 +12,7 @@ import pytest
 import torch
 from mlflow.tracking import MlflowClient
 
+from healing import tracking
 from healing.attacks.matching import MatchError
 from healing.checkpoints import CHECKPOINT_NAME, CheckpointError, read_checkpoint
 from healing.config import AttackConfig, HealConfig, resolve
@@ -27,6 +28,7 @@ from healing.experiment.healing_cell import (
     heal_fingerprint,
     settings_of,
 )
+from healing.experiment.stored_runs import read_runs
 from healing.experiment.summarize import summarize
 from healing.experiment.sweep import plan, sweep, worker_count
 from healing.models import load_model, transformer_blocks
@@ -104,6 +106,12 @@ def test_healing_writes_six_files_that_obey_the_formulas(store, checkpoint):
         )
     assert summary["verdict"] == MlflowClient().get_run(_only_heal_run()).data.tags["verdict"]
     assert outcome.status == "ok"
+    per_step = rows[1]["tokens"] / rows[1]["step"]  # as the run itself counted them
+    for name in ("rank", "loss"):
+        steps, tokens = (summary[f"half_recovery_{unit}_{name}"] for unit in ("steps", "tokens"))
+        assert tokens == ("NaN" if steps == "NaN" else pytest.approx(per_step * steps))
+    (read,) = read_runs([tracking.get_run(_only_heal_run())])
+    assert read.tokens_per_step == per_step
 
 
 def _only_heal_run() -> str:

@@ -15,7 +15,7 @@ from matplotlib import pyplot as plt
 from healing.plots import groups as figures
 from healing.plots import style
 from healing.plots.style import ARM_STYLES, COLUMN, PAGE, safe_text, spread, text_colour
-from tests.summaries import nasty, realistic
+from tests.summaries import eventful, nasty, realistic
 
 DRAW = {
     "mean_recovery": (figures.mean_recovery, PAGE),
@@ -70,9 +70,9 @@ def test_the_paper_figure_is_one_column_wide(tmp_path, summary):
 
 
 @pytest.mark.parametrize("name", ["column", "haep_against_noise", *DRAW])
-@pytest.mark.parametrize("which", ["realistic", "three", "nasty"])
+@pytest.mark.parametrize("which", ["realistic", "three", "nasty", "eventful"])
 def test_axes_have_units_and_all_text_is_legible_and_inside(tmp_path, kept, name, which):
-    made = {"realistic": realistic, "nasty": nasty}
+    made = {"realistic": realistic, "nasty": nasty, "eventful": eventful}
     summary = made[which]() if which in made else realistic(("nano", "micro", "70m"))
     draw(name, tmp_path / "f", summary)
     (fig,) = kept
@@ -114,6 +114,21 @@ def test_curves_show_the_numbers_of_the_summary(tmp_path, kept, summary):
     band = next(g for g in summary.groups if g.arm == "haep").bands["rank_recovery_pct"]
     drawn = [list(line.get_ydata()) for line in kept[0].axes[0].lines]
     assert [i.point for i in band.intervals] in drawn
+
+
+def test_several_settings_of_a_size_are_not_joined(tmp_path, kept):
+    """The rule of the slope, which such an arm has none of."""
+    summary = eventful()
+    draw("recovery_against_parameters", tmp_path / "f", summary)
+    (ax,) = kept[0].axes
+    curves = {
+        (line.get_color(), line.get_linestyle()) for line in ax.lines if line.get_marker() != "None"
+    }
+    joined = {arm for arm in ("haep", "gaussian_noise", "random_text")
+              if (ARM_STYLES[arm][0], "-") in curves}  # fmt: skip
+    assert joined == set(summary.slopes) == {"haep", "gaussian_noise"}
+    assert (ARM_STYLES["random_text"][0], "None") in curves
+    assert "not joined (several settings of a size): text" in [t.get_text() for t in ax.texts]
 
 
 def test_half_recovery_is_one_minus_kaplan_meier(tmp_path, kept, summary):

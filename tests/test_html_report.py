@@ -13,7 +13,7 @@ import pytest
 
 from healing.experiment.summarize import write_summary
 from healing.html_report import embed
-from tests.summaries import NASTY, degenerate, nasty, realistic
+from tests.summaries import NASTY, degenerate, eventful, nasty, realistic
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
@@ -72,6 +72,22 @@ def test_sections_in_order_with_the_verdict_first(tmp_path):
     images = [attributes for tag, attributes in page.elements if tag == "img"]
     assert len(images) == 5
     assert all("rank" in image["alt"] for image in images)
+
+
+def test_everything_has_its_place(tmp_path):
+    page = write(tmp_path, eventful())
+    wanted = [
+        "111 finished healing runs of 3 models, 1 failed, 1 still running, 1 repeated.",
+        "n\u00a0=\u00a09, 1 checkpoint undefined", "log-rank test: rank z = ",
+        "Time to half recovery", "median tokens", "Bootstrap beside the t interval",
+        "BCa bootstrap [95 %]", "Where the variance comes from", "ICC", "counts once",
+        "Still running (1)", "killed so hard", "heal 70m haep seed 9", "Repeated runs (1)",
+        "same final numbers", "AllCensoredWarning",
+    ]  # fmt: skip
+    assert [text for text in wanted if text not in page.text] == []
+    plain = write(tmp_path / "plain", realistic())
+    for title in wanted[5:9] + wanted[10:14]:
+        assert title not in plain.text, title
 
 
 def test_nothing_is_fetched_and_nothing_runs(written):

@@ -17,7 +17,15 @@ from healing.experiment.summarize import write_summary
 from healing.latex import Macros, bounds, escape, number, spelled
 from healing.paper import macros, macros_file, subsection_file, table_file
 from healing.stats import Interval
-from tests.summaries import NASTY, degenerate, nasty, pool, realistic, simulated_run
+from tests.summaries import (
+    NASTY,
+    degenerate,
+    eventful,
+    nasty,
+    pool,
+    realistic,
+    simulated_run,
+)
 
 PDFLATEX, PDFTOTEXT = shutil.which("pdflatex"), shutil.which("pdftotext")
 
@@ -105,6 +113,41 @@ def test_macros_hold_the_numbers_of_the_summary() -> None:
     assert values["RecoveryFailedRuns"] == "1"
     three = macros(realistic(("nano", "micro", "70m"))).values
     assert "RecoveryScalingHaepSlopeInterval" in three
+
+
+def test_n_in_the_paper_is_what_the_interval_rests_on() -> None:
+    summary = eventful()
+    group = next(g for g in summary.groups if (g.model, g.arm) == ("nano", "haep"))
+    values = {k.removeprefix("RecoveryNanoHaep"): v for k, v in macros(summary).values.items()}
+    assert group.intervals["rank_recovery_pct"].n == 9
+    assert (values["RankN"], values["RankUndefinedCheckpoints"]) == ("9", "1")
+    assert (values["LossN"], values["LossUndefinedCheckpoints"]) == ("10", "0")
+    assert (values["Checkpoints"], values["Runs"], values["UndefinedRuns"]) == ("10", "20", "3")
+    row = next(line for line in table_file(summary).splitlines() if line.startswith("nano & HAEP"))
+    assert re.search(r"& 20 & 54\.7 \[52\.9, 56\.4\] & 9 \(1\) & 87\.2 \[.*\] & 10 &", row)
+    assert "n = 9, 1 checkpoint undefined" in values["Sentence"].replace("~", " ")
+    assert "in brackets those whose" in table_file(summary)
+
+
+def test_pace_variance_bootstrap_and_tokens_have_macros() -> None:
+    summary = eventful()
+    values = macros(summary).values
+    group = next(g for g in summary.groups if (g.model, g.arm) == ("nano", "haep"))
+    pace = summary.contrasts["nano"].pace["loss_recovery_pct"]
+    half = group.half_recovery["rank_recovery_pct"].point
+    assert values["RecoveryNanoHaepMinusNoiseLossLogRankP"] == f"{pace.p_value:.3f}"
+    assert values["RecoveryNanoHaepMinusNoiseLossLogRankZ"].endswith(f"{abs(pace.statistic):.2f}")
+    assert values["RecoveryMicroHaepMinusNoiseRankLogRankP"] == "undefined"
+    assert values["RecoveryNanoHaepLossIcc"] == f"{group.variance['loss_recovery_pct'].icc:.2f}"
+    assert values["RecoveryNanoHaepHalfRankTokens"] == f"{1024 * half:.0f}"
+    bca = group.bootstrap["loss_recovery_pct"]
+    assert values["RecoveryNanoHaepLossBca"] == f"[{bca.low:.1f}, {bca.high:.1f}]"
+    assert "RecoveryNanoHaepRankBca" not in values  # nine defined checkpoints
+    assert "log-rank test" in subsection_file(summary)
+    assert (values["RecoveryRunningRuns"], values["RecoveryRepeatedRuns"]) == ("1", "1")
+    for text in (table_file(summary), subsection_file(summary)):
+        assert "1 run has not ended (or was killed) and is not included." in text
+        assert "1 run repeats another with the same fingerprint and is not counted." in text
 
 
 def test_planned_checkpoints_have_a_macro() -> None:
@@ -210,9 +253,10 @@ def test_a_realistic_summary_compiles_beautifully(tmp_path) -> None:
 
 
 @needs_latex
-@pytest.mark.parametrize("name", ["nasty", *degenerate()])
+@pytest.mark.parametrize("name", ["nasty", "eventful", *degenerate()])
 def test_every_summary_compiles(tmp_path, name) -> None:
-    write_summary(tmp_path, nasty() if name == "nasty" else degenerate()[name])
+    made = {"nasty": nasty, "eventful": eventful}
+    write_summary(tmp_path, made[name]() if name in made else degenerate()[name])
     log, text = compile_article(tmp_path / "paper")
     assert_clean(log)
     if text and name == "nasty":

@@ -22,7 +22,7 @@ from healing.tables import text_table
 from healing.wording import interval_text
 
 
-def make_run(final: float, *, seed: int = 0, arm: str = "haep", model: str = "nano", **changes):
+def make_run(final: float, /, *, seed: int = 0, arm: str = "haep", model: str = "nano", **changes):
     steps = (0, 10, 20)
     rank = (0.0, final / 2, final) if math.isfinite(final) else (math.nan,) * 3
     loss = (0.0, 40.0 + seed, 80.0 + seed)

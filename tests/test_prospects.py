@@ -59,6 +59,32 @@ def test_undefined_checkpoints_are_left_out_and_all_undefined_is_not_converged()
     assert (nothing.n_checkpoints, nothing.converged, nothing.reasons) == (0, False, ())
 
 
+def test_an_undefined_replicate_does_not_take_its_checkpoint_out_of_the_fits() -> None:
+    nowhere = (0.0, *(math.nan for _ in STEPS[1:]))
+    values = exponential(40.0, 10.0)
+    now_and_then = tuple(math.nan if t == 30 else v for t, v in zip(STEPS, values, strict=True))
+    with_both = CheckpointTrajectory(STEPS, (exponential(40.0, 10.0), nowhere))
+    alone = CheckpointTrajectory(STEPS, (exponential(40.0, 10.0),))
+    found, expected = (approach([c], 0.95) for c in (with_both, alone))
+    assert (found.n_checkpoints, found.converged) == (1, True)
+    assert found.asymptote.point == expected.asymptote.point
+    assert found.half_life.point == expected.half_life.point
+    # A step at which a defined replicate is undefined is left out: a mean would jump there.
+    gap = CheckpointTrajectory(STEPS, (exponential(80.0, 10.0), now_and_then))
+    assert np.isnan(gap.mean()).tolist() == [t == 30 for t in STEPS]
+    assert approach([gap], 0.95).asymptote.point == pytest.approx(60.0, rel=1e-6)
+
+
+def test_the_geometric_mean_has_an_interval_on_the_log_scale_where_none_is_censored() -> None:
+    found = half_times([CheckpointTrajectory((0, 10), ((0.0, v),)) for v in (60, 80, 90)], 0.95)
+    logs = np.log([500 / v for v in (60, 80, 90)])
+    low, high = np.exp(scipy_stats.t.interval(0.95, 2, logs.mean(), scipy_stats.sem(logs)))
+    mean = found.geometric_mean
+    assert (mean.low, mean.point, mean.high) == pytest.approx((low, np.exp(logs.mean()), high))
+    censored = half_times([CheckpointTrajectory((0, 10), ((0.0, v),)) for v in (60, 80, 9)], 0.95)
+    assert math.isnan(censored.geometric_mean.point)
+
+
 def test_half_times_by_hand() -> None:
     rows = [(0.0, 40.0, 60.0), (0.0, 60.0, 70.0), (0.0, 10.0, 20.0)]
     found = half_times([CheckpointTrajectory((0, 10, 20), (r,)) for r in rows], 0.95)

@@ -229,6 +229,31 @@ def test_garbage_collection_is_left_as_it_was(was_on):
         gc.enable()
 
 
+def test_tokens_per_step_come_from_the_configuration_or_the_metric(store):
+    make_run(store, "by metric", [{**row, "tokens": 96.0 * row["step"]} for row in rows(1.0)])
+    make_run(store, "unknown", rows(1.0))
+    make_run(store, "by configuration", rows(1.0))
+    make_run(store, "uneven", [{**row, "tokens": 7.0 + row["step"]} for row in rows(1.0)])
+    client = mlflow.tracking.MlflowClient()
+    for name, value in (("heal.batch_size", "8"), ("heal.sequence_length", "128")):
+        client.log_param(stored()[2].run_id, name, value)
+    assert [r.tokens_per_step for r in read_runs(stored())] == [96, 0, 1024, 0]
+
+
+def test_a_run_that_runs_is_no_failed_one(store):
+    make_run(store, "done", rows(1.0))
+    with tracking.start("open", {**TAGS, "fingerprint": "f"}) as run:
+        done, running = read_runs(stored())
+    assert (running.run_id, running.running, running.finished) == (run.run_id, True, False)
+    assert running.failure == ""
+    assert (done.running, done.fingerprint) == (False, "")
+    assert read_runs(stored())[1].fingerprint == ""  # finished, but without a trajectory
+    client = mlflow.tracking.MlflowClient()
+    client.set_terminated(run.run_id, "KILLED")
+    killed = read_runs(stored())[1]
+    assert (killed.running, killed.failure) == (False, "status KILLED")
+
+
 def test_failed_and_unreadable_runs_keep_their_reason(store):
     with pytest.raises(RuntimeError), tracking.start("broken", TAGS):
         raise RuntimeError("out of memory")

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from healing.contrast_wording import p_text
 from healing.stats import Interval
 from healing.tables import plan_table, prospect_table
 from healing.wording import (
@@ -17,9 +18,11 @@ from healing.wording import (
     half_sentence,
     headline_groups,
     loss_sentence,
+    median_text,
     percent_text,
     plan_sentence,
     steps_text,
+    time_text,
     verdict_heading,
     verdict_reason,
     verdict_text,
@@ -128,5 +131,18 @@ def test_numbers_in_words() -> None:
     assert steps_text(Interval(7.96, 8.0, math.inf, 3, "t")) == "8 [7.96, ∞] steps"
     assert steps_text(Interval(math.nan, 8.0, math.nan, 2, "t")) == "8 steps [no interval]"
     assert steps_text(Interval(math.nan, math.nan, math.nan, 0, "t")) == "undefined"
+    assert time_text(Interval(8192.4, 12_800, math.inf, 9, "t"), "tokens") == (
+        "12,800 [8,192, ∞] tokens"
+    )
+    unreached = Interval(30.0, math.nan, math.inf, 4, "t")
+    assert median_text(unreached) == "not reached [30, ∞]"
+    assert median_text(Interval(math.nan, math.nan, math.nan, 4, "t")) == "not reached"
+    assert median_text(Interval(math.nan, math.nan, math.nan, 0, "t")) == "undefined"
+    assert estimate_text(Interval(math.nan, 2.0, math.nan, 2, "t"), 1) == (
+        "2.0 % (no interval, n\u00a0=\u00a02, 1 checkpoint undefined)"
+    )
+    assert [p_text(p) for p in (0.0004, 0.0123, 0.1, 0.456)] == [
+        "p < 0.001", "p = 0.012", "p = 0.10", "p = 0.46",
+    ]  # fmt: skip
     assert (count_text(1, "run"), count_text(0, "run")) == ("1 run", "0 runs")
     assert (percent_text(math.nan), percent_text(1.25)) == ("undefined", "1.2 %")
