@@ -39,7 +39,7 @@ spectra moments rank_error lanczos stochastic curvature subspaces landscape mini
 recovery lockout optimizers hub sources shapes models lora heads checkpoints corpora pretraining
 probe precision
 attacks.driver attacks.alignment attacks.haep attacks.clean_curvature attacks.arms attacks.matching
-sft memory
+sft footprint memory
 stats variance scaling comparison survival trajectory power prospects pooling
 checkout ui_view histories tracking
 plots.style plots.runs plots.groups plots.basin
