@@ -72,6 +72,8 @@ def run_stage(stage: Callable[[Any], Any], config_class: type, values: dict[str,
         raise click.UsageError(str(error)) from error
     from healing.experiment.errors import EXPECTED
 
+    if values.get("dry_run"):
+        from healing.experiment.dry_run import dry_run as stage
     try:
         stage(config)
     except EXPECTED as error:

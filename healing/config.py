@@ -68,6 +68,7 @@ NOT_DETERMINING = frozenset(
         "reference_checkpoint",
         "reference_run_id",
         "save_healed",
+        "dry_run",
     }
 )
 """Fields left out of a cell's fingerprint: they change no number, or what they name does and is put
@@ -84,6 +85,7 @@ NOT_SETTINGS = frozenset(
         "output_dir",
         "verbosity",
         "device",
+        "dry_run",
     }
 )
 """Entries of a checkpoint's configuration that runs may differ in and still be pooled."""
@@ -225,6 +227,10 @@ class AttackConfig(BaseConfig):
         minimum=0,
     )
 
+    dry_run: bool = option(
+        False, "Predict the peak memory from the model's shape, print it and load nothing."
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_reference()
@@ -311,6 +317,10 @@ class HealConfig(BaseConfig):
         "bf16, fp16: autocast (fp32 master weights) or pure (weights, gradients and optimiser "
         "state in the low format); of no effect for fp32.",
         choices=PRECISION_MODES,
+    )
+
+    dry_run: bool = option(
+        False, "Predict the peak memory from the model's shape, print it and load nothing."
     )
 
     def __post_init__(self) -> None:

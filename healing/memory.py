@@ -1,219 +1,51 @@
-"""Peak memory of healing, predicted by running it on tensors without content.
-
-The project's own measurement and healing loop run once at true shapes under torch's
-``FakeTensorMode``, which allocates nothing, while a dispatch mode adds up the storages alive after
-every operation. So the prediction holds for any architecture, with or without adapters, autocast
-and activation checkpointing, and follows the code. What it cannot see is memory that a kernel
-takes and gives back within one operation.
-
-torch's own ``MemTracker`` does the like, but stops at a second forward pass of the same model,
-which a measurement makes, and does not tell logits from other activations.
+"""Predicted peak memory of attack and healing: the project's own stages, run at true shapes on
+tensors without content (:mod:`healing.footprint`).
 """
 
 from __future__ import annotations
 
-import contextlib
 import pathlib
 import resource
 import sys
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any, cast
 from unittest import mock
 
 import torch
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.optim.optimizer import (
-    Optimizer,
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from healing.config import HealConfig
-from healing.lora import adapted, n_trainable
-from healing.models import LoadedModel
+from healing.attacks.arms import make_arm
+from healing.attacks.driver import WeightChange, run_attack
+from healing.config import AttackConfig, BaseConfig, HealConfig
+from healing.footprint import COPIES, WEIGHTS, Usage, shapes_only
+from healing.lora import adapted, n_trainable, require
+from healing.models import LoadedModel, embedding_matrix
 from healing.precision import diagnose
 from healing.probe import Measurement, Probe
 from healing.randomness import named_generator
 from healing.sft import adapter_draws, heal
+from healing.subspaces import MatrixSubspace
 
-WEIGHTS, GRADIENTS, OPTIMIZER, LOGITS, ACTIVATIONS, COPIES = KINDS = (
-    "weights",
-    "gradients",
-    "optimiser",
-    "logits",
-    "activations",
-    "copies",
-)
-"""What a storage holds; activations: everything else, temporary tensors too."""
-
-LOADING, MEASURING, CHECKING, HEALING, WATCHING = (
+LOADING, PREPARING, ATTACKING, MEASURING, CHECKING, HEALING, WATCHING = (
     "loading",
+    "preparing the attack",
+    "attack",
     "measurement",
     "first check",
     "healing step",
     "measurement while healing",
 )
+BESIDE_TENSORS = 160_000_000
+"""Bytes that a process on the CPU takes while it runs, beside tensors: texts and their tokens,
+buffers of the libraries. Measured with the corpus ``stdlib`` (benchmarks/memory.py); memory that
+the C library keeps after it was freed is not in it.
+"""
 _STEPS = 2
 """Steps that are run: from the second on the optimiser's state is there beside the activations."""
-
-_aten = torch.ops.aten
-
-
-class _EverythingSelected(TorchDispatchMode):
-    """Answers what depends on content: every number is 1, every test holds, every mask selects all.
-
-    So losses are finite, steps are taken and no token is an outlier.
-    """
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func is _aten._local_scalar_dense.default:
-            return _one(args[0].dtype)
-        if func in (_aten.allclose.default, _aten.equal.default):
-            return True
-        if func is _aten.nonzero.default:
-            return args[0].new_empty(args[0].numel(), args[0].ndim, dtype=torch.int64)
-        if func is _aten.index.Tensor:
-            args = (args[0], [i for index in args[1] for i in _as_positions(index)])
-        return func(*args, **kwargs or {})
-
-
-def _one(dtype: torch.dtype) -> bool | int | float:
-    if dtype == torch.bool:
-        return True
-    return 1.0 if dtype.is_floating_point else 1
-
-
-def _as_positions(index: torch.Tensor | None) -> list[torch.Tensor | None]:
-    if index is None or index.dtype != torch.bool:
-        return [index]
-    return [index.new_empty(index.numel(), dtype=torch.int64)] * index.ndim
-
-
-def _apply(module: nn.Module, change: Callable[[Any], Any], recurse: bool = True) -> nn.Module:
-    """``Module._apply`` for tensors without content, which cannot be swapped in place."""
-    for part in module.modules() if recurse else [module]:
-        for name, parameter in part._parameters.items():
-            if parameter is not None and (new := change(parameter)) is not parameter:
-                part._parameters[name] = nn.Parameter(new.detach(), parameter.requires_grad)
-        for name, buffer in part._buffers.items():
-            part._buffers[name] = None if buffer is None else change(buffer)
-    return module
-
-
-@contextlib.contextmanager
-def shapes_only() -> Iterator[None]:
-    """Inside, tensors have shape, dtype and device, and take no memory."""
-    with (
-        FakeTensorMode(allow_non_fake_inputs=True),
-        _EverythingSelected(),
-        mock.patch.object(nn.Module, "_apply", _apply),
-    ):
-        yield
-
-
-class Usage(TorchDispatchMode):
-    """Bytes of all storages alive, by kind, and their peak in every phase.
-
-    Args:
-        vocabulary: Tensors whose last dimension it is are logits.
-
-    Attributes:
-        peaks: Phase → kind → bytes at the moment of the phase's largest total.
-    """
-
-    def __init__(self, vocabulary: int) -> None:
-        super().__init__()
-        self.peaks: dict[str, dict[str, int]] = {}
-        self._vocabulary, self._phase, self._stepping = vocabulary, LOADING, False
-        self._entries: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        self._now = dict.fromkeys(KINDS, 0)
-        self._hooks: contextlib.ExitStack = contextlib.ExitStack()
-
-    def __enter__(self) -> Usage:
-        """Watch every operation and the optimisers' steps."""
-        before = register_optimizer_step_pre_hook(lambda *_: self._step(True, None))
-        after = register_optimizer_step_post_hook(lambda o, *_: self._step(False, o))
-        self._hooks.callback(before.remove)
-        self._hooks.callback(after.remove)
-        super().__enter__()
-        return self
-
-    def __exit__(self, *args: Any) -> None:
-        """Stop watching."""
-        self._hooks.close()
-        super().__exit__(*args)
-
-    def _step(self, inside: bool, optimizer: Optimizer | None) -> None:
-        self._stepping = inside
-        if optimizer is not None:
-            states = [v for state in optimizer.state.values() for v in state.values()]
-            self.claim(OPTIMIZER, [v for v in states if isinstance(v, torch.Tensor)])
-
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Peaks inside are those of this phase."""
-        previous, self._phase = self._phase, name
-        self._compare()
-        try:
-            yield
-        finally:
-            self._phase = previous
-
-    def claim(self, kind: str, tensors: Iterable[torch.Tensor]) -> None:
-        """Say what storages hold."""
-        for tensor in tensors:
-            entry = self._entry(tensor, kind)
-            self._now[entry[0]] -= entry[1]
-            self._now[kind] += entry[1]
-            entry[0] = kind
-        self._compare()
-
-    def watch_gradients(self, model: nn.Module) -> None:
-        """Tell the gradients of what requires them from other tensors of the backward pass."""
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(
-                    lambda p: self.claim(GRADIENTS, [] if p.grad is None else [p.grad])
-                )
-
-    def _entry(self, tensor: torch.Tensor, kind: str) -> list[Any]:
-        storage = tensor.untyped_storage()
-        if storage not in self._entries:
-            entry = [kind, storage.nbytes()]
-            self._entries[storage] = entry
-            self._now[kind] += entry[1]
-            weakref.finalize(storage, self._drop, entry)
-        found: list[Any] = self._entries[storage]
-        return found
-
-    def _drop(self, entry: list[Any]) -> None:
-        self._now[entry[0]] -= entry[1]
-
-    def _compare(self) -> None:
-        known = self.peaks.get(self._phase)
-        if known is None or sum(self._now.values()) > sum(known.values()):
-            self.peaks[self._phase] = dict(self._now)
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        """Run one operation and take its new storages into account."""
-        result = func(*args, **kwargs or {})
-        for value in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(value, torch.Tensor):
-                is_logits = value.ndim >= 2 and value.shape[-1] == self._vocabulary
-                other = OPTIMIZER if self._stepping else ACTIVATIONS
-                self._entry(value, LOGITS if is_logits else other)
-        self._compare()
-        return result
+_WINDOWS = 64
+"""Windows of the stand-in for a corpus, where their number has no say."""
 
 
 @dataclass(frozen=True)
@@ -223,7 +55,7 @@ class _WatchedProbe(Probe):
     usage: Usage
 
     def measure(
-        self, model: nn.Module, error_generator: torch.Generator | None = None
+        self, model: torch.nn.Module, error_generator: torch.Generator | None = None
     ) -> Measurement:
         with self.usage.phase(WATCHING):
             return super().measure(model, error_generator)
@@ -231,13 +63,14 @@ class _WatchedProbe(Probe):
 
 @dataclass(frozen=True)
 class Prediction:
-    """Predicted memory of one healing run.
+    """Predicted memory of one run.
 
     Attributes:
         n_params: Parameters of the model.
-        n_trainable: Parameters that healing trains.
+        n_trainable: Parameters that are trained.
         device: Where the tensors are.
-        base: Bytes of the process without model: interpreter, libraries; resident when asked.
+        base: Bytes of the process without the model: interpreter and libraries, as resident when
+            the prediction was asked for, and :data:`BESIDE_TENSORS`.
         phases: Phase → kind → bytes at its peak.
     """
 
@@ -254,7 +87,7 @@ class Prediction:
 
     @property
     def peak_bytes(self) -> int:
-        """On the CPU of the process; on an accelerator of its tensors."""
+        """On the CPU of the whole process; on an accelerator of its tensors."""
         return self.tensor_bytes + (self.base if self.device.type == "cpu" else 0)
 
 
@@ -268,44 +101,52 @@ def resident_bytes() -> int:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
-def _same_sizes(config: HealConfig) -> HealConfig:
-    """Two steps of the same sizes. fp16 under autocast becomes bf16: a gradient scaler would find
-    every number infinite and take no step.
+def _base(config: BaseConfig) -> int:
+    if isinstance(config, HealConfig):
+        require(config)  # what it imports is resident
+    return resident_bytes() + BESIDE_TENSORS
+
+
+def _bare_model(
+    usage: Usage, architecture: PreTrainedConfig, device: torch.device
+) -> PreTrainedModel:
+    """The model on its device, after what loading it takes: the mapped file beside the weights
+    (where the file holds float32, its pages are the weights until they change), and a copy of one
+    tensor to hash.
     """
-    format_ = config.precision
-    if format_ == "fp16" and config.precision_mode == "autocast":
-        format_ = "bf16"
-    return replace(
-        config, precision=format_, healing_steps=_STEPS, measurement_interval=_STEPS, sham=False
-    )
-
-
-def _bare_model(architecture: PreTrainedConfig, device: torch.device) -> PreTrainedModel:
-    with torch.device(device):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            architecture, dtype=torch.float32, attn_implementation="sdpa"
-        )
-    model.config.use_cache = False
+    with usage.phase(LOADING):
+        with torch.device(device):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                architecture, dtype=torch.float32, attn_implementation="sdpa"
+            )
+        model.config.use_cache = False
+        usage.claim(WEIGHTS, [*model.parameters(), *model.buffers()])
+        state = model.state_dict()
+        usage.new(COPIES, [*state.values(), max(state.values(), key=torch.Tensor.numel)])
     return model.eval()
 
 
-def _load(usage: Usage, model: PreTrainedModel, *, second_copy: bool) -> Any:
-    """Count the weights, the digest's copy of one tensor and, while a checkpoint is read, its
-    state on the host.
-    """
-    usage.claim(WEIGHTS, [*model.parameters(), *model.buffers()])
-    state = [torch.empty_like(v) for v in model.state_dict().values()] if second_copy else []
-    largest = max(model.state_dict().values(), key=torch.Tensor.numel)
-    usage.claim(COPIES, [*state, torch.empty_like(largest)])
-    return state
+def _probe(config: BaseConfig) -> Probe:
+    length = config.sequence_length
+    return Probe(torch.zeros(-(-int(config.probe_tokens) // length), length, dtype=torch.long))
+
+
+def _loaded(config: BaseConfig, model: PreTrainedModel, device: torch.device) -> LoadedModel:
+    """What the stages read of a loaded model; there is no tokenizer."""
+    parts = {"name": config.model, "model": model, "device": device, "digest": ""}
+    parts["vocabulary"] = len(embedding_matrix(model))
+    return cast(LoadedModel, SimpleNamespace(tokenizer=None, **parts))
+
+
+def _always_step(
+    _scaler: torch.amp.GradScaler, optimizer: Any, _state: Any, *args: Any, **options: Any
+) -> Any:
+    """In place of a decision that rests on content: whether a gradient is infinite."""
+    return optimizer.step(*args, **options)
 
 
 def predict_healing(
-    config: HealConfig,
-    architecture: PreTrainedConfig,
-    device: torch.device,
-    *,
-    checkpoint: bool = True,
+    config: HealConfig, architecture: PreTrainedConfig, device: torch.device
 ) -> Prediction:
     """Predict the memory of one healing run.
 
@@ -313,34 +154,81 @@ def predict_healing(
         config: Resolved configuration.
         architecture: Of the model.
         device: Where it will be.
-        checkpoint: Whether a collapsed state is read from a file, which is a second copy of the
-            weights while it is loaded.
     """
-    base, config = resident_bytes(), _same_sizes(config)
-    length, batch = config.sequence_length, int(config.batch_size)
-    text = architecture.get_text_config()
-    with shapes_only(), Usage(text.vocab_size) as usage:
-        model = _bare_model(architecture, device)
-        trainable = n_trainable(model, config)
-        count = sum(p.numel() for p in model.parameters())
-        probe = Probe(torch.zeros(-(-int(config.probe_tokens) // length), length, dtype=torch.long))
-        state = _load(usage, model, second_copy=checkpoint)
+    base = _base(config)
+    config = replace(config, healing_steps=_STEPS, measurement_interval=_STEPS, sham=False)
+    vocabulary = architecture.get_text_config().vocab_size
+    with (
+        shapes_only(),
+        Usage(vocabulary) as usage,
+        mock.patch.object(torch.amp.GradScaler, "_maybe_opt_step", _always_step),
+    ):
+        model, probe = _bare_model(usage, architecture, device), _probe(config)
+        count, trainable = sum(p.numel() for p in model.parameters()), n_trainable(model, config)
         with usage.phase(MEASURING):
             collapsed = probe.measure(model, named_generator(0, "bootstrap"))
-        del state
         if config.gradient_checkpointing:
             model.activation_checkpointing_enable()
-        windows, order = torch.zeros(batch, length, dtype=torch.long), named_generator(0, "sft")
+        order = named_generator(0, "sft")
+        windows = torch.zeros(int(config.batch_size), config.sequence_length, dtype=torch.long)
         with usage.phase(CHECKING), adapted(model, config, adapter_draws(order)):
             usage.watch_gradients(model)
             diagnose(model, windows.to(device), step=0)
-        # heal() reads nothing of the tokenizer.
-        loaded = LoadedModel.__new__(LoadedModel)
-        loaded.name, loaded.model = config.model, model
-        watched = _WatchedProbe(probe.windows, usage)
+        loaded, watched = _loaded(config, model, device), _WatchedProbe(probe.windows, usage)
         with usage.phase(HEALING):
-            for record in heal(loaded, config, windows, cast(Probe, watched), collapsed, order):
-                if not record.step:
-                    usage.watch_gradients(model)
-    phases = {name: usage.peaks[name] for name in (LOADING, MEASURING, CHECKING, HEALING, WATCHING)}
-    return Prediction(count, trainable, device, base, phases)
+            for _ in heal(loaded, config, windows, watched, collapsed, order):
+                pass
+    return Prediction(count, trainable, device, base, usage.peaks)
+
+
+def _whole_space(cls: type[MatrixSubspace], weight: torch.Tensor, energy: float) -> MatrixSubspace:
+    """The most that the leading directions can take: how many there are depends on the weights."""
+    k = min(weight.shape)
+    rows, columns = (weight.new_empty(size, k) for size in weight.shape)
+    return cls(rows, columns)
+
+
+class _Corpus:
+    """Windows without text."""
+
+    def windows(self, split: str, tokenizer: Any, length: int, tokens: int = 0) -> torch.Tensor:
+        return torch.zeros(-(-tokens // length) or _WINDOWS, length, dtype=torch.long)
+
+
+def predict_attack(
+    config: AttackConfig, architecture: PreTrainedConfig, device: torch.device
+) -> Prediction:
+    """Predict the memory of one attack: the making of its arm and one step that is measured.
+
+    The low-curvature subspace of the singular kind counts with all directions, as its size depends
+    on the weights; of the ``hessian`` kind only the first iterations of Lanczos are seen.
+
+    Args:
+        config: Resolved configuration.
+        architecture: Of the model.
+        device: Where it will be.
+    """
+    base = _base(config)
+    config = replace(
+        config, attack_steps=1, measurement_interval=1, search_steps=min(config.search_steps, 1)
+    )
+    config = replace(config, search_candidates=1, reference_checkpoint="", match="norm")
+    vocabulary = architecture.get_text_config().vocab_size
+    with (
+        shapes_only(),
+        Usage(vocabulary) as usage,
+        mock.patch.object(MatrixSubspace, "of", classmethod(_whole_space)),
+    ):
+        model, probe = _bare_model(usage, architecture, device), _probe(config)
+        loaded, corpus = _loaded(config, model, device), cast(Any, _Corpus())
+        with usage.phase(MEASURING):
+            healthy = probe.measure(model, named_generator(0, "bootstrap"))
+        with usage.phase(PREPARING):
+            change = WeightChange(model)
+            made = make_arm(config, loaded, corpus, change)
+        usage.watch_gradients(model)
+        with usage.phase(ATTACKING):
+            for _ in run_attack(loaded, made.arm, config, probe, healthy, change):
+                pass
+        count = sum(p.numel() for p in model.parameters())
+    return Prediction(count, count, device, base, usage.peaks)

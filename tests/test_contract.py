@@ -39,14 +39,14 @@ spectra moments rank_error lanczos stochastic curvature subspaces landscape mini
 recovery lockout optimizers hub sources shapes models lora heads checkpoints corpora pretraining
 probe precision
 attacks.driver attacks.alignment attacks.haep attacks.clean_curvature attacks.arms attacks.matching
-sft memory
+sft footprint memory
 stats notes variance scaling comparison survival trajectory power prospects
 heal_runs contrasts pooling
 checkout ui_view histories tracking
 plots.style plots.runs plots.groups plots.basin
 wording contrast_wording tables report html_report latex paper legacy legacy_summary
 experiment.console experiment.files experiment.errors experiment.loading
-experiment.pretrain experiment.attack experiment.healing_cell experiment.heal
+experiment.pretrain experiment.attack experiment.healing_cell experiment.heal experiment.dry_run
 experiment.basin_cell experiment.basin
 experiment.summarize_legacy experiment.stored_runs experiment.summarize experiment.sweep
 experiment.import_results

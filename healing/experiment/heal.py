@@ -296,7 +296,12 @@ def find_checkpoints(folder: str) -> list[pathlib.Path]:
     return found
 
 
-def _local_checkpoint(config: HealConfig) -> pathlib.Path | None:
+def local_checkpoint(config: HealConfig) -> pathlib.Path | None:
+    """The one checkpoint that a configuration names, on this machine; ``None`` where it names none.
+
+    Raises:
+        TrackingError: The store has no such run or file.
+    """
     if config.attack_run_id:
         run = tracking.get_run(config.attack_run_id)
         return tracking.download(f"runs:/{run.run_id}/checkpoints/{CHECKPOINT_NAME}")
@@ -306,7 +311,8 @@ def _local_checkpoint(config: HealConfig) -> pathlib.Path | None:
     return tracking.download(given) if ":/" in given else pathlib.Path(given).expanduser().resolve()
 
 
-def _fresh_attack(run: RunLogger, config: HealConfig, console: Console) -> pathlib.Path:
+def fresh_attack_config(config: HealConfig) -> AttackConfig:
+    """The attack that comes first where nothing is named to heal."""
     resolved = decide_model(config, None, "")
     shared = {
         name: getattr(resolved, name)
@@ -327,7 +333,11 @@ def _fresh_attack(run: RunLogger, config: HealConfig, console: Console) -> pathl
             "verbosity",
         )
     }
-    return attack(AttackConfig(arm=config.arm, **shared), parent=run, console=console)[1]
+    return AttackConfig(arm=config.arm, **shared)
+
+
+def _fresh_attack(run: RunLogger, config: HealConfig, console: Console) -> pathlib.Path:
+    return attack(fresh_attack_config(config), parent=run, console=console)[1]
 
 
 def _cells(config: HealConfig, path: pathlib.Path, replicates: int) -> list[HealCell]:
@@ -352,7 +362,7 @@ def heal(config: HealConfig) -> list[HealOutcome]:
             paths = find_checkpoints(config.checkpoint_dir)
             replicates = config.runs_per_checkpoint
         else:
-            paths = [_local_checkpoint(config) or _fresh_attack(run, config, console)]
+            paths = [local_checkpoint(config) or _fresh_attack(run, config, console)]
             replicates = config.num_runs
         if len(paths) == 1 and replicates == 1:
             (cell,) = _cells(config, paths[0], 1)

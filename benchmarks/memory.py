@@ -1,0 +1,129 @@
+"""Predicted against measured peak memory of a healing run, on the CPU.
+
+For Pythia's sizes at their true shapes with random weights: a folder with config.json, weights and
+nano's tokenizer is made, and a process of its own heals it for three steps of 8 x 128 tokens with
+one measurement (``heal_cell``: loading, measurements, first check, steps). Its highest resident
+memory is compared with what ``--dry-run`` predicts in another process. Larger sizes are predicted
+alone.
+
+    python -m benchmarks.memory [--models 70m,160m] [--predicted 1b,2.8b] [--ways full,lora]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+WAYS: dict[str, dict[str, object]] = {
+    "full": {},
+    "checkpointing": {"gradient_checkpointing": True},
+    "lora": {"healing_method": "lora"},
+}
+TARGETS = {"1b": 20e9, "2.8b": 56e9}
+
+
+def make_folder(size: str, folder: pathlib.Path) -> None:
+    """A model of Pythia's shape with random float32 weights, under nano's tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from healing.shapes import pythia_config
+    from healing.sources import EMBEDDED_DIR
+
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(pythia_config(size)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(EMBEDDED_DIR / "nano").save_pretrained(folder)
+
+
+def settings(model: str, way: str):
+    import healing.experiment.heal  # noqa: F401 (what the stage imports is resident there too)
+    from healing.config import HealConfig
+    from healing.experiment.loading import complete
+
+    config = HealConfig(
+        model=model, corpus="stdlib", healing_steps=3, measurement_interval=3, **WAYS[way]
+    )
+    return complete(config)
+
+
+def measure(model: str, way: str) -> dict[str, float]:
+    """Heal, and say how much memory the process took at most."""
+    from healing.experiment.healing_cell import HealCell, heal_cell
+    from healing.experiment.loading import use_threads
+
+    config = settings(model, way)
+    use_threads(config)
+    outcome = heal_cell(HealCell(config, ""))
+    assert len(outcome.records) == 2
+    assert outcome.status == "ok"
+    status = pathlib.Path("/proc/self/status").read_text()
+    (line,) = [ln for ln in status.splitlines() if ln.startswith("VmHWM")]
+    return {"peak": 1024.0 * int(line.split()[1])}
+
+
+def predict(model: str, way: str) -> dict[str, float]:
+    """Predicted bytes: of the process, and of the largest phase's tensors."""
+    import torch
+
+    config = settings(model, way)
+    from healing.memory import predict_healing
+    from healing.shapes import architecture
+
+    found = predict_healing(config, architecture(model), torch.device("cpu"))
+    largest = max(found.phases, key=lambda name: sum(found.phases[name].values()))
+    return {"peak": found.peak_bytes, "tensors": found.tensor_bytes, "phase": largest}
+
+
+def in_own_process(task: str, model: str, way: str) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.memory", "--task", task, model, way]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def compare(sizes: list[str], ways: list[str]) -> None:
+    print("model  healing        predicted  measured  ratio  largest phase")
+    for size in sizes:
+        with tempfile.TemporaryDirectory() as name:
+            folder = pathlib.Path(name) / size
+            make_folder(size, folder)
+            for way in ways:
+                expected = in_own_process("predict", str(folder), way)
+                found = in_own_process("measure", str(folder), way)
+                ratio = expected["peak"] / found["peak"]
+                both = f"{expected['peak'] / 1e9:7.2f} GB {found['peak'] / 1e9:6.2f} GB"
+                print(f"{size:5s}  {way:13s} {both}  {ratio:5.2f}  {expected['phase']}", flush=True)
+
+
+def predictions(sizes: list[str], ways: list[str]) -> None:
+    print("\nmodel  healing        predicted  of it tensors  target     largest phase")
+    for size in sizes:
+        for way in ways:
+            found = in_own_process("predict", size, way)
+            limit = TARGETS.get(size) if way == "full" else None
+            target = f"<= {limit / 1e9:.0f} GB" if limit else "-"
+            both = f"{found['peak'] / 1e9:7.2f} GB {found['tensors'] / 1e9:10.2f} GB"
+            print(f"{size:5s}  {way:13s} {both}  {target:9s}  {found['phase']}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", default="70m,160m")
+    parser.add_argument("--predicted", default="410m,1b,1.4b,2.8b")
+    parser.add_argument("--ways", default=",".join(WAYS))
+    parser.add_argument("--task", nargs=3, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.task:
+        task, model, way = arguments.task
+        print(json.dumps({"measure": measure, "predict": predict}[task](model, way)))
+        return
+    ways = arguments.ways.split(",")
+    compare([size for size in arguments.models.split(",") if size], ways)
+    predictions([size for size in arguments.predicted.split(",") if size], ways)
+
+
+if __name__ == "__main__":
+    main()
