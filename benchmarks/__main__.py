@@ -25,7 +25,7 @@ ALL = {
     "loop-70m": ("loops", "--model 70m --steps 10 --rounds 5", "--model 70m --steps 10 --rounds 1"),
     "spectra-70m": ("spectra", "--model 70m --rounds 7", "--model 70m --rounds 1"),
     "spectra-micro": ("spectra", "--model micro --rounds 15", "--model micro --rounds 3"),
-    "memory": ("memory", "", ""),
+    "memory": ("memory", "", "--models 70m --predicted 1b --ways full"),
     "logging": ("overhead", "--rounds 5", "--rounds 1"),
     "hvp": ("hvp", "--rounds 9", "--rounds 3"),
     "summarize": ("summarize", "--ways bulk --rounds 5", "--ways bulk --rounds 1 --runs 100"),
