@@ -24,15 +24,15 @@ from transformers.utils import logging as transformers_logging
 from healing.config import fingerprint
 from healing.hub import ModelError
 from healing.presets import model_label
+from healing.shapes import neox_config
 from healing.sources import LOADING_ERRORS, loading_failure, locate, read_config, unloadable
 
 transformers_logging.disable_progress_bar()  # its bars would break ours
 
-EMBEDDED_SHAPES: dict[str, dict[str, Any]] = {
-    # Pythia's proportions (4x feed-forward, a quarter of each head rotary, untied output matrix)
-    # at about 0.3 M and 1.3 M parameters with a 2,048-token vocabulary.
-    "nano": {"hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 3},
-    "micro": {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4},
+EMBEDDED_SHAPES = {
+    # Hidden size, blocks, heads: about 0.3 M and 1.3 M parameters with a 2,048-token vocabulary.
+    "nano": (48, 4, 3),
+    "micro": (128, 4, 4),
 }
 
 
@@ -88,22 +88,7 @@ class LoadedModel:
 
 def embedded_config(name: str, vocab_size: int) -> GPTNeoXConfig:
     """Architecture of an embedded model (GPT-NeoX, as Pythia)."""
-    shape = EMBEDDED_SHAPES[name]
-    return GPTNeoXConfig(
-        vocab_size=vocab_size,
-        intermediate_size=4 * shape["hidden_size"],
-        max_position_embeddings=2048,
-        rope_parameters={
-            "rope_type": "default",
-            "rope_theta": 10_000.0,
-            "partial_rotary_factor": 0.25,
-        },
-        use_parallel_residual=True,
-        tie_word_embeddings=False,
-        bos_token_id=0,
-        eos_token_id=0,
-        **shape,
-    )
+    return neox_config(vocab_size, *EMBEDDED_SHAPES[name])
 
 
 def new_embedded_model(

@@ -4,31 +4,32 @@ from __future__ import annotations
 
 from transformers import GPTNeoXConfig, PreTrainedConfig
 
-from healing.presets import PYTHIA, model_kind, model_label
+from healing.presets import PYTHIA, PYTHIA_HIDDEN, model_kind, model_label
 from healing.sources import locate, read_config
 
 PYTHIA_SHAPES = {
-    # hidden size, blocks, heads, feed-forward size (Biderman et al. 2023, table 1 and the models'
-    # config.json); vocabulary 50,304, which is padded to a multiple of 128.
-    "70m": (512, 6, 8, 2048),
-    "160m": (768, 12, 12, 3072),
-    "410m": (1024, 24, 16, 4096),
-    "1b": (2048, 16, 8, 8192),
-    "1.4b": (2048, 24, 16, 8192),
-    "2.8b": (2560, 32, 32, 10240),
+    # Blocks, heads (Biderman et al. 2023, table 1 and the models' config.json); vocabulary 50,304,
+    # which is padded to a multiple of 128. Hidden sizes are in PYTHIA_HIDDEN.
+    "70m": (6, 8),
+    "160m": (12, 12),
+    "410m": (24, 16),
+    "1b": (16, 8),
+    "1.4b": (24, 16),
+    "2.8b": (32, 32),
 }
 PYTHIA_VOCABULARY = 50_304
 
 
-def pythia_config(size: str) -> GPTNeoXConfig:
-    """Architecture of a Pythia size."""
-    hidden, blocks, heads, feed_forward = PYTHIA_SHAPES[size]
+def neox_config(vocabulary: int, hidden: int, blocks: int, heads: int) -> GPTNeoXConfig:
+    """GPT-NeoX in Pythia's proportions: feed-forward 4 × hidden, a quarter of each head rotary,
+    parallel residual, untied output matrix.
+    """
     return GPTNeoXConfig(
-        vocab_size=PYTHIA_VOCABULARY,
+        vocab_size=vocabulary,
         hidden_size=hidden,
         num_hidden_layers=blocks,
         num_attention_heads=heads,
-        intermediate_size=feed_forward,
+        intermediate_size=4 * hidden,
         max_position_embeddings=2048,
         rope_parameters={
             "rope_type": "default",
@@ -40,6 +41,11 @@ def pythia_config(size: str) -> GPTNeoXConfig:
         bos_token_id=0,
         eos_token_id=0,
     )
+
+
+def pythia_config(size: str) -> GPTNeoXConfig:
+    """Architecture of a Pythia size."""
+    return neox_config(PYTHIA_VOCABULARY, PYTHIA_HIDDEN[size], *PYTHIA_SHAPES[size])
 
 
 def architecture(name: str, revision: str = "", deduped: bool = False) -> PreTrainedConfig:

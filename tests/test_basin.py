@@ -31,7 +31,8 @@ from healing.experiment.basin_cell import (
     gradient_batches,
     next_token_loss,
 )
-from healing.experiment.heal import find_checkpoints, heal
+from healing.experiment.heal import heal
+from healing.experiment.heal_inputs import find_checkpoints
 from healing.experiment.healing_cell import HealCell, decide_model, settings_of
 from healing.experiment.loading import cached_corpus
 from healing.landscape import loss_path, weights_of

@@ -46,7 +46,8 @@ checkout ui_view histories tracking
 plots.style plots.runs plots.groups plots.basin
 wording contrast_wording tables report html_report latex paper legacy legacy_summary
 experiment.console experiment.files experiment.errors experiment.loading
-experiment.pretrain experiment.attack experiment.healing_cell experiment.heal experiment.dry_run
+experiment.pretrain experiment.attack experiment.healing_cell experiment.heal_inputs
+experiment.heal experiment.dry_run
 experiment.basin_cell experiment.basin
 experiment.summarize_legacy experiment.stored_runs experiment.summarize experiment.sweep
 experiment.import_results

@@ -11,7 +11,7 @@ from healing import tracking
 from healing.checkpoints import read_checkpoint
 from healing.config import AttackConfig, HealConfig
 from healing.experiment.console import Console
-from healing.experiment.heal import find_checkpoints, fresh_attack_config, local_checkpoint
+from healing.experiment.heal_inputs import find_checkpoints, fresh_attack_config, local_checkpoint
 from healing.experiment.healing_cell import decide_model
 from healing.experiment.loading import complete
 from healing.footprint import KINDS

@@ -12,7 +12,6 @@ from typing import Any
 
 from healing import tracking
 from healing.checkpoints import (
-    CHECKPOINT_NAME,
     HEALED_KIND,
     HEALED_NAME,
     Checkpoint,
@@ -20,7 +19,7 @@ from healing.checkpoints import (
     read_checkpoint,
     save_checkpoint,
 )
-from healing.config import SHAM, AttackConfig, HealConfig, as_params
+from healing.config import SHAM, HealConfig, as_params
 from healing.experiment.attack import (
     attack,
     log_corpora,
@@ -32,6 +31,7 @@ from healing.experiment.attack import (
 from healing.experiment.console import Console
 from healing.experiment.errors import EXPECTED
 from healing.experiment.files import JsonLines, read_jsonl, start_folder, write_json
+from healing.experiment.heal_inputs import find_checkpoints, fresh_attack_config, local_checkpoint
 from healing.experiment.healing_cell import (
     HealCell,
     HealOutcome,
@@ -276,64 +276,6 @@ def _heal_in(run: RunLogger, cell: HealCell, title: str, arm: str, console: Cons
         f"recovery {percent_text(s['loss_recovery_pct'])}) → {files['folder']}"
     )
     return outcome
-
-
-def find_checkpoints(folder: str) -> list[pathlib.Path]:
-    """All collapsed checkpoints below a folder, sorted.
-
-    Raises:
-        CheckpointError: There is no such folder, or none in it.
-    """
-    root = pathlib.Path(folder).expanduser()
-    if not root.is_dir():
-        raise CheckpointError(f"--checkpoint-dir {folder} is not a folder: name an existing one")
-    found = sorted(root.rglob(CHECKPOINT_NAME))
-    if not found:
-        raise CheckpointError(
-            f"no {CHECKPOINT_NAME} below {folder}: run the attack entry point first, or name "
-            "another folder"
-        )
-    return found
-
-
-def local_checkpoint(config: HealConfig) -> pathlib.Path | None:
-    """The one checkpoint that a configuration names, on this machine; ``None`` where it names none.
-
-    Raises:
-        TrackingError: The store has no such run or file.
-    """
-    if config.attack_run_id:
-        run = tracking.get_run(config.attack_run_id)
-        return tracking.download(f"runs:/{run.run_id}/checkpoints/{CHECKPOINT_NAME}")
-    given = config.collapsed_checkpoint
-    if not given:
-        return None
-    return tracking.download(given) if ":/" in given else pathlib.Path(given).expanduser().resolve()
-
-
-def fresh_attack_config(config: HealConfig) -> AttackConfig:
-    """The attack that comes first where nothing is named to heal."""
-    resolved = decide_model(config, None, "")
-    shared = {
-        name: getattr(resolved, name)
-        for name in (
-            "model",
-            "revision",
-            "deduped",
-            "corpus",
-            "max_documents",
-            "seed",
-            "batch_size",
-            "sequence_length",
-            "probe_tokens",
-            "measurement_interval",
-            "threads",
-            "device",
-            "output_dir",
-            "verbosity",
-        )
-    }
-    return AttackConfig(arm=config.arm, **shared)
 
 
 def _fresh_attack(run: RunLogger, config: HealConfig, console: Console) -> pathlib.Path:
