@@ -1,5 +1,8 @@
 """Healing beside a bare PyTorch loop and transformers.Trainer: the same model, batches, optimiser.
 
+All three take literally the same batches, in the order that the project draws for itself, and begin
+every round with the same weights.
+
 * *bare*: forward pass with transformers' own loss, backward pass, fused AdamW; nothing else.
 * *project*: the healing loop as it runs, with a measurement of the whole probe (loss, spectra of
   all blocks) every 10 steps, and all metrics logged to MLflow on SQLite.
@@ -14,11 +17,13 @@ Steps per second over the same number of steps; ratios within a round.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import pathlib
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 
 import torch
 import transformers
@@ -28,6 +33,7 @@ from benchmarks.shapes import loaded_model
 from benchmarks.table import at_least, ratios, rounds, save, show
 from healing import tracking
 from healing.config import HealConfig, resolve
+from healing.corpora import batches
 from healing.experiment.files import JsonLines
 from healing.experiment.loading import cached_corpus, use_threads
 from healing.models import LoadedModel
@@ -49,14 +55,36 @@ class Windows(Dataset):
         return {"input_ids": self.windows[index], "labels": self.windows[index]}
 
 
-def bare(loaded: LoadedModel, config: HealConfig, batches: torch.Tensor) -> float:
-    """Seconds of the loop."""
+def same_batches(config: HealConfig, windows: torch.Tensor) -> torch.Tensor:
+    """What :func:`healing.sft.heal` draws from these windows: int64 (steps, batch, length)."""
+    drawn = batches(windows, int(config.batch_size), named_generator(0, "sft"))
+    return torch.stack(list(itertools.islice(drawn, config.healing_steps)))
+
+
+def from_equal_weights(
+    model: torch.nn.Module, loops: dict[str, Callable[[], float]]
+) -> dict[str, Callable[[], float]]:
+    """The same loops, each given the weights that the model has now before it is timed."""
+    saved = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def restored(loop: Callable[[], float]) -> Callable[[], float]:
+        def run() -> float:
+            model.load_state_dict(saved)
+            return loop()
+
+        return run
+
+    return {name: restored(loop) for name, loop in loops.items()}
+
+
+def bare(loaded: LoadedModel, config: HealConfig, drawn: torch.Tensor) -> float:
+    """Seconds of the loop over batches (steps, batch, length)."""
     model = loaded.model.train()
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.healing_lr, weight_decay=0.0, fused=True
     )
     begin = time.perf_counter()
-    for batch in batches:
+    for batch in drawn:
         loss = model(input_ids=batch, labels=batch).loss
         optimizer.zero_grad()
         loss.backward()
@@ -75,7 +103,10 @@ def project(
     run: tracking.RunLogger,
     folder: pathlib.Path,
 ) -> float:
-    """Seconds from the first step to the last record logged; step 0 is measured before."""
+    """Seconds from the first step to the last record logged; step 0 is measured before.
+
+    The loop draws its batches itself: those of :func:`same_batches`.
+    """
     lines = JsonLines(folder / "metrics.jsonl")
     collapsed = probe.measure(loaded.model)
     order = named_generator(0, "sft")
@@ -94,16 +125,17 @@ def project(
 def trainer(
     loaded: LoadedModel,
     config: HealConfig,
-    windows: torch.Tensor,
+    drawn: torch.Tensor,
     probe: Probe,
     folder: pathlib.Path,
 ) -> float:
-    """Seconds of ``train()``."""
+    """Seconds of ``train()`` over batches (steps, batch, length)."""
     arguments = transformers.TrainingArguments(
         output_dir=str(folder),
         max_steps=config.healing_steps,
         per_device_train_batch_size=int(config.batch_size),
         per_device_eval_batch_size=16,
+        train_sampling_strategy="sequential",  # the windows are in the order of the batches
         learning_rate=float(config.healing_lr),
         lr_scheduler_type="constant",
         weight_decay=0.0,
@@ -124,7 +156,7 @@ def trainer(
         worker = transformers.Trainer(
             loaded.model,
             arguments,
-            train_dataset=Windows(windows),
+            train_dataset=Windows(drawn.flatten(0, 1)),
             eval_dataset=Windows(probe.windows),
         )
         worker.remove_callback(transformers.trainer_callback.PrinterCallback)
@@ -160,20 +192,18 @@ def main() -> None:
     windows = corpus.windows("train", loaded.tokenizer, config.sequence_length)
     probe = Probe.of(corpus, loaded, int(config.probe_tokens), config.sequence_length)
     size = int(config.batch_size)
-    batches = windows[: options.steps * size].view(options.steps, size, -1)
+    drawn = same_batches(config, windows)
     with tempfile.TemporaryDirectory() as folder:
         place = pathlib.Path(folder)
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{place}/mlflow.db"
         os.chdir(place)
         with tracking.start("loops", {"stage": "benchmark"}) as run:
-            seconds = rounds(
-                {
-                    "bare": lambda: bare(loaded, config, batches),
-                    "project": lambda: project(loaded, config, windows, probe, run, place),
-                    "Trainer": lambda: trainer(loaded, config, windows, probe, place / "trainer"),
-                },
-                options.rounds,
-            )
+            loops = {
+                "bare": lambda: bare(loaded, config, drawn),
+                "project": lambda: project(loaded, config, windows, probe, run, place),
+                "Trainer": lambda: trainer(loaded, config, drawn, probe, place / "trainer"),
+            }
+            seconds = rounds(from_equal_weights(loaded.model, loops), options.rounds)
         os.chdir("/")
     tokens = options.steps * size * config.sequence_length
     speed = {name: [tokens / s for s in values] for name, values in seconds.items()}
