@@ -1,6 +1,6 @@
 """All benchmarks, one after the other, and one table at the end.
 
-    python -m benchmarks [--quick] [--only NAME,NAME] [--out FOLDER]
+    python -m benchmarks [--quick] [--only NAME,NAME] [--out FOLDER] [--markdown FILE]
 
 Each runs in a process of its own, so that none warms another up or leaves memory behind. Ratios are
 formed within a round, medians and ranges taken over rounds. Leave the machine alone meanwhile.
@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 
-from benchmarks.table import load, save, show
+from benchmarks.table import load, markdown, save, show
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -40,6 +40,7 @@ def main() -> None:
         "--only", default=",".join(ALL), help="names of benchmarks, comma-separated"
     )
     parser.add_argument("--out", default="", help="folder that keeps the numbers as JSON")
+    parser.add_argument("--markdown", default="", help="file for the table in Markdown")
     options = parser.parse_args()
     unknown = [name for name in options.only.split(",") if name not in ALL]
     if unknown:
@@ -61,6 +62,8 @@ def main() -> None:
                 rows += load(path)
         if options.out:
             save(str(folder / "all.json"), rows)
+    if options.markdown:
+        pathlib.Path(options.markdown).write_text(markdown(rows))
     show("All benchmarks", rows)
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")

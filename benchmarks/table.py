@@ -39,12 +39,14 @@ class Row:
     def cells(self) -> list[str]:
         """Text of the columns."""
         spread = f"{_text(min(self.values))}–{_text(max(self.values))}"
+        if len(self.values) == 1:
+            spread = ""
         verdict = {True: "met", False: "MISSED", None: ""}[self.met]
         count = str(len(self.values))
         return [self.what, _text(self.median), spread, count, self.unit, self.target, verdict]
 
 
-HEADER = ["", "median", "range", "n", "unit", "target", ""]
+HEADER = ["measured", "median", "range", "n", "unit", "target", "result"]
 
 
 def at_least(what: str, values: Sequence[float], unit: str, target: float) -> Row:
@@ -60,7 +62,8 @@ def at_most(what: str, values: Sequence[float], unit: str, target: float) -> Row
 
 
 def _text(value: float) -> str:
-    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    # From 999.5 on three digits would be written 1e+03.
+    return f"{value:.3g}" if abs(value) < 999.5 else f"{value:,.0f}"
 
 
 def show(title: str, rows: Sequence[Row]) -> None:
@@ -71,6 +74,13 @@ def show(title: str, rows: Sequence[Row]) -> None:
     for line in cells:
         print("  " + "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip())
     sys.stdout.flush()
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The table as GitHub writes tables; numbers to the right."""
+    cells = [HEADER, ["---", "---:", "---:", "---:", "---", "---", "---"]]
+    cells += [[c.replace("|", "\\|") for c in row.cells()] for row in rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in cells)
 
 
 def save(path: str, rows: Sequence[Row]) -> None:
