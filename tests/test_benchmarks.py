@@ -330,6 +330,8 @@ def test_memory_is_judged_by_the_median_of_its_rounds():
     assert one.cells()[:4] == ["70m, full: predicted / measured peak (2.00 GB of 2.50 GB)", "0.8",
                                "", "1"]  # fmt: skip
     assert one.met is True
-    three = compared("70m", "full", 2e9, [2.6e9, 1e9, 2.7e9])
-    assert three.values == pytest.approx((2 / 2.6, 2.0, 2 / 2.7))
-    assert three.met is False
+    three = compared("70m", "full", 2e9, [2.2e9, 1e9, 3e9])
+    assert three.values == pytest.approx((2 / 2.2, 2.0, 2 / 3.0))
+    assert three.met is True
+    assert compared("70m", "full", 2e9, [2.6e9, 1e9, 2.7e9]).met is False
+    assert compared("70m", "full", 2e9, [1.5e9, 1e9, 2e9]).met is False
