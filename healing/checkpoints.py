@@ -13,9 +13,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from healing import hub
 from healing.models import LoadedModel, state_digest
 from healing.options import AUTO
-from healing.presets import FOLDER, MAIN, MODELS, canonical_model, model_kind, same_revision
+from healing.presets import (
+    FOLDER,
+    MAIN,
+    MODELS,
+    canonical_model,
+    model_kind,
+    same_revision,
+    source_of,
+)
 
 CHECKPOINT_NAME = "checkpoint_post_treatment.pt"
 HEALED_NAME = "checkpoint_post_healing.pt"
@@ -67,6 +76,19 @@ class Checkpoint:
         return str(self.config.get("revision", ""))
 
     @property
+    def commit(self) -> str:
+        """The commit on the Hub that its model was; empty in older files and of other models."""
+        return str(self.config.get("model_commit", ""))
+
+    def pin_commit(self) -> None:
+        """Let its revision mean that commit in this process, also where a branch has moved since:
+        its healthy reference is the model it was made from.
+        """
+        if self.model_name and self.commit:
+            repo = source_of(self.model_name, self.deduped)
+            hub.pin(repo, self.revision or MAIN, self.commit)
+
+    @property
     def deduped(self) -> bool:
         """Whether the model is a Pythia trained on the deduplicated Pile."""
         return bool(self.config.get("deduped", False))
@@ -82,7 +104,7 @@ class Checkpoint:
         Args:
             path: Where it was read from, for the message.
             model: As the user named it, or ``auto``.
-            revision: As the user named it, or empty.
+            revision: As the user named it (the checkpoint's commit is as good), or empty.
             deduped: As the user said.
 
         Raises:
@@ -98,7 +120,8 @@ class Checkpoint:
             raise CheckpointError(
                 f"{is_of} model {named}, --model says {model}: leave --model out or name the same"
             )
-        if revision and not same_revision(revision, self.revision):
+        is_its = same_revision(revision, self.revision) or revision == self.commit
+        if revision and not is_its:
             raise CheckpointError(
                 f"{is_of} revision {self.revision or MAIN} of model {named}, --revision says "
                 f"{revision}: leave --revision out or name the same"
@@ -174,7 +197,8 @@ def read_checkpoint(path: pathlib.Path) -> Checkpoint:
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise CheckpointError(f"{path}: model_state_dict is not a mapping of names to tensors")
     config = data.get("config") or {}
-    named = [config.get(k, "") for k in ("model", "revision")] if isinstance(config, dict) else [0]
+    keys = ("model", "revision", "model_commit")
+    named = [config.get(k, "") for k in keys] if isinstance(config, dict) else [0]
     if not isinstance(data["step"], int) or not all(isinstance(v, str | None) for v in named):
         raise CheckpointError(
             f"{path}: step is not a number or config is not a mapping that names a model"

@@ -82,6 +82,7 @@ NOT_SETTINGS = frozenset(
         "reference_checkpoint",
         "reference_run_id",
         "reference_fingerprint",
+        "model_commit",
         "output_dir",
         "verbosity",
         "device",

@@ -36,7 +36,7 @@ LOCAL_FORMATS = {".txt": "text", ".jsonl": "json", ".jsonl.zst": "json", ".parqu
 BLANK_LINES = re.compile(r"\n[ \t]*\n")
 ALTERNATIVES = (
     "use --corpus stdlib (no network), a local .txt, .jsonl, .jsonl.zst or .parquet file or "
-    "folder, pile, or a Hub dataset id such as owner/name"
+    "folder, pile, or a Hub dataset id such as owner/name or owner/name:configuration"
 )
 STREAM_ATTEMPTS = 1
 """Reads of a broken stream; each is retried by the Hub's client for half a minute."""
@@ -211,14 +211,27 @@ def _local_documents(path: pathlib.Path, limit: int) -> list[str]:
     return BLANK_LINES.split("\n".join(texts))[:limit] if one_text else texts
 
 
-def _hub_documents(dataset_id: str, limit: int) -> list[str]:
+def _which_configuration(dataset_id: str, error: BaseException) -> str:
+    """What to write where a data set has several configurations and none is named, else nothing."""
+    found = re.search(r"Config name is missing.*?available configs: \[(.*?)\]", str(error), re.S)
+    if not found:
+        return ""
+    names = re.findall(r"'([^']*)'", found[1])
+    shown = ", ".join(names[:10]) + (" …" if len(names) > 10 else "")
+    return f"it has {len(names)} configurations ({shown}): name one, as {dataset_id}:{names[0]}"
+
+
+def _hub_documents(name: str, limit: int) -> list[str]:
     import datasets
 
+    dataset_id, _, configuration = name.partition(":")
     datasets.config.STREAMING_READ_MAX_RETRIES = STREAM_ATTEMPTS
     try:
         huggingface_hub.HfApi().dataset_info(dataset_id)  # the stream would be retried for minutes
-        dataset = datasets.load_dataset(dataset_id, split="train", streaming=True)
-        return _take(dataset, dataset_id, limit)
+        dataset = datasets.load_dataset(
+            dataset_id, configuration or None, split="train", streaming=True
+        )
+        return _take(dataset, name, limit)
     except (
         *CONNECTION_ERRORS,
         ValueError,
@@ -226,11 +239,12 @@ def _hub_documents(dataset_id: str, limit: int) -> list[str]:
         datasets.exceptions.DatasetsError,
         zstandard.ZstdError,
     ) as error:
-        reason = refusal(error, "dataset", dataset_id)
+        reason = _which_configuration(dataset_id, error)
+        reason = reason or refusal(error, "dataset", dataset_id)
         if is_offline_mode():
             reason = "HF_HUB_OFFLINE forbids the network, and streamed text is not kept"
         raise CorpusError(
-            f"dataset {dataset_id!r} could not be loaded from the Hub ({reason}): {ALTERNATIVES}"
+            f"dataset {name!r} could not be loaded from the Hub ({reason}): {ALTERNATIVES}"
         ) from error
 
 
@@ -238,7 +252,8 @@ def load_corpus(name: str, max_documents: int = 20_000) -> Corpus:
     """Load and split a corpus; nothing is ever substituted for what was asked.
 
     Args:
-        name: ``stdlib``, ``pile``, a local file or folder, or a Hub dataset id.
+        name: ``stdlib``, ``pile``, a local file or folder, or a Hub dataset id, with ``:`` and a
+            configuration where it has several.
         max_documents: Upper bound on documents read (streams stop there).
 
     Raises:

@@ -6,8 +6,9 @@ from there: what runs is one known commit, and a second load asks for no file ag
 
 from __future__ import annotations
 
-import fnmatch
 import functools
+import glob
+import json
 import os
 import pathlib
 import sys
@@ -26,12 +27,20 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
     RevisionResolutionError,
+    XetDownloadError,
 )
 from huggingface_hub.utils import _http, disable_progress_bars
 
 if not sys.stderr.isatty():
     disable_progress_bars()
 
+WEIGHTS = (
+    ("model.safetensors", "model.safetensors.index.json"),
+    ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
+"""Whole file and index of each format, in transformers' order. Pickled ones are read by
+``torch.load(weights_only=True)``, where a repository has nothing else (Pythia's earlier revisions).
+"""
 SMALL_FILES = (
     "config.json",
     "tokenizer.json",
@@ -42,22 +51,14 @@ SMALL_FILES = (
     "vocab.txt",
     "merges.txt",
     "tokenizer.model",
+    *(index for _, index in WEIGHTS),
 )
-SAFETENSORS = (
-    "model.safetensors",
-    "model-?????-of-?????.safetensors",
-    "model.safetensors.index.json",
-)
-PICKLED = (
-    "pytorch_model.bin",
-    "pytorch_model-?????-of-?????.bin",
-    "pytorch_model.bin.index.json",
-)
-"""Read by ``torch.load(weights_only=True)``, where a repository has nothing else (Pythia's earlier
-revisions)."""
 
 CONNECTION_ERRORS = (HTTPError, OSError)
 """What a broken, refused or silent connection raises, and what the Hub answers as an error."""
+
+DOWNLOAD_ERRORS = (*CONNECTION_ERRORS, RuntimeError, ValueError, XetDownloadError)
+"""The same of a download, which Xet's client may end with errors of its own."""
 
 
 class ModelError(RuntimeError):
@@ -116,6 +117,17 @@ def refusal(error: BaseException, kind: str, repo: str) -> str:
     return first_line(error)
 
 
+_PINNED: dict[tuple[str, str], str] = {}
+
+
+def pin(repo: str, revision: str, commit: str) -> None:
+    """Let a branch or tag mean one commit from now on in this process: the one that a checkpoint
+    was made from, also where the branch has moved since.
+    """
+    _PINNED[repo, revision] = commit
+
+
+@functools.cache
 def _resolve(repo: str, revision: str) -> str:
     """Commit of a revision: as the Hub says now, else as the cache knows.
 
@@ -154,12 +166,12 @@ def _fetch(repo: str, revision: str, commit: str, patterns: Sequence[str]) -> pa
         # A gated model tells of itself and refuses its files; a commit is not looked up before.
         reason = refusal(error, "model", repo)
         raise ModelError(f"model {repo}, revision {revision}: {reason}") from error
-    except CONNECTION_ERRORS as error:
+    except DOWNLOAD_ERRORS as error:
         if is_offline_mode():
             raise ModelError(_not_cached(repo, revision, error)) from error
         raise ModelError(
             f"the download of model {repo} (revision {revision}) from {constants.ENDPOINT} was not "
-            f"completed ({first_line(error)}): run again, what has arrived is kept"
+            f"completed ({first_line(error)}): run again, complete files are kept"
         ) from error
     return pathlib.Path(folder)
 
@@ -174,6 +186,10 @@ def _file_names(repo: str, snapshot: Snapshot) -> list[str]:
 
 
 @functools.cache
+def _small_files(repo: str, revision: str, commit: str) -> Snapshot:
+    return Snapshot(_fetch(repo, revision, commit, SMALL_FILES), commit)
+
+
 def small_files(repo: str, revision: str) -> Snapshot:
     """Configuration and tokenizer of a model.
 
@@ -184,11 +200,43 @@ def small_files(repo: str, revision: str) -> Snapshot:
     Raises:
         ModelError: In one sentence why not, and what to do.
     """
-    commit = _resolve(repo, revision)
-    return Snapshot(_fetch(repo, revision, commit, SMALL_FILES), commit)
+    pinned = _PINNED.get((repo, revision), "")
+    return _small_files(repo, pinned or revision, pinned or _resolve(repo, revision))
+
+
+def _weight_files(repo: str, revision: str, small: Snapshot) -> list[str]:
+    """Names of the files that hold the weights: the whole one, else those that the index names."""
+    names = set(_file_names(repo, small))
+    for whole, index in WEIGHTS:
+        if whole in names:
+            return [whole]
+        if index in names:
+            break
+    else:
+        raise ModelError(
+            f"revision {revision} of model {repo} has neither model.safetensors nor "
+            "pytorch_model.bin: name a revision or model with weights for transformers"
+        )
+    damaged = f"{index} of model {repo}, revision {revision},"
+    try:
+        named = set(json.loads((small.folder / index).read_text())["weight_map"].values())
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ModelError(f"{damaged} is damaged ({first_line(error)}): name another") from error
+    if lacking := sorted(named - names, key=str):
+        raise ModelError(
+            f"{damaged} names {len(lacking)} files that are not there, first {lacking[0]}: "
+            "name a revision with all of them"
+        )
+    return sorted(named)
 
 
 @functools.cache
+def _whole(repo: str, revision: str, small: Snapshot) -> Snapshot:
+    weights = [glob.escape(name) for name in _weight_files(repo, revision, small)]
+    folder = _fetch(repo, revision, small.commit, [*SMALL_FILES, *weights])
+    return Snapshot(folder, small.commit)
+
+
 def snapshot(repo: str, revision: str) -> Snapshot:
     """Configuration, tokenizer and weights of a model (safetensors where there are any).
 
@@ -199,15 +247,4 @@ def snapshot(repo: str, revision: str) -> Snapshot:
     Raises:
         ModelError: In one sentence why not, and what to do.
     """
-    small = small_files(repo, revision)
-    names = _file_names(repo, small)
-    for patterns in (SAFETENSORS, PICKLED):
-        if any(fnmatch.fnmatchcase(name, p) for name in names for p in patterns):
-            break
-    else:
-        raise ModelError(
-            f"revision {revision} of model {repo} has neither model.safetensors nor "
-            "pytorch_model.bin: name a revision or model with weights for transformers"
-        )
-    folder = _fetch(repo, revision, small.commit, [*SMALL_FILES, *patterns])
-    return Snapshot(folder, small.commit)
+    return _whole(repo, revision, small_files(repo, revision))

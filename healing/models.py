@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,6 @@ import torch
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     PreTrainedModel,
@@ -25,7 +25,14 @@ from healing.config import fingerprint
 from healing.hub import ModelError
 from healing.presets import model_label
 from healing.shapes import neox_config
-from healing.sources import LOADING_ERRORS, loading_failure, locate, read_config, unloadable
+from healing.sources import (
+    LOADING_ERRORS,
+    loading_failure,
+    locate,
+    read_config,
+    read_tokenizer,
+    unloadable,
+)
 
 transformers_logging.disable_progress_bar()  # its bars would break ours
 
@@ -148,6 +155,62 @@ def _identity(digest: str, model: PreTrainedModel, tokenizer: PreTrainedTokenize
     return fingerprint(digest, shape, words, tokenizer.eos_token_id)
 
 
+OLD_BUFFERS = re.compile(
+    r"(attn|attention)\.(masked_)?bias$|attn\.causal_mask$|rotary_emb\.inv_freq$|position_ids$"
+)
+"""Masks and tables that older files store beside the weights (GPT-Neo's, Pythia's)."""
+LARGEST_STACKED_SHARE = 0.1
+
+
+def _objections(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, report: Mapping[str, Any]
+) -> Iterator[tuple[str, str]]:
+    """Why a model that did load is not the one meant or not one for this, and what to do."""
+    # transformers fills what a file lacks with random numbers, drops what the configuration has no
+    # place for (blocks beyond its number of layers), and only warns.
+    if lacking := sorted(report["missing_keys"]):
+        reason = f"its weights lack {len(lacking)} tensors, first {lacking[0]}"
+        yield reason, "name a folder or revision with all of them"
+    extra = sorted(key for key in report["unexpected_keys"] if not OLD_BUFFERS.search(key))
+    if extra:
+        reason = f"its configuration has no place for {len(extra)} of its tensors, first {extra[0]}"
+        yield reason, "put the configuration that belongs to the weights beside them"
+    highest, rows = _highest_id(tokenizer), len(embedding_matrix(model))
+    if highest >= rows:
+        reason = f"its tokenizer gives ids up to {highest}, its embedding matrix has {rows} rows"
+        yield reason, "put the model's own tokenizer beside it"
+    inside = [p for block in transformer_blocks(model) for p in block.parameters()]
+    stacked = sum(p.numel() for p in inside if p.ndim > 2) / sum(p.numel() for p in inside)
+    if stacked > LARGEST_STACKED_SHARE:
+        reason = f"{100 * stacked:.0f} % of its blocks are not two-dimensional matrices"
+        yield reason, "name a dense model, mixtures of experts are not supported"
+    if _looks_ahead(model):
+        reason = "its logits depend on later tokens"
+        yield reason, "name a causal language model, this is an encoder"
+
+
+def _highest_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Largest id that plain text or the end of a document gives. The special tokens may go beyond
+    the embeddings (Gemma 3's for images), and the ids may have gaps.
+    """
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ids = set(tokenizer.get_vocab().values()) - special
+    if tokenizer.eos_token_id is not None:
+        ids.add(tokenizer.eos_token_id)
+    return max(ids, default=-1)
+
+
+def _looks_ahead(model: PreTrainedModel) -> bool:
+    """Whether earlier logits change with the last of four tokens."""
+    rows = len(embedding_matrix(model))
+    # From the middle of the vocabulary: padding is at its ends, and may be masked.
+    start = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 4]]) + rows // 2
+    with torch.no_grad():
+        one, other = model(input_ids=start % rows).logits[:, :-1]
+    # Rounding is about 1e-6 of the logits, what a token matters to its neighbours far above 1e-4.
+    return bool((one - other).abs().max() > 1e-4 * one.abs().max())
+
+
 def load_model(
     name: str,
     device: str = "cpu",
@@ -163,7 +226,8 @@ def load_model(
         device: ``auto`` or a torch device.
         revision: Branch, tag or commit on the Hub; empty = ``main``.
         deduped: The Pythia that was trained on the deduplicated Pile.
-        attention: transformers' attention implementation; ``eager`` has second derivatives.
+        attention: transformers' attention implementation; ``eager`` has second derivatives, and
+            is what architectures without ``sdpa`` get.
 
     Raises:
         ConfigError: Unknown model.
@@ -172,35 +236,29 @@ def load_model(
     label, target = model_label(name, revision, deduped), resolve_device(device)
     location = locate(name, revision, deduped)
     config = read_config(label, location)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(location.folder, trust_remote_code=False)
-    except Exception as error:  # tokenizers raises this very type for a damaged tokenizer.json
-        raise loading_failure(error, label, location) from error
+    tokenizer = read_tokenizer(label, location)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             location.folder,
             config=config,
             dtype=torch.float32,
-            attn_implementation=attention,
+            # Asked for sdpa, architectures without it are refused; as the default it gives way to
+            # eager.
+            attn_implementation=None if attention == "sdpa" else attention,
             trust_remote_code=False,
             output_loading_info=True,
         )
     except LOADING_ERRORS as error:
         raise loading_failure(error, label, location) from error
     model, report = loaded
-    # transformers fills what a file lacks with random numbers, and only warns.
-    if lacking := sorted(report["missing_keys"]):
-        reason = f"its weights lack {len(lacking)} tensors, first {lacking[0]}"
-        raise unloadable(label, location, reason, "name a folder or revision with all of them")
-    words, rows = len(tokenizer), len(embedding_matrix(model))
-    if words > rows:
-        reason = f"its tokenizer has {words} tokens, its embedding matrix {rows} rows"
-        raise unloadable(label, location, reason, "put the model's own tokenizer beside it")
     for module in model.modules():
         if isinstance(module, nn.Dropout):  # one that does not follow the configuration
             module.p = 0.0
     model.config.use_cache = False
-    model.eval().to(target)
+    model.eval()
+    if objection := next(_objections(model, tokenizer, report), None):
+        raise unloadable(label, location, *objection)
+    model.to(target)
     digest = state_digest(model.state_dict())
     return LoadedModel(label, model, tokenizer, digest, location.source, location.commit)
 

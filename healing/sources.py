@@ -6,11 +6,17 @@ import functools
 import pathlib
 import pickle
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from healing import hub
 from healing.hub import ModelError
@@ -96,6 +102,34 @@ def read_config(label: str, location: Location) -> PreTrainedConfig:
             if is_dropout and isinstance(value, float) and value:
                 setattr(part, key, 0.0)
     return config
+
+
+VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model")
+
+
+def _require_vocabulary(label: str, location: Location, names: Iterable[str]) -> None:
+    names = list(dict.fromkeys(names))
+    if names and not any((location.folder / name).is_file() for name in names):
+        reason = f"it has no tokenizer: none of {', '.join(names)}"
+        raise unloadable(label, location, reason, "put the model's own tokenizer beside it")
+
+
+def read_tokenizer(label: str, location: Location) -> PreTrainedTokenizerBase:
+    """A model's own tokenizer.
+
+    Raises:
+        ModelError: Damaged, or without a vocabulary: transformers would make one of its special
+            tokens alone.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(location.folder, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises this very type for a damaged tokenizer.json
+        _require_vocabulary(label, location, VOCABULARIES)
+        raise loading_failure(error, label, location) from error
+    names = list(type(tokenizer).vocab_files_names.values())
+    if names:  # those that read bytes have none
+        _require_vocabulary(label, location, [VOCABULARIES[0], *names])
+    return tokenizer
 
 
 def loading_failure(error: Exception, label: str, location: Location) -> ModelError:

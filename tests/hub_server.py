@@ -63,12 +63,14 @@ class Hub:
     Attributes:
         repositories: ``models/owner/name`` or ``datasets/owner/name`` → repository.
         breaks: End of a file's path → bytes after which its connection is broken off, every time.
+        stops: End of a file's path → bytes after which no more of it is sent, on no connection.
         silent: Whether requests are accepted and never answered.
         requests: All requests so far.
     """
 
     repositories: dict[str, Repository]
     breaks: dict[str, int] = field(default_factory=dict)
+    stops: dict[str, int] = field(default_factory=dict)
     silent: bool = False
     requests: list[Request] = field(default_factory=list)
 
@@ -216,6 +218,9 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 status, body = 206, body[start : end + 1]
                 headers["Content-Range"] = f"bytes {start}-{end}/{whole}"
             limit = next((n for end_, n in hub.breaks.items() if path.endswith(end_)), None)
+            for end_, total in hub.stops.items():
+                if path.endswith(end_):
+                    limit = max(0, total - hub.sent(end_))
             return self._send(status, headers, body, limit)
 
         def _json(self, content: Any) -> None:

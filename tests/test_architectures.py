@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 
 from entrypoints._cli import options_of
 from healing.basin_config import BasinConfig
@@ -27,7 +28,12 @@ from healing.checkpoints import (
 from healing.config import AttackConfig, ConfigError, HealConfig, fingerprint
 from healing.experiment.attack import attack_cell
 from healing.experiment.basin_cell import settle
-from healing.experiment.healing_cell import HealCell, decide_model, heal_cell
+from healing.experiment.healing_cell import (
+    HealCell,
+    attacked_settings,
+    decide_model,
+    heal_cell,
+)
 from healing.experiment.loading import complete, load_inputs
 from healing.experiment.sweep import attack_config, heal_config, plan
 from healing.models import (
@@ -159,6 +165,168 @@ def test_attack_and_heal_end_to_end(folders, kind, tmp_path):
     assert again.fingerprint == healed.fingerprint
 
 
+WITHOUT_SDPA = {
+    "gpt_neo": lambda: transformers.GPTNeoConfig(
+        hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]],
+        max_position_embeddings=96, **COMMON,
+    ),
+    "gptj": lambda: transformers.GPTJConfig(
+        n_embd=32, n_layer=2, n_head=4, n_positions=96, rotary_dim=4, **COMMON
+    ),
+    "gemma2": lambda: transformers.Gemma2Config(
+        num_key_value_heads=2, head_dim=8, pad_token_id=0, **SMALL, **COMMON
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WITHOUT_SDPA)
+def test_architectures_without_sdpa_get_eager_attention(folders, tmp_path, name):
+    folder = make_folder(tmp_path / name, WITHOUT_SDPA[name]())
+    assert load_model(str(folder)).model.config._attn_implementation == "eager"
+    assert load_model(str(folders["llama"])).model.config._attn_implementation == "sdpa"
+    test_attack_and_heal_end_to_end({name: folder}, name, tmp_path)
+
+
+def edit_weights(folder: pathlib.Path, change, name: str = "model.safetensors") -> pathlib.Path:
+    """Stored weights, changed in place by a function of their dictionary."""
+    state = load_file(folder / "model.safetensors")
+    change(state)
+    (folder / "model.safetensors").unlink()
+    if name.endswith(".bin"):
+        torch.save(state, folder / name)
+    else:
+        save_file(state, folder / name, {"format": "pt"})
+    return folder
+
+
+def test_masks_that_old_files_store_are_no_weights(tmp_path):
+    folder = make_folder(tmp_path / "old", WITHOUT_SDPA["gpt_neo"]())
+    digest = load_model(str(folder)).digest
+
+    def add(state: dict[str, torch.Tensor]) -> None:
+        for i in range(2):
+            place = f"transformer.h.{i}.attn.attention."
+            state[place + "bias"] = torch.ones(1, 1, 96, 96, dtype=torch.uint8).tril()
+            state[place + "masked_bias"] = torch.tensor(-1e9)
+
+    assert load_model(str(edit_weights(folder, add))).digest == digest
+
+
+def test_a_file_like_those_of_early_pythia(tmp_path):
+    config = transformers.GPTNeoXConfig(
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0,
+                         "partial_rotary_factor": 0.25}, **SMALL, **COMMON,
+    )  # fmt: skip
+    folder = make_folder(tmp_path / "pythia", config)
+    new = load_model(str(folder))
+    stored = load_file(folder / "model.safetensors")
+
+    def add(state: dict[str, torch.Tensor]) -> None:
+        for i in range(3):
+            place = f"gpt_neox.layers.{i}.attention."
+            state[place + "bias"] = torch.ones(1, 1, 96, 96, dtype=torch.bool).tril()
+            state[place + "masked_bias"] = torch.tensor(-1e9)
+            state[place + "rotary_emb.inv_freq"] = torch.rand(1)
+
+    edit_weights(folder, add, "pytorch_model.bin")
+    written = json.loads((folder / "config.json").read_text())
+    for key in ("rope_parameters", "dtype"):
+        del written[key]
+    written |= {"rotary_pct": 0.25, "rotary_emb_base": 10_000, "torch_dtype": "float16"}
+    (folder / "config.json").write_text(json.dumps(written))
+    old = load_model(str(folder))
+    assert {v.dtype for v in stored.values()} == {torch.float16}
+    assert_float32_and_equal(old, stored)
+    ids = torch.arange(40).view(2, 20)
+    with torch.no_grad():  # the rotary settings are of the configuration, not of the weights
+        assert torch.equal(old.model(input_ids=ids).logits, new.model(input_ids=ids).logits)
+
+
+def assert_float32_and_equal(loaded, stored: dict[str, torch.Tensor]) -> None:
+    own = loaded.model.state_dict()
+    assert {v.dtype for v in own.values()} == {torch.float32}
+    for name, value in stored.items():
+        # GPT-NeoX's files have another name for what transformers calls lm_head.
+        assert torch.equal(own[name.replace("embed_out", "lm_head")], value.float()), name
+
+
+def test_bfloat16_files_become_float32(folders, tmp_path):
+    folder = shutil.copytree(folders["llama"], tmp_path / "bf16")
+    edit_weights(folder, lambda s: s.update({k: v.bfloat16() for k, v in s.items()}))
+    assert_float32_and_equal(load_model(str(folder)), load_file(folder / "model.safetensors"))
+
+
+@pytest.mark.parametrize("deviation", [0.02, 0.2])
+@pytest.mark.parametrize("kind", ["Bert", "Roberta"])
+def test_encoders_are_refused(tmp_path, kind, deviation):
+    config = getattr(transformers, f"{kind}Config")(vocab_size=2060, **SMALL)
+    folder = make_folder(tmp_path / "encoder", config)
+    scale = deviation / 0.2  # make_folder's
+    edit_weights(folder, lambda s: [v.mul_(scale) for v in s.values() if v.ndim == 2])
+    with pytest.raises(ModelError, match=r"its logits depend on later tokens\): name a causal"):
+        load_model(str(folder))
+
+
+def test_mixtures_of_experts_are_refused(tmp_path):
+    config = transformers.MixtralConfig(
+        num_key_value_heads=2, num_local_experts=4, **SMALL, **COMMON
+    )
+    folder = make_folder(tmp_path / "mixture", config)
+    with pytest.raises(ModelError, match=r"\d\d % of its blocks are not two-dim.*a dense model"):
+        load_model(str(folder))
+
+
+def test_a_configuration_with_fewer_layers_than_the_weights(folders, tmp_path):
+    folder = shutil.copytree(folders["llama"], tmp_path / "short")
+    written = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(written | {"num_hidden_layers": 2}))
+    with pytest.raises(ModelError, match=r"no place for 9 of its tensors, first model\.layers\.2"):
+        load_model(str(folder))
+
+
+@pytest.mark.parametrize("kind", ["GPT2", "GPTNeoX", "Llama", "Qwen2", "Gemma", "PreTrained", ""])
+def test_a_folder_without_a_tokenizer(folders, tmp_path, kind):
+    folder = shutil.copytree(folders["llama"], tmp_path / "speechless")
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").unlink()
+    if kind:
+        name = kind + ("TokenizerFast" if kind == "PreTrained" else "Tokenizer")
+        (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name}))
+    with pytest.raises(ModelError, match=r"it has no tokenizer: none of tokenizer\.json") as caught:
+        load_model(str(folder))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_tokenizer_that_reads_bytes_needs_no_vocabulary(folders, tmp_path):
+    folder = shutil.copytree(folders["llama"], tmp_path / "bytes")
+    (folder / "tokenizer.json").unlink()
+    written = json.dumps({"tokenizer_class": "ByT5Tokenizer"})
+    (folder / "tokenizer_config.json").write_text(written)
+    loaded = load_model(str(folder))
+    assert loaded.tokenizer("ab", add_special_tokens=False)["input_ids"] == [100, 101]
+
+
+def test_ids_that_text_gives_are_what_must_fit(folders, tmp_path):
+    """Gemma 3 has a special token for images beyond its embeddings; other ids have gaps."""
+    folder = shutil.copytree(folders["llama"], tmp_path / "beyond")
+    words = json.loads((folder / "tokenizer.json").read_text())
+    image = {"id": 2060, "content": "<image>", "special": True, "single_word": False,
+             "lstrip": False, "rstrip": False, "normalized": False}  # fmt: skip
+    words["added_tokens"].append(image)
+    # The library numbers added tokens on from the vocabulary, so that this one lies at its end.
+    words["model"]["vocab"]["<image>"] = 2060
+    (folder / "tokenizer.json").write_text(json.dumps(words))
+    loaded = load_model(str(folder))
+    assert loaded.tokenizer.convert_tokens_to_ids("<image>") == 2060
+    assert len(embedding_matrix(loaded.model)) == 2060
+    words["added_tokens"].pop()
+    (folder / "tokenizer.json").write_text(json.dumps(words))
+    with pytest.raises(
+        ModelError, match="gives ids up to 2060, its embedding matrix has 2060 rows"
+    ):
+        load_model(str(folder))  # fewer tokens than rows, but with a gap
+
+
 @pytest.mark.parametrize("arm", ["haep_oracle", "spectral", "gaussian_noise", "random_tokens"])
 def test_every_arm_attacks_convolution_style_matrices(folders, arm):
     outcome = attack_cell(small_attack(folders["gpt2"], arm=arm))
@@ -275,8 +443,6 @@ def test_checkpoint_of_a_folder_that_moved(folders, tmp_path):
 
 
 def test_weights_that_lack_tensors_are_not_filled_with_noise(folders, tmp_path):
-    from safetensors.torch import load_file, save_file
-
     folder = shutil.copytree(folders["llama"], tmp_path / "holes")
     state = load_file(folder / "model.safetensors")
     del state["model.layers.1.mlp.up_proj.weight"]
@@ -334,7 +500,7 @@ def test_tokenizer_that_does_not_fit(folders, tmp_path):
     config = CONFIGS["gpt2"]()
     config.vocab_size = 2000
     folder = make_folder(tmp_path / "short", config)
-    with pytest.raises(ModelError, match="tokenizer has 2048 tokens, its embedding matrix 2000"):
+    with pytest.raises(ModelError, match="ids up to 2047, its embedding matrix has 2000 rows"):
         load_model(str(folder))
 
 
@@ -360,8 +526,6 @@ class Evil:
 
 def test_pickled_weights_load_and_run_no_code(folders, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    from safetensors.torch import load_file
-
     folder = shutil.copytree(folders["llama"], tmp_path / "pickled")
     state = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
@@ -416,6 +580,26 @@ def test_a_checkpoint_brings_its_model_revision_and_training_set():
     assert decide_model(HealConfig(model="160m", revision="step1"), checkpoint_of(), "c").label == (
         "160m@step1"
     )
+
+
+def test_the_commit_of_a_checkpoint_is_what_its_revision_means(monkeypatch):
+    pinned = {}
+    monkeypatch.setattr("healing.hub._PINNED", pinned)
+    commit = "c" * 40
+    made = checkpoint_of(model="70m", revision="main", model_commit=commit)
+    for revision in ("", "main", commit):
+        pinned.clear()
+        config = decide_model(HealConfig(revision=revision), made, "c.pt")
+        assert (config.revision, config.label) == ("main", "70m")  # pooled with the others of main
+        assert pinned == {("EleutherAI/pythia-70m", "main"): commit}
+    with pytest.raises(CheckpointError, match=f"of revision main of .* says {'d' * 40}"):
+        decide_model(HealConfig(revision="d" * 40), made, "c.pt")
+    pinned.clear()
+    for older in (checkpoint_of(model="70m"), checkpoint_of(model="nano", model_commit="")):
+        decide_model(HealConfig(), older, "c.pt")
+    assert not pinned
+    one, other = (checkpoint_of(model="70m", model_commit=c * 40) for c in "ab")
+    assert attacked_settings(one) == attacked_settings(other)
 
 
 @pytest.mark.parametrize(

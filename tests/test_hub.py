@@ -6,6 +6,7 @@ its own; each does several checks, since its imports take seconds.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pathlib
@@ -18,10 +19,12 @@ import mlflow
 import pytest
 import torch
 import zstandard
-from safetensors.torch import load_file
+from huggingface_hub.errors import XetDownloadError
+from safetensors.torch import load, load_file, save
 
 from healing.checkpoints import CHECKPOINT_NAME
 from healing.config import AttackConfig, ConfigError, HealConfig, resolve
+from healing.hub import ModelError, _fetch
 from healing.models import load_model
 from healing.presets import PYTHIA_STEPS, source_of
 from healing.sources import EMBEDDED_DIR
@@ -52,6 +55,14 @@ def model(name="70m", **changes):
     return {{"name": loaded.name, "commit": loaded.commit, "digest": loaded.digest,
             "source": loaded.source, "dtype": str(next(loaded.model.parameters()).dtype)}}
 
+def monkeypatched(module, name, value, function, *arguments):
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        return function(*arguments)
+    finally:
+        setattr(module, name, before)
+
 def corpus(name="pile", count=300):
     documents = load_corpus(name, count).documents
     return {{"texts": sorted(text.split()[0] for part in documents.values() for text in part)}}
@@ -69,14 +80,28 @@ def files_of(scale: float = 1.0, *, pickled: bool = False) -> dict[str, bytes]:
     state = load_file(EMBEDDED_DIR / "nano" / "model.safetensors")
     state = {k: (v * scale).to(torch.float16) for k, v in state.items()}
     if pickled:
-        import io
-
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        return files | {"pytorch_model.bin": buffer.getvalue()}
-    from safetensors.torch import save
-
+        return files | {"pytorch_model.bin": pickled_bytes(state)}
     return files | {"model.safetensors": save(state, {"format": "pt"})}
+
+
+def pickled_bytes(state: dict[str, torch.Tensor]) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+def sharded_files(*names: str) -> dict[str, bytes]:
+    """The same model, its weights dealt out to files of these names, with an index."""
+    files = files_of()
+    state = load(files.pop("model.safetensors"))
+    whole = "model.safetensors" if names[0].endswith(".safetensors") else "pytorch_model.bin"
+    placed = {key: names[i % len(names)] for i, key in enumerate(sorted(state))}
+    for name in names:
+        part = {key: value for key, value in state.items() if placed[key] == name}
+        pickled = whole.endswith(".bin")
+        files[name] = pickled_bytes(part) if pickled else save(part, {"format": "pt"})
+    index = {"metadata": {"total_size": 1}, "weight_map": placed}
+    return files | {f"{whole}.index.json": json.dumps(index).encode()}
 
 
 def shard(kind: str, count: int, seed: int, letters: int = 200) -> bytes:
@@ -183,23 +208,90 @@ def test_models_download_once_and_work_offline_afterwards(hub, tmp_path):
     assert not hub.requests
 
 
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+
+
+def test_weights_in_several_files_and_formats(hub, tmp_path):
+    names = {
+        "plain": SHARDS,
+        "pickled": ("pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"),
+        "six": ("model-00001-of-000002.safetensors", "model-00002-of-000002.safetensors"),
+        "odd": ("model.safetensors-00001-of-00001.safetensors",),
+        "escaped": ("weights[1].safetensors",),
+    }
+    files = {name: sharded_files(*shards) for name, shards in names.items()}
+    files["both"] = files_of() | files_of(pickled=True)
+    files["mixed"] = files["plain"] | files["pickled"]
+    files["holed"] = {k: v for k, v in files["plain"].items() if k != SHARDS[1]}
+    files["torn"] = files["plain"] | {"model.safetensors.index.json": b'{"weight_map": 3}'}
+    for name in files:
+        hub.repositories[f"models/own/{name}"] = Repository({"main": files[name]})
+    *found, holed, torn = client(hub, tmp_path, *(f"model('own/{name}')" for name in files))
+    nano = load_model("nano").digest
+    assert {f["source"]: f.get("digest") for f in found} == {
+        f"own/{name}": nano for name in [*names, "both", "mixed"]
+    }
+    asked = {r.path.split("/resolve/")[0].strip("/"): [] for r in hub.file_requests()}
+    for request in hub.file_requests():
+        owner, path = request.path.strip("/").split("/resolve/")
+        asked[owner].append(path.split("/", 1)[1])
+    assert not [p for p in asked["own/both"] + asked["own/mixed"] if p.endswith(".bin")]
+    assert f"names 1 files that are not there, first {SHARDS[1]}" in holed["error"]
+    assert "model.safetensors.index.json of model own/torn" in torn["error"]
+    assert "is damaged" in torn["error"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("Data processing error: CAS service error\nmore"),
+        XetDownloadError("reconstruction failed"),
+        ValueError("Xet headers have not been correctly set by the server."),
+        OSError("broken pipe"),
+    ],
+)
+def test_whatever_a_download_ends_with_is_one_line(monkeypatch, error):
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(ModelError, match=r"own/xet \(revision v1\).*was not completed") as caught:
+        _fetch("own/xet", "v1", "0" * 40, ["*"])
+    assert str(error).splitlines()[0] in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+    assert caught.value.__cause__ is error
+
+
+def test_a_mistake_in_the_program_is_not_a_download_error(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda: None)
+    with pytest.raises(TypeError):
+        _fetch("own/xet", "v1", "0" * 40, ["*"])
+
+
 def test_interrupted_downloads(hub, tmp_path):
     hub.breaks = {"model.safetensors": 200_000}  # of 625,136 bytes, on every connection
-    (resumed,) = client(hub, tmp_path / "a", "model()", early=NO_WAITING)
+    hub.breaks["00.jsonl.zst"] = 1000
+    hub.repositories["models/own/parts"] = Repository({"main": sharded_files(*SHARDS)})
+    hub.stops = {SHARDS[1]: 200_000}  # of about 300,000, and then no more
+    wanted = ("model()", "model('own/parts')", "corpus()")
+    resumed, failed, text = client(hub, tmp_path / "b", *wanted, early=NO_WAITING)
     assert resumed["digest"] == load_model("nano").digest
     ranges = [r.range for r in hub.file_requests() if r.range]
     assert len(ranges) >= 2  # it went on where it had stopped
-    hub.breaks = {"model.safetensors": 0, "00.jsonl.zst": 1000}
-    failed, text = client(hub, tmp_path / "b", "model()", "corpus()", early=NO_WAITING)
-    assert "the download of model EleutherAI/pythia-70m (revision main) from" in failed["error"]
+    assert "the download of model own/parts (revision main) from" in failed["error"]
     assert "was not completed" in failed["error"]
-    assert "run again, what has arrived is kept" in failed["error"]
+    assert "run again, complete files are kept" in failed["error"]
     assert "dataset 'monology/pile-uncopyrighted' could not be loaded" in text["error"]
-    (offline,) = client(hub, tmp_path / "b", "model()", HF_HUB_OFFLINE="1")
-    assert "HF_HUB_OFFLINE forbids the network" in offline["error"]
-    hub.breaks = {}
-    (whole,) = client(hub, tmp_path / "b", "model()")
+    hub.breaks, hub.stops = {}, {}
+    sizes = {name: len(hub.repositories["models/own/parts"].revisions["main"][name])
+             for name in SHARDS}  # fmt: skip
+    assert [hub.sent(name) for name in SHARDS] == [sizes[SHARDS[0]], 200_000]
+    hub.requests.clear()
+    offline = "monkeypatched(huggingface_hub.constants, 'HF_HUB_OFFLINE', True, model, 'own/parts')"
+    refused, whole = client(hub, tmp_path / "b", offline, "model('own/parts')")
+    assert "HF_HUB_OFFLINE forbids the network" in refused["error"]
     assert whole["digest"] == load_model("nano").digest
+    assert [hub.sent(name) for name in SHARDS] == [0, sizes[SHARDS[1]]]  # from its beginning
     hub.silent = True
     check_nobody_waits(hub, tmp_path / "b", "timed out", HF_HUB_ETAG_TIMEOUT="1")
     check_nobody_waits("http://127.0.0.1:9", tmp_path / "b", "refused")
@@ -242,6 +334,22 @@ def test_the_pile_is_streamed_and_only_its_training_part(hub, tmp_path, pile):
     assert local["texts"] == whole["texts"]  # a copy needs no network
 
 
+def test_a_data_set_of_several_configurations(hub, tmp_path):
+    described = "configs:\n" + "".join(
+        f"- config_name: {name}\n  data_files: {name}/*.jsonl.zst\n" for name in ("old", "new")
+    )
+    files = {f"{name}/0.jsonl.zst": shard(name, 40, 0) for name in ("old", "new")}
+    files["README.md"] = f"---\n{described}---\n".encode()
+    hub.repositories["datasets/own/two"] = Repository({"main": files})
+    wanted = ("corpus('own/two')", "corpus('own/two:new')", "corpus('own/two:newer')")
+    unnamed, named, unknown = client(hub, tmp_path, *wanted)
+    assert "it has 2 configurations (old, new): name one, as own/two:old" in unnamed["error"]
+    assert named["texts"] == sorted(f"new{i}" for i in range(40))
+    assert "dataset 'own/two:newer' could not be loaded" in unknown["error"]
+    assert "'newer' not found" in unknown["error"]
+    assert (unnamed["lines"], unknown["lines"]) == (1, 1)
+
+
 def run_stage(hub: Hub, home: pathlib.Path, *arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-W", "ignore", "-m", *arguments, "--verbosity", "quiet"]
     return subprocess.run(
@@ -260,6 +368,9 @@ def test_attack_and_heal_of_a_training_checkpoint_from_the_command_line(hub, tmp
     assert attacked.returncode == 0, attacked.stderr
     (path,) = (tmp_path / "experiments").rglob(CHECKPOINT_NAME)
     assert path.parents[1].name.startswith("70m-deduped@step1000_random_tokens_seed0_attack_")
+    revisions = hub.repositories[DEDUPED].revisions
+    commit = commit_of(revisions["step1000"])
+    revisions["step1000"] = files_of(0.7)  # it moves; what was attacked is in the cache alone
     healed = run_stage(
         hub, tmp_path, "entrypoints.heal", "--collapsed-checkpoint", str(path),
         "--healing-steps", "2", *shared,
@@ -279,7 +390,6 @@ def test_attack_and_heal_of_a_training_checkpoint_from_the_command_line(hub, tmp
     for run in runs:
         stage, tags = run.data.tags["stage"], run.data.tags
         assert tags["model_source"] == "EleutherAI/pythia-70m-deduped"
-        commit = commit_of(hub.repositories[DEDUPED].revisions["step1000"])
         assert tags["model_revision"] == commit
         assert run.data.params[f"{stage}.revision"] == "step1000"
         assert run.data.params[f"{stage}.deduped"].lower() == "true"

@@ -264,6 +264,7 @@ def _store(run: RunLogger, outcome: AttackOutcome, folder: pathlib.Path) -> path
             "fingerprint": outcome.fingerprint,
             "attack_run_id": run.run_id,
             "healthy_digest": outcome.loaded.digest,
+            "model_commit": outcome.loaded.commit,
             "corpus_digests": outcome.digests,
         },
     )

@@ -204,7 +204,8 @@ class HealOutcome:
 
 
 def decide_model(config: HealConfig, checkpoint: Checkpoint | None, path: object) -> HealConfig:
-    """Resolve ``auto``: the checkpoint's model and revision, unless the user names one.
+    """Resolve ``auto``: the checkpoint's model and revision, at the commit it was made from, unless
+    the user names one.
 
     Raises:
         CheckpointError: The user names another model or revision than the checkpoint.
@@ -213,6 +214,7 @@ def decide_model(config: HealConfig, checkpoint: Checkpoint | None, path: object
     if checkpoint is None:
         return complete(config)
     named = checkpoint.model_fields(path, config.model, config.revision, config.deduped)
+    checkpoint.pin_commit()
     return complete(replace(config, **named))
 
 
@@ -309,6 +311,8 @@ def heal_cell(
     """
     config = cell.config
     checkpoint = read_checkpoint(pathlib.Path(cell.checkpoint)) if cell.checkpoint else None
+    if checkpoint:
+        checkpoint.pin_commit()
     corpus, loaded, probe = load_inputs(config)
     checkpoint = checkpoint or sham_checkpoint(loaded, config)
     if checkpoint.kind == HEALED_KIND:
