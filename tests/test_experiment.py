@@ -344,7 +344,7 @@ def test_what_only_fp16_cannot_hold_is_a_format_overflow(store, checkpoint, mode
     assert math.isnan(summary["loss_recovery_pct"])
     assert module in summary["status_reason"]
     assert summary["loss_undefined_reason"] == summary["status_reason"]
-    assert heal_cell(cell_of(path)).status == "ok"[0]
+    assert heal_cell(cell_of(path))[0].status == "ok"
 
 
 @pytest.mark.parametrize("arm", ["none", "random_tokens"])
