@@ -65,7 +65,7 @@ def measure(model: str, way: str) -> dict[str, float]:
 
     config = settings(model, way)
     use_threads(config)
-    outcome = heal_cell(HealCell(config, ""))
+    outcome = heal_cell(HealCell(config, ""))[0]
     assert len(outcome.records) == 2
     assert outcome.status == "ok"
     status = pathlib.Path("/proc/self/status").read_text()

@@ -51,7 +51,7 @@ REVISION_HELP = (
     "step0, step1, step2, step4 ... step512, step1000, step2000 ... step143000."
 )
 DEDUPED_HELP = "Pythia sizes: the model trained on the deduplicated Pile."
-DEVICES_HELP = "auto (accelerator if there is one), cpu, cuda, cuda:N or mps."
+DEVICES_HELP = "auto (accelerator if there is one), cpu, cuda or cuda:N."
 RAW_DATA = "priority5_healing/raw_data"
 """Folder below ``output_dir`` that holds one folder per run."""
 
@@ -362,7 +362,7 @@ def resolve(config: ConfigT, *, accelerated: bool = False) -> ConfigT:
 
     Args:
         config: Of any stage that loads a model.
-        accelerated: Whether it runs on an accelerator, which decides the number format.
+        accelerated: Whether it runs on an accelerator that has bf16, which is then the format.
 
     Raises:
         ConfigError: Unknown model.

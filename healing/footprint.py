@@ -2,7 +2,8 @@
 
 Under torch's ``FakeTensorMode`` a computation allocates nothing; a dispatch mode adds up the
 storages that are alive after every operation. So the count holds for any architecture and follows
-the code. What it cannot see is memory that a kernel takes and gives back within one operation.
+the code. What it cannot see is memory that a kernel takes and gives back within one operation;
+of these only the fused loss's is known and added.
 
 torch's own ``MemTracker`` does the like, but stops at a second forward pass of the same model,
 which a measurement makes, and does not tell logits from other activations.
@@ -28,6 +29,8 @@ from torch.optim.optimizer import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from healing.heads import CHUNK_TOKENS
+
 WEIGHTS, GRADIENTS, OPTIMIZER, LOGITS, ACTIVATIONS, COPIES = KINDS = (
     "weights",
     "gradients",
@@ -38,6 +41,7 @@ WEIGHTS, GRADIENTS, OPTIMIZER, LOGITS, ACTIVATIONS, COPIES = KINDS = (
 )
 """What a storage holds; activations: everything else, temporary tensors too."""
 
+CPU = torch.device("cpu")
 _aten = torch.ops.aten
 
 
@@ -101,19 +105,30 @@ class _Storage:
     size: int
 
 
+def _inside_fused_loss(func: Any, args: tuple[Any, ...]) -> int:
+    """Bytes of one chunk's logits, which torch's fused loss holds where no dispatch mode looks."""
+    if "linear_cross_entropy" not in func.name() or len(args) < 2:
+        return 0
+    rows, weight = args[:2]
+    chunk = min(CHUNK_TOKENS, len(rows))
+    return int(chunk * len(weight) * rows.element_size())
+
+
 class Usage(TorchDispatchMode):
     """Bytes of all storages alive, by kind, and their peak in every phase.
 
     Args:
         vocabulary: Tensors whose last dimension it is are logits.
+        device: Whose memory is counted.
 
     Attributes:
         peaks: Phase → kind → bytes at the moment of the phase's largest total; what happens
             outside of any phase has no peak, but its storages count as long as they live.
     """
 
-    def __init__(self, vocabulary: int) -> None:
+    def __init__(self, vocabulary: int, device: torch.device = CPU) -> None:
         super().__init__()
+        self._device = device.type
         self.peaks: dict[str, dict[str, int]] = {}
         self._vocabulary, self._phase, self._stepping = vocabulary, "", False
         self._unnamed = ACTIVATIONS
@@ -156,6 +171,8 @@ class Usage(TorchDispatchMode):
     def claim(self, kind: str, tensors: Iterable[torch.Tensor]) -> None:
         """Say what storages hold."""
         for tensor in tensors:
+            if tensor.device.type != self._device:
+                continue
             entry = self._entry(tensor, kind)
             self._now[entry.kind] -= entry.size
             self._now[kind] += entry.size
@@ -190,20 +207,21 @@ class Usage(TorchDispatchMode):
     def _drop(self, entry: _Storage) -> None:
         self._now[entry.kind] -= entry.size
 
-    def _compare(self) -> None:
+    def _compare(self, logits: int = 0) -> None:
         if not self._phase:
             return
         known = self.peaks.get(self._phase)
-        if known is None or sum(self._now.values()) > sum(known.values()):
-            self.peaks[self._phase] = dict(self._now)
+        if known is None or sum(self._now.values()) + logits > sum(known.values()):
+            self.peaks[self._phase] = {**self._now, LOGITS: self._now[LOGITS] + logits}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Run one operation and take its new storages into account."""
         result = func(*args, **kwargs or {})
+        self._compare(_inside_fused_loss(func, args))
         for value in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, torch.Tensor) and value.device.type == self._device:
                 is_logits = value.ndim >= 2 and value.shape[-1] == self._vocabulary
                 other = OPTIMIZER if self._stepping else self._unnamed
                 self._entry(value, LOGITS if is_logits else other)

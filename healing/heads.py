@@ -13,6 +13,7 @@ import weakref
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from healing.models import evaluation_mode, next_token_loss
@@ -69,22 +70,52 @@ def plain_head(model: nn.Module) -> nn.Linear | None:
     return head if _TRIED[model] else None
 
 
-def _chunked(
-    model: PreTrainedModel, head: nn.Linear, windows: torch.Tensor, reduction: str
-) -> torch.Tensor:
+def _rows(model: PreTrainedModel, windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Last hidden states (tokens, hidden) and what they predict (tokens,)."""
     hidden = model.base_model(input_ids=windows).last_hidden_state
     # Position t predicts token t+1: the one and only shift.
-    rows, targets = hidden[:, :-1].flatten(0, 1), windows[:, 1:].flatten()
+    return hidden[:, :-1].flatten(0, 1), windows[:, 1:].flatten()
+
+
+def _fused(
+    model: PreTrainedModel, head: nn.Linear, windows: torch.Tensor, reduction: str
+) -> torch.Tensor:
+    rows, targets = _rows(model, windows)
     weight: torch.Tensor = head.weight
-    bias: torch.Tensor | None = head.bias
-    if torch.is_autocast_enabled(windows.device.type):
-        # Autocast casts the arguments of a linear layer, not those of this fused form of it.
-        dtype = torch.get_autocast_dtype(windows.device.type)
-        rows, weight = rows.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
     return F.linear_cross_entropy(
-        rows, weight, targets, linear_bias=bias, reduction=reduction, options=_OPTIONS
+        rows.to(weight.dtype),
+        weight,
+        targets,
+        linear_bias=head.bias,
+        reduction=reduction,
+        options=_OPTIONS,
     ).float()
+
+
+def _summed(
+    rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
+) -> torch.Tensor:
+    logits = F.linear(rows, weight, bias)
+    return F.cross_entropy(logits.float(), targets, reduction="sum")
+
+
+def _recomputed(model: PreTrainedModel, head: nn.Linear, windows: torch.Tensor) -> torch.Tensor:
+    rows, targets = _rows(model, windows)
+    sums = [
+        checkpoint(
+            _summed,
+            some_rows,
+            head.weight,
+            head.bias,
+            some_targets,
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
+        for some_rows, some_targets in zip(
+            rows.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True
+        )
+    ]
+    return torch.stack(sums).sum() / len(targets)
 
 
 def token_losses(model: nn.Module, windows: torch.Tensor) -> torch.Tensor:
@@ -100,7 +131,7 @@ def token_losses(model: nn.Module, windows: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         head = plain_head(model)
         if head is not None:
-            return _chunked(model, head, windows, "none")  # type: ignore[arg-type]
+            return _fused(model, head, windows, "none")  # type: ignore[arg-type]
         logits = model(input_ids=windows).logits[:, :-1].flatten(0, 1)
         targets = windows[:, 1:].flatten()
         parts = zip(logits.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True)
@@ -111,16 +142,22 @@ def training_loss(model: nn.Module, windows: torch.Tensor) -> torch.Tensor:
     """Mean of the same over a batch, with a gradient of first order (no second derivatives: they
     need :func:`healing.models.next_token_loss`, which it equals).
 
-    The fused form finds its gradients in the forward pass, before any loss scaling, so that fp16
-    would lose the small ones: under fp16 the model's own loss is taken.
+    In float32 by torch's fused form. Under autocast that would round the mean loss to the low
+    format (to 1/64 nat in bf16) and find its gradients before any loss scaling, so that fp16 would
+    lose the small ones: there the logits of every chunk are made again in the backward pass, and
+    the loss is summed in float32.
 
     Args:
-        model: A causal language model in float32, under autocast or not.
+        model: A causal language model in float32, under autocast or not; weights in a low format
+            take the model's own loss.
         windows: int64 (windows, tokens), on the model's device.
+
+    Returns:
+        float32 scalar, nats per token.
     """
-    device = windows.device.type
-    fp16 = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
     head = plain_head(model)
-    if head is None or head.weight.dtype != torch.float32 or fp16:
+    if head is None or head.weight.dtype != torch.float32:
         return next_token_loss(model, windows)
-    return _chunked(model, head, windows, "mean")  # type: ignore[arg-type]
+    if torch.is_autocast_enabled(windows.device.type):
+        return _recomputed(model, head, windows)  # type: ignore[arg-type]
+    return _fused(model, head, windows, "mean")  # type: ignore[arg-type]

@@ -22,7 +22,7 @@ from healing.config import AttackConfig, BaseConfig, HealConfig
 from healing.footprint import COPIES, WEIGHTS, Usage, shapes_only
 from healing.lora import adapted, n_trainable, require
 from healing.models import LoadedModel, embedding_matrix
-from healing.precision import diagnose
+from healing.precision import takes_a_step
 from healing.probe import Measurement, Probe
 from healing.randomness import named_generator
 from healing.sft import adapter_draws, heal
@@ -58,7 +58,9 @@ class _WatchedProbe(Probe):
         self, model: torch.nn.Module, error_generator: torch.Generator | None = None
     ) -> Measurement:
         with self.usage.phase(WATCHING):
-            return super().measure(model, error_generator)
+            measured = super().measure(model, error_generator)
+        # Without content every count is 1, and all other tokens would be looked into.
+        return replace(measured, nonfinite_tokens=0)
 
 
 @dataclass(frozen=True)
@@ -115,14 +117,15 @@ def _bare_model(
     tensor to hash.
     """
     with usage.phase(LOADING):
-        with torch.device(device):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                architecture, dtype=torch.float32, attn_implementation="sdpa"
-            )
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            architecture, dtype=torch.float32, attn_implementation="sdpa"
+        ).to(device)
         model.config.use_cache = False
         usage.claim(WEIGHTS, [*model.parameters(), *model.buffers()])
         state = model.state_dict()
-        usage.new(COPIES, [*state.values(), max(state.values(), key=torch.Tensor.numel)])
+        largest = max(state.values(), key=torch.Tensor.numel)
+        # An accelerator is given the weights one by one from the file's pages in host memory.
+        usage.new(COPIES, [largest] if device.type != "cpu" else [*state.values(), largest])
     return model.eval()
 
 
@@ -160,7 +163,7 @@ def predict_healing(
     vocabulary = architecture.get_text_config().vocab_size
     with (
         shapes_only(),
-        Usage(vocabulary) as usage,
+        Usage(vocabulary, device) as usage,
         mock.patch.object(torch.amp.GradScaler, "_maybe_opt_step", _always_step),
     ):
         model, probe = _bare_model(usage, architecture, device), _probe(config)
@@ -173,7 +176,7 @@ def predict_healing(
         windows = torch.zeros(int(config.batch_size), config.sequence_length, dtype=torch.long)
         with usage.phase(CHECKING), adapted(model, config, adapter_draws(order)):
             usage.watch_gradients(model)
-            diagnose(model, windows.to(device), step=0)
+            takes_a_step(model, windows.to(device))
         loaded, watched = _loaded(config, model, device), _WatchedProbe(probe.windows, usage)
         with usage.phase(HEALING):
             for _ in heal(loaded, config, windows, watched, collapsed, order):
@@ -181,11 +184,16 @@ def predict_healing(
     return Prediction(count, trainable, device, base, usage.peaks)
 
 
-def _whole_space(cls: type[MatrixSubspace], weight: torch.Tensor, energy: float) -> MatrixSubspace:
-    """The most that the leading directions can take: how many there are depends on the weights."""
-    k = min(weight.shape)
-    rows, columns = (weight.new_empty(size, k) for size in weight.shape)
-    return cls(rows, columns)
+def _largest_space(
+    cls: type[MatrixSubspace], weight: torch.Tensor, energy: float
+) -> MatrixSubspace:
+    """The most that the directions can take: how many there are depends on the weights, and is most
+    where all singular values are equal.
+    """
+    short, long = sorted(weight.shape)
+    k = min(short, int(energy * short) + 1)
+    leading, rest = weight.new_empty(long, k), weight.new_empty(short, short - k)
+    return cls(leading, rest, weight.shape[0] < weight.shape[1])
 
 
 class _Corpus:
@@ -200,8 +208,9 @@ def predict_attack(
 ) -> Prediction:
     """Predict the memory of one attack: the making of its arm and one step that is measured.
 
-    The low-curvature subspace of the singular kind counts with all directions, as its size depends
-    on the weights; of the ``hessian`` kind only the first iterations of Lanczos are seen.
+    The low-curvature subspace of the singular kind counts with as many directions as it can have,
+    since their number depends on the weights; what finding them takes for a moment is not seen. Of
+    the ``hessian`` kind only the first iterations of Lanczos are.
 
     Args:
         config: Resolved configuration.
@@ -212,12 +221,13 @@ def predict_attack(
     config = replace(
         config, attack_steps=1, measurement_interval=1, search_steps=min(config.search_steps, 1)
     )
-    config = replace(config, search_candidates=1, reference_checkpoint="", match="norm")
+    config = replace(config, search_candidates=1, baseline_draws=3)
+    config = replace(config, reference_checkpoint="", match="norm")
     vocabulary = architecture.get_text_config().vocab_size
     with (
         shapes_only(),
-        Usage(vocabulary) as usage,
-        mock.patch.object(MatrixSubspace, "of", classmethod(_whole_space)),
+        Usage(vocabulary, device) as usage,
+        mock.patch.object(MatrixSubspace, "of", classmethod(_largest_space)),
     ):
         model, probe = _bare_model(usage, architecture, device), _probe(config)
         loaded, corpus = _loaded(config, model, device), cast(Any, _Corpus())

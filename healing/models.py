@@ -120,13 +120,14 @@ def resolve_device(device: str) -> torch.device:
     """Turn ``auto`` into the accelerator, if there is one, else the CPU.
 
     Raises:
-        ModelError: The named device does not exist here.
+        ModelError: The named device does not exist here, or cannot do the arithmetic.
     """
     if device == "auto":
-        # Not mps: it has no float64, in which spectra are computed.
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         resolved = torch.device(device)
+        if resolved.type == "mps":
+            raise RuntimeError("it has no float64, in which spectra are computed")
         torch.empty(1, device=resolved)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]

@@ -18,6 +18,9 @@ from healing.spectra import OUTLIER_NORM_RATIO, Spectrum
 SURE_RATIO = OUTLIER_NORM_RATIO / 2
 """Rows up to this multiple of the first batch's median norm are taken at once."""
 
+GRAM_STRIPS = 4
+"""Strips in which the upper half of a Gram matrix is accumulated; more make their products slow."""
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -147,7 +150,14 @@ class MomentAccumulator:
             self._grams = [flat.new_zeros(1, d, d)]
         self._counts[0] += counts.sum()
         self._sums[0] += flat.sum(0)
-        self._grams[0][0].addmm_(flat.T, flat)
+        self._add_upper_gram(flat)
+
+    def _add_upper_gram(self, rows: torch.Tensor) -> None:
+        """Add rowsᵀ·rows in strips from the diagonal rightwards: 5/8 of the products."""
+        gram, width = self._grams[0][0], -(-rows.shape[1] // GRAM_STRIPS)
+        for begin in range(0, len(gram), width):
+            strip = slice(begin, begin + width)
+            gram[strip, begin:].addmm_(rows[:, strip].T, rows[:, begin:])
 
     def finish(self) -> Moments:
         """The moments of all that was added.
@@ -159,6 +169,7 @@ class MomentAccumulator:
         finite = bool(torch.isfinite(norms).all())
         limit = OUTLIER_NORM_RATIO * float(norms.median()) if finite else math.inf
         counts, sums, grams = (torch.cat(x) for x in (self._counts, self._sums, self._grams))
+        grams = grams.triu() + grams.triu(1).mT
         for window, size, rows in self._held if finite else []:
             kept = size <= limit
             for group in window[kept].unique().tolist() if self._per_window else [...]:

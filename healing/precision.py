@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from healing.heads import training_loss
 from healing.lockout import FORWARD, GRADIENT, Failure
 from healing.models import evaluation_mode, training_mode
 
@@ -203,6 +204,19 @@ def gradient_norm(model: torch.nn.Module, gradient_clip: float) -> torch.Tensor:
     if gradient_clip:
         torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip, norm)
     return norm
+
+
+def takes_a_step(model: nn.Module, batch: torch.Tensor) -> bool:
+    """Whether loss and gradient norm of one pass in the model's own format are finite; no gradient
+    is left behind.
+    """
+    with training_mode(model):
+        model.zero_grad()
+        loss = training_loss(model, batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+    finite = all_finite(loss) and all_finite(gradient_norm(model, 0.0))
+    model.zero_grad()
+    return finite
 
 
 def diagnose(

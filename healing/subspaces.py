@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -24,34 +24,57 @@ from healing.curvature import LeadingSubspace
 
 @dataclass(frozen=True)
 class MatrixSubspace:
-    """Leading singular subspace of one matrix.
+    """What the leading singular directions of one matrix leave.
+
+    Of the longer side the leading directions L are kept, of the shorter side the rest R. Then
+    P_N(G) = (I−LLᵀ) G R Rᵀ (for a matrix that is taller than wide), and (I−LLᵀ) G R are its
+    coordinates: as few columns as R has, and the same norm.
 
     Attributes:
-        left: U, (m, k), orthonormal columns.
-        right: V, (n, k), orthonormal columns.
+        leading: L, (longer side, k), orthonormal columns.
+        rest: R, (shorter side, shorter side − k), orthonormal columns.
+        wide: Whether the columns are the longer side.
     """
 
-    left: torch.Tensor
-    right: torch.Tensor
+    leading: torch.Tensor
+    rest: torch.Tensor
+    wide: bool
 
     @classmethod
     def of(cls, weight: torch.Tensor, energy: float) -> MatrixSubspace:
         """The fewest leading singular directions whose Σσ² reaches ``energy`` of the total."""
-        u, s, vt = torch.linalg.svd(weight.detach().double(), full_matrices=False)
+        wide = weight.shape[0] < weight.shape[1]
+        tall = (weight.T if wide else weight).detach().double()
+        u, s, vt = torch.linalg.svd(tall, full_matrices=False)
         share = s.square().cumsum(0) / s.square().sum()
         k = int((share < energy).sum()) + 1
-        return cls(u[:, :k].to(weight.dtype), vt[:k].T.to(weight.dtype).contiguous())
+        leading, rest = (x.to(weight.dtype).contiguous() for x in (u[:, :k], vt[k:].T))
+        return cls(leading, rest, wide)
+
+    @property
+    def k(self) -> int:
+        """Leading directions."""
+        return self.leading.shape[1]
 
     @property
     def dimension(self) -> int:
         """Dimension (m−k)(n−k) of N."""
-        (m, k), n = self.left.shape, self.right.shape[0]
-        return (m - k) * (n - k)
+        return (len(self.leading) - self.k) * self.rest.shape[1]
+
+    @property
+    def size(self) -> int:
+        """Numbers of the matrix, m·n."""
+        return len(self.leading) * len(self.rest)
+
+    def coordinates(self, gradient: torch.Tensor) -> torch.Tensor:
+        """(I−LLᵀ) G R, (longer side, shorter side − k): ‖coordinates‖ = ‖P_N(G)‖."""
+        inner = (gradient.T if self.wide else gradient) @ self.rest
+        return inner - self.leading @ (self.leading.T @ inner)
 
     def project(self, gradient: torch.Tensor) -> torch.Tensor:
-        """P_N(G), (m, n)."""
-        inner = gradient - self.left @ (self.left.T @ gradient)
-        return inner - (inner @ self.right) @ self.right.T
+        """P_N(G), of the gradient's shape."""
+        tall = self.coordinates(gradient) @ self.rest.T
+        return tall.T if self.wide else tall
 
 
 class LowCurvatureSubspace(ABC):
@@ -71,9 +94,17 @@ class LowCurvatureSubspace(ABC):
     def project(self, gradients: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """P_N(G) of the named parameters; differentiable."""
 
+    @abstractmethod
+    def energy_inside(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Σ‖P_N T‖² of the named parameters' tensors; scalar, differentiable."""
+
+    @abstractmethod
+    def split_energy(self, tensors: Mapping[str, torch.Tensor]) -> tuple[float, float]:
+        """Σ‖P_N T‖² and Σ‖T − P_N T‖²."""
+
     def alignment(self, gradients: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """ρ = Σ‖P_N G‖² / Σ‖G‖² over the parameters; scalar, differentiable, NaN for G = 0."""
-        return _energy(self.project(gradients), self.names) / _energy(gradients, self.names)
+        return self.energy_inside(gradients) / _energy(gradients[name] for name in self.names)
 
     def amplification(
         self, gradients: Mapping[str, torch.Tensor], update: Mapping[str, torch.Tensor]
@@ -90,17 +121,9 @@ class LowCurvatureSubspace(ABC):
         Returns:
             ``kappa`` and ``update_alignment`` = ‖P_N ΔW‖²/‖ΔW‖².
         """
-        inside_g, inside_w = self.project(gradients), self.project(update)
-        norms = [
-            float(_energy(part, self.names).sqrt())
-            for part in (
-                inside_w,
-                inside_g,
-                {name: update[name] - inside_w[name] for name in self.names},
-                {name: gradients[name] - inside_g[name] for name in self.names},
-            )
-        ]
-        n_update, n_gradient, s_update, s_gradient = norms
+        (n_gradient, s_gradient), (n_update, s_update) = (
+            map(math.sqrt, self.split_energy(tensors)) for tensors in (gradients, update)
+        )
         total = n_update**2 + s_update**2
         return {
             "kappa": (
@@ -112,8 +135,8 @@ class LowCurvatureSubspace(ABC):
         }
 
 
-def _energy(tensors: Mapping[str, torch.Tensor], names: tuple[str, ...]) -> torch.Tensor:
-    return torch.stack([tensors[name].square().sum() for name in names]).sum()
+def _energy(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    return torch.stack([tensor.square().sum() for tensor in tensors]).sum()
 
 
 @dataclass(frozen=True)
@@ -136,12 +159,28 @@ class SingularSubspace(LowCurvatureSubspace):
         """(I−UUᵀ) G (I−VVᵀ) of every matrix."""
         return {name: space.project(gradients[name]) for name, space in self.matrices.items()}
 
+    # One matrix at a time: the projections of all together are as large as the model.
+
+    def energy_inside(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """From the coordinates, which have the norm of the projection."""
+        return _energy(space.coordinates(tensors[n]) for n, space in self.matrices.items())
+
+    @torch.no_grad()
+    def split_energy(self, tensors: Mapping[str, torch.Tensor]) -> tuple[float, float]:
+        """From the projection of every matrix and what it leaves."""
+        inside = outside = 0.0
+        for name, space in self.matrices.items():
+            tensor = tensors[name]
+            projected = space.project(tensor)
+            inside += float(projected.square().sum())
+            outside += float((tensor - projected).square().sum())
+        return inside, outside
+
     @property
     def isotropic_alignment(self) -> float:
         """Σ(m−k)(n−k) / Σmn."""
         spaces = self.matrices.values()
-        total = sum(s.left.shape[0] * s.right.shape[0] for s in spaces)
-        return sum(s.dimension for s in spaces) / total
+        return sum(s.dimension for s in spaces) / sum(s.size for s in spaces)
 
 
 @dataclass(frozen=True)
@@ -169,6 +208,17 @@ class HessianSubspace(LowCurvatureSubspace):
             name: part.view(shape)
             for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
         }
+
+    def energy_inside(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """From the projection of all parameters together."""
+        return _energy(self.project(tensors).values())
+
+    @torch.no_grad()
+    def split_energy(self, tensors: Mapping[str, torch.Tensor]) -> tuple[float, float]:
+        """From the projection of all parameters together."""
+        projected = self.project(tensors)
+        outside = (tensors[name] - part for name, part in projected.items())
+        return float(_energy(projected.values())), float(_energy(outside))
 
     @property
     def isotropic_alignment(self) -> float:

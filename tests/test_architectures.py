@@ -155,12 +155,12 @@ def test_attack_and_heal_end_to_end(folders, kind, tmp_path):
     )  # fmt: skip
     config = decide_model(wanted, read_checkpoint(path), path)
     assert config.model == str(folders[kind])
-    healed = heal_cell(HealCell(config, str(path)))
+    healed = heal_cell(HealCell(config, str(path)))[0]
     assert healed.status == "ok"
     assert [r.step for r in healed.records] == [0, 2, 4]
     assert healed.records[0].measurement.loss == pytest.approx(attacked.collapsed.loss, rel=1e-6)
     assert healed.records[-1].measurement.loss < healed.records[0].measurement.loss
-    again = heal_cell(HealCell(config, str(path)))  # no dropout: nothing is drawn but by name
+    again = heal_cell(HealCell(config, str(path)))[0]  # no dropout: nothing is drawn but by name
     assert again.records[-1].measurement.loss == healed.records[-1].measurement.loss
     assert again.fingerprint == healed.fingerprint
 

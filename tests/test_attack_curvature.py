@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import scipy.linalg
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 from transformers import GPTNeoXForCausalLM
 
+from healing.attacks import clean_curvature
 from healing.attacks.alignment import gradients_of, sequence_loss
 from healing.attacks.arms import make_arm, warmup_batches
 from healing.attacks.clean_curvature import clean_hessian, hessian_subspace, rayleigh_rank
@@ -20,7 +22,7 @@ from healing.attacks.driver import (
     run_attack,
     warm_second_moment,
 )
-from healing.config import AttackConfig, resolve
+from healing.config import AttackConfig, ConfigError, resolve
 from healing.models import LoadedModel, block_matrices, load_model, state_digest
 from healing.optimizers import make_optimizer
 from healing.probe import Probe
@@ -138,6 +140,17 @@ def test_the_hessian_is_taken_on_the_attack_split(small, corpus):
     expected = gradients_of(small.model, sequence_loss(small.model, windows[0]))
     flat = torch.cat([g.flatten() for g in expected.values()])
     torch.testing.assert_close(operator.gradient(), flat, rtol=1e-5, atol=1e-8)
+
+
+def test_a_lanczos_basis_that_does_not_fit_is_refused_before_it_is_made(small, corpus, monkeypatch):
+    operator = clean_hessian(settings(), small, corpus)
+    monkeypatch.setattr(clean_curvature, "LARGE", 1)
+    free = SimpleNamespace(available=2 * 46 * 768 - 1)  # one byte less than 46 bfloat16 vectors
+    monkeypatch.setattr(clean_curvature.psutil, "virtual_memory", lambda: free)
+    with pytest.raises(ConfigError, match=r"46 Lanczos vectors.*--hessian-directions"):
+        hessian_subspace(operator, small.model, 1, named_generator(0, "start"))
+    free.available += 1
+    assert hessian_subspace(operator, small.model, 1, named_generator(0, "start")).pairs.products
 
 
 # --- amplification --------------------------------------------------------------------------

@@ -35,8 +35,9 @@ def matrix(m: int, n: int, seed: int = 0) -> torch.Tensor:
 # --- the low-curvature subspace -------------------------------------------------------------
 
 
-def test_projection_equals_dense_complement_from_scipy():
-    weight, gradient = matrix(7, 5), matrix(7, 5, seed=1)
+@pytest.mark.parametrize("shape", [(7, 5), (5, 7), (6, 6)])
+def test_projection_equals_dense_complement_from_scipy(shape):
+    weight, gradient = matrix(*shape), matrix(*shape, seed=1)
     u, s, vt = scipy.linalg.svd(weight.numpy())
     energy = (s**2).cumsum() / (s**2).sum()
     k = int((energy < 0.8).sum()) + 1
@@ -44,22 +45,36 @@ def test_projection_equals_dense_complement_from_scipy():
     expected = left @ left.T @ gradient @ right @ right.T
     space = MatrixSubspace.of(weight, 0.8)
     torch.testing.assert_close(space.project(gradient), expected, rtol=1e-10, atol=1e-12)
-    assert space.dimension == (7 - k) * (5 - k)
+    assert float(space.coordinates(gradient).norm()) == pytest.approx(float(expected.norm()))
+    assert space.dimension == (shape[0] - k) * (shape[1] - k)
+    assert space.size == weight.numel()
+
+
+def test_directions_of_no_energy_are_left_out_of_n_where_all_energy_is_asked_for():
+    """A matrix of rank 2: orthonormal whatever the two directions without energy are."""
+    weight = matrix(9, 2) @ matrix(2, 6, seed=1)
+    space = MatrixSubspace.of(weight, 1 - 1e-12)
+    assert space.k == 2
+    everything = MatrixSubspace.of(weight, 1.0)
+    identity = torch.eye(everything.k, dtype=torch.float64)
+    torch.testing.assert_close(everything.leading.T @ everything.leading, identity)
 
 
 def test_projection_is_idempotent_and_orthogonal():
     space = MatrixSubspace.of(matrix(8, 6), 0.7)
     inside = space.project(matrix(8, 6, seed=1))
     torch.testing.assert_close(space.project(inside), inside)
-    assert float((space.left.T @ inside).norm()) < 1e-12
-    assert float((inside @ space.right).norm()) < 1e-12
+    u, _, vt = scipy.linalg.svd(matrix(8, 6).numpy())
+    left, right = torch.tensor(u[:, : space.k]), torch.tensor(vt[: space.k].T)
+    assert float((left.T @ inside).norm()) < 1e-12
+    assert float((inside @ right).norm()) < 1e-12
 
 
 def test_energy_of_a_rank_two_matrix():
     weight = torch.diag(torch.tensor([3.0, 1.0, 0.0, 0.0], dtype=torch.float64))
     # Energies 9 and 1 of 10: 0.9 needs one direction, 0.95 two.
-    assert MatrixSubspace.of(weight, 0.9).left.shape == (4, 1)
-    assert MatrixSubspace.of(weight, 0.95).left.shape == (4, 2)
+    assert MatrixSubspace.of(weight, 0.9).k == 1
+    assert MatrixSubspace.of(weight, 0.95).k == 2
 
 
 def test_alignment_is_the_share_of_the_squared_norm():
@@ -83,6 +98,35 @@ def test_isotropic_alignment_by_simulation():
     ]
     # 400 draws with standard deviation about 0.03: three standard errors are 0.005.
     assert sum(draws) / 400 == pytest.approx(subspace.isotropic_alignment, abs=0.006)
+
+
+def test_energy_inside_and_outside_add_up():
+    weights = {"tall": matrix(8, 6), "wide": matrix(4, 7, seed=2)}
+    subspace = SingularSubspace.of(weights, 0.8)
+    gradients = {"tall": matrix(8, 6, seed=3), "wide": matrix(4, 7, seed=4)}
+    projected = subspace.project(gradients)
+    inside, outside = subspace.split_energy(gradients)
+    assert inside == pytest.approx(sum(float(p.square().sum()) for p in projected.values()))
+    assert inside + outside == pytest.approx(
+        sum(float(g.square().sum()) for g in gradients.values())
+    )
+    assert float(subspace.energy_inside(gradients)) == pytest.approx(inside)
+
+
+def test_weight_change_against_flat_vectors(tiny):
+    before = torch.nn.utils.parameters_to_vector(tiny.model.parameters()).detach().double()
+    change = WeightChange(tiny.model)
+    assert change.relative(tiny.model) == 0.0
+    with torch.no_grad():
+        for parameter in tiny.model.parameters():
+            parameter.mul_(1.5).add_(0.01)
+    after = torch.nn.utils.parameters_to_vector(tiny.model.parameters()).detach().double()
+    expected = float((after - before).norm() / before.norm())
+    assert change.relative(tiny.model) == pytest.approx(expected)
+    delta = change.delta(tiny.model)
+    assert list(delta) == [name for name, _ in tiny.model.named_parameters()]
+    moved = torch.cat([d.flatten() for d in delta.values()]).double()
+    torch.testing.assert_close(moved, after - before, rtol=0, atol=1e-6)
 
 
 # --- the catalyst ---------------------------------------------------------------------------
@@ -364,3 +408,16 @@ def test_padding_rows_of_the_vocabulary_are_never_fed(tiny, corpus, arm):
     made.arm.fixed_objective()
     assert int(made.arm.baselines.random.max()) < 2048
     assert 0 < max(fed) < 2048
+
+
+def test_a_spectral_attack_on_what_cannot_be_computed_ends_instead_of_raising(nano, corpus):
+    """Eigenvalues of a matrix that is not finite raise."""
+    with torch.no_grad():
+        nano.model.get_input_embeddings().weight[:] = 1e30
+    config = settings("spectral")
+    probe = Probe(corpus.windows("probe", nano.tokenizer, 32)[:4])
+    healthy, change = probe.measure(nano.model), WeightChange(nano.model)
+    made = make_arm(config, nano, corpus, change)
+    records = list(run_attack(nano, made.arm, config, probe, healthy, change))
+    assert [r.step for r in records] == [0, 1]
+    assert not records[-1].outcome.finite

@@ -22,7 +22,7 @@ import zstandard
 from huggingface_hub.errors import XetDownloadError
 from safetensors.torch import load, load_file, save
 
-from healing.checkpoints import CHECKPOINT_NAME
+from healing.checkpoints import CHECKPOINT_NAME, HEALED_NAME, read_checkpoint
 from healing.config import AttackConfig, ConfigError, HealConfig, resolve
 from healing.hub import ModelError, _fetch
 from healing.models import load_model
@@ -373,9 +373,12 @@ def test_attack_and_heal_of_a_training_checkpoint_from_the_command_line(hub, tmp
     revisions["step1000"] = files_of(0.7)  # it moves; what was attacked is in the cache alone
     healed = run_stage(
         hub, tmp_path, "entrypoints.heal", "--collapsed-checkpoint", str(path),
-        "--healing-steps", "2", *shared,
+        "--healing-steps", "2", "--save-healed", "true", *shared,
     )  # fmt: skip
     assert healed.returncode == 0, healed.stderr
+    (stored,) = (tmp_path / "experiments").rglob(HEALED_NAME)
+    for made in (path, stored):
+        assert read_checkpoint(made).config["model_commit"] == commit
     refused = run_stage(
         hub, tmp_path, "entrypoints.heal", "--collapsed-checkpoint", str(path), "--revision",
         "step2000", *shared,

@@ -38,7 +38,7 @@ def outcomes(tmp_path_factory) -> dict[str, HealOutcome]:
         path = folder / f"{arm}.pt"
         save_checkpoint(path, attacked.loaded.model, 0, arm, {"model": "nano", "arm": arm})
         config = resolve(HealConfig(model="nano", healing_steps=60))
-        found[arm] = heal_cell(HealCell(config, str(path)))
+        found[arm] = heal_cell(HealCell(config, str(path)))[0]
     return found
 
 
@@ -63,7 +63,7 @@ def healed(folder, name: str, steps: int, **attack) -> dict:
     path = folder / f"{name}.pt"
     save_checkpoint(path, attacked.loaded.model, 0, name, {"model": "nano"})
     config = resolve(HealConfig(model="nano", healing_steps=steps))
-    return heal_cell(HealCell(config, str(path))).summary()
+    return heal_cell(HealCell(config, str(path)))[0].summary()
 
 
 def test_positive_control_small_weight_noise_heals(tmp_path):

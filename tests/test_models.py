@@ -115,6 +115,8 @@ def test_unusable_device_is_named():
     with pytest.raises(ModelError, match="--device warp cannot be used here"):
         resolve_device("warp")
     assert resolve_device("cpu").type == "cpu"
+    with pytest.raises(ModelError, match=r"mps cannot be used here .*float64.*: try cpu"):
+        resolve_device("mps")
 
 
 def write(path: pathlib.Path, loaded, config=None) -> pathlib.Path:

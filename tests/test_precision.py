@@ -156,7 +156,11 @@ def test_auto_is_bf16_on_an_accelerator_and_fp32_on_the_cpu(monkeypatch):
     assert resolve(config).precision == complete(config).precision == "fp32"
     assert resolve(config, accelerated=True).precision == "bf16"
     monkeypatch.setattr(loading, "resolve_device", lambda _: torch.device("cuda"))
-    assert complete(config).precision == "bf16"
+    for native, chosen in ((True, "bf16"), (False, "fp32")):
+        # Asked with emulation every card says yes.
+        has = lambda including_emulation=True, own=native: own or including_emulation  # noqa: E731
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", has)
+        assert complete(config).precision == chosen
     assert complete(HealConfig(model="nano", precision="fp16")).precision == "fp16"
 
 

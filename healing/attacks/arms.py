@@ -19,13 +19,20 @@ from healing.attacks.alignment import (
     sequence_loss,
 )
 from healing.attacks.clean_curvature import clean_hessian, hessian_subspace, rayleigh_rank
-from healing.attacks.driver import StepOutcome, WeightChange, gradient_step
+from healing.attacks.driver import (
+    Differences,
+    StepOutcome,
+    WeightChange,
+    gradient_step,
+    snapshot,
+)
 from healing.attacks.haep import Catalyst, search_catalyst
 from healing.checkpoints import COLLAPSED_KIND, Checkpoint, CheckpointError, read_checkpoint
 from healing.config import CONTROL, SHAM, TREATMENT, AttackConfig
 from healing.corpora import Corpus, batches
 from healing.curvature import HessianOperator
 from healing.models import LoadedModel, block_matrices, block_outputs
+from healing.precision import all_finite
 from healing.randomness import named_generator
 from healing.spectra import keep_mask, spectral_entropy
 from healing.subspaces import LowCurvatureSubspace, SingularSubspace
@@ -68,16 +75,17 @@ class ObjectiveArm:
     ) -> StepOutcome:
         """One optimiser step on the objective; a watched one says how it treats N (κ)."""
         matrices = block_matrices(self.model)
-        before = {n: p.detach().clone() for n, p in matrices.items()} if watched else {}
+        before = snapshot(matrices) if watched else {}
         outcome = gradient_step(optimizer, self.objective(), self._project_gradients)
-        if not (watched and outcome.finite):
-            return outcome
-        gradients = {n: p.grad for n, p in matrices.items() if p.grad is not None}
-        update = {n: p.detach() - before[n] for n, p in matrices.items()}
-        numbers = self.baselines.subspace.amplification(gradients, update)
-        if self.projected:
-            del numbers["kappa"]  # there is no gradient outside N to compare with
-        return replace(outcome, diagnostics=numbers)
+        if watched and outcome.finite:
+            gradients = {n: p.grad for n, p in matrices.items() if p.grad is not None}
+            update = Differences(matrices, before)
+            numbers = self.baselines.subspace.amplification(gradients, update)
+            if self.projected:
+                del numbers["kappa"]  # there is no gradient outside N to compare with
+            outcome = replace(outcome, diagnostics=numbers)
+        optimizer.zero_grad()  # measuring and the next forward pass have their room
+        return outcome
 
     def give_gradients(self) -> None:
         """Gradients of the objective on its fixed data, as the optimiser is given them."""
@@ -192,10 +200,14 @@ def _reference_norms(
 
 
 def mean_spectral_entropy(model: PreTrainedModel, batch: torch.Tensor) -> torch.Tensor:
-    """Mean over blocks of the entropy of the hidden spectrum of a batch, nats; differentiable."""
+    """Mean over blocks of the entropy of the hidden spectrum of a batch, nats; differentiable. NaN
+    where a hidden state is not finite.
+    """
     with block_outputs(model) as outputs:
         model(input_ids=batch.to(next(model.parameters()).device))
         entropies = []
+        if not all(map(all_finite, outputs)):
+            return math.nan * outputs[-1].sum()  # eigenvalues would raise
         for hidden in outputs:
             rows = hidden[keep_mask(hidden.detach())]
             rows = (rows - rows.mean(0)).double()

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import psutil
 import torch
 from torch import nn
 
-from healing.config import AttackConfig
+from healing.config import AttackConfig, ConfigError
 from healing.corpora import Corpus
 from healing.curvature import HessianOperator, LeadingSubspace
 from healing.lanczos import LanczosResult, lanczos
@@ -86,17 +87,21 @@ def hessian_subspace(
         generator: Draws the start vector.
 
     Raises:
+        ConfigError: The Lanczos basis does not fit into host memory.
         ValueError: Lanczos met values that are not finite, or fewer than k directions exist.
     """
     n = operator.shape[0]
     large = n >= LARGE
+    iterations = min(n, 6 * directions + 40)
+    if large:
+        _require_room(2 * iterations * n, iterations)
     with operator.retained_graphs():
         pairs = lanczos(
             operator,
             generator,
             n_largest=directions,
             n_smallest=1,
-            max_iterations=min(n, 6 * directions + 40),
+            max_iterations=iterations,
             tolerance=LANCZOS_TOLERANCE,
             basis_dtype=torch.bfloat16 if large else None,
             basis_device="cpu" if large else None,
@@ -104,6 +109,16 @@ def hessian_subspace(
     shapes = {name: p.shape for name, p in block_matrices(model).items()}
     leading = LeadingSubspace.from_lanczos(pairs, directions)
     return CleanCurvature(HessianSubspace(shapes, leading), pairs)
+
+
+def _require_room(needed: int, vectors: int) -> None:
+    available = psutil.virtual_memory().available
+    if needed > available:
+        raise ConfigError(
+            f"--subspace hessian keeps {vectors} Lanczos vectors, {needed / 1e9:.0f} GB of host "
+            f"memory for this model, and {available / 1e9:.0f} GB are free: lower "
+            "--hessian-directions or use --subspace singular"
+        )
 
 
 def rayleigh_rank(

@@ -84,21 +84,54 @@ class AttackRecord:
         }
 
 
+class Differences(Mapping[str, torch.Tensor]):
+    """p − reference by parameter name, formed one tensor at a time as they are asked for.
+
+    Args:
+        parameters: Name → parameter.
+        reference: Name → tensor of the same shape, on any device.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, torch.Tensor], reference: Mapping[str, torch.Tensor]
+    ) -> None:
+        self._parameters, self._reference = parameters, reference
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        parameter = self._parameters[name].detach()
+        return parameter - self._reference[name].to(parameter.device)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parameters)
+
+    def __len__(self) -> int:
+        return len(self._parameters)
+
+
+def snapshot(parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies in host memory: an accelerator has better use for its own."""
+    return {name: p.detach().to("cpu", copy=True) for name, p in parameters.items()}
+
+
 class WeightChange:
-    """‖W−W₀‖/‖W₀‖ against a snapshot of the healthy weights."""
+    """‖W−W₀‖/‖W₀‖ against a snapshot of the healthy weights, in host memory."""
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self.healthy = {k: p.detach().clone() for k, p in model.named_parameters()}
-        self._norm = math.sqrt(sum(float(p.double().square().sum()) for p in self.healthy.values()))
+        self.healthy = snapshot(dict(model.named_parameters()))
+        self._norm = _norm(self.healthy)
 
-    def delta(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    def delta(self, model: torch.nn.Module) -> Differences:
         """W−W₀ by parameter name."""
-        return {k: p.detach() - self.healthy[k] for k, p in model.named_parameters()}
+        return Differences(dict(model.named_parameters()), self.healthy)
 
     def relative(self, model: torch.nn.Module) -> float:
         """The ratio of norms over all parameters."""
-        squares = sum(float(d.double().square().sum()) for d in self.delta(model).values())
-        return math.sqrt(squares) / self._norm
+        return _norm(self.delta(model)) / self._norm
+
+
+def _norm(tensors: Mapping[str, torch.Tensor]) -> float:
+    norms = (torch.linalg.vector_norm(t, dtype=torch.float64) for t in tensors.values())
+    return math.sqrt(sum(float(norm) ** 2 for norm in norms))
 
 
 def gradient_step(

@@ -130,17 +130,22 @@ def attack_fingerprint(config: AttackConfig, identity: str, digests: dict[str, s
 
 
 def attack_cell(
-    config: AttackConfig, on_record: Callable[[AttackRecord], None] = lambda _: None
+    config: AttackConfig,
+    on_record: Callable[[AttackRecord], None] = lambda _: None,
+    on_start: Callable[[str, LoadedModel, dict[str, str]], None] = lambda *_: None,
 ) -> AttackOutcome:
     """One attack as a function of its configuration; neither files nor MLflow are touched.
 
     Args:
         config: May hold ``auto``.
         on_record: Called with every record as it is made.
+        on_start: Called before the first record with the fingerprint, the healthy model and the
+            digests of the corpus.
     """
     config = complete(config)
     corpus, loaded, probe = load_inputs(config)
     mark = attack_fingerprint(config, loaded.identity, corpus.digests)
+    on_start(mark, loaded, corpus.digests)
     healthy = probe.measure(loaded.model, named_generator(config.seed, "bootstrap"))
     change = WeightChange(loaded.model)
     made = make_arm(config, loaded, corpus, change)
@@ -344,33 +349,37 @@ def attack(
     with open_run(parent, title, own) as run:
         config = complete(config)
         run.params("attack", as_params(config))
-        corpus, loaded, _ = load_inputs(config)
-        run.n_params(loaded.n_params)
-        run.tags(loaded.tags)
         if config.reference_checkpoint:
             made = read_checkpoint(pathlib.Path(config.reference_checkpoint)).config
             run.tags({"reference_run_id": made.get("attack_run_id", "")})
-        warn_of_few_rows(console, config, loaded)
-        log_corpora(run, config, corpus.digests, {"attack": "attack", "probe": "probe"})
-        mark = attack_fingerprint(config, loaded.identity, corpus.digests)
-        folder = raw_data_folder(config.output_dir, attack_name(config, mark))
-        start_folder(folder, as_params(config))
-        lines, begin, trajectory = JsonLines(folder / "metrics.jsonl"), time.perf_counter(), []
-        run.rescue(folder / "config.json", lines.path)
+        trajectory: list[tuple[int, dict[str, float]]] = []
+        files: dict[str, Any] = {}
+        begin = time.perf_counter()
         with console.bar(int(config.attack_steps), title) as bar:
+
+            def on_start(mark: str, loaded: LoadedModel, digests: dict[str, str]) -> None:
+                run.n_params(loaded.n_params)
+                run.tags(loaded.tags)
+                warn_of_few_rows(console, config, loaded)
+                log_corpora(run, config, digests, {"attack": "attack", "probe": "probe"})
+                files["folder"] = raw_data_folder(config.output_dir, attack_name(config, mark))
+                start_folder(files["folder"], as_params(config))
+                files["lines"] = JsonLines(files["folder"] / "metrics.jsonl")
+                run.rescue(files["folder"] / "config.json", files["lines"].path)
 
             def on_record(record: AttackRecord) -> None:
                 values = record.metrics()
                 run.metrics({k: v for k, v in values.items() if not math.isnan(v)}, record.step)
                 seconds = time.perf_counter() - begin
-                lines.append({"step": record.step, "seconds": seconds, **values})
+                files["lines"].append({"step": record.step, "seconds": seconds, **values})
                 trajectory.append((record.step, values))
                 bar.set_postfix_str(
                     f"rank {values['effective_rank']:.1f}, perplexity {values['perplexity']:.3g}"
                 )
                 bar.update(record.step - bar.n)
 
-            outcome = attack_cell(config, on_record)
+            outcome = attack_cell(config, on_record, on_start)
+        folder = files["folder"]
         run.metrics({f"summary/{k}": v for k, v in outcome.summary().items()}, outcome.last.step)
         run.tags(_tags(outcome))
         checkpoint = _store(run, outcome, folder)

@@ -186,6 +186,7 @@ def settle(config: BasinConfig, healed: Checkpoint, path: object) -> BasinConfig
     named = healed.model_fields(path, config.model, config.revision, config.deduped)
     if named["model"] == AUTO:
         raise CheckpointError(f"{path} names no model: name it with --model")
+    healed.pin_commit()
     wanted = [f.name for f in fields(BaseConfig) if getattr(config, f.name, "") == AUTO]
     known = {name: healed.config[name] for name in wanted if name in healed.config}
     base = complete(BaseConfig(**{**known, **named}))

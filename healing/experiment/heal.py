@@ -41,8 +41,9 @@ from healing.experiment.healing_cell import (
     settings_of,
     sham_checkpoint,
 )
-from healing.experiment.loading import load_inputs, use_threads
+from healing.experiment.loading import input_marks, use_threads
 from healing.lora import n_trainable, require
+from healing.models import LoadedModel
 from healing.plots import runs as runs_figures
 from healing.plots.style import arm_label
 from healing.presets import model_slug
@@ -126,7 +127,9 @@ def _store(
     runs_figures.spectral_decay(folder / "plots" / "spectral_decay_three_state.png", spectra, title)
 
 
-def _save_healed(run: RunLogger, outcome: HealOutcome, folder: pathlib.Path) -> None:
+def _save_healed(
+    run: RunLogger, outcome: HealOutcome, healed: LoadedModel, folder: pathlib.Path
+) -> None:
     """The healed weights, with what the basin stage needs to check that states belong together."""
     made, step = outcome.checkpoint.config, outcome.records[-1].step
     arm = made.get("arm", "unknown")
@@ -135,13 +138,14 @@ def _save_healed(run: RunLogger, outcome: HealOutcome, folder: pathlib.Path) -> 
         "arm": arm,
         "heal_run_id": run.run_id,
         "attack_run_id": made.get("attack_run_id", ""),
-        "healthy_digest": outcome.loaded.digest,
+        "healthy_digest": outcome.healthy_digest,
+        "model_commit": healed.commit,
         "collapsed_digest": outcome.checkpoint.digest,
         "corpus_digests": outcome.digests,
     }
     text = f"{outcome.cell.config.label} healed for {step} steps after {arm}"
     path = folder / "checkpoints" / HEALED_NAME
-    save_checkpoint(path, outcome.loaded.model, step, text, config, HEALED_KIND)
+    save_checkpoint(path, healed.model, step, text, config, HEALED_KIND)
 
 
 def _lineage(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -163,9 +167,9 @@ def sham_trajectory(
     It is healed once per store, seed, replicate and settings; a finished one is found again.
     """
     unit = cell.sham_cell()
-    corpus, loaded, _ = load_inputs(unit.config)
-    healthy = sham_checkpoint(loaded, unit.config)
-    mark = heal_fingerprint(unit, healthy, loaded.identity, corpus.digests)
+    marks = input_marks(unit.config)
+    healthy = sham_checkpoint(marks.healthy_digest, unit.config)
+    mark = heal_fingerprint(unit, healthy, marks.identity, marks.corpus_digests)
     done = tracking.find_finished(parent.experiment_id, mark)
     if done is None:
         heal_one(unit, console, parent=parent)
@@ -237,18 +241,18 @@ def _heal_in(run: RunLogger, cell: HealCell, title: str, arm: str, console: Cons
     files: dict[str, Any] = {}
     with console.bar(config.healing_steps, title) as bar:
 
-        def on_start(outcome: HealOutcome) -> None:
+        def on_start(outcome: HealOutcome, loaded: LoadedModel) -> None:
             name = heal_name(cell, outcome.checkpoint, outcome.fingerprint)
             files["folder"] = raw_data_folder(config.output_dir, name)
             start_folder(files["folder"], stored_config(outcome))
             files["lines"] = JsonLines(files["folder"] / "metrics.jsonl")
             run.rescue(files["folder"] / "config.json", files["lines"].path)
-            run.n_params(outcome.loaded.n_params)
-            run.n_params(n_trainable(outcome.loaded.model, config), "n_trainable_params")
-            warn_of_few_rows(console, config, outcome.loaded)
+            run.n_params(loaded.n_params)
+            run.n_params(n_trainable(loaded.model, config), "n_trainable_params")
+            warn_of_few_rows(console, config, loaded)
             settings = settings_of(cell, outcome.checkpoint, outcome.digests)
             marks = {"fingerprint": outcome.fingerprint, "settings": settings}
-            run.tags({**outcome.loaded.tags, **_lineage(outcome.checkpoint), **marks})
+            run.tags({**loaded.tags, **_lineage(outcome.checkpoint), **marks})
             log_corpora(run, config, outcome.digests, {"train": "training", "probe": "probe"})
 
         def on_record(outcome: HealOutcome, record: HealRecord) -> None:
@@ -264,10 +268,11 @@ def _heal_in(run: RunLogger, cell: HealCell, title: str, arm: str, console: Cons
             )
             bar.update(record.step - bar.n)
 
-        outcome = heal_cell(cell, on_start, on_record)
+        outcome, healed = heal_cell(cell, on_start, on_record)
     _store(outcome, files["folder"], rows)
     if config.save_healed:
-        _save_healed(run, outcome, files["folder"])
+        _save_healed(run, outcome, healed, files["folder"])
+    del healed
     _finish(run, outcome)
     upload(run, files["folder"])
     s = outcome.summary()

@@ -47,6 +47,7 @@ from healing.precision import (
     diagnose,
     first_nonfinite_parameter,
     forward_failure,
+    takes_a_step,
 )
 from healing.pretraining import unigram_loss
 from healing.probe import Measurement, Probe
@@ -82,13 +83,13 @@ class HealCell:
 
 @dataclass(frozen=True)
 class HealOutcome:
-    """What a healing cell leaves.
+    """What a healing cell leaves beside the healed model, which is too large to keep for each run.
 
     Attributes:
         cell: What was run.
         fingerprint: Hash of what determined the result.
-        checkpoint: The collapsed state it started from.
-        loaded: The model, now healed.
+        checkpoint: The collapsed state it started from, without its tensors.
+        healthy_digest: Of the untouched model's weights.
         healthy: Measurement of the untouched model.
         records: The trajectory, from step 0.
         digests: Corpus digests by split.
@@ -101,7 +102,7 @@ class HealOutcome:
     cell: HealCell
     fingerprint: str
     checkpoint: Checkpoint
-    loaded: LoadedModel
+    healthy_digest: str
     healthy: Measurement
     records: tuple[HealRecord, ...]
     digests: dict[str, str]
@@ -211,14 +212,14 @@ def decide_model(config: HealConfig, checkpoint: Checkpoint | None, path: object
         CheckpointError: The user names another model or revision than the checkpoint.
         ConfigError: The model cannot be what is named.
     """
-    if checkpoint is None:
-        return complete(config)
-    named = checkpoint.model_fields(path, config.model, config.revision, config.deduped)
-    checkpoint.pin_commit()
-    return complete(replace(config, **named))
+    if checkpoint is not None:
+        named = checkpoint.model_fields(path, config.model, config.revision, config.deduped)
+        config = replace(config, **named)
+        checkpoint.pin_commit()
+    return complete(config)
 
 
-def sham_checkpoint(loaded: LoadedModel, config: HealConfig) -> Checkpoint:
+def sham_checkpoint(healthy_digest: str, config: HealConfig) -> Checkpoint:
     """The healthy model in a checkpoint's place; its weights stay where they are."""
     made = {
         "model": config.model,
@@ -226,10 +227,10 @@ def sham_checkpoint(loaded: LoadedModel, config: HealConfig) -> Checkpoint:
         "deduped": config.deduped,
         "arm": SHAM,
         "seed": config.seed,
-        "healthy_digest": loaded.digest,
-        "fingerprint": loaded.digest,
+        "healthy_digest": healthy_digest,
+        "fingerprint": healthy_digest,
     }
-    return Checkpoint(0, {}, "healthy model", made, known_digest=loaded.digest)
+    return Checkpoint(0, {}, "healthy model", made, known_digest=healthy_digest)
 
 
 _PLAIN = HealConfig()
@@ -278,7 +279,9 @@ def failure_in_float32(
     Tried in this order: forward and backward pass on the first training batch, the forward passes
     of its measurement, the weights themselves.
     """
-    found = diagnose(loaded.model, batch.to(loaded.device), step=0)
+    batch = batch.to(loaded.device)
+    # Watched only where needed: that pass holds the logits of the whole batch.
+    found = None if takes_a_step(loaded.model, batch) else diagnose(loaded.model, batch, step=0)
     if found:
         return found
     if collapsed.nonfinite_tokens:
@@ -299,22 +302,25 @@ def _control(cell: HealCell, failure: Failure, windows: torch.Tensor) -> Control
 
 def heal_cell(
     cell: HealCell,
-    on_start: Callable[[HealOutcome], None] = lambda _: None,
+    on_start: Callable[[HealOutcome, LoadedModel], None] = lambda *_: None,
     on_record: Callable[[HealOutcome, HealRecord], None] = lambda *_: None,
-) -> HealOutcome:
+) -> tuple[HealOutcome, LoadedModel]:
     """One healing run as a function of its cell; neither files nor MLflow are touched.
 
     Args:
         cell: What to heal and how.
-        on_start: Called with the outcome so far (step 0) before the first step.
+        on_start: Called with the outcome so far (step 0) and the model before the first step.
         on_record: Called with the outcome so far and every record as it is made.
+
+    Returns:
+        What was found, and the healed model.
     """
     config = cell.config
     checkpoint = read_checkpoint(pathlib.Path(cell.checkpoint)) if cell.checkpoint else None
     if checkpoint:
         checkpoint.pin_commit()
     corpus, loaded, probe = load_inputs(config)
-    checkpoint = checkpoint or sham_checkpoint(loaded, config)
+    checkpoint = checkpoint or sham_checkpoint(loaded.digest, config)
     if checkpoint.kind == HEALED_KIND:
         raise CheckpointError(
             f"{cell.checkpoint} holds healed weights: name the collapsed checkpoint "
@@ -343,14 +349,14 @@ def heal_cell(
         cell,
         mark,
         checkpoint,
-        loaded,
+        loaded.digest,
         healthy,
         (HealRecord(0, 0, collapsed),),
         corpus.digests,
         in_float32,
         unigram_loss=unigram_loss(windows, probe.windows, len(embedding_matrix(loaded.model))),
     )
-    on_start(outcome)
+    on_start(outcome, loaded)
     for record in heal_steps(loaded, config, windows, probe, collapsed, _data_order(cell)):
         known = outcome.records if record.step else ()
         outcome = replace(outcome, records=(*known, record))
@@ -358,7 +364,7 @@ def heal_cell(
     last = outcome.records[-1]
     if last.stalled and last.failure and not outcome.in_float32:
         outcome = replace(outcome, control=_control(cell, last.failure, windows))
-    return outcome
+    return outcome, loaded
 
 
 SEEDED = ("seed", "collapsed_checkpoint", "arm")

@@ -111,14 +111,23 @@ def device_kind(config: BaseConfig) -> str:
     return resolve_device(config.device).type
 
 
+def computes_in_bfloat16(config: BaseConfig) -> bool:
+    """Whether the device is an accelerator that has bf16 itself: emulated, it is slower than fp32
+    (on the CPU bf16 has to be asked for).
+    """
+    if device_kind(config) != "cuda":
+        return False
+    return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def complete(config: ConfigT) -> ConfigT:
     """Replace every ``auto`` but the device's, also what only the model's own files tell.
 
     Raises:
         ConfigError: Unknown model, or windows longer than it can read.
-        ModelError: Its files cannot be had.
+        ModelError: Its files cannot be had, or there is no such device.
     """
-    config = resolve(config, accelerated=device_kind(config) != "cpu")
+    config = resolve(config, accelerated=computes_in_bfloat16(config))
     if model_kind(config.model) not in (HUB, FOLDER):
         return config  # the presets know their sizes, and read windows of any admissible length
     shape = model_shape(config.model, config.revision, config.deduped)
@@ -138,6 +147,29 @@ def complete(config: ConfigT) -> ConfigT:
 def load_for(config: BaseConfig) -> LoadedModel:
     """The healthy model that a resolved configuration names."""
     return load_model(config.model, config.device, revision=config.revision, deduped=config.deduped)
+
+
+@dataclasses.dataclass(frozen=True)
+class InputMarks:
+    """What tells the inputs of a configuration apart.
+
+    Attributes:
+        healthy_digest: Of the model's weights.
+        identity: Of weights, architecture and tokenizer.
+        corpus_digests: By split.
+    """
+
+    healthy_digest: str
+    identity: str
+    corpus_digests: dict[str, str]
+
+
+def input_marks(config: BaseConfig) -> InputMarks:
+    """Marks of a resolved configuration's inputs; the model is let go again, so that whatever is
+    run next is alone in memory.
+    """
+    corpus, loaded, _ = load_inputs(config)
+    return InputMarks(loaded.digest, loaded.identity, corpus.digests)
 
 
 def load_inputs(config: BaseConfig) -> tuple[Corpus, LoadedModel, Probe]:

@@ -30,7 +30,7 @@ from healing.experiment.console import Console
 from healing.experiment.errors import EXPECTED, SweepError
 from healing.experiment.heal import heal_one
 from healing.experiment.healing_cell import HealCell, heal_fingerprint, sham_checkpoint
-from healing.experiment.loading import complete, load_inputs
+from healing.experiment.loading import complete, input_marks
 from healing.experiment.summarize import summarize
 from healing.models import resolve_device
 from healing.pooling import HealRun, Summary
@@ -160,8 +160,8 @@ class Sweep:
 
     def _attack(self, cell: SweepCell, reference: str) -> pathlib.Path:
         settings = attack_config(self.config, cell, reference)
-        corpus, loaded, _ = load_inputs(settings)
-        mark = attack_fingerprint(settings, loaded.identity, corpus.digests)
+        marks = input_marks(settings)
+        mark = attack_fingerprint(settings, marks.identity, marks.corpus_digests)
         done = tracking.find_finished(self.run.experiment_id, mark)
         if done is None:
             return attack(settings, parent=self.run, console=self.console)[1]
@@ -173,9 +173,12 @@ class Sweep:
 
     def _heal(self, cell: SweepCell, path: pathlib.Path | None) -> tuple[RunView, bool]:
         unit = HealCell(heal_config(self.config, cell), "" if path is None else str(path))
-        corpus, loaded, _ = load_inputs(unit.config)
-        start = sham_checkpoint(loaded, unit.config) if path is None else read_checkpoint(path)
-        mark = heal_fingerprint(unit, start, loaded.identity, corpus.digests)
+        marks = input_marks(unit.config)
+        if path is None:
+            start = sham_checkpoint(marks.healthy_digest, unit.config)
+        else:
+            start = read_checkpoint(path)
+        mark = heal_fingerprint(unit, start, marks.identity, marks.corpus_digests)
         done = tracking.find_finished(self.run.experiment_id, mark)
         if done is not None:
             return done, True
