@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 # Rows of the stored basis that are widened to the working dtype (and moved to the operator's
-# device) at once: bounds the extra memory of a narrow or host-side basis to this many vectors.
+# device) at once, and at most how many numbers (1 GB in float32): they bound the extra memory of a
+# narrow or host-side basis.
 _ROWS_PER_BLOCK = 16
+_NUMBERS_PER_BLOCK = 2**28
 
 # Ritz values are recomputed every so many steps; the dense m x m decomposition is negligible
 # beside a Hessian-vector product, but not beside a small dense one.
@@ -131,8 +133,10 @@ class _Basis:
         self.size += 1
 
     def _blocks(self) -> list[tuple[int, int]]:
-        starts = range(0, self.size, _ROWS_PER_BLOCK)
-        return [(start, min(start + _ROWS_PER_BLOCK, self.size)) for start in starts]
+        # Rows of billions of numbers go through the device one at a time.
+        height = max(1, min(_ROWS_PER_BLOCK, _NUMBERS_PER_BLOCK // self._rows.shape[1]))
+        starts = range(0, self.size, height)
+        return [(start, min(start + height, self.size)) for start in starts]
 
     def remove_from(self, vector: Tensor) -> None:
         """Subtract, in place, the projection of `vector` on the stored rows."""

@@ -10,7 +10,9 @@ import torch
 from scipy.sparse.linalg import eigsh
 from torch import Tensor
 
+from healing import lanczos as lanczos_module
 from healing.lanczos import LanczosStatus, Recurrence, gaussian, lanczos
+from healing.randomness import named_generator
 
 
 class Dense:
@@ -223,3 +225,20 @@ def test_refuses_no_pairs(n_largest: int, n_smallest: int) -> None:
 def test_refuses_more_pairs_than_iterations() -> None:
     with pytest.raises(ValueError, match="max_iterations 4 is less than the 5 pairs wanted"):
         lanczos(Dense(torch.eye(9)), generator(), n_largest=3, n_smallest=2, max_iterations=4)
+
+
+@pytest.mark.parametrize(("numbers", "height"), [(2**28, 16), (5 * 7, 5), (6, 1)])
+def test_rows_of_a_basis_go_through_the_device_in_blocks_that_fit(monkeypatch, numbers, height):
+    """The projection is the same whatever the height of the blocks."""
+    monkeypatch.setattr(lanczos_module, "_NUMBERS_PER_BLOCK", numbers)
+    rows = torch.linalg.qr(torch.randn(7, 6, generator=named_generator(0, "q"))).Q.T
+    basis = lanczos_module._Basis(20, rows[0], None, None)
+    for row in (*rows, *rows, *rows):
+        basis.append(row)
+    basis.size = 6
+    vector = torch.randn(7, generator=named_generator(1, "v"))
+    expected = vector - rows.T @ (rows @ vector)
+    basis.remove_from(vector)
+    torch.testing.assert_close(vector, expected, rtol=0, atol=1e-5)
+    basis.size = 18
+    assert basis._blocks()[0] == (0, height)
