@@ -421,3 +421,5 @@ def test_a_spectral_attack_on_what_cannot_be_computed_ends_instead_of_raising(na
     records = list(run_attack(nano, made.arm, config, probe, healthy, change))
     assert [r.step for r in records] == [0, 1]
     assert not records[-1].outcome.finite
+    # Measuring and the next forward pass have the gradients' room.
+    assert all(p.grad is None for p in nano.model.parameters())

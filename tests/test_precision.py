@@ -11,7 +11,9 @@ from torch import nn
 
 from healing.config import HealConfig, resolve
 from healing.experiment import loading
+from healing.experiment.healing_cell import failure_in_float32
 from healing.experiment.loading import complete
+from healing.lockout import GRADIENT
 from healing.models import load_model
 from healing.precision import (
     Precision,
@@ -401,3 +403,18 @@ def test_control_stops_at_its_first_failure(nano, windows, monkeypatch):
     assert (control.steps, control.failure.step, control.origin) == (5, 1, "update")
     fine = control_run(load_model("nano"), settings(), windows, named_generator(0, "sft"), 2)
     assert (fine.steps, fine.failure, fine.origin) == (2, None, "none")
+
+
+def test_a_gradient_that_float32_cannot_hold_is_found_before_the_first_step(nano, probe):
+    """Logits as before, from states 1e30 times as large: only the gradient's norm overflows."""
+    assert failure_in_float32(nano, probe.measure(nano.model), probe, probe.windows[:4]) is None
+    norm = nano.model.gpt_neox.final_layer_norm
+    with torch.no_grad():
+        norm.weight *= 1e30
+        norm.bias *= 1e30
+        nano.model.get_output_embeddings().weight *= 1e-30
+    measured = probe.measure(nano.model)
+    assert measured.nonfinite_tokens == 0
+    found = failure_in_float32(nano, measured, probe, probe.windows[:4])
+    assert found is not None
+    assert found.origin == GRADIENT
