@@ -34,7 +34,7 @@ from benchmarks.shapes import loaded_model
 from benchmarks.stopwatch import Stopwatch, seconds_of, synchronize
 from healing import lanczos as lanczos_module
 from healing.attacks import arms
-from healing.attacks.clean_curvature import LARGE, clean_hessian
+from healing.attacks.clean_curvature import basis_place, clean_hessian
 from healing.attacks.driver import WeightChange, run_attack
 from healing.config import AttackConfig, HealConfig, resolve
 from healing.corpora import Corpus
@@ -158,7 +158,7 @@ def hessian_product(loaded: LoadedModel, config: AttackConfig, corpus: Corpus) -
 def lanczos(loaded: LoadedModel, config: AttackConfig, corpus: Corpus) -> Numbers:
     """Seconds of a short Lanczos run, with the basis where the attack keeps it."""
     operator, watch = clean_hessian(config, loaded, corpus), Stopwatch(loaded.device)
-    large = operator.shape[0] >= LARGE
+    place = basis_place(operator.shape[0])
     watched = {"start": (lanczos_module, "gaussian"), "product": (HessianOperator, "__call__")}
     synchronize(loaded.device)
     begin = time.perf_counter()
@@ -170,14 +170,13 @@ def lanczos(loaded: LoadedModel, config: AttackConfig, corpus: Corpus) -> Number
             n_smallest=1,
             max_iterations=LANCZOS_ITERATIONS,
             tolerance=0.0,  # so that it takes them all
-            basis_dtype=torch.bfloat16 if large else None,
-            basis_device="cpu" if large else None,
+            **place,
         )
     took, seconds = time.perf_counter() - begin, watch.seconds
     return {
         "iterations": found.iterations,
         "products": found.products,
-        "basis": "bf16, host" if large else "fp32, device",
+        "basis": "fp32, device" if place["basis_device"] is None else "bf16, host",
         "lanczos_seconds": took,
         "start_vector_seconds": seconds["start"],
         "product_seconds": seconds["product"],

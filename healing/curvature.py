@@ -361,7 +361,8 @@ class LeadingSubspace:
             raise ValueError("vectors are not finite")
         basis, triangle = torch.linalg.qr(vectors)
         scale = torch.linalg.vector_norm(vectors, dim=0)
-        if (triangle.diagonal().abs() <= 100 * torch.finfo(vectors.dtype).eps * scale).any():
+        least = 100 * torch.finfo(vectors.dtype).eps * scale
+        if not (triangle.diagonal().abs() > least).all():
             raise ValueError("vectors are linearly dependent")
         self.basis = basis
 

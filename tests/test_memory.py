@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+from types import SimpleNamespace
 
 import mlflow
 import pytest
@@ -12,6 +13,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from entrypoints.attack import main as attack_command
 from entrypoints.heal import main as heal_command
+from healing.attacks import clean_curvature
 from healing.config import AttackConfig, HealConfig, resolve
 from healing.experiment.dry_run import dry_run
 from healing.footprint import Usage, shapes_only
@@ -144,6 +146,18 @@ def test_an_attack_forms_nothing_else_of_the_models_size():
     # While the catalyst is searched for: weights and their copy, G, its derivative, their parts.
     search = sum(found.phases[PREPARING].values())
     assert search < 4 * (2 * n + directions + 3 * matrices)
+
+
+def test_a_prediction_is_made_where_the_attack_itself_would_be_refused(monkeypatch):
+    """A Lanczos basis larger than this machine's memory is what one asks about."""
+    monkeypatch.setattr(clean_curvature, "LARGE", 1)
+    nothing = SimpleNamespace(available=0)
+    monkeypatch.setattr(clean_curvature.psutil, "virtual_memory", lambda: nothing)
+    config = AttackConfig(model="nano", arm="random_tokens", subspace="hessian",
+        hessian_directions=2, curvature_tokens=64, probe_tokens=64, sequence_length=32)  # fmt: skip
+    found = predict_attack(resolve(config), SHAPE, CPU)
+    basis = 2 * (6 * 2 + 40) * 3 * 12 * 64**2
+    assert sum(found.phases[PREPARING].values()) > basis
 
 
 def test_an_accelerators_memory_does_not_hold_what_the_host_keeps():

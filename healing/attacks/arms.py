@@ -205,9 +205,9 @@ def mean_spectral_entropy(model: PreTrainedModel, batch: torch.Tensor) -> torch.
     """
     with block_outputs(model) as outputs:
         model(input_ids=batch.to(next(model.parameters()).device))
-        entropies = []
         if not all(map(all_finite, outputs)):
             return math.nan * outputs[-1].sum()  # eigenvalues would raise
+        entropies = []
         for hidden in outputs:
             rows = hidden[keep_mask(hidden.detach())]
             rows = (rows - rows.mean(0)).double()

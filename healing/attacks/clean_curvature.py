@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypedDict
 
 import psutil
 import torch
@@ -44,6 +45,20 @@ def clean_hessian(config: AttackConfig, loaded: LoadedModel, corpus: Corpus) -> 
         [len(part) for part in parts],
         parameters=block_matrices(loaded.model).values(),
     )
+
+
+class BasisPlace(TypedDict):
+    """Format and device of a Lanczos basis, as :func:`healing.lanczos.lanczos` takes them."""
+
+    basis_dtype: torch.dtype | None
+    basis_device: str | None
+
+
+def basis_place(parameters: int) -> BasisPlace:
+    """Beside the model in its own format; of a large one in bfloat16 in host memory."""
+    if parameters >= LARGE:
+        return {"basis_dtype": torch.bfloat16, "basis_device": "cpu"}
+    return {"basis_dtype": None, "basis_device": None}
 
 
 @dataclass(frozen=True)
@@ -91,10 +106,9 @@ def hessian_subspace(
         ValueError: Lanczos met values that are not finite, or fewer than k directions exist.
     """
     n = operator.shape[0]
-    large = n >= LARGE
     iterations = min(n, 6 * directions + 40)
-    if large:
-        _require_room(2 * iterations * n, iterations)
+    if n >= LARGE:
+        require_room(torch.bfloat16.itemsize * iterations * n, iterations)
     with operator.retained_graphs():
         pairs = lanczos(
             operator,
@@ -103,15 +117,19 @@ def hessian_subspace(
             n_smallest=1,
             max_iterations=iterations,
             tolerance=LANCZOS_TOLERANCE,
-            basis_dtype=torch.bfloat16 if large else None,
-            basis_device="cpu" if large else None,
+            **basis_place(n),
         )
     shapes = {name: p.shape for name, p in block_matrices(model).items()}
     leading = LeadingSubspace.from_lanczos(pairs, directions)
     return CleanCurvature(HessianSubspace(shapes, leading), pairs)
 
 
-def _require_room(needed: int, vectors: int) -> None:
+def require_room(needed: int, vectors: int) -> None:
+    """Refuse a Lanczos basis that the host cannot hold, before hours are spent on it.
+
+    Raises:
+        ConfigError: Fewer than ``needed`` bytes are free.
+    """
     available = psutil.virtual_memory().available
     if needed > available:
         raise ConfigError(
