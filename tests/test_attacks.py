@@ -19,8 +19,9 @@ from healing.attacks.arms import gaussian_noise, make_arm, mean_spectral_entropy
 from healing.attacks.driver import WeightChange, gradient_step, run_attack
 from healing.attacks.haep import Catalyst, propose_swaps, search_catalyst, token_gradient
 from healing.checkpoints import COLLAPSED_KIND, HEALED_KIND, CheckpointError, save_checkpoint
-from healing.config import AttackConfig, resolve
+from healing.config import ARMS, AttackConfig, resolve
 from healing.models import LoadedModel, block_matrices, load_model, state_digest
+from healing.plots.style import ARM_STYLES
 from healing.probe import Probe
 from healing.randomness import named_generator
 from healing.subspaces import MatrixSubspace, SingularSubspace
@@ -332,6 +333,17 @@ def test_spectral_arm_collapses_the_rank(nano, corpus, small_probe):
     assert records[-1].measurement.effective_rank < 0.5 * records[0].measurement.effective_rank
     assert records[-1].step < 20  # it stopped when the target was reached
     assert all(r.outcome.finite for r in records)
+
+
+def test_a_name_that_no_arm_has_is_refused_instead_of_run_as_another(nano, corpus):
+    config = resolve(AttackConfig(model="nano"))
+    object.__setattr__(config, "arm", "mystery")
+    with pytest.raises(ValueError, match="no arm is made under the name 'mystery'"):
+        make_arm(config, nano, corpus, WeightChange(nano.model))
+
+
+def test_every_arm_has_a_style_in_the_figures():
+    assert set(ARM_STYLES) == set(ARMS)
 
 
 def test_attack_stops_on_a_step_that_is_not_finite(nano, corpus, small_probe):

@@ -343,8 +343,10 @@ class _Maker:
             draws = named_generator(self.config.seed, "attack", arm)
             tokens = random_sequences(1, self.length, self.vocabulary, draws)[0]
             made = self.sequence(tokens.to(self.loaded.device))
-        else:
+        elif arm == "random_text":
             made = self.sequence(self.texts[self.pick[1]])
+        else:
+            raise ValueError(f"no arm is made under the name {arm!r}")
         return Preparation(made, catalyst, self.numbers, self.statuses)
 
 
