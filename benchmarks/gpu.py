@@ -32,20 +32,23 @@ from benchmarks.parts import Numbers, Report, run_part
 from benchmarks.roofline import device_speed, roofline, step_bytes, step_flops
 from benchmarks.shapes import loaded_model
 from benchmarks.stopwatch import Stopwatch, seconds_of, synchronize
-from healing import lanczos as lanczos_module
 from healing.attacks import arms
-from healing.attacks.clean_curvature import basis_place, clean_hessian
-from healing.attacks.driver import WeightChange, run_attack
-from healing.config import AttackConfig, HealConfig, resolve
-from healing.corpora import Corpus
-from healing.curvature import HessianOperator
-from healing.experiment.loading import cached_corpus, use_threads
-from healing.models import LoadedModel, resolve_device
-from healing.precision import Precision
-from healing.probe import Probe
+from healing.attacks.clean_hessian import basis_place, clean_hessian
+from healing.attacks.loop import run_attack
+from healing.attacks.weight_change import WeightChange
+from healing.config.attack import AttackConfig
+from healing.config.heal import HealConfig
+from healing.config.resolve import resolve
+from healing.curvature import lanczos as lanczos_module
+from healing.curvature.hessian import HessianOperator
+from healing.curvature.subspaces import LowCurvatureSubspace, MatrixSubspace
+from healing.data.splits import Corpus
+from healing.measurements.probe import Probe
+from healing.models.loading import LoadedModel, resolve_device
 from healing.randomness import named_generator
-from healing.sft import heal
-from healing.subspaces import LowCurvatureSubspace, MatrixSubspace
+from healing.stages.cells.inputs import cached_corpus, use_threads
+from healing.training.healing_loop import heal
+from healing.training.precision import Precision
 
 LANCZOS_ITERATIONS = 8
 """Few: the time of an iteration hardly changes over them."""

@@ -31,10 +31,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.table import Row, at_most, ratios, rounds, save, show
-from healing.corpora import load_corpus
-from healing.curvature import HessianOperator
-from healing.lanczos import gaussian
-from healing.models import load_model
+from healing.curvature.hessian import HessianOperator
+from healing.curvature.lanczos import gaussian
+from healing.data.corpora import load_corpus
+from healing.models.loading import load_model
 
 MODEL, ROWS, LENGTH = "micro", 8, 128
 COLUMNS = 4

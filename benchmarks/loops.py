@@ -31,15 +31,16 @@ from torch.utils.data import Dataset
 
 from benchmarks.shapes import loaded_model
 from benchmarks.table import at_least, ratios, rounds, save, show
-from healing import tracking
-from healing.config import HealConfig, resolve
-from healing.corpora import batches
-from healing.experiment.files import JsonLines
-from healing.experiment.loading import cached_corpus, use_threads
-from healing.models import LoadedModel
-from healing.probe import Probe
+from healing.config.heal import HealConfig
+from healing.config.resolve import resolve
+from healing.data.windows import batches
+from healing.measurements.probe import Probe
+from healing.models.loading import LoadedModel
 from healing.randomness import named_generator
-from healing.sft import heal
+from healing.stages.cells.inputs import cached_corpus, use_threads
+from healing.tracking import run_logger
+from healing.tracking.run_files import JsonLines
+from healing.training.healing_loop import heal
 
 
 class Windows(Dataset):
@@ -56,7 +57,10 @@ class Windows(Dataset):
 
 
 def same_batches(config: HealConfig, windows: torch.Tensor) -> torch.Tensor:
-    """What :func:`healing.sft.heal` draws from these windows: int64 (steps, batch, length)."""
+    """What :func:`healing.training.healing_loop.heal` draws from these windows.
+
+    int64 (steps, batch, length).
+    """
     drawn = batches(windows, int(config.batch_size), named_generator(0, "sft"))
     return torch.stack(list(itertools.islice(drawn, config.healing_steps)))
 
@@ -100,7 +104,7 @@ def project(
     config: HealConfig,
     windows: torch.Tensor,
     probe: Probe,
-    run: tracking.RunLogger,
+    run: run_logger.RunLogger,
     folder: pathlib.Path,
 ) -> float:
     """Seconds from the first step to the last record logged; step 0 is measured before.
@@ -197,7 +201,7 @@ def main() -> None:
         place = pathlib.Path(folder)
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{place}/mlflow.db"
         os.chdir(place)
-        with tracking.start("loops", {"stage": "benchmark"}) as run:
+        with run_logger.start("loops", {"stage": "benchmark"}) as run:
             loops = {
                 "bare": lambda: bare(loaded, config, drawn),
                 "project": lambda: project(loaded, config, windows, probe, run, place),

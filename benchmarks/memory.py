@@ -39,8 +39,8 @@ def make_folder(size: str, folder: pathlib.Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from healing.shapes import pythia_config
-    from healing.sources import EMBEDDED_DIR
+    from healing.models.architectures import pythia_config
+    from healing.models.model_files import EMBEDDED_DIR
 
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(pythia_config(size)).save_pretrained(folder)
@@ -49,8 +49,8 @@ def make_folder(size: str, folder: pathlib.Path) -> None:
 
 def settings(model: str, way: str):
     import healing.experiment.heal  # noqa: F401 (what the stage imports is resident there too)
-    from healing.config import HealConfig
-    from healing.experiment.loading import complete
+    from healing.config.heal import HealConfig
+    from healing.stages.cells.inputs import complete
 
     config = HealConfig(
         model=model, corpus="stdlib", healing_steps=3, measurement_interval=3, **WAYS[way]
@@ -60,8 +60,8 @@ def settings(model: str, way: str):
 
 def measure(model: str, way: str) -> dict[str, float]:
     """Heal, and say how much memory the process took at most."""
-    from healing.experiment.healing_cell import HealCell, heal_cell
-    from healing.experiment.loading import use_threads
+    from healing.stages.cells.heal import HealCell, heal_cell
+    from healing.stages.cells.inputs import use_threads
 
     config = settings(model, way)
     use_threads(config)
@@ -78,8 +78,8 @@ def predict(model: str, way: str) -> dict[str, float]:
     import torch
 
     config = settings(model, way)
-    from healing.memory import predict_healing
-    from healing.shapes import architecture
+    from healing.models.architectures import architecture
+    from healing.stages.dry_run.peak_memory import predict_healing
 
     found = predict_healing(config, architecture(model), torch.device("cpu"))
     largest = max(found.phases, key=lambda name: sum(found.phases[name].values()))

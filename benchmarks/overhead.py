@@ -17,12 +17,14 @@ import tempfile
 import time
 
 from benchmarks.table import at_most, save, show
-from healing import tracking
-from healing.config import AttackConfig, HealConfig, resolve
-from healing.experiment.attack import attack_cell
-from healing.experiment.loading import load_inputs, training_windows, use_threads
+from healing.config.attack import AttackConfig
+from healing.config.heal import HealConfig
+from healing.config.resolve import resolve
 from healing.randomness import named_generator
-from healing.sft import heal
+from healing.stages.cells.attack import attack_cell
+from healing.stages.cells.inputs import load_inputs, training_windows, use_threads
+from healing.tracking import run_logger
+from healing.training.healing_loop import heal
 
 
 def timed(loaded, config, windows, probe, collapsed, run=None) -> tuple[float, float, float]:
@@ -64,7 +66,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
         os.chdir(pathlib.Path(folder))
-        with tracking.start("overhead", {"stage": "benchmark"}) as run:
+        with run_logger.start("overhead", {"stage": "benchmark"}) as run:
             for _ in range(arguments.rounds):
                 total, training, logging = timed(
                     attacked.loaded, config, windows, probe, collapsed, run

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.stopwatch import synchronize
-from healing.models import LoadedModel
+from healing.models.loading import LoadedModel
 
 OK, OUT_OF_MEMORY = "ok", "out of memory"
 

@@ -17,8 +17,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from benchmarks.stopwatch import seconds_of
-from healing.models import embedding_matrix, transformer_blocks
-from healing.precision import Precision
+from healing.models.blocks import embedding_matrix, transformer_blocks
+from healing.training.precision import Precision
 
 FLOAT32, MOMENTS = 4, 2
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from transformers import GPTNeoXForCausalLM
 
-from healing.models import LoadedModel, load_model
-from healing.shapes import PYTHIA_SHAPES, pythia_config
+from healing.models.architectures import PYTHIA_SHAPES, pythia_config
+from healing.models.loading import LoadedModel, load_model
 
 
 def loaded_model(name: str) -> LoadedModel:

@@ -11,12 +11,13 @@ import torch
 
 from benchmarks.shapes import loaded_model
 from benchmarks.table import Row, at_most, ratios, rounds, save, show
-from healing.config import BaseConfig, resolve
-from healing.experiment.loading import cached_corpus, use_threads
-from healing.models import block_outputs
-from healing.moments import MomentAccumulator
-from healing.probe import TOKENS_PER_FORWARD, Probe
-from healing.spectra import Spectrum
+from healing.config.resolve import resolve
+from healing.config.shared import BaseConfig
+from healing.measurements.covariance import MomentAccumulator
+from healing.measurements.probe import TOKENS_PER_FORWARD, Probe
+from healing.measurements.spectrum import Spectrum
+from healing.models.blocks import block_outputs
+from healing.stages.cells.inputs import cached_corpus, use_threads
 
 TARGETS = {"70m": 0.15}
 """Most that spectra should add, by size."""

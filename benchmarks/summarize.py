@@ -38,13 +38,13 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from benchmarks.table import at_most, save, show
-from healing import tracking
-from healing.experiment import stored_runs
-from healing.experiment.summarize import find_runs, summarize
-from healing.heal_runs import ENDPOINTS
-from healing.histories import Trajectory
-from healing.pooling import summarize_runs
-from healing.stage_config import SummarizeConfig
+from healing.config.summarize import SummarizeConfig
+from healing.stages import summarize_inputs
+from healing.stages.summarize import find_runs, summarize
+from healing.statistics.heal_runs import ENDPOINTS
+from healing.statistics.summary import summarize_runs
+from healing.tracking import queries, run_logger
+from healing.tracking.metric_history import Trajectory
 
 METRICS = (
     "effective_rank", "perplexity", "loss", "train_loss", "grad_norm", "nonfinite_tokens",
@@ -86,7 +86,7 @@ def make_store(folder: pathlib.Path, count: int) -> None:
     """Runs through MLflow's client, their points in one SQL insert each."""
     rng = np.random.default_rng(0)
     os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
-    client = tracking.MlflowClient()
+    client = run_logger.MlflowClient()
     experiment = client.create_experiment("bench", artifact_location=f"{folder}/artifacts")
     points, latest = [], []
     for number in range(count):
@@ -95,7 +95,7 @@ def make_store(folder: pathlib.Path, count: int) -> None:
         values = trajectory(rng)
         params = {f"heal.option_{i}": str(i) for i in range(25)}
         params |= {"n_params": str(MODELS[tags["model"]]), "model": tags["model"]}
-        client.log_batch(run.run_id, params=[tracking.Param(k, v) for k, v in params.items()])
+        client.log_batch(run.run_id, params=[run_logger.Param(k, v) for k, v in params.items()])
         rows = []
         for i, row in enumerate(values.tolist()):
             step, moment = i * INTERVAL, 1_700_000_000_000 + 1000 * i
@@ -151,7 +151,7 @@ def add_tags(folder: pathlib.Path) -> None:
     database.close()
 
 
-def from_tag(view: tracking.RunView) -> Trajectory:
+def from_tag(view: queries.RunView) -> Trajectory:
     table = json.loads(zlib.decompress(base64.b64decode(view.tags["trajectory"])))
     columns = list(zip(*table, strict=True))
     values = {
@@ -161,15 +161,17 @@ def from_tag(view: tracking.RunView) -> Trajectory:
     return Trajectory(tuple(columns[0]), values)
 
 
-def read(way: str, views: list[tracking.RunView]) -> list[stored_runs.HealRun]:
+def read(way: str, views: list[queries.RunView]) -> list[summarize_inputs.HealRun]:
     if way == "bulk":
-        return stored_runs.read_runs(views, lambda text: sys.exit(f"not in bulk: {text}"))
+        return summarize_inputs.read_runs(views, lambda text: sys.exit(f"not in bulk: {text}"))
     if way == "threads":
         with ThreadPoolExecutor(8) as pool:
-            found = list(pool.map(stored_runs.from_artifact, views))
+            found = list(pool.map(summarize_inputs.from_artifact, views))
     else:
-        found = [{"artifact": stored_runs.from_artifact, "tag": from_tag}[way](v) for v in views]
-    return [stored_runs._heal_run(v, t) for v, t in zip(views, found, strict=True)]
+        found = [
+            {"artifact": summarize_inputs.from_artifact, "tag": from_tag}[way](v) for v in views
+        ]
+    return [summarize_inputs._heal_run(v, t) for v, t in zip(views, found, strict=True)]
 
 
 def peak_megabytes() -> float:

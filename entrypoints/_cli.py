@@ -9,8 +9,16 @@ from typing import Any
 
 import click
 
-from healing.config import ConfigError
-from healing.options import AUTO, fields_of, flag_name
+# Before MLflow is imported, and for this process alone: a library changes no environment.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+# One bar per downloaded file would bury the summary's table.
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+# One unreachable server must not hang a run for minutes (default: 7 retries, about 4 minutes).
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+
+from healing.config.options import AUTO, fields_of, flag_name
+from healing.errors import ConfigError
 
 
 class NumberOrAuto(click.ParamType):
@@ -66,16 +74,16 @@ def run_stage(stage: Callable[[Any], Any], config_class: type, values: dict[str,
         config = config_class(**values)
     except ConfigError as error:
         if "MLFLOW_RUN_ID" in os.environ:
-            from healing.tracking import mark_failed
+            from healing.tracking.run_logger import mark_failed
 
             mark_failed(str(error))
         raise click.UsageError(str(error)) from error
-    from healing.experiment.errors import EXPECTED
+    from healing.errors import HealingError
 
     if values.get("dry_run"):
-        from healing.experiment.dry_run import dry_run as stage
+        from healing.stages.dry_run.stage import dry_run as stage
     try:
         stage(config)
-    except EXPECTED as error:
+    except HealingError as error:
         click.echo(f"error: {' '.join(str(error).split())}", err=True)
         sys.exit(1)

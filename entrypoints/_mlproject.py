@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import json
 
-from healing.basin_config import BasinConfig
-from healing.config import AttackConfig, HealConfig
-from healing.options import fields_of, flag_name
-from healing.stage_config import ImportConfig, PretrainConfig, SummarizeConfig, SweepConfig
+from healing.config.attack import AttackConfig
+from healing.config.basin import BasinConfig
+from healing.config.heal import HealConfig
+from healing.config.import_results import ImportConfig
+from healing.config.options import fields_of, flag_name
+from healing.config.pretrain import PretrainConfig
+from healing.config.summarize import SummarizeConfig
+from healing.config.sweep import SweepConfig
 
 STAGES = {
     "main": SweepConfig,

@@ -7,14 +7,14 @@ from typing import Any
 import click
 
 from entrypoints._cli import options_of, run_stage
-from healing.config import AttackConfig
+from healing.config.attack import AttackConfig
 
 
 @click.command()
 @options_of(AttackConfig)
 def main(**values: Any) -> None:
     """Attack a healthy model, follow rank and perplexity, and store the collapsed checkpoint."""
-    from healing.experiment.attack import attack
+    from healing.stages.attack import attack
 
     run_stage(attack, AttackConfig, values)
 

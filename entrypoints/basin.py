@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from entrypoints._cli import options_of, run_stage
-from healing.basin_config import BasinConfig
+from healing.config.basin import BasinConfig
 
 
 @click.command()
@@ -18,7 +18,7 @@ def main(**values: Any) -> None:
     Gradient, curvature and escape in the healthy, collapsed and healed state, loss barriers
     between them. Give --heal-run-id, or both checkpoints.
     """
-    from healing.experiment.basin import basin
+    from healing.stages.basin import basin
 
     run_stage(basin, BasinConfig, values)
 

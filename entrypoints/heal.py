@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from entrypoints._cli import options_of, run_stage
-from healing.config import HealConfig
+from healing.config.heal import HealConfig
 
 
 @click.command()
@@ -18,7 +18,7 @@ def main(**values: Any) -> None:
     Give one checkpoint (--collapsed-checkpoint or --attack-run-id), a folder of checkpoints
     (--checkpoint-dir), or nothing: then a fresh attack (--arm) is made and healed.
     """
-    from healing.experiment.heal import heal
+    from healing.stages.heal import heal
 
     run_stage(heal, HealConfig, values)
 

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from entrypoints._cli import options_of, run_stage
-from healing.stage_config import ImportConfig
+from healing.config.import_results import ImportConfig
 
 
 @click.command()
@@ -18,7 +18,7 @@ def main(**values: Any) -> None:
     A recorded run that was imported before is not imported again. Summarize the imported runs
     with: summarize --legacy true
     """
-    from healing.experiment.import_results import import_results
+    from healing.predecessor.import_stage import import_results
 
     run_stage(import_results, ImportConfig, values)
 

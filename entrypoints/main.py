@@ -7,14 +7,14 @@ from typing import Any
 import click
 
 from entrypoints._cli import options_of, run_stage
-from healing.stage_config import SweepConfig
+from healing.config.sweep import SweepConfig
 
 
 @click.command()
 @options_of(SweepConfig)
 def main(**values: Any) -> None:
     """Attack and heal every model x arm x seed, then summarize; finished cells are kept."""
-    from healing.experiment.sweep import sweep
+    from healing.stages.sweep import sweep
 
     run_stage(sweep, SweepConfig, values)
 

@@ -7,14 +7,14 @@ from typing import Any
 import click
 
 from entrypoints._cli import options_of, run_stage
-from healing.stage_config import PretrainConfig
+from healing.config.pretrain import PretrainConfig
 
 
 @click.command()
 @options_of(PretrainConfig)
 def main(**values: Any) -> None:
     """Train an embedded model (nano or micro) and its tokenizer from nothing, tracked in MLflow."""
-    from healing.experiment.pretrain import pretrain
+    from healing.stages.pretrain import pretrain
 
     run_stage(pretrain, PretrainConfig, values)
 

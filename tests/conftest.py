@@ -17,10 +17,10 @@ import pytest
 import torch
 from transformers import GPTNeoXForCausalLM
 
-from healing.experiment.loading import cached_corpus
-from healing.models import LoadedModel, embedded_config, load_model, state_digest
-from healing.probe import Probe
+from healing.measurements.probe import Probe
+from healing.models.loading import LoadedModel, embedded_config, load_model, state_digest
 from healing.randomness import named_generator
+from healing.stages.cells.inputs import cached_corpus
 
 ROOT = pathlib.Path(__file__).parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"

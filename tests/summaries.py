@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from healing.heal_runs import HealRun
-from healing.pooling import Summary, summarize_runs
+from healing.statistics.heal_runs import HealRun
+from healing.statistics.summary import Summary, summarize_runs
 
 N_PARAMS = {"nano": 309_792, "micro": 1_317_632, "70m": 70_426_624}
 STEPS = tuple(range(0, 61, 10))

@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from healing.curvature import twice_differentiable_attention
-from healing.models import next_token_loss
-from healing.precision import Precision
+from healing.curvature.hessian import twice_differentiable_attention
+from healing.models.blocks import next_token_loss
+from healing.training.precision import Precision
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -239,7 +239,8 @@ def test_all_loops_see_the_same_batches_from_the_same_weights(corpus, nano, prob
     import transformers
 
     from benchmarks import loops
-    from healing.config import HealConfig, resolve
+    from healing.config.heal import HealConfig
+    from healing.config.resolve import resolve
 
     transformers.utils.logging.set_verbosity_error()
     settings = {"healing_steps": 3, "healing_lr": 1e-2, "measurement_interval": 2}

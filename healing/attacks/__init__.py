@@ -1,1 +1,1 @@
-"""Ways of hurting a model, and the one driver that all of them go through."""
+"""The attack loop, the catalyst search, damage matching."""

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from healing.models import block_matrices, next_token_loss
-from healing.subspaces import LowCurvatureSubspace
+from healing.curvature.subspaces import LowCurvatureSubspace
+from healing.models.blocks import block_matrices, next_token_loss
 
 
 def sequence_loss(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:

@@ -18,24 +18,24 @@ from healing.attacks.alignment import (
     random_sequences,
     sequence_loss,
 )
-from healing.attacks.clean_curvature import clean_hessian, hessian_subspace, rayleigh_rank
-from healing.attacks.driver import (
-    Differences,
-    StepOutcome,
-    WeightChange,
-    gradient_step,
-    snapshot,
-)
-from healing.attacks.haep import Catalyst, search_catalyst
-from healing.checkpoints import COLLAPSED_KIND, Checkpoint, CheckpointError, read_checkpoint
-from healing.config import CONTROL, SHAM, TREATMENT, AttackConfig
-from healing.corpora import Corpus, batches
-from healing.curvature import HessianOperator
-from healing.models import LoadedModel, block_matrices, block_outputs
-from healing.precision import all_finite
+from healing.attacks.base import StepOutcome
+from healing.attacks.catalyst_search import Catalyst, search_catalyst
+from healing.attacks.clean_hessian import clean_hessian, hessian_subspace, rayleigh_rank
+from healing.attacks.loop import gradient_step
+from healing.attacks.weight_change import Differences, WeightChange, snapshot
+from healing.config.attack import AttackConfig
+from healing.config.shared import CONTROL, SHAM, TREATMENT
+from healing.curvature.hessian import HessianOperator
+from healing.curvature.subspaces import LowCurvatureSubspace, SingularSubspace
+from healing.data.splits import Corpus
+from healing.data.windows import batches
+from healing.errors import CheckpointError
+from healing.measurements.spectrum import keep_mask, spectral_entropy
+from healing.models.blocks import block_matrices, block_outputs
+from healing.models.checkpoints import COLLAPSED_KIND, Checkpoint, read_checkpoint
+from healing.models.loading import LoadedModel
 from healing.randomness import named_generator
-from healing.spectra import keep_mask, spectral_entropy
-from healing.subspaces import LowCurvatureSubspace, SingularSubspace
+from healing.training.nonfinite import all_finite
 
 ENTROPY_FLOOR = 1e-10
 """Eigenvalues under this share of their sum count as this share in the ``spectral`` objective."""

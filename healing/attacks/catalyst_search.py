@@ -1,0 +1,150 @@
+"""HAEP's catalyst: a token sequence whose gradient lies in the low-curvature subspace.
+
+Gradient-guided discrete search in the manner of GCG (Zou et al. 2023, arXiv 2307.15043): the
+derivative of ρ with respect to the one-hot tokens proposes swaps, the true ρ of each proposal is
+evaluated, and only improvements are kept.
+"""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from healing.attacks.alignment import gradients_of, random_sequences, sequence_alignment
+from healing.curvature.hessian import twice_differentiable_attention
+from healing.curvature.subspaces import LowCurvatureSubspace
+from healing.models.blocks import embedding_matrix
+
+TOP_TOKENS = 64
+"""Swaps are drawn from this many tokens of steepest ascent per position."""
+
+FOUND_Z_SCORE = 4.0
+
+
+@dataclass(frozen=True)
+class Catalyst:
+    """Result of a search.
+
+    Attributes:
+        tokens: int64 (length,).
+        alignment: ρ of its gradient at the healthy weights.
+        history: ρ after each round, starting with the random start.
+        random_alignments: ρ of random sequences.
+        evaluations: True objective evaluations spent.
+    """
+
+    tokens: torch.Tensor
+    alignment: float
+    history: tuple[float, ...]
+    random_alignments: tuple[float, ...]
+    evaluations: int
+
+    @property
+    def status(self) -> str:
+        """``found`` if ρ exceeds that of every random sequence and their mean by more than
+        :data:`FOUND_Z_SCORE` standard deviations, else ``failed``.
+
+        The second condition is the one that a random search of equal budget rarely meets: the best
+        of 145 normal draws lies 2.6 standard deviations above the mean.
+        """
+        beaten = self.alignment > max(self.random_alignments)
+        return "found" if beaten and self._z_score > FOUND_Z_SCORE else "failed"
+
+    @property
+    def _z_score(self) -> float:
+        spread = statistics.stdev(self.random_alignments)
+        difference = self.alignment - statistics.fmean(self.random_alignments)
+        return difference / spread if spread else float("nan")
+
+    def metrics(self) -> dict[str, float]:
+        """ρ, its random baseline, and how many standard deviations above it the catalyst is."""
+        mean = statistics.fmean(self.random_alignments)
+        spread = statistics.stdev(self.random_alignments)
+        return {
+            "catalyst_alignment": self.alignment,
+            "catalyst_alignment_start": self.history[0],
+            "random_alignment_mean": mean,
+            "random_alignment_sd": spread,
+            "random_alignment_max": max(self.random_alignments),
+            "catalyst_z_score": self._z_score,
+            "catalyst_evaluations": float(self.evaluations),
+        }
+
+
+def token_gradient(
+    model: PreTrainedModel, subspace: LowCurvatureSubspace, tokens: torch.Tensor
+) -> torch.Tensor:
+    """∂ρ/∂(one-hot input), (length, vocabulary), with the labels held fixed.
+
+    Differentiates the gradient, so attention is written out in operations with second derivatives.
+    """
+    embedding = embedding_matrix(model)
+    one_hot = F.one_hot(tokens, embedding.shape[0]).to(embedding.dtype).requires_grad_()
+    with twice_differentiable_attention(model):
+        loss = model(
+            inputs_embeds=(one_hot @ embedding).unsqueeze(0), labels=tokens.unsqueeze(0)
+        ).loss
+        rho = subspace.alignment(gradients_of(model, loss, differentiable=True))
+        (gradient,) = torch.autograd.grad(rho, one_hot)
+    return gradient
+
+
+def propose_swaps(
+    tokens: torch.Tensor, gradient: torch.Tensor, count: int, generator: torch.Generator
+) -> torch.Tensor:
+    """Copies of the sequence with one token swapped each, int64 (count, length).
+
+    Position is uniform; the token is uniform among the position's steepest ascents.
+    """
+    length, vocabulary = gradient.shape
+    best = gradient.topk(min(TOP_TOKENS, vocabulary), dim=1).indices
+    positions = torch.randint(length, (count,), generator=generator)
+    picks = torch.randint(best.shape[1], (count,), generator=generator)
+    proposals = tokens.repeat(count, 1)
+    device = tokens.device
+    rows = torch.arange(count, device=device)
+    proposals[rows, positions.to(device)] = best[positions.to(device), picks.to(device)]
+    return proposals
+
+
+def search_catalyst(
+    model: PreTrainedModel,
+    subspace: LowCurvatureSubspace,
+    baseline: torch.Tensor,
+    *,
+    length: int,
+    steps: int,
+    candidates: int,
+    generator: torch.Generator,
+    vocabulary: int | None = None,
+) -> Catalyst:
+    """Maximise ρ over token sequences from a random start.
+
+    Args:
+        model: Healthy model, in ``eval`` mode.
+        subspace: N.
+        baseline: Random sequences to beat, int64 (draws, length); never used as a start.
+        length: Tokens of the catalyst.
+        steps: Rounds; each evaluates ``candidates`` swaps.
+        candidates: Swaps per round.
+        generator: Draws the start and the swaps.
+        vocabulary: Ids that are tokens; ``None`` = all rows of the embeddings.
+    """
+    device = next(model.parameters()).device
+    vocabulary = vocabulary or len(embedding_matrix(model))
+    tokens = random_sequences(1, length, vocabulary, generator)[0].to(device)
+    best = sequence_alignment(model, subspace, tokens)
+    history = [best]
+    for _ in range(steps):
+        gradient = token_gradient(model, subspace, tokens)[:, :vocabulary]
+        for proposal in propose_swaps(tokens, gradient, candidates, generator):
+            rho = sequence_alignment(model, subspace, proposal)
+            if rho > best:
+                best, tokens = rho, proposal
+        history.append(best)
+    randoms = tuple(sequence_alignment(model, subspace, row) for row in baseline)
+    return Catalyst(tokens, best, tuple(history), randoms, 1 + steps * candidates)

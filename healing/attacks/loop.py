@@ -1,0 +1,127 @@
+"""The attack loop: one function, one optimiser, one budget and one probe for every arm."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from transformers import PreTrainedModel
+
+from healing.attacks.base import Arm, AttackRecord, StepOutcome
+from healing.attacks.weight_change import WeightChange
+from healing.config.attack import AttackConfig
+from healing.measurements.probe import Measurement, Probe
+from healing.models.blocks import next_token_loss
+from healing.models.loading import LoadedModel
+from healing.training.optimizers import make_optimizer
+
+
+def gradient_step(
+    optimizer: torch.optim.Optimizer,
+    objective: torch.Tensor,
+    change_gradients: Callable[[], None] = lambda: None,
+) -> StepOutcome:
+    """Backward and optimiser step of one scalar objective; not taken where it is not finite.
+
+    Args:
+        optimizer: Takes the step.
+        objective: What is descended.
+        change_gradients: Called between backward and step.
+    """
+    optimizer.zero_grad()
+    objective.backward()  # type: ignore[no-untyped-call]
+    change_gradients()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = float(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+    finite = math.isfinite(norm) and bool(torch.isfinite(objective))
+    if finite:
+        optimizer.step()
+    return StepOutcome(float(objective.detach()), norm, finite)
+
+
+def warm_second_moment(
+    optimizer: torch.optim.Optimizer, model: PreTrainedModel, clean_batches: Iterable[torch.Tensor]
+) -> None:
+    """Let AdamW's second moment see clean gradients without moving the weights.
+
+    The steps are taken at learning rate 0. Where clean text has little gradient the second moment
+    stays small, and AdamW then takes long steps there. The first moment is set anew by
+    :func:`prime_first_moment`.
+
+    Args:
+        optimizer: AdamW without weight decay.
+        model: The healthy model.
+        clean_batches: Windows (batch, tokens) of clean text.
+    """
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    for batch in clean_batches:
+        gradient_step(optimizer, next_token_loss(model, batch))
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+
+
+def prime_first_moment(optimizer: torch.optim.Optimizer, arm: Arm) -> None:
+    """Make AdamW's first moment that of the attack's own gradient g instead of clean text's.
+
+    m = (1−β₁ᴷ)·g after K warm-up steps, so that the bias-corrected moment of the first attack step
+    is g. Clearing it instead would shrink the first steps tenfold: its bias correction is spent.
+    """
+    optimizer.zero_grad()
+    arm.give_gradients()
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter)
+            if state:
+                gradient = parameter.grad
+                state["exp_avg"].zero_()
+                if gradient is not None:
+                    share = 1.0 - group["betas"][0] ** float(state["step"])
+                    state["exp_avg"].add_(gradient, alpha=share)
+    optimizer.zero_grad()
+
+
+def run_attack(
+    loaded: LoadedModel,
+    arm: Arm,
+    config: AttackConfig,
+    probe: Probe,
+    healthy: Measurement,
+    change: WeightChange,
+    warmup: Iterable[torch.Tensor] = (),
+) -> Iterator[AttackRecord]:
+    """Attack a model in place, yielding a record at step 0, every interval and the last step.
+
+    The attack ends with its budget, when the effective rank on the probe fell by
+    ``target_rank_reduction`` (arms that stop early), or at the first step that is not finite.
+
+    Args:
+        loaded: The healthy model; changed in place.
+        arm: What to feed or add.
+        config: Resolved configuration.
+        probe: Clean probe.
+        healthy: Measurement of the model as it comes.
+        change: Snapshot of the model as it comes.
+        warmup: Clean batches for :func:`warm_second_moment`.
+    """
+    model = loaded.model
+    total = 0 if config.arm == "none" else int(config.attack_steps)
+    rate = float(config.attack_lr)
+    optimizer = make_optimizer(config.attack_optimizer, model.parameters(), rate)
+    warm_second_moment(optimizer, model, warmup)
+    if optimizer.state:
+        prime_first_moment(optimizer, arm)
+    yield AttackRecord(0, healthy, StepOutcome(), 0.0, arm.diagnostics())
+    target = healthy.effective_rank * (1.0 - config.target_rank_reduction)
+    for step in range(1, total + 1):
+        watched = step % config.measurement_interval == 0 or step == total
+        outcome = arm.advance(optimizer, step, total, watched=watched)
+        if outcome.finite and not watched:
+            continue
+        measurement = probe.measure(model)
+        yield AttackRecord(step, measurement, outcome, change.relative(model), arm.diagnostics())
+        reached = arm.stops_early and measurement.effective_rank <= target
+        if reached or not outcome.finite:
+            return

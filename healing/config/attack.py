@@ -1,0 +1,123 @@
+"""Configuration of the ``attack`` stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from healing.config.options import AUTO, option
+from healing.config.shared import ARMS, OPTIMIZERS, BaseConfig
+from healing.errors import ConfigError
+
+NOISE_MATCHES = ("norm", "loss", "rank")
+SUBSPACES = ("singular", "hessian")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackConfig(BaseConfig):
+    """One attack: a healthy model, an arm, a budget."""
+
+    arm: str = option("haep", "Way of hurting the model.", choices=ARMS)
+    attack_steps: int | str = option(AUTO, "Budget in optimiser steps; auto = by model.", minimum=0)
+    attack_optimizer: str = option(
+        "adamw", "Optimiser of the arms that descend an objective.", choices=OPTIMIZERS
+    )
+    attack_lr: float | str = option(
+        AUTO,
+        "Learning rate of the attack; auto = by model and optimiser.",
+        minimum=0,
+        exclusive_minimum=True,
+    )
+    warmup_steps: int = option(
+        0,
+        "Clean batches that AdamW's second moment sees before the attack; the weights stay.",
+        minimum=0,
+    )
+    target_rank_reduction: float = option(
+        0.35,
+        "Stop once the effective rank on the clean probe fell by this share (0 to 1); "
+        "1 = use the whole budget.",
+        minimum=0,
+        maximum=1,
+        exclusive_minimum=True,
+    )
+    catalyst_length: int = option(
+        16, "Tokens of the sequence the attack trains on.", minimum=8, maximum=2048
+    )
+    search_steps: int = option(
+        12, "Rounds of the catalyst search (haep); 0 = keep the random start.", minimum=0
+    )
+    search_candidates: int = option(
+        12, "Token swaps re-evaluated per round of the catalyst search.", minimum=1
+    )
+    baseline_draws: int = option(
+        24, "Random sequences that the catalyst's alignment is compared with.", minimum=3
+    )
+    subspace: str = option(
+        "singular",
+        "Low-curvature subspace: the complement of each weight matrix's leading singular "
+        "directions, or of the leading eigenvectors of the clean loss's Hessian.",
+        choices=SUBSPACES,
+    )
+    subspace_energy: float = option(
+        0.99,
+        "singular: share of each weight matrix's energy in its leading directions.",
+        minimum=0,
+        maximum=1,
+        exclusive_minimum=True,
+    )
+    hessian_directions: int = option(
+        16, "hessian: leading eigenvectors left out of the subspace.", minimum=1
+    )
+    curvature_tokens: int = option(
+        1024, "Tokens of the attack split that the Hessian is taken on.", minimum=8
+    )
+    rayleigh_draws: int = option(
+        16,
+        "haep, haep_oracle: random directions that the curvature along the gradient is ranked "
+        "among; 0 = not measured.",
+        minimum=0,
+    )
+    reference_checkpoint: str = option(
+        "",
+        "gaussian_noise: attack checkpoint that the noise is matched to; empty = noise_scale is "
+        "used.",
+    )
+    reference_run_id: str = option("", "gaussian_noise: the same, given as an MLflow attack run.")
+    match: str = option(
+        "norm",
+        "gaussian_noise with a reference: equal weight change per tensor (norm), or one scale for "
+        "all tensors at which the probe's loss or rank is the reference's within 2 %.",
+        choices=NOISE_MATCHES,
+    )
+    noise_scale: float = option(
+        1.0,
+        "gaussian_noise without a reference: standard deviation of the noise over that of "
+        "each tensor.",
+        minimum=0,
+    )
+
+    dry_run: bool = option(
+        False, "Predict the peak memory from the model's shape, print it and load nothing."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_reference()
+        if self.warmup_steps and self.attack_optimizer != "adamw":
+            raise ConfigError(
+                "--warmup-steps prepares AdamW's second moment: leave it out with "
+                f"--attack-optimizer {self.attack_optimizer}"
+            )
+
+    def _check_reference(self) -> None:
+        given = [n for n in ("reference_checkpoint", "reference_run_id") if getattr(self, n)]
+        flags = ["--" + name.replace("_", "-") for name in given]
+        if given and self.arm != "gaussian_noise":
+            raise ConfigError(f"{flags[0]} belongs to --arm gaussian_noise, not to {self.arm}")
+        if len(given) > 1:
+            raise ConfigError(f"{' and '.join(flags)} exclude each other: give one of them")
+        if self.match != "norm" and not given:
+            raise ConfigError(
+                f"--match {self.match} needs the attack to match: give --reference-run-id or "
+                "--reference-checkpoint with --arm gaussian_noise"
+            )

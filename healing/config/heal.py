@@ -1,0 +1,113 @@
+"""Configuration of the ``heal`` stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from healing.config.options import AUTO, option
+from healing.config.presets import (
+    DEFAULT_MODEL,
+    MODELS_HELP,
+)
+from healing.config.shared import ARMS, DEDUPED_HELP, OPTIMIZERS, REVISION_HELP, BaseConfig
+from healing.errors import ConfigError
+
+METHODS = ("full", "lora")
+FULL, LORA = METHODS
+PRECISIONS = ("fp32", "bf16", "fp16")
+PRECISION_MODES = ("autocast", "pure")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HealConfig(BaseConfig):
+    """Healing of one checkpoint, of a folder of checkpoints, or of a fresh attack."""
+
+    model: str = option(
+        AUTO,
+        f"Model: {MODELS_HELP}; auto = the model the checkpoint names, else {DEFAULT_MODEL}.",
+    )
+    revision: str = option("", f"{REVISION_HELP} A checkpoint brings its own.")
+    deduped: bool = option(False, f"{DEDUPED_HELP} A checkpoint brings its own.")
+    collapsed_checkpoint: str = option("", "Checkpoint file to heal (a path or an MLflow URI).")
+    attack_run_id: str = option("", "MLflow attack run whose checkpoint is healed.")
+    checkpoint_dir: str = option(
+        "", "Folder searched for checkpoint_post_treatment.pt; each is healed."
+    )
+    runs_per_checkpoint: int = option(
+        1, "Healing runs per checkpoint found in --checkpoint-dir.", minimum=1, maximum=3
+    )
+    num_runs: int = option(1, "Healing runs (replicates) per checkpoint otherwise.", minimum=1)
+    arm: str = option(
+        "haep", "Arm of the fresh attack, where no checkpoint is given.", choices=ARMS
+    )
+    healing_steps: int = option(500, "Fine-tuning steps on clean text.", minimum=0)
+    healing_lr: float | str = option(
+        AUTO,
+        "Learning rate; auto = 1e-3 for nano and micro, else 1e-4, and 10 times that for lora.",
+        minimum=0,
+        exclusive_minimum=True,
+    )
+    healing_optimizer: str = option("adamw", "Optimiser of healing.", choices=OPTIMIZERS)
+    healing_method: str = option(
+        FULL,
+        "What is trained: all weights, or (lora, which needs peft) low-rank adapters of the linear "
+        "layers inside the blocks, merged afterwards.",
+        choices=METHODS,
+    )
+    lora_rank: int = option(8, "lora: rank r of the change of every matrix.", minimum=1)
+    lora_alpha: float = option(
+        16.0,
+        "lora: the change is alpha / rank times the product of the adapters.",
+        minimum=0,
+        exclusive_minimum=True,
+    )
+    sham: bool = option(
+        False,
+        "Also refer recovery to the sham: the healthy model through the same fine-tuning (healed "
+        "once per seed and replicate, and found again in the store).",
+    )
+    gradient_checkpointing: bool = option(False, "Recompute activations to save memory.")
+    gradient_clip: float = option(0.0, "Largest gradient norm; 0 = no clipping.", minimum=0)
+    save_healed: bool = option(
+        True, "Store the healed weights, which basin needs (4 bytes per parameter)."
+    )
+    precision: str = option(
+        AUTO,
+        "Number format of healing; auto = bf16 on an accelerator, fp32 on the CPU.",
+        choices=(AUTO, *PRECISIONS),
+    )
+    precision_mode: str = option(
+        "autocast",
+        "bf16, fp16: autocast (fp32 master weights) or pure (weights, gradients and optimiser "
+        "state in the low format); of no effect for fp32.",
+        choices=PRECISION_MODES,
+    )
+
+    dry_run: bool = option(
+        False, "Predict the peak memory from the model's shape, print it and load nothing."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = [
+            name
+            for name in ("collapsed_checkpoint", "attack_run_id", "checkpoint_dir")
+            if getattr(self, name)
+        ]
+        if len(given) > 1:
+            flags = " and ".join("--" + name.replace("_", "-") for name in given)
+            raise ConfigError(f"{flags} exclude each other: give one of them")
+        if self.healing_method == LORA:
+            self._check_lora()
+
+    def _check_lora(self) -> None:
+        if self.precision_mode == "pure" and self.precision != "fp32":
+            raise ConfigError(
+                "--healing-method lora keeps the weights, --precision-mode pure rounds them: "
+                "use --precision-mode autocast"
+            )
+        if self.healing_optimizer != "adamw" and self.healing_lr == AUTO:
+            raise ConfigError(
+                "--healing-lr auto is AdamW's for --healing-method lora: give a number with "
+                f"--healing-optimizer {self.healing_optimizer}"
+            )

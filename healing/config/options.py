@@ -1,0 +1,110 @@
+"""Typed, documented, range-checked dataclass fields: the one place a parameter is declared.
+
+A configuration is a frozen dataclass whose fields are made by :func:`option`. The field carries
+its default, its help text and its admissible values; the command line, the ``MLproject`` file and
+the logged parameters are all derived from (or tested against) these fields.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+from healing.errors import ConfigError
+
+AUTO = "auto"
+"""Value of a field that is resolved from the model's preset; never reaches the numerics."""
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] | None = None,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    exclusive_minimum: bool = False,
+) -> Any:
+    """A dataclass field with its documentation and admissible values.
+
+    Args:
+        default: The value used where nothing is given.
+        help: One sentence for ``--help`` and the docs, with the unit.
+        choices: Admissible strings.
+        minimum: Smallest admissible number.
+        maximum: Largest admissible number.
+        exclusive_minimum: The minimum itself is not admissible.
+    """
+    return dataclasses.field(
+        default=default,
+        metadata={
+            "help": help,
+            "choices": choices,
+            "minimum": minimum,
+            "maximum": maximum,
+            "exclusive_minimum": exclusive_minimum,
+        },
+    )
+
+
+def flag_name(field_name: str) -> str:
+    """The command-line spelling of a field: ``healing_lr`` → ``--healing-lr``."""
+    return "--" + field_name.replace("_", "-")
+
+
+def scalar_type(annotation: Any) -> type:
+    """The number (or string, or bool) type of a field; ``int | str`` (auto) gives ``int``."""
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        members = [a for a in typing.get_args(annotation) if a not in (str, type(None))]
+        return members[0] if members else str
+    return annotation  # type: ignore[no-any-return]
+
+
+def fields_of(config: Any) -> Iterator[tuple[dataclasses.Field[Any], type, bool]]:
+    """Yield (field, scalar type, may be ``auto``) of a configuration class or object."""
+    cls = config if isinstance(config, type) else type(config)
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        annotation = hints[field.name]
+        yield field, scalar_type(annotation), isinstance(annotation, types.UnionType)
+
+
+def _check_number(name: str, value: float, meta: typing.Mapping[str, Any]) -> None:
+    low, high = meta["minimum"], meta["maximum"]
+    if value != value or value in (float("inf"), float("-inf")):
+        raise ConfigError(f"{flag_name(name)} must be a finite number, got {value}")
+    below = low is not None and (value <= low if meta["exclusive_minimum"] else value < low)
+    if below or (high is not None and value > high):
+        opening = "above" if meta["exclusive_minimum"] else "at least"
+        parts = [f"{opening} {low:g}"] if low is not None else []
+        parts += [f"at most {high:g}"] if high is not None else []
+        raise ConfigError(f"{flag_name(name)} must be {' and '.join(parts)}, got {value:g}")
+
+
+def validate_fields(config: Any) -> None:
+    """Check type, range and choice of every field.
+
+    Raises:
+        ConfigError: Naming the option, what is admissible and what was given.
+    """
+    for field, kind, may_be_auto in fields_of(config):
+        value, meta = getattr(config, field.name), field.metadata
+        if may_be_auto and value == AUTO:
+            continue
+        if meta["choices"] is not None and value not in meta["choices"]:
+            admissible = ", ".join(meta["choices"])
+            raise ConfigError(f"{flag_name(field.name)} must be one of {admissible}; got {value!r}")
+        if kind in (int, float):
+            ok = isinstance(value, (int, float) if kind is float else int)
+            if not ok or isinstance(value, bool):
+                wanted = "a whole number" if kind is int else "a number"
+                auto = " or 'auto'" if may_be_auto else ""
+                raise ConfigError(f"{flag_name(field.name)} must be {wanted}{auto}, got {value!r}")
+            _check_number(field.name, value, meta)
+        elif not isinstance(value, kind):
+            raise ConfigError(
+                f"{flag_name(field.name)} must be of type {kind.__name__}, got {value!r}"
+            )

@@ -1,0 +1,1 @@
+"""Linear algebra on flat vectors: Hessian products, Lanczos, subspaces, the loss landscape."""

@@ -1,0 +1,227 @@
+"""Low-curvature subspaces of a model's weight matrices, and how much of a gradient lies in them.
+
+Two definitions, both fixed at the healthy weights.
+
+Singular: for a weight matrix W (m×n) with leading singular vectors U (m×k), V (n×k) holding a given
+share of its energy Σσ², N is spanned by what U and V leave: P_N(G) = (I−UUᵀ) G (I−VVᵀ) (the
+null-space projection of AlphaEdit, arXiv 2410.02355, on the weights instead of activations).
+
+Hessian: the complement of the leading eigenvectors of the clean loss's Hessian in all matrices
+together (gradients of clean text tend to lie in their span: Gur-Ari et al. 2018, arXiv 1812.04754).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from healing.curvature.hessian import LeadingSubspace
+
+
+@dataclass(frozen=True)
+class MatrixSubspace:
+    """What the leading singular directions of one matrix leave.
+
+    Of the longer side the leading directions L are kept, of the shorter side the rest R. Then
+    P_N(G) = (I−LLᵀ) G R Rᵀ (for a matrix that is taller than wide), and (I−LLᵀ) G R are its
+    coordinates: as few columns as R has, and the same norm.
+
+    Attributes:
+        leading: L, (longer side, k), orthonormal columns.
+        rest: R, (shorter side, shorter side − k), orthonormal columns.
+        wide: Whether the columns are the longer side.
+    """
+
+    leading: torch.Tensor
+    rest: torch.Tensor
+    wide: bool
+
+    @classmethod
+    def of(cls, weight: torch.Tensor, energy: float) -> MatrixSubspace:
+        """The fewest leading singular directions whose Σσ² reaches ``energy`` of the total."""
+        wide = weight.shape[0] < weight.shape[1]
+        tall = (weight.T if wide else weight).detach().double()
+        u, s, vt = torch.linalg.svd(tall, full_matrices=False)
+        share = s.square().cumsum(0) / s.square().sum()
+        k = int((share < energy).sum()) + 1
+        leading, rest = (x.to(weight.dtype).contiguous() for x in (u[:, :k], vt[k:].T))
+        return cls(leading, rest, wide)
+
+    @property
+    def k(self) -> int:
+        """Leading directions."""
+        return self.leading.shape[1]
+
+    @property
+    def dimension(self) -> int:
+        """Dimension (m−k)(n−k) of N."""
+        return (len(self.leading) - self.k) * self.rest.shape[1]
+
+    @property
+    def size(self) -> int:
+        """Numbers of the matrix, m·n."""
+        return len(self.leading) * len(self.rest)
+
+    def coordinates(self, gradient: torch.Tensor) -> torch.Tensor:
+        """(I−LLᵀ) G R, (longer side, shorter side − k): ‖coordinates‖ = ‖P_N(G)‖."""
+        inner = (gradient.T if self.wide else gradient) @ self.rest
+        return inner - self.leading @ (self.leading.T @ inner)
+
+    def project(self, gradient: torch.Tensor) -> torch.Tensor:
+        """P_N(G), of the gradient's shape."""
+        tall = self.coordinates(gradient) @ self.rest.T
+        return tall.T if self.wide else tall
+
+
+class LowCurvatureSubspace(ABC):
+    """N of a whole model."""
+
+    @property
+    @abstractmethod
+    def names(self) -> tuple[str, ...]:
+        """Parameters that N is a subspace of."""
+
+    @property
+    @abstractmethod
+    def isotropic_alignment(self) -> float:
+        """Expected ρ of a gradient without preferred direction: dim N over all dimensions."""
+
+    @abstractmethod
+    def project(self, gradients: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """P_N(G) of the named parameters; differentiable."""
+
+    @abstractmethod
+    def energy_inside(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Σ‖P_N T‖² of the named parameters' tensors; scalar, differentiable."""
+
+    @abstractmethod
+    def split_energy(self, tensors: Mapping[str, torch.Tensor]) -> tuple[float, float]:
+        """Σ‖P_N T‖² and Σ‖T − P_N T‖²."""
+
+    def alignment(self, gradients: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """ρ = Σ‖P_N G‖² / Σ‖G‖² over the parameters; scalar, differentiable, NaN for G = 0."""
+        return self.energy_inside(gradients) / _energy(gradients[name] for name in self.names)
+
+    def amplification(
+        self, gradients: Mapping[str, torch.Tensor], update: Mapping[str, torch.Tensor]
+    ) -> dict[str, float]:
+        """How an optimiser favours N over its complement S.
+
+        κ = (‖P_N ΔW‖/‖P_N G‖)/(‖P_S ΔW‖/‖P_S G‖): 1 where ΔW ∝ G (plain SGD), NaN where G or ΔW
+        has no part in one of them.
+
+        Args:
+            gradients: G of one step.
+            update: ΔW of the same step.
+
+        Returns:
+            ``kappa`` and ``update_alignment`` = ‖P_N ΔW‖²/‖ΔW‖².
+        """
+        (n_gradient, s_gradient), (n_update, s_update) = (
+            map(math.sqrt, self.split_energy(tensors)) for tensors in (gradients, update)
+        )
+        total = n_update**2 + s_update**2
+        return {
+            "kappa": (
+                (n_update / n_gradient) / (s_update / s_gradient)
+                if n_gradient * s_update * s_gradient
+                else math.nan
+            ),
+            "update_alignment": n_update**2 / total if total else math.nan,
+        }
+
+
+def _energy(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    return torch.stack([tensor.square().sum() for tensor in tensors]).sum()
+
+
+@dataclass(frozen=True)
+class SingularSubspace(LowCurvatureSubspace):
+    """One :class:`MatrixSubspace` per matrix."""
+
+    matrices: Mapping[str, MatrixSubspace]
+
+    @classmethod
+    def of(cls, weights: Mapping[str, torch.Tensor], energy: float) -> SingularSubspace:
+        """Subspaces of the given matrices at one energy share."""
+        return cls({name: MatrixSubspace.of(w, energy) for name, w in weights.items()})
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The matrices."""
+        return tuple(self.matrices)
+
+    def project(self, gradients: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """(I−UUᵀ) G (I−VVᵀ) of every matrix."""
+        return {name: space.project(gradients[name]) for name, space in self.matrices.items()}
+
+    # One matrix at a time: the projections of all together are as large as the model.
+
+    def energy_inside(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """From the coordinates, which have the norm of the projection."""
+        return _energy(space.coordinates(tensors[n]) for n, space in self.matrices.items())
+
+    @torch.no_grad()
+    def split_energy(self, tensors: Mapping[str, torch.Tensor]) -> tuple[float, float]:
+        """From the projection of every matrix and what it leaves."""
+        inside = outside = 0.0
+        for name, space in self.matrices.items():
+            tensor = tensors[name]
+            projected = space.project(tensor)
+            inside += float(projected.square().sum())
+            outside += float((tensor - projected).square().sum())
+        return inside, outside
+
+    @property
+    def isotropic_alignment(self) -> float:
+        """Σ(m−k)(n−k) / Σmn."""
+        spaces = self.matrices.values()
+        return sum(s.dimension for s in spaces) / sum(s.size for s in spaces)
+
+
+@dataclass(frozen=True)
+class HessianSubspace(LowCurvatureSubspace):
+    """Complement of k leading Hessian eigenvectors.
+
+    Attributes:
+        shapes: Parameter name → shape, in the order of the operator's flat vectors.
+        leading: The eigenvectors' span.
+    """
+
+    shapes: Mapping[str, torch.Size]
+    leading: LeadingSubspace
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The parameters of the Hessian."""
+        return tuple(self.shapes)
+
+    def project(self, gradients: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """G − QQᵀg of the flat vector g of all parameters."""
+        flat = torch.cat([gradients[name].reshape(-1) for name in self.shapes])
+        parts = self.leading.project(flat).split([shape.numel() for shape in self.shapes.values()])
+        return {
+            name: part.view(shape)
+            for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
+        }
+
+    def energy_inside(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """From the projection of all parameters together."""
+        return _energy(self.project(tensors).values())
+
+    @torch.no_grad()
+    def split_energy(self, tensors: Mapping[str, torch.Tensor]) -> tuple[float, float]:
+        """From the projection of all parameters together."""
+        projected = self.project(tensors)
+        outside = (tensors[name] - part for name, part in projected.items())
+        return float(_energy(projected.values())), float(_energy(outside))
+
+    @property
+    def isotropic_alignment(self) -> float:
+        """1 − k/n."""
+        n, k = self.leading.basis.shape
+        return 1.0 - k / n

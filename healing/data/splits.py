@@ -1,0 +1,90 @@
+"""Three disjoint parts of a corpus, told apart by the hash of each document."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from healing.data.windows import pack
+from healing.errors import CorpusError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SPLITS = ("train", "attack", "probe")
+SPLIT_BOUNDS = {"train": (0.0, 0.8), "attack": (0.8, 0.9), "probe": (0.9, 1.0)}
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def split_of(text: str) -> str:
+    """Split a document belongs to, by the first 52 bits of its SHA-256 as a uniform number."""
+    position = int(_hash(text)[:13], 16) / 16**13
+    return next(name for name, (low, high) in SPLIT_BOUNDS.items() if low <= position < high)
+
+
+def split_documents(name: str, texts: Iterable[str]) -> Corpus:
+    """Assign texts to their splits; duplicates count once, blank texts are dropped.
+
+    Raises:
+        CorpusError: A split is left without a document.
+    """
+    by_hash = {_hash(text): text for text in texts if text.strip()}
+    parts: dict[str, list[str]] = {split: [] for split in SPLITS}
+    for key in sorted(by_hash):
+        parts[split_of(by_hash[key])].append(by_hash[key])
+    empty = [split for split in SPLITS if not parts[split]]
+    if empty:
+        raise CorpusError(
+            f"corpus {name!r} has {len(by_hash)} document(s), which leaves the split "
+            f"{', '.join(empty)} empty: give more documents (a .txt file is split at blank lines)"
+        )
+    digests = {s: _hash("".join(_hash(text) for text in parts[s]))[:16] for s in SPLITS}
+    return Corpus(name, {s: tuple(parts[s]) for s in SPLITS}, digests)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents by split.
+
+    Attributes:
+        name: What the user asked for.
+        documents: Split name → texts, ordered by content hash.
+        digests: Split name → hash of the split's texts (16 hex digits).
+    """
+
+    name: str
+    documents: dict[str, tuple[str, ...]]
+    digests: dict[str, str]
+    _packed: dict[tuple[object, ...], torch.Tensor] = field(
+        default_factory=dict, compare=False, repr=False
+    )
+
+    def windows(
+        self,
+        split: str,
+        tokenizer: PreTrainedTokenizerBase,
+        length: int,
+        max_tokens: int | None = None,
+    ) -> torch.Tensor:
+        """Packed windows of a split (see :func:`pack`), kept for the next caller.
+
+        Returns:
+            int64 (windows, length); shared, not to be changed in place.
+
+        Raises:
+            CorpusError: The split is too small.
+        """
+        key = (split, tokenizer.name_or_path, len(tokenizer), length, max_tokens)
+        if key not in self._packed:
+            try:
+                self._packed[key] = pack(self.documents[split], tokenizer, length, max_tokens)
+            except CorpusError as error:
+                raise CorpusError(f"{split} split of corpus {self.name!r}: {error}") from error
+        return self._packed[key]

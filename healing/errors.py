@@ -1,0 +1,42 @@
+"""Failures that are the user's to mend: shown as one line, without a traceback.
+
+What derives from :class:`HealingError` says in its message what is wrong, where, and how to mend
+it. Anything else that is raised is a defect of this project.
+"""
+
+from __future__ import annotations
+
+
+class HealingError(Exception):
+    """A failure that the message tells how to mend."""
+
+
+class ConfigError(HealingError, ValueError):
+    """A parameter is out of range, or two parameters contradict each other."""
+
+
+class CorpusError(HealingError, RuntimeError):
+    """Text cannot be loaded or is too small for what was asked."""
+
+
+class ModelError(HealingError, RuntimeError):
+    """A model cannot be loaded."""
+
+
+class CheckpointError(HealingError, RuntimeError):
+    """A checkpoint is missing, damaged, or not of the model it is loaded into."""
+
+
+class MatchError(HealingError, RuntimeError):
+    """No scale of the noise does the wanted damage."""
+
+
+class TrackingError(HealingError, RuntimeError):
+    """The tracking store cannot be reached, or a run or artifact is not in it."""
+
+
+class SweepError(HealingError, RuntimeError):
+    """Some cells of a sweep failed."""
+
+    def __init__(self, failures: list[str]) -> None:
+        super().__init__(f"{len(failures)} cell(s) failed; first: {failures[0]}")

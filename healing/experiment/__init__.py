@@ -1,1 +1,0 @@
-"""The stages, put together: load, run, measure, store."""

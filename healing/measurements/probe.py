@@ -1,0 +1,177 @@
+"""The probe: frozen token windows on which every state of a model is measured the same way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from healing.data.splits import Corpus
+from healing.measurements.covariance import MomentAccumulator, Moments
+from healing.measurements.rank_standard_error import (
+    BOOTSTRAP_MAX_DIMENSION,
+    RankInfluence,
+    bootstrap_error,
+    linear_error,
+)
+from healing.measurements.spectrum import Spectrum
+from healing.models.blocks import block_outputs, evaluation_mode
+from healing.models.loading import LoadedModel
+from healing.models.token_loss import token_losses
+
+TOKENS_PER_FORWARD = 2048
+"""Tokens per forward pass: large enough to be fast, small enough that hidden states stay small."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one state of a model measures on the probe.
+
+    Attributes:
+        loss: Mean cross entropy in nats per token over the finite tokens; NaN if there are none.
+        nonfinite_tokens: Tokens whose loss is not finite.
+        spectra: One per block.
+        rank_standard_error: Of the mean effective rank (bootstrap over windows); NaN where it was
+            not asked for.
+        peaks: Largest |h| of every block over all probe tokens, first ones and outliers too.
+    """
+
+    loss: float
+    nonfinite_tokens: int
+    spectra: tuple[Spectrum, ...]
+    rank_standard_error: float = math.nan
+    peaks: tuple[float, ...] = ()
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss); infinite where that overflows."""
+        try:
+            return math.exp(self.loss)
+        except OverflowError:
+            return math.inf
+
+    def _mean(self, name: str) -> float:
+        return sum(getattr(s, name) for s in self.spectra) / len(self.spectra)
+
+    @property
+    def effective_rank(self) -> float:
+        """Mean over blocks."""
+        return self._mean("effective_rank")
+
+    def metrics(self) -> dict[str, float]:
+        """Everything measured, under the names of the MLflow contract."""
+        headline = {
+            "effective_rank": self.effective_rank,
+            "perplexity": self.perplexity,
+            "loss": self.loss,
+            "spectral_gap": self._mean("spectral_gap"),
+            "participation_ratio": self._mean("participation_ratio"),
+            "stable_rank": self._mean("stable_rank"),
+            "nonfinite_tokens": float(self.nonfinite_tokens),
+            "dropped_token_share": self._mean("dropped_share"),
+        }
+        layers = {
+            f"layers/effective_rank_{index:02d}": spectrum.effective_rank
+            for index, spectrum in enumerate(self.spectra)
+        }
+        return {**headline, **layers}
+
+    def mean_spectrum(self) -> list[float]:
+        """Singular values over the largest of their block, averaged over blocks, descending."""
+        relative = [s.singular_values / s.singular_values[0] for s in self.spectra]
+        values: list[float] = torch.stack(relative).mean(0).tolist()
+        return values
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Frozen windows (windows, tokens), int64, on the CPU."""
+
+    windows: torch.Tensor
+
+    @classmethod
+    def of(cls, corpus: Corpus, loaded: LoadedModel, tokens: int, length: int) -> Probe:
+        """Windows from the corpus' ``probe`` split.
+
+        Raises:
+            CorpusError: The split is too small.
+        """
+        return cls(corpus.windows("probe", loaded.tokenizer, length, tokens))
+
+    def _forward(self, model: nn.Module) -> Iterator[tuple[torch.Tensor, list[torch.Tensor]]]:
+        """Losses of every chunk's tokens (tokens,) and its block outputs."""
+        device = next(model.parameters()).device
+        rows = max(1, TOKENS_PER_FORWARD // self.windows.shape[1])
+        with block_outputs(model) as outputs:
+            for chunk in self.windows.split(rows):
+                losses = token_losses(model, chunk.to(device))
+                yield losses, list(outputs)
+
+    @torch.no_grad()
+    def loss(self, model: nn.Module) -> float:
+        """Mean cross entropy over all tokens, without spectra: nats per token, not finite where
+        that of one token is not. The model's mode is restored.
+        """
+        with evaluation_mode(model):
+            parts = [(float(x.double().sum()), x.numel()) for x, _ in self._forward(model)]
+        return sum(total for total, _ in parts) / sum(count for _, count in parts)
+
+    @torch.no_grad()
+    def measure(
+        self, model: nn.Module, error_generator: torch.Generator | None = None
+    ) -> Measurement:
+        """Loss and spectra of all blocks in one pass over the probe.
+
+        Args:
+            model: A causal language model; its mode is restored.
+            error_generator: Draws the bootstrap for ``rank_standard_error``; ``None`` skips it.
+                Above hidden size 256 it costs a second pass.
+        """
+        with evaluation_mode(model):
+            losses, moments = self._pass(model, errors=error_generator is not None)
+            error = math.nan
+            if error_generator is not None and all(m.finite and m.rows for m in moments):
+                error = self._rank_error(model, moments, error_generator)
+        mask = torch.isfinite(losses)
+        finite = int(mask.sum())
+        loss = float(losses[mask].double().sum()) / finite if finite else math.nan
+        return Measurement(
+            loss,
+            losses.numel() - finite,
+            tuple(m.spectrum() for m in moments),
+            error,
+            tuple(m.peak for m in moments),
+        )
+
+    def _pass(self, model: nn.Module, *, errors: bool) -> tuple[torch.Tensor, list[Moments]]:
+        """Loss of every token, and every block's moments: per window where errors need that."""
+        losses: list[torch.Tensor] = []
+        blocks: list[MomentAccumulator] = []
+        for chunk_losses, outputs in self._forward(model):
+            losses.append(chunk_losses)
+            per_window = errors and outputs[0].shape[-1] <= BOOTSTRAP_MAX_DIMENSION
+            blocks = blocks or [MomentAccumulator(per_window=per_window) for _ in outputs]
+            for block, hidden in zip(blocks, outputs, strict=True):
+                block.add(hidden)
+        moments = [block.finish() for block in blocks]
+        if any(b.stale(m) for b, m in zip(blocks, moments, strict=True)):
+            blocks = [MomentAccumulator(per_window=per_window, limit=m.limit) for m in moments]
+            for _, outputs in self._forward(model):
+                for block, hidden in zip(blocks, outputs, strict=True):
+                    block.add(hidden)
+            moments = [block.finish() for block in blocks]
+        return torch.cat(losses), moments
+
+    def _rank_error(
+        self, model: nn.Module, moments: list[Moments], generator: torch.Generator
+    ) -> float:
+        if len(moments[0].shift) <= BOOTSTRAP_MAX_DIMENSION:
+            return bootstrap_error(moments, generator)
+        influences = [RankInfluence(m) for m in moments]
+        for _, outputs in self._forward(model):
+            for influence, hidden in zip(influences, outputs, strict=True):
+                influence.add(hidden)
+        return linear_error(influences)

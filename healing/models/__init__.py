@@ -1,0 +1,1 @@
+"""Causal language models: load, identify, take apart, save and restore; token losses."""

@@ -1,0 +1,264 @@
+"""Models: embedded, from the Hugging Face Hub or a folder; their blocks and matrices."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from healing.config.fingerprint import fingerprint
+from healing.config.presets import model_label
+from healing.errors import ModelError
+from healing.models.architectures import neox_config
+from healing.models.blocks import embedding_matrix, transformer_blocks
+from healing.models.model_files import (
+    LOADING_ERRORS,
+    loading_failure,
+    locate,
+    read_config,
+    read_tokenizer,
+    unloadable,
+)
+
+transformers_logging.disable_progress_bar()  # its bars would break ours
+
+EMBEDDED_SHAPES = {
+    # Hidden size, blocks, heads: about 0.3 M and 1.3 M parameters with a 2,048-token vocabulary.
+    "nano": (48, 4, 3),
+    "micro": (128, 4, 4),
+}
+
+
+@dataclass
+class LoadedModel:
+    """A causal language model with its tokenizer.
+
+    Attributes:
+        name: Model as the user names it, with its revision.
+        model: float32 weights, in ``eval`` mode, on the requested device.
+        tokenizer: The model's own tokenizer.
+        digest: Hash of the healthy weights (16 hex digits).
+        source: ``embedded``, the id on the Hub or the folder.
+        commit: Commit of the Hub's repository; empty for other sources.
+        identity: Hash of weights, architecture and tokenizer (16 hex digits): the same weights with
+            another of these are another model.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    digest: str
+    source: str = "embedded"
+    commit: str = ""
+    identity: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.identity = _identity(self.digest, self.model, self.tokenizer)
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """Where the model came from, for a run's tags."""
+        known = {"model_source": self.source, "model_revision": self.commit}
+        return {name: value for name, value in known.items() if value}
+
+    @property
+    def n_params(self) -> int:
+        """Number of parameters."""
+        return sum(p.numel() for p in self.model.parameters())
+
+    @property
+    def vocabulary(self) -> int:
+        """Ids that are tokens: embeddings are often padded with rows that no text reaches (Pythia's
+        are), whose weights were never trained.
+        """
+        return min(len(self.tokenizer), len(embedding_matrix(self.model)))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+
+def embedded_config(name: str, vocab_size: int) -> GPTNeoXConfig:
+    """Architecture of an embedded model (GPT-NeoX, as Pythia)."""
+    return neox_config(vocab_size, *EMBEDDED_SHAPES[name])
+
+
+def new_embedded_model(
+    name: str, vocab_size: int, generator: torch.Generator
+) -> GPTNeoXForCausalLM:
+    """An untrained embedded model, initialised from the given generator alone.
+
+    Matrices are N(0, 0.02²) and the two residual outputs of each block N(0, (0.02/√(2·layers))²)
+    (GPT-2's scaling); biases are 0 and layer norms 1.
+    """
+    model = GPTNeoXForCausalLM(embedded_config(name, vocab_size))
+    shrink = (2 * model.config.num_hidden_layers) ** -0.5
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if parameter.ndim == 2:
+                residual = key.endswith(("attention.dense.weight", "dense_4h_to_h.weight"))
+                parameter.normal_(0.0, 0.02 * (shrink if residual else 1.0), generator=generator)
+    return model.eval()
+
+
+def resolve_device(device: str) -> torch.device:
+    """Turn ``auto`` into the accelerator, if there is one, else the CPU.
+
+    Raises:
+        ModelError: The named device does not exist here, or cannot do the arithmetic.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+        if resolved.type == "mps":
+            raise RuntimeError("it has no float64, in which spectra are computed")
+        torch.empty(1, device=resolved)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"--device {device} cannot be used here ({reason}): try cpu") from error
+    return resolved
+
+
+def state_digest(state: Mapping[str, torch.Tensor]) -> str:
+    """Hash of all tensors, by name, in float32 (16 hex digits)."""
+    digest = hashlib.sha256()
+    for key, value in sorted(state.items()):
+        digest.update(key.encode())
+        digest.update(value.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+NOT_ARCHITECTURE = ("_name_or_path", "transformers_version", "dtype", "use_cache", "architectures")
+"""Entries of a transformers configuration that change no number here."""
+
+
+def _identity(digest: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
+    shape = json.loads(model.config.to_json_string(use_diff=True))
+    shape = {k: v for k, v in shape.items() if k not in NOT_ARCHITECTURE}
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    words = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
+    return fingerprint(digest, shape, words, tokenizer.eos_token_id)
+
+
+OLD_BUFFERS = re.compile(
+    r"(attn|attention)\.(masked_)?bias$|attn\.causal_mask$|rotary_emb\.inv_freq$|position_ids$"
+)
+"""Masks and tables that older files store beside the weights (GPT-Neo's, Pythia's)."""
+LARGEST_STACKED_SHARE = 0.1
+
+
+def _objections(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, report: Mapping[str, Any]
+) -> Iterator[tuple[str, str]]:
+    """Why a model that did load is not the one meant or not one for this, and what to do."""
+    # transformers fills what a file lacks with random numbers, drops what the configuration has no
+    # place for (blocks beyond its number of layers), and only warns.
+    if lacking := sorted(report["missing_keys"]):
+        reason = f"its weights lack {len(lacking)} tensors, first {lacking[0]}"
+        yield reason, "name a folder or revision with all of them"
+    extra = sorted(key for key in report["unexpected_keys"] if not OLD_BUFFERS.search(key))
+    if extra:
+        reason = f"its configuration has no place for {len(extra)} of its tensors, first {extra[0]}"
+        yield reason, "put the configuration that belongs to the weights beside them"
+    highest, rows = _highest_id(tokenizer), len(embedding_matrix(model))
+    if highest >= rows:
+        reason = f"its tokenizer gives ids up to {highest}, its embedding matrix has {rows} rows"
+        yield reason, "put the model's own tokenizer beside it"
+    inside = [p for block in transformer_blocks(model) for p in block.parameters()]
+    stacked = sum(p.numel() for p in inside if p.ndim > 2) / sum(p.numel() for p in inside)
+    if stacked > LARGEST_STACKED_SHARE:
+        reason = f"{100 * stacked:.0f} % of its blocks are not two-dimensional matrices"
+        yield reason, "name a dense model, mixtures of experts are not supported"
+    if _looks_ahead(model):
+        reason = "its logits depend on later tokens"
+        yield reason, "name a causal language model, this is an encoder"
+
+
+def _highest_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Largest id that plain text or the end of a document gives. The special tokens may go beyond
+    the embeddings (Gemma 3's for images), and the ids may have gaps.
+    """
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ids = set(tokenizer.get_vocab().values()) - special
+    if tokenizer.eos_token_id is not None:
+        ids.add(tokenizer.eos_token_id)
+    return max(ids, default=-1)
+
+
+def _looks_ahead(model: PreTrainedModel) -> bool:
+    """Whether earlier logits change with the last of four tokens."""
+    rows = len(embedding_matrix(model))
+    # From the middle of the vocabulary: padding is at its ends, and may be masked.
+    start = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 4]]) + rows // 2
+    with torch.no_grad():
+        one, other = model(input_ids=start % rows).logits[:, :-1]
+    # Rounding is about 1e-6 of the logits, what a token matters to its neighbours far above 1e-4.
+    return bool((one - other).abs().max() > 1e-4 * one.abs().max())
+
+
+def load_model(
+    name: str,
+    device: str = "cpu",
+    *,
+    revision: str = "",
+    deduped: bool = False,
+    attention: str = "sdpa",
+) -> LoadedModel:
+    """Load a healthy model in float32, whatever its file holds; no dropout, no remote code.
+
+    Args:
+        name: A name of :data:`healing.config.shared.presets.MODELS`, a Hub id or a folder.
+        device: ``auto`` or a torch device.
+        revision: Branch, tag or commit on the Hub; empty = ``main``.
+        deduped: The Pythia that was trained on the deduplicated Pile.
+        attention: transformers' attention implementation; ``eager`` has second derivatives, and
+            is what architectures without ``sdpa`` get.
+
+    Raises:
+        ConfigError: Unknown model.
+        ModelError: It cannot be loaded; the message says what to do.
+    """
+    label, target = model_label(name, revision, deduped), resolve_device(device)
+    location = locate(name, revision, deduped)
+    config = read_config(label, location)
+    tokenizer = read_tokenizer(label, location)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            location.folder,
+            config=config,
+            dtype=torch.float32,
+            # Asked for sdpa, architectures without it are refused; as the default it gives way to
+            # eager.
+            attn_implementation=None if attention == "sdpa" else attention,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except LOADING_ERRORS as error:
+        raise loading_failure(error, label, location) from error
+    model, report = loaded
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):  # one that does not follow the configuration
+            module.p = 0.0
+    model.config.use_cache = False
+    model.eval()
+    if objection := next(_objections(model, tokenizer, report), None):
+        raise unloadable(label, location, *objection)
+    model.to(target)
+    digest = state_digest(model.state_dict())
+    return LoadedModel(label, model, tokenizer, digest, location.source, location.commit)

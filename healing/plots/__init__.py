@@ -1,1 +1,0 @@
-"""Figures: tables and records in, files out. One shared style, units on every axis."""

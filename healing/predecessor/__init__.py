@@ -1,0 +1,1 @@
+"""NeuroEntropy's recorded results: read, import, summarize. Nothing else needs this package."""

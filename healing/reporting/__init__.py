@@ -1,0 +1,1 @@
+"""Summaries as text, tables, Markdown, HTML, LaTeX and CSV."""

@@ -1,0 +1,221 @@
+"""A summary as one HTML file that opens offline: styles and figures inside, nothing fetched."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jinja2
+
+from healing.reporting.markdown import REPEATS_NOTE, RUNNING_NOTE, all_notes
+from healing.reporting.phrases import (
+    context_sentences,
+    count_text,
+    headline_groups,
+    interval_text,
+    shown_label,
+    verdict_heading,
+    verdict_reason,
+)
+from healing.reporting.plots.style import arm_label
+from healing.reporting.tables import (
+    Table,
+    bootstrap_table,
+    half_table,
+    main_table,
+    plan_table,
+    prospect_table,
+    sham_table,
+    variance_table,
+)
+from healing.reporting.treatment_against_control import comparison_gaps, contrast_sentences
+from healing.statistics.heal_runs import HealRun
+from healing.statistics.summary import GroupSummary, Summary
+
+CSS_PIXELS_PER_INCH = 96
+MAX_WIDTH = 900
+"""CSS pixels; figures as wide as the page are shown up to this."""
+ZONES = "Grey: 20 to 70 %, the zone of partial recovery; dotted: the healthy value. "
+CAPTIONS = {
+    "mean_recovery": (
+        "Mean recovery over checkpoints with its interval at every step, by model; rank left, "
+        "loss right. 0 % is the collapsed state. " + ZONES
+    ),
+    "final_recovery": (
+        "Recovery after the last step: one point per checkpoint, below them their mean with its "
+        "interval. " + ZONES
+    ),
+    "half_recovery": (
+        "Share of checkpoints that got back half of what the attack took (one minus the "
+        "Kaplan–Meier curve). A vertical tick is a checkpoint that was followed up to there "
+        "without getting back half. Lines that lie on one another are drawn dashed over solid."
+    ),
+    "haep_against_noise": (
+        "HAEP minus noise, paired by seed: one point per pair, below them their mean with its "
+        "interval. Grey: differences that count as none."
+    ),
+    "recovery_against_parameters": (
+        "Mean rank recovery after the last step against the number of parameters, with its "
+        "interval; arms are set side by side. A line joins the sizes of an arm only where each "
+        "has one settings: nothing says which of several belong together. " + ZONES
+    ),
+}
+METHODS = (
+    "A model is collapsed by an attack and then fine-tuned on clean text. On a frozen probe of "
+    "clean text, disjoint from all training text, effective rank (exponential of the entropy of "
+    "the normalised singular values of centred hidden states, mean over blocks) and loss (nats "
+    "per token) are measured every few steps. Recovery is 100·(now − collapsed)/(healthy − "
+    "collapsed), unclamped: below 0 % the model moved away from the healthy value, above 100 % it "
+    "went past it.",
+    "The unit is the checkpoint: one collapsed state. Replicates, healing runs from one "
+    "checkpoint, are averaged first. Intervals are Student t over checkpoint means, from three "
+    "checkpoints on; n counts the checkpoints that an interval rests on, those whose recovery is "
+    "undefined are stated beside it. A finished run that repeats another (equal fingerprint: "
+    "configuration, weights, texts, code) is no replicate and counts once. No outlier is removed; "
+    "failed, unfinished, repeated and undefined runs are listed below.",
+    "HAEP against noise: two one-sided t tests for equivalence within ±10 points, and two-sided "
+    "paired t tests for superiority, Holm-adjusted over rank and loss; these make the statement. "
+    "Half-recovery times are right-censored at the last measured step and compared by a log-rank "
+    "test over checkpoints, positive where HAEP damage heals sooner. It is secondary: not paired, "
+    "not adjusted, and exact (all splits of the checkpoints) where there are at most 200,000 "
+    "splits, so that three and three checkpoints cannot give a p under 0.1.",
+    "“Irreversible” means: not within this budget of fine-tuning, by this measure. It does not "
+    "show that the collapsed state is a stable minimum.",
+)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One embedded figure: data URI, text for those who cannot see it, caption, CSS pixels."""
+
+    data: str
+    alt: str
+    caption: str
+    width: int
+
+
+def _png_width(content: bytes) -> int:
+    """Width in pixels, from the header of a PNG file (RFC 2083, 4.1.1)."""
+    return int.from_bytes(content[16:20], "big")
+
+
+def embed(path: pathlib.Path, caption: str, alt: str, dots_per_inch: int = 300) -> Picture:
+    """A PNG file as a data URI, shown a little larger than it would be printed.
+
+    Raises:
+        ValueError: Not a PNG file.
+    """
+    content = path.read_bytes()
+    if not content.startswith(b"\x89PNG\r\n\x1a\n"):
+        raise ValueError(f"{path} is not a PNG file; pass one that plots wrote")
+    width = round(1.35 * CSS_PIXELS_PER_INCH * _png_width(content) / dots_per_inch)
+    data = "data:image/png;base64," + base64.b64encode(content).decode("ascii")
+    return Picture(data, alt, caption, min(width, MAX_WIDTH))
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+    )
+
+
+def _verdict(group: GroupSummary, groups: Sequence[GroupSummary]) -> dict[str, Any]:
+    reason = verdict_reason(group)
+    return {
+        "kind": group.verdict.replace(" ", "-"),
+        "heading": verdict_heading(group, groups),
+        "sentences": [f"{reason[:1].upper()}{reason[1:]}.", *context_sentences(group)],
+    }
+
+
+def _alt(key: str, summary: Summary) -> str:
+    """What a figure shows, in words: the final numbers of every group."""
+    said = "; ".join(
+        f"{g.model} {shown_label(g, summary.groups)}: rank {interval_text(g.intervals[_RANK])}, "
+        f"loss {interval_text(g.intervals[_LOSS])}"
+        for g in summary.groups
+    )
+    return f"{CAPTIONS[key]} Final recovery in per cent: {said}."
+
+
+_RANK, _LOSS = "rank_recovery_pct", "loss_recovery_pct"
+
+
+def _listed(runs: Iterable[tuple[HealRun, str]]) -> list[tuple[str, str, str]]:
+    return [(run.name, run.run_id, why) for run, why in runs]
+
+
+def _subtitle(summary: Summary) -> str:
+    runs = sum(g.n_runs for g in summary.groups)
+    models = count_text(len({g.model for g in summary.groups}), "model")
+    left_out = {
+        "failed": len(summary.failed),
+        "still running": len(summary.running),
+        "repeated": len(summary.repeats),
+    }
+    counts = [f"{n} {what}" for what, n in left_out.items() if n or what == "failed"]
+    said = ", ".join([f"{count_text(runs, 'finished healing run')} of {models}", *counts])
+    return f"{said}. Intervals: {100 * summary.confidence:g} %."
+
+
+def _slope_lines(summary: Summary) -> list[str]:
+    return [
+        f"{arm_label(arm)}: {interval_text(slope.slope)} points per tenfold parameters, "
+        "from one mean per size."
+        for arm, slope in summary.slopes.items()
+    ]
+
+
+def render(summary: Summary, figures: Mapping[str, pathlib.Path]) -> str:
+    """The report.
+
+    Args:
+        summary: What to report.
+        figures: Name in ``CAPTIONS`` → PNG file; those not given are left out.
+
+    Raises:
+        ValueError: A figure is not a PNG file.
+    """
+    groups = summary.groups
+    return (
+        _environment()
+        .get_template("report.html")
+        .render(
+            title="Recovery report",
+            subtitle=_subtitle(summary),
+            verdicts=[_verdict(g, groups) for g in headline_groups(summary)],
+            comparisons=[*contrast_sentences(summary), *comparison_gaps(summary)],
+            groups=_plain(main_table(summary)),
+            sham=sham_table(summary),
+            half=half_table(summary),
+            bootstrap=bootstrap_table(summary),
+            variance=variance_table(summary),
+            prospects=prospect_table(summary),
+            plans=plan_table(summary),
+            figures={
+                key: embed(path, CAPTIONS[key], _alt(key, summary)) for key, path in figures.items()
+            },
+            slopes=_slope_lines(summary),
+            methods=METHODS,
+            failed=_listed((r, r.failure) for r in summary.failed),
+            running=_listed((r, "") for r in summary.running),
+            running_note=RUNNING_NOTE,
+            repeats=_listed((r.run, r.why) for r in summary.repeats),
+            repeats_note=REPEATS_NOTE,
+            undefined=_listed((r, r.undefined_reason) for r in summary.undefined),
+            notes=all_notes(summary),
+        )
+    )
+
+
+def _plain(table: Table) -> Table:
+    """Without Markdown's emphasis in our own note."""
+    return replace(table, note=table.note.replace("*", ""))

@@ -1,0 +1,320 @@
+r"""What a paper reads of a summary: table, macros, and the subsection that answers the reviewer.
+
+Needs nothing beyond ``booktabs`` and ``graphicx``. ``docs/report.md`` says how to ``\input`` it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from healing.reporting.latex import Macros, bounds, escape, number, spelled
+from healing.reporting.phrases import (
+    LOSS,
+    RANK,
+    VERDICT_NAMES,
+    budget,
+    context_sentences,
+    count_text,
+    group_estimate,
+    group_name,
+    headline_groups,
+    shown_label,
+    verdict_reason,
+    verdict_text,
+)
+from healing.reporting.treatment_against_control import (
+    comparison_gaps,
+    comparison_sentence,
+    contrast_sentences,
+    pace_sentence,
+    unfinished_sentences,
+)
+from healing.statistics.intervals import Interval
+from healing.statistics.summary import GroupSummary, Summary
+from healing.statistics.treatment_against_control import Contrast
+
+NOTICE = "% Made by the summarize entry point; edits are lost. Packages: booktabs, graphicx.\n"
+PATH = r"""% Where these files lie, if not beside the document; before the \input:
+%   \newcommand{\RecoveryPath}{recovery/}
+\providecommand{\RecoveryPath}{}
+"""
+
+
+def _estimate(prefix: str, interval: Interval) -> dict[str, str]:
+    return {prefix: number(interval.point), f"{prefix}Interval": bounds(interval)}
+
+
+def _group_values(group: GroupSummary, summary: Summary) -> dict[str, str]:
+    steps = budget(group)
+    values = {
+        "Verdict": VERDICT_NAMES.get(group.verdict, group.verdict),
+        "VerdictLoss": VERDICT_NAMES.get(group.verdict_loss, group.verdict_loss),
+        "Sentence": escape(verdict_text(group, summary.groups)),
+        "Checkpoints": str(group.n_checkpoints),
+        "Runs": str(group.n_runs),
+        "UndefinedRuns": str(group.n_undefined),
+        "Lockouts": str(group.n_lockout),
+        "Steps": "undefined" if steps is None else str(steps),
+        "TokensPerStep": str(group.tokens_per_step or "unknown"),
+    }
+    for endpoint, interval in group.intervals.items():
+        name = _endpoint(endpoint)
+        values |= _estimate(name, interval) | {f"{name}N": str(interval.n)}
+        values[f"{name}UndefinedCheckpoints"] = str(group.undefined_checkpoints(endpoint))
+        bca = group.bootstrap.get(endpoint)
+        if bca is not None and bca.defined:
+            values[f"{name}Bca"] = bounds(bca)
+    for endpoint, interval in group.half_recovery.items():
+        values |= _half_values(_endpoint(endpoint), "Steps", interval)
+        tokens = group.half_recovery_tokens.get(endpoint)
+        if tokens:
+            values |= _half_values(_endpoint(endpoint), "Tokens", tokens)
+    return values | _fit_values(group)
+
+
+def _half_values(endpoint: str, unit: str, interval: Interval) -> dict[str, str]:
+    digits = 1 if unit == "Steps" else 0
+    name = f"Half{endpoint}{unit}"
+    return {name: number(interval.point, digits), f"{name}Interval": bounds(interval, digits)}
+
+
+def _fit_values(group: GroupSummary) -> dict[str, str]:
+    """Variance components, fitted limits and what would decide."""
+    values = {}
+    for endpoint, variance in group.variance.items():
+        name = _endpoint(endpoint)
+        values[f"{name}VarianceBetween"] = number(variance.between)
+        values[f"{name}VarianceWithin"] = number(variance.within)
+        values[f"{name}Icc"] = number(variance.icc, 2)
+    for endpoint, found in group.approaches.items():
+        name = _endpoint(endpoint)
+        fits = {"Asymptote": found.asymptote, "HalfLife": found.half_life}
+        for key, interval in fits.items():
+            missing = found.n_checkpoints > 0 and not found.converged
+            values[f"{name}{key}"] = "not converged" if missing else number(interval.point)
+            values[f"{name}{key}Interval"] = "not converged" if missing else bounds(interval)
+    for endpoint, plan in group.plans.items():
+        needed = "out of reach" if plan.n_checkpoints is None else str(plan.n_checkpoints)
+        values[f"{_endpoint(endpoint)}CheckpointsNeeded"] = needed
+    return values
+
+
+def _contrast_values(model: str, found: Contrast, summary: Summary) -> dict[str, str]:
+    values = {
+        "Statement": found.comparison.statement,
+        "Sentence": escape(comparison_sentence(model, summary)),
+        "PaceSentence": escape(pace_sentence(model, summary)),
+    }
+    for endpoint in found.comparison.endpoints:
+        name, interval = _endpoint(endpoint.endpoint), endpoint.superiority.interval
+        values |= _estimate(name, interval)
+        values |= {f"{name}Pairs": str(interval.n), f"{name}P": number(endpoint.p_adjusted, 3)}
+    for key, test in found.pace.items():
+        name = f"{_endpoint(key)}LogRank"
+        values |= {f"{name}Z": number(test.statistic, 2), f"{name}P": number(test.p_value, 3)}
+    return values
+
+
+def _endpoint(name: str) -> str:
+    """``rank_recovery_pct`` → ``Rank``, ``ppl_improvement_pct`` → ``PplImprovement``."""
+    return spelled(name.removesuffix("_pct").replace("_recovery", ""))
+
+
+def group_stem(group: GroupSummary, groups: Sequence[GroupSummary]) -> str:
+    """Model and arm in letters, with the settings' hash where an arm has several settings."""
+    label = shown_label(group, groups)
+    settings = label.rpartition(" #")[2] if " #" in label else ""
+    return spelled(group.model) + spelled(group.arm) + spelled(settings)
+
+
+def macros(summary: Summary) -> Macros:
+    """Every number, interval and verdict sentence of a summary."""
+    found = Macros()
+    common = {
+        "Confidence": rf"{100 * summary.confidence:g}\,\%",
+        "FailedRuns": str(len(summary.failed)),
+        "RunningRuns": str(len(summary.running)),
+        "RepeatedRuns": str(len(summary.repeats)),
+        "UndefinedRuns": str(len(summary.undefined)),
+    }
+    found.add("", common)
+    for group in summary.groups:
+        found.add(group_stem(group, summary.groups), _group_values(group, summary))
+    for model, own in summary.contrasts.items():
+        found.add(f"{spelled(model)}HaepMinusNoise", _contrast_values(model, own, summary))
+    for arm, slope in summary.slopes.items():
+        found.add(f"Scaling{spelled(arm)}", _estimate("Slope", slope.slope))
+    return found
+
+
+def macros_file(summary: Summary) -> str:
+    """``recovery_macros.tex``; reading it twice is harmless."""
+    lines = [
+        rf"\newcommand{{\{name}}}{{{value}}}" for name, value in macros(summary).values.items()
+    ]
+    guard = "\\ifdefined\\RecoveryMacrosRead\\endinput\\fi\n\\newcommand{\\RecoveryMacrosRead}{}\n"
+    return NOTICE + guard + "\n".join(lines) + "\n"
+
+
+def _row(group: GroupSummary, summary: Summary) -> str:
+    cells = [escape(group.model), escape(shown_label(group, summary.groups)), str(group.n_runs)]
+    for endpoint in (RANK, LOSS):
+        interval, undefined = group.intervals[endpoint], group.undefined_checkpoints(endpoint)
+        cells += [
+            _table_estimate(interval),
+            f"{interval.n} ({undefined})" if undefined else f"{interval.n}",
+        ]
+    cells.append(r"\raggedright " + VERDICT_NAMES.get(group.verdict, group.verdict).lower())
+    return " & ".join(cells) + r" \tabularnewline"
+
+
+def _table_estimate(interval: Interval) -> str:
+    if math.isnan(interval.point):
+        return "undefined"
+    return f"{number(interval.point)} {bounds(interval)}"
+
+
+def table_file(summary: Summary) -> str:
+    """``recovery_table.tex``: a float as wide as the page, with caption and label."""
+    rows: list[str] = []
+    for number_, group in enumerate(summary.groups):
+        if number_ and group.model != summary.groups[number_ - 1].model:
+            rows.append(r"\addlinespace")
+        rows.append(_row(group, summary))
+    body = "\n".join(rows) or r"\multicolumn{8}{c}{no finished runs} \\"
+    level = rf"{100 * summary.confidence:g}\,\%"
+    return NOTICE + _TABLE.format(level=level, failed=left_out_sentences(summary), body=body)
+
+
+_TABLE = r"""\begin{{table*}}[t]
+\centering
+\caption{{Recovery of collapsed models under clean fine-tuning: mean over checkpoints with its
+{level} Student $t$ interval. $n$ counts the checkpoints that the interval rests on: collapsed
+states with a defined recovery, whose healing runs are averaged first; in brackets those whose
+recovery is undefined. The verdict is read from the interval of rank recovery.{failed}}}
+\label{{tab:recovery}}
+\vspace{{4pt}}
+\footnotesize
+\setlength{{\tabcolsep}}{{2.5pt}}
+\begin{{tabular}}{{@{{}}llclclcp{{7.6em}}@{{}}}}
+\toprule
+Model & Arm & Runs & Rank (\%) & $n$ & Loss (\%) & $n$ & Verdict \\
+\midrule
+{body}
+\bottomrule
+\end{{tabular}}
+\end{{table*}}
+"""
+
+
+def left_out_sentences(summary: Summary) -> str:
+    """`` 2 runs failed and are not included.``, and the like; empty where all runs count."""
+    return "".join(f" {escape(sentence)}" for sentence in unfinished_sentences(summary))
+
+
+CLAIMS = {
+    "irreversible pathology": (
+        r"The collapse meets our criterion of an \emph{Irreversible Pathology} within this budget"
+    ),
+    "acute structural failure": (
+        r"The collapse is an \emph{Acute Structural Failure}: it heals, and the claim of an "
+        r"irreversible state is not supported"
+    ),
+    "partial": (
+        r"Recovery is \emph{partial}: the collapse is neither irreversible within this budget nor "
+        r"does it heal"
+    ),
+    "inconclusive": (
+        r"The data are \emph{inconclusive}: neither irreversibility nor healing is established"
+    ),
+    "undefined": (
+        r"Rank recovery is \emph{undefined}, so that nothing can be said about irreversibility"
+    ),
+}
+
+
+def _claim(group: GroupSummary, summary: Summary) -> str:
+    """A paragraph on one group, worded by its verdict."""
+    claim = CLAIMS.get(group.verdict, CLAIMS["inconclusive"])
+    rest = escape(" ".join([f"{verdict_reason(group)}.", *context_sentences(group)]))
+    return rf"\paragraph{{{escape(group_name(group, summary.groups))}.}} {claim}: {rest}"
+
+
+def _others(summary: Summary, shown: Sequence[GroupSummary]) -> Iterable[str]:
+    """One sentence per group that is not the question's own."""
+    for group in summary.groups:
+        if group not in shown:
+            name = VERDICT_NAMES.get(group.verdict, group.verdict).lower()
+            why = f"rank {group_estimate(group, RANK)} %"
+            if group.verdict == "undefined":
+                why = verdict_reason(group)
+            yield escape(f"{group_name(group, summary.groups)}: {name} ({why}).")
+
+
+def _limits(summary: Summary) -> str:
+    """What the numbers do not say."""
+    steps = sorted({s for g in summary.groups if (s := budget(g)) is not None})
+    span = "the steps trained here" if not steps else count_text(steps[-1], "healing step")
+    if len(steps) > 1:
+        span = f"{steps[0]} to {steps[-1]} healing steps"
+    text = (
+        f"All statements hold within the budget of {span} and for the probe text used; a longer "
+        "or different fine-tuning may recover more. An upper bound under 20 % after this budget "
+        "does not show that the collapsed state is a stable minimum: that takes its gradient, "
+        "curvature and barrier."
+    )
+    n = len(summary.undefined)
+    if n:
+        text += (
+            f" {count_text(n, 'run')} {'has' if n == 1 else 'have'} no defined rank recovery, "
+            "because the rank was not finite or changed by less than can be told from none."
+        )
+    return escape(text) + left_out_sentences(summary)
+
+
+_QUESTION = r"""Does a collapsed model heal if it is fine-tuned on clean text, and does it do so
+otherwise than a model hurt by noise? We follow the effective rank of the hidden states and the loss
+on held-out text (Figure~\ref{fig:recovery}, Table~\ref{tab:recovery}) and read a verdict from the
+\RecoveryConfidence{} interval of mean rank recovery over independent checkpoints:
+\emph{Irreversible Pathology} where its upper bound lies under 20\,\%, \emph{Acute Structural
+Failure} where its lower bound lies over 70\,\%, \emph{partial} where the whole interval lies
+between, \emph{inconclusive} otherwise.
+"""
+_FIGURE = r"""\begin{figure}[t]
+\centering
+\includegraphics{\RecoveryPath fig_recovery}
+\caption{Recovery under clean fine-tuning of rank (left) and loss (right): mean over checkpoints
+and its \RecoveryConfidence{} interval. 0\,\% is the collapsed state, 100\,\% (dotted) the healthy
+model; grey: the zone of partial recovery, 20 to 70\,\%.}
+\label{fig:recovery}
+\end{figure}
+"""
+
+
+def subsection_file(summary: Summary) -> str:
+    """``addressing_irreversibility.tex``: the subsection, with figure and table."""
+    lines = [NOTICE + PATH + r"\input{\RecoveryPath recovery_macros}", ""]
+    lines += [r"\subsection{Addressing Irreversibility}", r"\label{sec:addressing-irreversibility}"]
+    if not summary.groups:
+        nothing = "No healing run finished, so that nothing can be said."
+        return "\n".join([*lines, nothing + left_out_sentences(summary), ""])
+    lines += [_QUESTION, _FIGURE, r"\input{\RecoveryPath recovery_table}", ""]
+    shown = headline_groups(summary)
+    for group in shown:
+        lines += [_claim(group, summary), ""]
+    others = list(_others(summary, shown))
+    if others:
+        lines += [r"\paragraph{Controls.} " + " ".join(others), ""]
+    contrasts = [*contrast_sentences(summary), *comparison_gaps(summary)]
+    if contrasts:
+        said = " ".join(map(escape, contrasts))
+        # Intervals do not part at a line's end: let the spaces between them stretch.
+        lines += [
+            r"{\emergencystretch=3em",
+            r"\paragraph{HAEP against noise.} " + said,
+            r"\par}",
+            "",
+        ]
+    lines += [r"\paragraph{Limits.} " + _limits(summary), ""]
+    return "\n".join(lines)

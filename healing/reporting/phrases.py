@@ -1,0 +1,262 @@
+"""What a summary says, in sentences: one wording for Markdown, HTML and LaTeX."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from healing.config.shared import TREATMENT
+from healing.reporting.plots.style import arm_label
+from healing.statistics.checkpoint_estimates import Approach, VerdictPlan
+from healing.statistics.heal_runs import UNIGRAM
+from healing.statistics.intervals import (
+    IRREVERSIBLE_BELOW,
+    MIN_CHECKPOINTS,
+    REVERSIBLE_ABOVE,
+    Interval,
+)
+from healing.statistics.summary import GroupSummary, Summary
+
+RANK, LOSS = "rank_recovery_pct", "loss_recovery_pct"
+VERDICT_NAMES = {
+    "irreversible pathology": "Irreversible Pathology",
+    "acute structural failure": "Acute Structural Failure",
+    "partial": "Partial Recovery",
+    "inconclusive": "Inconclusive",
+    "undefined": "Undefined",
+}
+"""Verdicts as headlines and papers name them."""
+
+
+def number_text(value: float, digits: int = 1) -> str:
+    """A number for people; NaN is an en dash."""
+    return "–" if math.isnan(value) else f"{value:.{digits}f}"
+
+
+def percent_text(value: float) -> str:
+    """``12.3 %``, or ``undefined``."""
+    return "undefined" if math.isnan(value) else f"{value:.1f} %"
+
+
+def interval_text(interval: Interval) -> str:
+    """Point and bounds: ``12.3 [8.1, 16.5]``; without bounds the point and ``[no interval]``."""
+    if math.isnan(interval.point):
+        return "undefined"
+    if not interval.defined:
+        return f"{interval.point:.1f} [no interval]"
+    return f"{interval.point:.1f} [{interval.low:.1f}, {interval.high:.1f}]"
+
+
+def group_label(group: GroupSummary, groups: Sequence[GroupSummary]) -> str:
+    """Arm, with the settings' hash where the model has several settings of the arm."""
+    twins = [g for g in groups if (g.model, g.arm) == (group.model, group.arm)]
+    return group.arm if len(twins) == 1 else f"{group.arm} #{group.settings[:6]}"
+
+
+def shown_label(group: GroupSummary, groups: Sequence[GroupSummary]) -> str:
+    """As :func:`group_label`, with the arm's name instead of its identifier."""
+    return arm_label(group.arm) + group_label(group, groups).removeprefix(group.arm)
+
+
+def count_text(n: int, noun: str) -> str:
+    """``1 run``, ``3 runs``."""
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
+def budget(group: GroupSummary) -> int | None:
+    """Last healing step that all runs of a group measured; ``None`` without one."""
+    steps = [band.steps[-1] for band in group.bands.values() if band.steps]
+    return max(steps, default=None)
+
+
+def estimate_text(interval: Interval, undefined: int = 0) -> str:
+    """A recovery with its interval, in words: ``18.5 % (95 % interval 1.3 to 35.8 %, n = 3)``.
+
+    Args:
+        interval: In per cent.
+        undefined: Checkpoints that n does not count, because their recovery is undefined.
+    """
+    if math.isnan(interval.point):
+        return "undefined"
+    n = f"n\u00a0=\u00a0{interval.n}"  # not parted at a line's end
+    if undefined:
+        n += f", {count_text(undefined, 'checkpoint')} undefined"
+    if not interval.defined:
+        return f"{interval.point:.1f} % (no interval, {n})"
+    level = f"{100 * interval.confidence:g} % interval"
+    bounds = f"{level} {interval.low:.1f} to {interval.high:.1f} %"
+    return f"{interval.point:.1f} % ({bounds}, {n})"
+
+
+def group_estimate(group: GroupSummary, endpoint: str) -> str:
+    """As :func:`interval_text`; where checkpoints are undefined, with the n that is left."""
+    interval, undefined = group.intervals[endpoint], group.undefined_checkpoints(endpoint)
+    text = interval_text(interval)
+    if undefined and not math.isnan(interval.point):
+        text += f" (n = {interval.n}, {undefined} undefined)"
+    return text
+
+
+def _inconclusive_because(interval: Interval) -> str:
+    if not interval.defined:
+        if interval.n < MIN_CHECKPOINTS:
+            return f"an interval takes at least {MIN_CHECKPOINTS} checkpoints"
+        return "the checkpoints do not differ, so that their spread gives no interval"
+    crossed = [
+        f"{t:g} %"
+        for t in (IRREVERSIBLE_BELOW, REVERSIBLE_ABOVE)
+        if interval.low <= t <= interval.high
+    ]
+    return f"the interval holds the threshold{'s' * (len(crossed) > 1)} {' and '.join(crossed)}"
+
+
+def verdict_reason(group: GroupSummary) -> str:
+    """Why the verdict on rank recovery is what it is: one sentence without its full stop."""
+    interval, steps = group.intervals[RANK], budget(group)
+    within = "" if steps is None else f" after {count_text(steps, 'healing step')}"
+    estimate = estimate_text(interval, group.undefined_checkpoints(RANK))
+    mean = f"mean rank recovery{within} is {estimate}"
+    if group.verdict == "irreversible pathology":
+        return f"{mean}; its upper bound lies under {IRREVERSIBLE_BELOW:g} %"
+    if group.verdict == "acute structural failure":
+        return f"{mean}; its lower bound lies over {REVERSIBLE_ABOVE:g} %: the damage heals"
+    if group.verdict == "partial":
+        zone = f"{IRREVERSIBLE_BELOW:g} and {REVERSIBLE_ABOVE:g} %"
+        return f"{mean}; the whole interval lies between {zone}"
+    if group.verdict == "undefined":
+        return (
+            f"{group.n_undefined} of {count_text(group.n_runs, 'run')} {_has(group.n_undefined)} "
+            "no defined rank recovery"
+        )
+    return f"{mean}; {_inconclusive_because(interval)}"
+
+
+def _has(n: int) -> str:
+    return "has" if n == 1 else "have"
+
+
+def loss_sentence(group: GroupSummary) -> str:
+    """What recovery of the loss says, and whether it agrees with the rank."""
+    interval = group.intervals[LOSS]
+    if math.isnan(interval.point):
+        return "Loss recovery is undefined."
+    verdict = VERDICT_NAMES.get(group.verdict_loss, group.verdict_loss).lower()
+    estimate = estimate_text(interval, group.undefined_checkpoints(LOSS))
+    text = f"The loss recovers by {estimate}, which by itself reads “{verdict}”"
+    unigram = group.intervals.get(UNIGRAM)
+    if unigram is not None and not math.isnan(unigram.point):
+        text += (
+            f" (a model that knows token frequencies alone would score {unigram.point:.1f} %: read "
+            "the loss beside that)"
+        )
+    decided = {"irreversible pathology", "acute structural failure", "partial"}
+    if {group.verdict, group.verdict_loss} <= decided and group.verdict != group.verdict_loss:
+        return f"{text}: rank and loss disagree, and the verdict is about the rank."
+    return f"{text}."
+
+
+def half_sentence(group: GroupSummary) -> str:
+    """When half of the rank was back; empty where no time is defined."""
+    half = group.half_times.get(RANK)
+    if half is None or half.curve.n == 0:
+        return ""
+    reached = half.curve.n - half.curve.n_censored
+    text = f"{reached} of {count_text(half.curve.n, 'checkpoint')} had half of the rank back"
+    median = half.curve.median
+    if math.isnan(median.point):
+        return f"{text}, so that the median time is not reached."
+    tokens = group.half_recovery_tokens.get(RANK)
+    seen = f" ({time_text(tokens, 'tokens')})" if tokens else ""
+    return f"{text}; the median time is {steps_text(median)}{seen}."
+
+
+def steps_text(interval: Interval) -> str:
+    """A number of steps with bounds, ``12 [8, 30] steps``; an infinite bound is ``∞``."""
+    return time_text(interval, "steps")
+
+
+def time_text(interval: Interval, unit: str = "") -> str:
+    """A time with its bounds and unit, ``12,800 [8,192, ∞] tokens``."""
+    if math.isnan(interval.point):
+        return "undefined"
+    parts = [duration(interval.point), unit, "[no interval]"]
+    if interval.defined:
+        bounds = f"[{duration(interval.low)}, {duration(interval.high)}]"
+        parts = [duration(interval.point), bounds, unit]
+    return " ".join(filter(None, parts))
+
+
+def duration(value: float) -> str:
+    """A number of steps or tokens: three digits at least, thousands parted, ∞."""
+    if math.isinf(value):
+        return "∞"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def median_text(interval: Interval, unit: str = "") -> str:
+    """A median time, or what is known of one that was not reached."""
+    if interval.n == 0:
+        return "undefined"
+    if math.isnan(interval.point):
+        beyond = math.isfinite(interval.low)
+        return f"not reached [{duration(interval.low)}, ∞]" if beyond else "not reached"
+    return time_text(interval, unit)
+
+
+def approach_texts(approach: Approach) -> tuple[str, str]:
+    """Fitted asymptote and half-life, or ``not converged`` with the number of fits that did."""
+    if approach.n_checkpoints == 0:
+        return "undefined", "undefined"
+    if not approach.converged:
+        reasons = "; ".join(approach.reasons)
+        lost = approach.n_checkpoints - len(approach.laws)
+        return f"not converged in {lost} of {approach.n_checkpoints} ({reasons})", "not converged"
+    return f"{interval_text(approach.asymptote)} %", steps_text(approach.half_life)
+
+
+def laws_text(approach: Approach) -> str:
+    """How often AICc chose which law: ``exponential 2, power law 1``."""
+    counts = {law: approach.laws.count(law) for law in dict.fromkeys(approach.laws)}
+    return ", ".join(f"{law} {n}" for law, n in counts.items()) or "–"
+
+
+def plan_sentence(plan: VerdictPlan) -> str:
+    """How many checkpoints would decide an inconclusive verdict."""
+    guess = (
+        f"Were the observed mean ({plan.mean:.1f} %) and spread (SD {plan.sd:.1f}) the true ones,"
+    )
+    if plan.n_checkpoints is None:
+        return f"{guess} no attainable number of checkpoints would give “{plan.verdict}”."
+    return (
+        f"{guess} {plan.n_checkpoints} checkpoints in all would give “{plan.verdict}” with "
+        f"{100 * plan.power:g} % probability."
+    )
+
+
+def verdict_heading(group: GroupSummary, groups: Sequence[GroupSummary]) -> str:
+    """``nano, HAEP: Irreversible Pathology within this budget``."""
+    limit = " within this budget" if group.verdict == "irreversible pathology" else ""
+    return f"{group_name(group, groups)}: {VERDICT_NAMES.get(group.verdict, group.verdict)}{limit}"
+
+
+def group_name(group: GroupSummary, groups: Sequence[GroupSummary]) -> str:
+    """``nano, HAEP``."""
+    return f"{group.model}, {shown_label(group, groups)}"
+
+
+def context_sentences(group: GroupSummary) -> list[str]:
+    """What belongs to a verdict: half-recovery, loss, and what would decide it."""
+    plan = group.plans.get(RANK)
+    sentences = [half_sentence(group), loss_sentence(group), plan_sentence(plan) if plan else ""]
+    return [s for s in sentences if s]
+
+
+def verdict_text(group: GroupSummary, groups: Sequence[GroupSummary]) -> str:
+    """Verdict with its reason and what belongs to it; plain text."""
+    first = f"{verdict_heading(group, groups)}: {verdict_reason(group)}."
+    return " ".join([first, *context_sentences(group)])
+
+
+def headline_groups(summary: Summary) -> list[GroupSummary]:
+    """The groups that the question is about: HAEP's, or all where HAEP was not run."""
+    return [g for g in summary.groups if g.arm == TREATMENT] or list(summary.groups)

@@ -1,0 +1,242 @@
+"""The shared style of all figures: colours, sizes, arms and states, reference lines."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import pathlib
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib import colors, font_manager, ft2font
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from matplotlib.transforms import offset_copy
+from scipy import optimize
+
+matplotlib.use("Agg")
+
+# Okabe & Ito (2008): distinguishable with every common form of colour blindness.
+BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
+    "#000000",
+    "#E69F00",
+    "#56B4E9",
+    "#009E73",
+    "#F0E442",
+    "#0072B2",
+    "#D55E00",
+    "#CC79A7",
+)
+_PYPLOT = threading.RLock()
+"""pyplot's settings and figure list are global: one thread draws at a time."""
+
+STYLE: dict[Any, Any] = {
+    "figure.dpi": 100,
+    "savefig.dpi": 130,
+    "savefig.bbox": "tight",
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#DDDDDD",
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "lines.linewidth": 1.8,
+    "legend.frameon": False,
+}
+
+COLUMN, PAGE = 3.3, 6.9
+"""Width in inches of one column and of the page of a two-column paper."""
+PAPER: dict[Any, Any] = STYLE | {
+    # Drawn at the size it is printed at, so that 7 points are 7 points.
+    "savefig.dpi": 300,
+    "savefig.bbox": "standard",
+    "font.size": 7.5,
+    "axes.titlesize": 8,
+    "axes.labelsize": 7.5,
+    "axes.linewidth": 0.6,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "lines.linewidth": 1.3,
+    "grid.linewidth": 0.4,
+    "pdf.fonttype": 42,  # TrueType: type 3 fonts are refused by several publishers
+}
+SMALL = 6.5
+"""Points; notes inside paper figures."""
+
+ARM_STYLES = {
+    # Colour, marker and name of each arm, the same in every figure.
+    "haep": (VERMILION, "o", "HAEP"),
+    "haep_oracle": (PURPLE, "v", "HAEP oracle"),
+    "spectral": (BLUE, "s", "spectral"),
+    "random_tokens": (ORANGE, "^", "random tokens"),
+    "random_text": (GREEN, "D", "clean text"),
+    "gaussian_noise": (SKY, "P", "Gaussian noise"),
+    "none": (BLACK, "x", "sham"),
+}
+STATE_STYLES = {
+    "healthy": (GREEN, "-"),
+    "collapsed": (VERMILION, "--"),
+    "healed": (BLUE, "-."),
+}
+
+
+@contextlib.contextmanager
+def _drawn(
+    style: Mapping[Any, Any], rows: int, columns: int, size: tuple[float, float]
+) -> Iterator[Figure]:
+    with _PYPLOT, plt.rc_context(dict(style)):
+        fig, _ = plt.subplots(rows, columns, figsize=size, squeeze=False)
+        try:
+            yield fig
+        finally:
+            plt.close(fig)
+
+
+@contextlib.contextmanager
+def figure(
+    path: pathlib.Path, rows: int = 1, columns: int = 1, size: tuple[float, float] = (6.4, 4.0)
+) -> Iterator[tuple[Figure, Sequence[plt.Axes]]]:
+    """A styled figure that is written to ``path`` and closed when the block ends well.
+
+    Yields:
+        The figure and its axes as a flat list.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _drawn(STYLE, rows, columns, size) as fig:
+        yield fig, fig.axes
+        # Not constrained_layout: it costs five times the drawing itself.
+        fig.tight_layout()
+        fig.savefig(path)
+
+
+@contextlib.contextmanager
+def paper_figure(
+    path: pathlib.Path, rows: int, columns: int, size: tuple[float, float]
+) -> Iterator[tuple[Figure, Sequence[plt.Axes]]]:
+    """A figure at print size, written as PNG and PDF without dates: same input, same bytes.
+
+    Args:
+        path: Without suffix.
+        rows: Of axes.
+        columns: Of axes.
+        size: Inches.
+
+    Yields:
+        The figure and its axes as a flat list.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _drawn(PAPER, rows, columns, size) as fig:
+        yield fig, fig.axes
+        fig.tight_layout(pad=0.3, w_pad=1.0, h_pad=0.8)
+        fig.savefig(path.with_name(path.name + ".png"))
+        fig.savefig(path.with_name(path.name + ".pdf"), metadata={"CreationDate": None})
+
+
+def text_colour(colour: str) -> str:
+    """A line's colour, darkened so that small type in it can be read on white."""
+    red, green, blue = colors.to_rgb(colour)
+    return colors.to_hex((0.62 * red, 0.62 * green, 0.62 * blue))
+
+
+@functools.cache
+def _glyphs() -> frozenset[int]:
+    """Code points of the font that figures are set in."""
+    return frozenset(ft2font.FT2Font(font_manager.findfont("DejaVu Sans")).get_charmap())
+
+
+def safe_text(text: str, limit: int = 22) -> str:
+    """A name as figures can show it: no mathematics, missing characters by their number, and at
+    most ``limit`` characters, so that the axes keep their room.
+    """
+    shown = "".join(c if ord(c) in _glyphs() else f"U+{ord(c):04X}" for c in " ".join(text.split()))
+    short = shown if len(shown) <= limit else shown[: limit - 1] + "…"
+    return short.replace("$", r"\$")
+
+
+def spread(values: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Positions at least ``gap`` apart, in the order of ``values`` and as near as possible.
+
+    Least squares under the order (isotonic regression of the values less what the gaps take) and
+    within [low, high]; where they do not fit, they go over ``high``.
+    """
+    if not values:
+        return []
+    order = np.argsort(values, kind="stable")
+    steps = gap * np.arange(len(values))
+    free = optimize.isotonic_regression(np.asarray(values)[order] - steps).x
+    placed = np.empty(len(values))
+    placed[order] = np.clip(free, low, max(low, high - steps[-1])) + steps
+    return [float(p) for p in placed]
+
+
+def direct_labels(ax: plt.Axes, ends: Sequence[tuple[float, str, str]]) -> None:
+    """Names to the right of the axes, at the height where each line ends.
+
+    Args:
+        ax: With its final limits on y.
+        ends: Last value in data units, text, colour.
+    """
+    bottom, top = ax.get_ylim()
+    heights = [min(1.0, max(0.0, (y - bottom) / (top - bottom))) for y, _, _ in ends]
+    points = 72.0 * ax.get_position().height * plt.gcf().get_size_inches()[1]
+    places = spread(heights, 1.25 * SMALL / points, 0.0, 1.0)
+    near, far = (offset_copy(ax.transAxes, plt.gcf(), x=x, units="points") for x in (1, 7))
+    for height, place, (_, text, colour) in zip(heights, places, ends, strict=True):
+        ax.annotate(
+            text,
+            xy=(1.0, height),
+            xytext=(1.0, place),
+            xycoords=near,
+            textcoords=far,
+            va="center",
+            fontsize=SMALL,
+            color=text_colour(colour),
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.9, "shrinkA": 1, "shrinkB": 0},
+        )
+
+
+def finite_points(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    """Abscissae and ordinates of the points whose ordinate is finite."""
+    kept = [(x, y) for x, y in points if math.isfinite(y)]
+    return [x for x, _ in kept], [y for _, y in kept]
+
+
+def series(
+    trajectory: Sequence[tuple[int, Mapping[str, float]]], name: str
+) -> tuple[list[float], list[float]]:
+    """Steps and values of one metric of a trajectory, finite ones only."""
+    return finite_points([(step, values[name]) for step, values in trajectory if name in values])
+
+
+def arm_label(arm: str) -> str:
+    """Name of an arm as figures show it."""
+    return ARM_STYLES[arm][2] if arm in ARM_STYLES else arm
+
+
+def arm_style(arm: str) -> tuple[str, str, str]:
+    """Colour, marker and name of an arm; grey for one that has none of its own."""
+    return ARM_STYLES.get(arm, ("#666666", "o", arm))
+
+
+def reference_line(ax: plt.Axes, value: float, state: str, x: float) -> None:
+    """Horizontal line at a state's value, labelled directly."""
+    colour, line = STATE_STYLES[state]
+    ax.axhline(value, color=colour, linestyle=line, linewidth=1)
+    ax.annotate(
+        f"{state} {value:.4g}", (x, value), ha="right", va="bottom", fontsize=8, color=colour
+    )
+
+
+def verdict_zones(ax: plt.Axes) -> None:
+    """Shade the partial zone and mark the healthy value."""
+    ax.axhspan(20, 70, color="#EEEEEE", zorder=0)
+    ax.axhline(100, color=BLACK, linewidth=0.8, linestyle=":")

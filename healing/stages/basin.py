@@ -1,0 +1,284 @@
+"""Stage ``basin``: is the collapsed state of a healing run a minimum, and what lies around it?"""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import torch
+
+from healing.config.basin import BasinConfig
+from healing.config.fingerprint import as_params
+from healing.config.presets import model_slug
+from healing.errors import CheckpointError, TrackingError
+from healing.models.checkpoints import CHECKPOINT_NAME, HEALED_NAME, Checkpoint, read_checkpoint
+from healing.reporting.plots import basin as figures
+from healing.reporting.plots.style import arm_label
+from healing.stages.attack import log_corpora, open_run, raw_data_folder, upload
+from healing.stages.cells.basin import (
+    STATES,
+    STEPS,
+    BasinCell,
+    BasinOutcome,
+    basin_cell,
+    basin_fingerprint,
+    inputs_of,
+    read_states,
+    settle,
+)
+from healing.stages.cells.inputs import load_inputs, use_threads
+from healing.stages.console import Console
+from healing.tracking import queries
+from healing.tracking.queries import RunView
+from healing.tracking.run_files import start_folder, write_json
+from healing.tracking.run_logger import RunLogger
+
+SHOWN = (
+    "loss",
+    "gradient_norm",
+    "gradient_snr",
+    "lambda_max",
+    "lambda_min",
+    "trace",
+    "escape_loss_drop",
+    "escape_probe_loss_drop",
+)
+"""Numbers of a state in the description's table."""
+
+
+def _local(given: str) -> pathlib.Path:
+    return queries.download(given) if ":/" in given else pathlib.Path(given).expanduser().resolve()
+
+
+def _collapsed_of(view: RunView) -> pathlib.Path | None:
+    """The checkpoint that a healing run started from; ``None`` = the healthy model (a sham)."""
+    attack_id, path = view.tags.get("attack_run_id", ""), view.tags.get("checkpoint", "")
+    if not path:
+        return None
+    local = pathlib.Path(path)
+    if attack_id:
+        try:
+            local = queries.download(f"runs:/{attack_id}/checkpoints/{CHECKPOINT_NAME}")
+        except TrackingError:
+            if not local.is_file():
+                raise
+    found = read_checkpoint(local)
+    wanted = view.tags.get("checkpoint_id", "")
+    if wanted and wanted not in (found.config.get("fingerprint"), found.digest):
+        raise CheckpointError(
+            f"{local} is not the checkpoint that run {view.run_id} healed (its checkpoint_id is "
+            f"{wanted}): restore that file, or name both files with --collapsed-checkpoint and "
+            "--healed-checkpoint"
+        )
+    return local
+
+
+def _states_of(run_id: str) -> tuple[pathlib.Path | None, pathlib.Path]:
+    """Collapsed and healed checkpoint of a healing run, checked against its tags."""
+    view = queries.get_run(run_id)
+    if view.tags.get("stage") != "heal" or view.tags.get("role") == "parent":
+        kind = "the parent of healing runs" if view.tags.get("role") else "not a healing run"
+        raise CheckpointError(f"run {run_id} is {kind}: name a single healing run (stage heal)")
+    try:
+        healed = queries.download(f"runs:/{run_id}/checkpoints/{HEALED_NAME}")
+    except TrackingError as error:
+        raise TrackingError(
+            f"healing run {run_id} stored no {HEALED_NAME}: heal again with --save-healed true"
+        ) from error
+    stored = read_checkpoint(healed).config.get("fingerprint")
+    if stored != view.tags.get("fingerprint"):
+        raise CheckpointError(
+            f"{HEALED_NAME} of run {run_id} has the fingerprint {stored}, the run "
+            f"{view.tags.get('fingerprint')}: the artifact is of another run"
+        )
+    return _collapsed_of(view), healed
+
+
+def find_cell(config: BasinConfig) -> tuple[BasinCell, Checkpoint]:
+    """What to examine, with every ``auto`` settled, and the healed checkpoint that settled it.
+
+    Raises:
+        ConfigError: Nothing, or too much, is named.
+        CheckpointError: A file is missing or is not what it is given as.
+        TrackingError: No such run or artifact.
+    """
+    config.require_source()
+    collapsed: pathlib.Path | None
+    if config.heal_run_id:
+        collapsed, healed = _states_of(config.heal_run_id)
+    else:
+        collapsed, healed = _local(config.collapsed_checkpoint), _local(config.healed_checkpoint)
+    checkpoint = read_checkpoint(healed)
+    settled = settle(config, checkpoint, healed)
+    return BasinCell(settled, str(collapsed or ""), str(healed)), checkpoint
+
+
+def stored_fingerprint(config: BasinConfig) -> str:
+    """The fingerprint that :func:`basin` would give, without examining anything."""
+    cell, _ = find_cell(config)
+    corpus, loaded, _ = load_inputs(inputs_of(cell.config))
+    weights, _ = read_states(cell, loaded)
+    return basin_fingerprint(cell, weights, loaded.identity, corpus.digests)
+
+
+def describe(outcome: BasinOutcome) -> str:
+    """Markdown description: the statement, its evidence, the tables."""
+    collapsed = outcome.states["collapsed"].statement
+    lines = [
+        f"**Is the collapsed state a minimum? {collapsed.answer}**: {collapsed.because}.",
+        "",
+        *(f"* {state}: **{r.statement.answer}** ({r.statement.because}). {r.statement.evidence}."
+          for state, r in outcome.states.items()),
+        "",
+        "A trained model is no minimum in this sense either where `healthy` says no: compare.",
+        "",
+        "| | " + " | ".join(STATES) + " |",
+        "|---|" + "---|" * len(STATES),
+    ]  # fmt: skip
+    tables = [report.metrics() for report in outcome.states.values()]
+    lines += [
+        f"| {name} | " + " | ".join(f"{t[name]:.4g}" for t in tables) + " |" for name in SHOWN
+    ]
+    lines += ["", "| straight path | barrier (nats) | at (%) | climb (nats) |", "|---|---|---|---|"]
+    for name, path in outcome.paths.items():
+        at = f"{100 * path.barrier_position:.0f}" if path.barrier > 0 else "–"
+        note = path.reason or f"{path.barrier:.4g} | {at}"
+        row = f"{note} | {path.climb:.4g}" if not path.reason else f"{note} | |"
+        lines.append(f"| {name.replace('_', ' → ')} | {row} |")
+    return "\n".join([*lines, "", _angle(outcome)])
+
+
+def _angle(outcome: BasinOutcome) -> str:
+    d = outcome.displacement
+    angle = f"undefined ({d.reason})" if d.reason else f"{d.return_cosine:.4f}"
+    return (
+        f"cos(healing step, −attack step) {angle}; ‖attack step‖ {d.attack_norm:.4g}, "
+        f"‖healing step‖ {d.healing_norm:.4g}, left to the healthy state {d.remaining_norm:.4g}, "
+        f"of ‖W‖ {d.healthy_norm:.4g}."
+    )
+
+
+def _tags(outcome: BasinOutcome) -> dict[str, Any]:
+    made, collapsed = outcome.made, outcome.states["collapsed"].statement
+    reasons = {"return_cosine_undefined_reason": outcome.displacement.reason}
+    reasons |= {f"barrier_undefined_reason.{n}": p.reason for n, p in outcome.paths.items()}
+    return {
+        **outcome.statements(),
+        "collapsed_is_minimum_evidence": f"{collapsed.because}: {collapsed.evidence}",
+        "fingerprint": outcome.fingerprint,
+        "heal_run_id": made.get("heal_run_id", ""),
+        "attack_run_id": made.get("attack_run_id", ""),
+        **{name: text for name, text in reasons.items() if text},
+    }
+
+
+def _densities(outcome: BasinOutcome) -> dict[str, Any]:
+    """Nodes and weights of the spectral density by state, one row per probe."""
+    return {
+        state: {
+            "dimension": report.density.dimension,
+            "nodes": report.density.nodes.tolist(),
+            "weights": report.density.weights.tolist(),
+        }
+        for state, report in outcome.states.items()
+    }
+
+
+def _store(outcome: BasinOutcome, folder: pathlib.Path, arm: str) -> None:
+    statements = {name: report.statement for name, report in outcome.states.items()}
+    summary = {
+        **outcome.metrics(),
+        **_tags(outcome),
+        "evidence": {name: f"{s.because}: {s.evidence}" for name, s in statements.items()},
+    }
+    write_json(folder / "basin_summary.json", summary)
+    paths = {
+        name: {"positions": path.positions, "losses": path.losses, "excess": path.excess}
+        for name, path in outcome.paths.items()
+    }
+    write_json(folder / "paths.json", paths)
+    write_json(folder / "spectral_density.json", _densities(outcome))
+    config, plots = outcome.cell.config, folder / "plots"
+    run = f"{config.label}, {arm_label(arm)}, seed {config.seed}"
+    figures.loss_barriers(
+        plots / "loss_barriers.png", outcome.paths, f"Loss on straight paths: {run}"
+    )
+    densities = {name: report.density for name, report in outcome.states.items()}
+    figures.spectral_density(
+        plots / "spectral_density.png",
+        densities,
+        _linear_scale(outcome),
+        f"Hessian of {run} ({config.density_probes + 1} probes)",
+    )
+    evidence = {name: report.evidence for name, report in outcome.states.items()}
+    answers = ", ".join(f"{name} {s.answer}" for name, s in statements.items())
+    figures.gradient_and_eigenvalues(
+        plots / "gradient_and_eigenvalues.png", evidence, f"{run}. Minimum? {answers}"
+    )
+
+
+def _linear_scale(outcome: BasinOutcome) -> float:
+    """A power of ten about a hundredth of the smallest finite λ_max: where the bulk ends."""
+    tops = [report.evidence.curvature.scale for report in outcome.states.values()]
+    known = torch.tensor([top for top in tops if 0 < top < float("inf")], dtype=torch.float64)
+    if not len(known):
+        return 1.0
+    return float(10 ** torch.round(torch.log10(known.min() / 100)))
+
+
+def _log(run: RunLogger, outcome: BasinOutcome) -> None:
+    run.metrics(outcome.metrics())
+    for name, path in outcome.paths.items():
+        points = zip(path.positions, path.losses, path.excess, strict=True)
+        run.history(
+            [
+                (round(100 * a), {f"path/{name}_loss": loss, f"path/{name}_excess": excess})
+                for a, loss, excess in points
+            ]
+        )
+    run.tags(_tags(outcome))
+    run.describe(describe(outcome))
+
+
+def basin(
+    config: BasinConfig, *, parent: RunLogger | None = None, console: Console | None = None
+) -> BasinOutcome:
+    """Examine, log and store the landscape of one healing run.
+
+    Raises:
+        ConfigError: Nothing to examine is named, or a budget does not fit.
+        CheckpointError: The states do not belong together.
+        CorpusError: The ``attack`` split is too small.
+        TrackingError: No such run or artifact.
+    """
+    console = console or Console(config.verbosity)
+    with open_run(parent, "basin", {"stage": "basin"}) as run:
+        cell, healed = find_cell(config)
+        settled, arm = cell.config, str(healed.config.get("arm", "unknown"))
+        title = f"basin {settled.label} {arm} seed {settled.seed}"
+        run.tags({"model": settled.label, "arm": arm, "mlflow.runName": title})
+        run.params("basin", {**as_params(settled), "arm": arm})
+        use_threads(inputs_of(settled))
+        with console.bar(STEPS, title, unit="part") as bar:
+
+            def on_step(part: str) -> None:
+                bar.set_postfix_str(part)
+                bar.update(1)
+
+            outcome = basin_cell(cell, on_step)
+        run.n_params(outcome.n_params)
+        log_corpora(run, settled, outcome.digests, {"attack": "curvature", "probe": "probe"})
+        slug, mark = model_slug(settled.label), outcome.fingerprint[:8]
+        name = f"{slug}_{arm}_seed{settled.seed}_basin_{mark}"
+        folder = raw_data_folder(settled.output_dir, name)
+        sources = {"collapsed": cell.collapsed, "healed": cell.healed}
+        start_folder(folder, {**as_params(settled), **sources, "fingerprint": outcome.fingerprint})
+        _store(outcome, folder, arm)
+        _log(run, outcome)
+        upload(run, folder)
+        collapsed = outcome.states["collapsed"].statement
+        console.say(
+            f"{title}: collapsed state a minimum? {collapsed.answer} ({collapsed.because}) → "
+            f"{folder}"
+        )
+        return outcome

@@ -1,0 +1,387 @@
+"""The landscape of one healing run as a pure function: three states, three paths, a statement."""
+
+from __future__ import annotations
+
+import functools
+import math
+import pathlib
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from healing.config.basin import BasinConfig
+from healing.config.fingerprint import fingerprint
+from healing.config.options import AUTO
+from healing.config.shared import BaseConfig
+from healing.curvature.escape import escape
+from healing.curvature.flat_weights import put_weights, weights_of
+from healing.curvature.gradient_noise import gradient_statistics
+from healing.curvature.hessian import HessianOperator
+from healing.curvature.lanczos import lanczos
+from healing.curvature.loss_landscape import Displacement, LossPath, displacement, loss_path
+from healing.curvature.minimum import Curvature, Evidence, Statement, is_minimum
+from healing.curvature.stochastic_lanczos import SpectralDensity, lanczos_quadrature
+from healing.data.splits import Corpus
+from healing.errors import CheckpointError, ConfigError, CorpusError
+from healing.measurements.probe import Probe
+from healing.models.blocks import next_token_loss
+from healing.models.checkpoints import HEALED_KIND, Checkpoint, load_state, read_checkpoint
+from healing.models.loading import LoadedModel, state_digest
+from healing.randomness import named_generator
+from healing.stages.cells.code_digest import code_digest
+from healing.stages.cells.inputs import complete, device_kind, load_inputs
+
+STATES = ("healthy", "collapsed", "healed")
+PATHS = {
+    "collapsed_healed": ("collapsed", "healed"),
+    "healthy_healed": ("healthy", "healed"),
+    "healthy_collapsed": ("healthy", "collapsed"),
+}
+STEPS = 4 * len(STATES) + len(PATHS)
+"""Parts of a cell, for a progress bar."""
+TOKENS_PER_PASS = 512
+"""Tokens whose gradient graph is held at once."""
+
+
+@dataclass(frozen=True)
+class BasinCell:
+    """One landscape: everything that decides its numbers, picklable.
+
+    Attributes:
+        config: Resolved configuration (:func:`settle`).
+        collapsed: Path of the collapsed checkpoint; empty = the healthy state (a sham).
+        healed: Path of the healed checkpoint.
+    """
+
+    config: BasinConfig
+    collapsed: str
+    healed: str
+
+
+@dataclass(frozen=True)
+class StateReport:
+    """What one state shows.
+
+    Attributes:
+        evidence: Gradient, curvature, escape.
+        statement: Whether it is a minimum.
+        density: Quadrature of the Hessian's spectral density.
+    """
+
+    evidence: Evidence
+    statement: Statement
+    density: SpectralDensity
+
+    @property
+    def trace(self) -> tuple[float, float]:
+        """Of the Hessian, with its standard error over probes (NaN for one)."""
+        mean, error = self.density.moment(1)
+        return mean * self.density.dimension, error * self.density.dimension
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers by name, without the state."""
+        g, c, e = self.evidence.gradient, self.evidence.curvature, self.evidence.escape
+        further = {f"lambda_max_{i}": v for i, v in enumerate(c.largest[1:], start=2)}
+        further |= {f"lambda_min_{i}": v for i, v in enumerate(c.smallest[1:], start=2)}
+        return {
+            "loss": e.heldout_loss,
+            "curvature_batch_loss": e.loss,
+            "gradient_norm": g.norm,
+            "gradient_squared_norm": g.squared_norm,
+            "gradient_squared_norm_error": g.standard_error,
+            "gradient_snr": g.snr,
+            "lambda_max": c.largest[0],
+            "lambda_max_residual": c.largest_residuals[0],
+            "lambda_min": c.smallest[0],
+            "lambda_min_residual": c.smallest_residuals[0],
+            **further,
+            "trace": self.trace[0],
+            "trace_error": self.trace[1],
+            "escaped": float(e.escaped) if e.finite else math.nan,
+            "escape_loss_drop": e.loss_drop,
+            "escape_probe_loss_drop": e.heldout_loss_drop,
+            "escape_distance_ratio": e.distance_ratio,
+            "descent_loss_drop": e.loss - e.unperturbed.final_loss if e.unperturbed else math.nan,
+            "descent_distance": e.unperturbed.final_distance if e.unperturbed else math.nan,
+        }
+
+
+@dataclass(frozen=True)
+class BasinOutcome:
+    """What a basin cell leaves.
+
+    Attributes:
+        cell: What was run.
+        fingerprint: Hash of what determined the result.
+        made: Configuration stored with the healed checkpoint: arm, lineage.
+        n_params: Size of the model.
+        digests: Corpus digests by split.
+        states: By name, in the order of :data:`STATES`.
+        paths: By name, in the order of :data:`PATHS`.
+        displacement: Distances and return angle.
+    """
+
+    cell: BasinCell
+    fingerprint: str
+    made: dict[str, Any]
+    n_params: int
+    digests: dict[str, str]
+    states: dict[str, StateReport]
+    paths: dict[str, LossPath]
+    displacement: Displacement
+
+    def metrics(self) -> dict[str, float]:
+        """All final numbers under their MLflow names."""
+        d = self.displacement
+        found = {
+            f"basin/{state}/{name}": value
+            for state, report in self.states.items()
+            for name, value in report.metrics().items()
+        }
+        for name, path in self.paths.items():
+            found[f"basin/barrier/{name}"] = path.barrier
+            found[f"basin/barrier_position/{name}"] = 100 * path.barrier_position
+            found[f"basin/climb/{name}"] = path.climb
+        return found | {
+            "basin/healthy_norm": d.healthy_norm,
+            "basin/attack_norm": d.attack_norm,
+            "basin/healing_norm": d.healing_norm,
+            "basin/remaining_norm": d.remaining_norm,
+            "basin/relative_attack_norm": d.attack_norm / d.healthy_norm,
+            "basin/relative_healing_norm": d.healing_norm / d.healthy_norm,
+            "basin/relative_remaining_norm": d.remaining_norm / d.healthy_norm,
+            "basin/return_cosine": d.return_cosine,
+            "basin/return_share": d.return_share,
+        }
+
+    def statements(self) -> dict[str, str]:
+        """``collapsed_is_minimum`` and so on: yes, no or undetermined."""
+        return {f"{state}_is_minimum": r.statement.answer for state, r in self.states.items()}
+
+
+def settle(config: BasinConfig, healed: Checkpoint, path: object) -> BasinConfig:
+    """Replace every ``auto`` by what the healing run had, else by the default.
+
+    Raises:
+        CheckpointError: The user names another model or revision than the checkpoint, or it names
+            none.
+        ConfigError: The model cannot be what is named.
+    """
+    named = healed.model_fields(path, config.model, config.revision, config.deduped)
+    if named["model"] == AUTO:
+        raise CheckpointError(f"{path} names no model: name it with --model")
+    healed.pin_commit()
+    wanted = [f.name for f in fields(BaseConfig) if getattr(config, f.name, "") == AUTO]
+    known = {name: healed.config[name] for name in wanted if name in healed.config}
+    base = complete(BaseConfig(**{**known, **named}))
+    wanted += list(named)
+    auto = {name: getattr(base, name) for name in wanted if name != "device"}
+    return replace(config, **auto)
+
+
+def inputs_of(config: BasinConfig) -> BaseConfig:
+    """The part of a settled configuration that says what is loaded."""
+    shared = {f.name for f in fields(BaseConfig)} & {f.name for f in fields(BasinConfig)}
+    return complete(BaseConfig(**{name: getattr(config, name) for name in shared}))
+
+
+def attack_split(config: BasinConfig, corpus: Corpus, loaded: LoadedModel) -> Tensor:
+    """Windows of the ``attack`` split, (windows, length), enough for all gradient batches.
+
+    Raises:
+        ConfigError: A batch holds no window.
+        CorpusError: The split is too small.
+    """
+    length = int(config.sequence_length)
+    if config.curvature_tokens < length:
+        raise ConfigError(
+            f"--curvature-tokens {config.curvature_tokens} is less than one window of {length} "
+            "tokens: raise it"
+        )
+    windows = corpus.windows("attack", loaded.tokenizer, length)
+    needed = config.gradient_batches * (config.curvature_tokens // length)
+    if len(windows) < needed:
+        raise CorpusError(
+            f"attack split of corpus {config.corpus!r} fills {len(windows)} windows of {length} "
+            f"tokens, the gradient needs {needed}: use a larger corpus, or lower "
+            "--gradient-batches or --curvature-tokens"
+        )
+    return windows
+
+
+def curvature_batch(windows: Tensor, count: int) -> Tensor:
+    """`count` windows evenly spaced over the split: many documents in one small batch."""
+    return windows[torch.arange(count) * len(windows) // count]
+
+
+def gradient_batches(windows: Tensor, batches: int, count: int) -> list[Tensor]:
+    """Disjoint blocks of `count` neighbouring windows, evenly spaced over the split.
+
+    Neighbours often share a document: blocks keep such windows in one batch, so that batches are
+    as good as independent.
+    """
+    starts = [index * len(windows) // batches for index in range(batches)]
+    return [windows[start : start + count] for start in starts]
+
+
+def _operator(loaded: LoadedModel, windows: Tensor) -> HessianOperator:
+    rows = max(1, TOKENS_PER_PASS // windows.shape[1])
+    chunks = windows.to(loaded.device).split(rows)
+    predicted = [len(chunk) * (windows.shape[1] - 1) for chunk in chunks]
+    return HessianOperator(loaded.model, next_token_loss, chunks, predicted)
+
+
+def _spectrum(
+    config: BasinConfig, operator: HessianOperator, on_step: Callable[[str], None]
+) -> tuple[Curvature, SpectralDensity]:
+    """Extreme eigenvalues, and the density from the search's own probe and further ones."""
+    with operator.retained_graphs():
+        found = lanczos(
+            operator,
+            named_generator(int(config.seed), "basin-lanczos"),
+            n_largest=config.eigenvalues,
+            n_smallest=config.eigenvalues,
+            max_iterations=config.lanczos_iterations,
+            tolerance=config.curvature_tolerance,
+        )
+        on_step("eigenvalues")
+        density = lanczos_quadrature(
+            operator,
+            named_generator(int(config.seed), "basin-density"),
+            n_probes=config.density_probes,
+            n_iterations=config.density_iterations,
+        )
+    on_step("spectral density")
+    curvature = Curvature(
+        tuple(found.largest.values.tolist()),
+        tuple(found.smallest.values.tolist()),
+        tuple(found.largest.residuals.tolist()),
+        tuple(found.smallest.residuals.tolist()),
+        found.status.value,
+        found.products,
+    )
+    return curvature, density.with_probe(found.nodes, found.weights)
+
+
+def examine(
+    config: BasinConfig,
+    loaded: LoadedModel,
+    windows: Tensor,
+    probe: Probe,
+    on_step: Callable[[str], None],
+) -> StateReport:
+    """All evidence about the model's current weights, which are left as they are.
+
+    The random streams are the same for every state, so that states are compared pairwise.
+    """
+    count = config.curvature_tokens // windows.shape[1]
+    batches = gradient_batches(windows, config.gradient_batches, count)
+    gradients = gradient_statistics([_operator(loaded, batch).gradient() for batch in batches])
+    on_step("gradient")
+    fixed = curvature_batch(windows, count)
+    operator = _operator(loaded, fixed)
+    curvature, density = _spectrum(config, operator, on_step)
+    top = curvature.largest[0]
+    left = escape(
+        loaded.model,
+        functools.partial(Probe(fixed).loss, loaded.model),
+        functools.partial(probe.loss, loaded.model),
+        operator.gradient,
+        named_generator(int(config.seed), "basin-escape"),
+        step_size=1 / top if top > 0 else math.nan,
+        steps=config.escape_steps,
+        radius=config.perturbation_radius,
+        perturbations=config.perturbations,
+    )
+    on_step("escape")
+    evidence = Evidence(gradients, curvature, left, config.curvature_tolerance)
+    return StateReport(evidence, is_minimum(evidence), density)
+
+
+def read_states(cell: BasinCell, loaded: LoadedModel) -> tuple[dict[str, Tensor], Checkpoint]:
+    """Flat weights of the three states and the healed checkpoint; the model is left healed.
+
+    Raises:
+        CheckpointError: A file is not what it is given as, or the states do not belong together.
+    """
+    weights, digest = {"healthy": weights_of(loaded.model)}, loaded.digest
+    if cell.collapsed:
+        collapsed = read_checkpoint(pathlib.Path(cell.collapsed))
+        _require_healthy(collapsed, loaded, cell.collapsed)
+        load_state(loaded, collapsed, cell.collapsed)
+        digest = collapsed.digest
+    weights["collapsed"] = weights_of(loaded.model)
+    healed = read_checkpoint(pathlib.Path(cell.healed))
+    if healed.kind != HEALED_KIND:
+        raise CheckpointError(
+            f"{cell.healed} is not a healed checkpoint (type {healed.kind}): give one that the "
+            "heal entry point stored with --save-healed true"
+        )
+    _require_healthy(healed, loaded, cell.healed)
+    if healed.config.get("collapsed_digest") != digest:
+        raise CheckpointError(
+            f"{cell.healed} was not healed from {cell.collapsed or 'the healthy model'} but from "
+            "other weights: give the two files of one healing run"
+        )
+    load_state(loaded, healed, cell.healed)
+    weights["healed"] = weights_of(loaded.model)
+    return weights, healed
+
+
+def _require_healthy(checkpoint: Checkpoint, loaded: LoadedModel, path: str) -> None:
+    made_from = checkpoint.config.get("healthy_digest")
+    if made_from and made_from != loaded.digest:
+        raise CheckpointError(
+            f"{path} was made from other weights of {loaded.name} than the ones here: "
+            "the healthy state of its run is not this model"
+        )
+
+
+def basin_fingerprint(
+    cell: BasinCell, weights: dict[str, Tensor], identity: str, digests: dict[str, str]
+) -> str:
+    """Fingerprint of a landscape; states count by their weights, not by their paths or runs."""
+    bare = replace(cell.config, heal_run_id="", collapsed_checkpoint="", healed_checkpoint="")
+    marks = {name: state_digest({name: vector}) for name, vector in weights.items()}
+    kind = device_kind(inputs_of(cell.config))
+    return fingerprint(
+        "basin", bare, marks, identity, digests, code_digest("healing.stages.cells.basin"), kind
+    )
+
+
+def _prefixed(on_step: Callable[[str], None], state: str) -> Callable[[str], None]:
+    return lambda part: on_step(f"{state} {part}")
+
+
+def basin_cell(cell: BasinCell, on_step: Callable[[str], None] = lambda _: None) -> BasinOutcome:
+    """The landscape of one healing run; neither files are written nor MLflow is touched.
+
+    Args:
+        cell: What to examine and how.
+        on_step: Called with the name of each of the :data:`STEPS` parts as it is done.
+    """
+    corpus, loaded, probe = load_inputs(inputs_of(cell.config))
+    windows = attack_split(cell.config, corpus, loaded)
+    weights, healed = read_states(cell, loaded)
+    mark = basin_fingerprint(cell, weights, loaded.identity, corpus.digests)
+    states = {}
+    for name in STATES:
+        put_weights(loaded.model, weights[name])
+        states[name] = examine(cell.config, loaded, windows, probe, _prefixed(on_step, name))
+    paths = {}
+    for name, (start, end) in PATHS.items():
+        paths[name] = loss_path(
+            loaded.model,
+            weights[start],
+            weights[end],
+            cell.config.path_points,
+            functools.partial(probe.loss, loaded.model),
+        )
+        on_step(name)
+    apart = displacement(weights["healthy"], weights["collapsed"], weights["healed"])
+    return BasinOutcome(
+        cell, mark, healed.config, loaded.n_params, corpus.digests, states, paths, apart
+    )

@@ -1,0 +1,108 @@
+"""Digest of the code that makes a cell's numbers: everything that the cell's module imports.
+
+The modules are found by following imports, so that no list can fall behind. What is hashed is the
+parsed source without docstrings, comments and import lines: a reworded sentence and a moved file
+leave the digest as it is, a changed constant does not. (The parsed form depends on Python's
+version, as numbers depend on torch's.)
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import importlib.util
+import pathlib
+from collections.abc import Iterator
+
+import torch
+import transformers
+
+from healing.config.fingerprint import fingerprint
+
+EXCLUDED = {
+    "healing.config": "every value that reaches a cell is a field of its resolved configuration",
+    "healing.errors": "names of failures; a cell that fails leaves no numbers",
+    "healing.data.hub": "how files are fetched; what they hold is hashed as weights and texts",
+    "healing.stages.cells.code_digest": "this module",
+}
+"""What a cell reaches and its digest leaves out (with everything below it), and why."""
+
+
+def find_module(name: str) -> pathlib.Path | None:
+    """Source file of a module or package; ``None`` where there is no such module."""
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ModuleNotFoundError, ValueError):
+        return None
+    if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
+        return None
+    return pathlib.Path(spec.origin)
+
+
+def imported(tree: ast.Module) -> Iterator[str]:
+    """Names that the source imports, at any depth: modules, and what may be modules."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@functools.cache
+def parsed(path: pathlib.Path) -> ast.Module:
+    """Syntax tree of a file."""
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def is_excluded(name: str) -> bool:
+    """Whether a module is left out, by itself or with its package."""
+    return any(name == e or name.startswith(f"{e}.") for e in EXCLUDED)
+
+
+def closure(*roots: str) -> dict[str, pathlib.Path]:
+    """Module → file of the roots and of every module of this project that they import."""
+    found: dict[str, pathlib.Path] = {}
+    waiting = list(roots)
+    while waiting:
+        name = waiting.pop()
+        path = None if name in found or is_excluded(name) else find_module(name)
+        if path is not None:
+            found[name] = path
+            waiting += [n for n in imported(parsed(path)) if n.startswith("healing.")]
+    return dict(sorted(found.items()))
+
+
+class _Stripped(ast.NodeTransformer):
+    """Removes what cannot change a number: strings that stand alone, and imports."""
+
+    def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
+        is_text = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        return None if is_text else node
+
+    def visit_Import(self, node: ast.Import) -> None:
+        return None
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
+        return None
+
+
+def stripped(source: str) -> str:
+    """The syntax tree of a source as text, without docstrings, comments and imports."""
+    return ast.dump(_Stripped().visit(ast.parse(source)))
+
+
+@functools.cache
+def code_digest(*roots: str) -> str:
+    """Hash (16 hex digits) of the code behind some modules, and of torch's and transformers'
+    versions.
+
+    Modules count by content, not by name: moving one changes nothing.
+
+    Args:
+        roots: The cell's module, and what it loads by name (an arm, a healing method, a plug-in).
+    """
+    sources = (stripped(path.read_text(encoding="utf-8")) for path in closure(*roots).values())
+    hashes = sorted(hashlib.sha256(source.encode()).hexdigest() for source in sources)
+    return fingerprint(torch.__version__, transformers.__version__, *hashes)

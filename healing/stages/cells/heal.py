@@ -1,0 +1,391 @@
+"""One healing run as a pure function: what it is, what it leaves, what identifies it."""
+
+from __future__ import annotations
+
+import math
+import pathlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from healing.config.fingerprint import NOT_DETERMINING, NOT_SETTINGS, as_params, fingerprint
+from healing.config.heal import FULL, HealConfig
+from healing.config.shared import SHAM
+from healing.data.windows import batches
+from healing.errors import CheckpointError
+from healing.measurements.diagnosis import (
+    CONTROL_STEPS,
+    FORWARD,
+    WEIGHTS,
+    Control,
+    Diagnosis,
+    Failure,
+)
+from healing.measurements.probe import Measurement, Probe
+from healing.measurements.recovery import Damage, State, recovery_pct, verdict_of
+from healing.measurements.unigram import unigram_loss
+from healing.models.blocks import embedding_matrix
+from healing.models.checkpoints import (
+    CHECKPOINT_NAME,
+    HEALED_KIND,
+    Checkpoint,
+    load_state,
+    read_checkpoint,
+)
+from healing.models.loading import LoadedModel
+from healing.randomness import named_generator
+from healing.stages.cells.attack import state_of
+from healing.stages.cells.code_digest import code_digest
+from healing.stages.cells.inputs import (
+    complete,
+    device_kind,
+    load_for,
+    load_inputs,
+    training_windows,
+)
+from healing.statistics.survival import half_recovery_time
+from healing.training.healing_loop import HealRecord, adapter_draws, control_run
+from healing.training.healing_loop import heal as heal_steps
+from healing.training.methods.lora import adapted
+from healing.training.nonfinite import (
+    diagnose,
+    first_nonfinite_parameter,
+    forward_failure,
+    takes_a_step,
+)
+from healing.training.precision import Precision
+
+
+@dataclass(frozen=True)
+class HealCell:
+    """One healing run: everything that decides its numbers, picklable.
+
+    Attributes:
+        config: Resolved configuration.
+        checkpoint: Path of the collapsed checkpoint; empty for the sham, which heals the healthy
+            model.
+        replicate: Number of the run among those of the same checkpoint and seed.
+        sham: Trajectory of the sham of the same seed, replicate and settings: step → state.
+    """
+
+    config: HealConfig
+    checkpoint: str
+    replicate: int = 0
+    sham: Mapping[int, State] = field(default_factory=dict)
+
+    def sham_cell(self) -> HealCell:
+        """The healing of the healthy model that this cell is referred to."""
+        bare = replace(self.config, sham=False, arm=SHAM, collapsed_checkpoint="", attack_run_id="")
+        return HealCell(replace(bare, checkpoint_dir=""), "", self.replicate)
+
+
+@dataclass(frozen=True)
+class HealOutcome:
+    """What a healing cell leaves beside the healed model, which is too large to keep for each run.
+
+    Attributes:
+        cell: What was run.
+        fingerprint: Hash of what determined the result.
+        checkpoint: The collapsed state it started from, without its tensors.
+        healthy_digest: Of the untouched model's weights.
+        healthy: Measurement of the untouched model.
+        records: The trajectory, from step 0.
+        digests: Corpus digests by split.
+        in_float32: What the collapsed model cannot compute in float32 before any step, if so.
+        control: The healthy model through the same first steps, where the run stalled.
+        unigram_loss: Of token frequencies alone on the probe, nats per token: a collapsed model may
+            be worse than knowing nothing, and most of its loss comes back without any knowledge.
+    """
+
+    cell: HealCell
+    fingerprint: str
+    checkpoint: Checkpoint
+    healthy_digest: str
+    healthy: Measurement
+    records: tuple[HealRecord, ...]
+    digests: dict[str, str]
+    in_float32: Failure | None = None
+    control: Control | None = None
+    unigram_loss: float = math.nan
+
+    @property
+    def damage(self) -> Damage:
+        """Healthy and collapsed state."""
+        return Damage(state_of(self.healthy), state_of(self.records[0].measurement))
+
+    @property
+    def diagnosis(self) -> Diagnosis:
+        """What the status rests on."""
+        config, last = self.cell.config, self.records[-1]
+        return Diagnosis(
+            str(Precision(config.precision, config.precision_mode)),
+            self.in_float32,
+            last.failure,
+            last.stalled,
+            self.control,
+            last.nonfinite_steps,
+            last.scaler_skipped_steps,
+            last.step,
+        )
+
+    @property
+    def status(self) -> str:
+        """As :attr:`healing.measurements.diagnosis.Diagnosis.status`."""
+        return self.diagnosis.status
+
+    def recovery(self, record: HealRecord) -> dict[str, float]:
+        """Recovery numbers of one record, in percent; NaN where the model cannot compute.
+
+        A model that takes no step keeps its rank: 0 % would be an invented result.
+        """
+        now, sham = state_of(record.measurement), self.cell.sham.get(record.step)
+        numbers = self.damage.recovery(now)
+        unigram = recovery_pct(self.unigram_loss, self.damage.collapsed.loss, self.healthy.loss)
+        numbers["unigram_loss_recovery_pct"] = math.nan if self.damage.loss_reason else unigram
+        if sham is not None:
+            numbers |= self.damage.sham_recovery(now, sham)
+        return dict.fromkeys(numbers, math.nan) if self._not_computing else numbers
+
+    @property
+    def _not_computing(self) -> str:
+        """Why there is no recovery to speak of; known before the control has run."""
+        if not (self.in_float32 or self.records[-1].stalled):
+            return ""
+        return self.diagnosis.sentence
+
+    def half_recovery(self, name: str) -> tuple[float, bool]:
+        """Steps until half of a recovery is reached, and whether the run ended before (censored).
+
+        (NaN, True) where the recovery is undefined.
+        """
+        values = [self.recovery(r)[name] for r in self.records]
+        if not any(math.isfinite(v) for v in values[1:]):
+            return math.nan, True
+        found = half_recovery_time([float(r.step) for r in self.records], values)
+        return found.time, found.censored
+
+    def summary(self) -> dict[str, Any]:
+        """Final numbers, as stored in ``healing_summary.json``."""
+        damage, last = self.damage, self.records[-1]
+        final = state_of(last.measurement)
+        recovery = self.recovery(last)
+        rank_time, rank_censored = self.half_recovery("rank_recovery_pct")
+        loss_time, loss_censored = self.half_recovery("loss_recovery_pct")
+        per_step = int(self.cell.config.batch_size) * self.cell.config.sequence_length  # tokens
+        return {
+            **recovery,
+            "verdict": verdict_of(recovery["rank_recovery_pct"]),
+            "verdict_loss": verdict_of(recovery["loss_recovery_pct"]),
+            "spectral_state": damage.spectral_state,
+            "rank_undefined_reason": self._not_computing or damage.rank_reason,
+            "loss_undefined_reason": self._not_computing or damage.loss_reason,
+            "original_rank": damage.healthy.effective_rank,
+            "collapsed_rank": damage.collapsed.effective_rank,
+            "final_effective_rank": final.effective_rank,
+            "original_perplexity": damage.healthy.perplexity,
+            "collapsed_perplexity": damage.collapsed.perplexity,
+            "final_perplexity": final.perplexity,
+            "original_loss": damage.healthy.loss,
+            "collapsed_loss": damage.collapsed.loss,
+            "final_loss": final.loss,
+            "unigram_loss": self.unigram_loss,
+            "rank_reduction_pct": damage.rank_reduction_pct,
+            "rank_change_threshold": damage.rank_threshold,
+            "half_recovery_steps_rank": rank_time,
+            "half_recovery_censored_rank": rank_censored,
+            "half_recovery_steps_loss": loss_time,
+            "half_recovery_censored_loss": loss_censored,
+            "half_recovery_tokens_rank": rank_time * per_step,
+            "half_recovery_tokens_loss": loss_time * per_step,
+            "steps": last.step,
+            **self.diagnosis.summary(),
+        }
+
+
+def decide_model(config: HealConfig, checkpoint: Checkpoint | None, path: object) -> HealConfig:
+    """Resolve ``auto``: the checkpoint's model and revision, at the commit it was made from, unless
+    the user names one.
+
+    Raises:
+        CheckpointError: The user names another model or revision than the checkpoint.
+        ConfigError: The model cannot be what is named.
+    """
+    if checkpoint is not None:
+        named = checkpoint.model_fields(path, config.model, config.revision, config.deduped)
+        config = replace(config, **named)
+        checkpoint.pin_commit()
+    return complete(config)
+
+
+def sham_checkpoint(healthy_digest: str, config: HealConfig) -> Checkpoint:
+    """The healthy model in a checkpoint's place; its weights stay where they are."""
+    made = {
+        "model": config.model,
+        "revision": config.revision,
+        "deduped": config.deduped,
+        "arm": SHAM,
+        "seed": config.seed,
+        "healthy_digest": healthy_digest,
+        "fingerprint": healthy_digest,
+    }
+    return Checkpoint(0, {}, "healthy model", made, known_digest=healthy_digest)
+
+
+_PLAIN = HealConfig()
+
+
+def _determining(config: HealConfig) -> HealConfig:
+    """Without what has no effect: the mode of fp32, the adapters of full healing."""
+    if config.precision == "fp32":
+        config = replace(config, precision_mode="autocast")
+    if config.healing_method == FULL:
+        config = replace(config, lora_rank=_PLAIN.lora_rank, lora_alpha=_PLAIN.lora_alpha)
+    return config
+
+
+def heal_code() -> str:
+    """Digest of the code that makes a healing run's numbers."""
+    return code_digest("healing.stages.cells.heal")
+
+
+def heal_fingerprint(
+    cell: HealCell, checkpoint: Checkpoint, identity: str, digests: dict[str, str]
+) -> str:
+    """Fingerprint of a healing run; the checkpoint counts by its weights, not by its path."""
+    bare = replace(_determining(cell.config), collapsed_checkpoint="", arm="none")
+    return fingerprint(
+        "heal",
+        bare,
+        cell.replicate,
+        checkpoint.digest,
+        attacked_settings(checkpoint),
+        identity,
+        digests,
+        heal_code(),
+        device_kind(cell.config),
+    )
+
+
+def _data_order(cell: HealCell) -> torch.Generator:
+    return named_generator(cell.config.seed, "sft", cell.replicate)
+
+
+def _first_batch(cell: HealCell, windows: torch.Tensor) -> torch.Tensor:
+    return next(batches(windows, int(cell.config.batch_size), _data_order(cell)))
+
+
+def failure_in_float32(
+    loaded: LoadedModel, collapsed: Measurement, probe: Probe, batch: torch.Tensor
+) -> Failure | None:
+    """What a model in float32 cannot compute before any step, if there is such a thing.
+
+    Tried in this order: forward and backward pass on the first training batch, the forward passes
+    of its measurement, the weights themselves.
+    """
+    batch = batch.to(loaded.device)
+    # Watched only where needed: that pass holds the logits of the whole batch.
+    found = None if takes_a_step(loaded.model, batch) else diagnose(loaded.model, batch, step=0)
+    if found:
+        return found
+    if collapsed.nonfinite_tokens:
+        return Failure(0, FORWARD, forward_failure(loaded.model, probe.windows) or "probe")
+    broken = first_nonfinite_parameter(loaded.model)
+    return Failure(0, WEIGHTS, broken) if broken else None
+
+
+def _control(cell: HealCell, failure: Failure, windows: torch.Tensor) -> Control:
+    """A failed run's first steps on a fresh healthy model: a second model in memory meanwhile."""
+    healthy = load_for(cell.config)
+    if cell.config.gradient_checkpointing:
+        healthy.model.activation_checkpointing_enable()
+    # As long as the run took to the failures that ended it, at most CONTROL_STEPS.
+    steps = min(failure.step, CONTROL_STEPS)
+    return control_run(healthy, cell.config, windows, _data_order(cell), steps)
+
+
+def heal_cell(
+    cell: HealCell,
+    on_start: Callable[[HealOutcome, LoadedModel], None] = lambda *_: None,
+    on_record: Callable[[HealOutcome, HealRecord], None] = lambda *_: None,
+) -> tuple[HealOutcome, LoadedModel]:
+    """One healing run as a function of its cell; neither files nor MLflow are touched.
+
+    Args:
+        cell: What to heal and how.
+        on_start: Called with the outcome so far (step 0) and the model before the first step.
+        on_record: Called with the outcome so far and every record as it is made.
+
+    Returns:
+        What was found, and the healed model.
+    """
+    config = cell.config
+    checkpoint = read_checkpoint(pathlib.Path(cell.checkpoint)) if cell.checkpoint else None
+    if checkpoint:
+        checkpoint.pin_commit()
+    corpus, loaded, probe = load_inputs(config)
+    checkpoint = checkpoint or sham_checkpoint(loaded.digest, config)
+    if checkpoint.kind == HEALED_KIND:
+        raise CheckpointError(
+            f"{cell.checkpoint} holds healed weights: name the collapsed checkpoint "
+            f"({CHECKPOINT_NAME}) instead"
+        )
+    healthy = probe.measure(loaded.model, named_generator(config.seed, "bootstrap"))
+    made_from = checkpoint.config.get("healthy_digest")
+    if made_from and made_from != loaded.digest:
+        raise CheckpointError(
+            f"{cell.checkpoint} was made from other weights of {config.label} than the ones here: "
+            "its healthy reference is not this model; run the attack again"
+        )
+    mark = heal_fingerprint(cell, checkpoint, loaded.identity, corpus.digests)
+    if cell.checkpoint:
+        load_state(loaded, checkpoint, cell.checkpoint)
+    checkpoint = checkpoint.without_tensors()
+    windows = training_windows(config, corpus, loaded)
+    collapsed = probe.measure(loaded.model, named_generator(config.seed, "bootstrap"))
+    if config.gradient_checkpointing:
+        loaded.model.activation_checkpointing_enable()
+    # The gradients that this healing takes; for adapters, those of all weights need not fit.
+    with adapted(loaded.model, config, adapter_draws(_data_order(cell))):
+        batch = _first_batch(cell, windows)
+        in_float32 = failure_in_float32(loaded, collapsed, probe, batch)
+    outcome = HealOutcome(
+        cell,
+        mark,
+        checkpoint,
+        loaded.digest,
+        healthy,
+        (HealRecord(0, 0, collapsed),),
+        corpus.digests,
+        in_float32,
+        unigram_loss=unigram_loss(windows, probe.windows, len(embedding_matrix(loaded.model))),
+    )
+    on_start(outcome, loaded)
+    for record in heal_steps(loaded, config, windows, probe, collapsed, _data_order(cell)):
+        known = outcome.records if record.step else ()
+        outcome = replace(outcome, records=(*known, record))
+        on_record(outcome, record)
+    last = outcome.records[-1]
+    if last.stalled and last.failure and not outcome.in_float32:
+        outcome = replace(outcome, control=_control(cell, last.failure, windows))
+    return outcome, loaded
+
+
+SEEDED = ("seed", "collapsed_checkpoint", "arm")
+
+
+def attacked_settings(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What made a checkpoint, seeds, paths and lineage left out."""
+    return {k: v for k, v in checkpoint.config.items() if k not in NOT_SETTINGS}
+
+
+def settings_of(cell: HealCell, checkpoint: Checkpoint, digests: dict[str, str]) -> str:
+    """Hash of what runs must share to be pooled: parameters without seeds or paths, texts, code."""
+    healing = {
+        k: v
+        for k, v in as_params(_determining(cell.config)).items()
+        if k not in (*NOT_DETERMINING, *SEEDED)
+    }
+    attacked = attacked_settings(checkpoint)
+    return fingerprint(healing, attacked, digests, heal_code(), device_kind(cell.config))

@@ -1,0 +1,1 @@
+"""Peak memory of attack and healing, predicted with nothing loaded."""

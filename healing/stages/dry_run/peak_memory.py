@@ -1,0 +1,256 @@
+"""Predicted peak memory of attack and healing: the project's own stages, run at true shapes on
+tensors without content (:mod:`healing.stages.dry_run.tensor_bytes`).
+"""
+
+from __future__ import annotations
+
+import pathlib
+import resource
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any, cast
+from unittest import mock
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from healing.attacks import clean_hessian
+from healing.attacks.arms import make_arm
+from healing.attacks.loop import run_attack
+from healing.attacks.weight_change import WeightChange
+from healing.config.attack import AttackConfig
+from healing.config.heal import HealConfig
+from healing.config.shared import BaseConfig
+from healing.curvature.subspaces import MatrixSubspace
+from healing.measurements.probe import Measurement, Probe
+from healing.models.blocks import embedding_matrix
+from healing.models.loading import LoadedModel
+from healing.randomness import named_generator
+from healing.stages.dry_run.tensor_bytes import COPIES, WEIGHTS, Usage, shapes_only
+from healing.training.healing_loop import adapter_draws, heal
+from healing.training.methods.lora import adapted, n_trainable, require
+from healing.training.nonfinite import takes_a_step
+
+LOADING, PREPARING, ATTACKING, MEASURING, CHECKING, HEALING, WATCHING = (
+    "loading",
+    "preparing the attack",
+    "attack",
+    "measurement",
+    "first check",
+    "healing step",
+    "measurement while healing",
+)
+BESIDE_TENSORS = 160_000_000
+"""Bytes that a process on the CPU takes while it runs, beside tensors: texts and their tokens,
+buffers of the libraries. Measured with the corpus ``stdlib`` (benchmarks/memory.py); memory that
+the C library keeps after it was freed is not in it.
+"""
+_STEPS = 2
+"""Steps that are run: from the second on the optimiser's state is there beside the activations."""
+_WINDOWS = 64
+"""Windows of the stand-in for a corpus, where their number has no say."""
+
+
+@dataclass(frozen=True)
+class _WatchedProbe(Probe):
+    """A probe whose measurements are a phase of their own."""
+
+    usage: Usage
+
+    def measure(
+        self, model: torch.nn.Module, error_generator: torch.Generator | None = None
+    ) -> Measurement:
+        with self.usage.phase(WATCHING):
+            measured = super().measure(model, error_generator)
+        # Without content every count is 1, and all other tokens would be looked into.
+        return replace(measured, nonfinite_tokens=0)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Predicted memory of one run.
+
+    Attributes:
+        n_params: Parameters of the model.
+        n_trainable: Parameters that are trained.
+        device: Where the tensors are.
+        base: Bytes of the process without the model: interpreter and libraries, as resident when
+            the prediction was asked for, and :data:`BESIDE_TENSORS`.
+        phases: Phase → kind → bytes at its peak.
+    """
+
+    n_params: int
+    n_trainable: int
+    device: torch.device
+    base: int
+    phases: Mapping[str, Mapping[str, int]]
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Largest total of a phase."""
+        return max(sum(kinds.values()) for kinds in self.phases.values())
+
+    @property
+    def peak_bytes(self) -> int:
+        """On the CPU of the whole process; on an accelerator of its tensors."""
+        return self.tensor_bytes + (self.base if self.device.type == "cpu" else 0)
+
+
+def resident_bytes() -> int:
+    """Memory that this process has now, in bytes; its highest so far where only that is known."""
+    status = pathlib.Path("/proc/self/status")
+    if status.exists():
+        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        return 1024 * int(fields["VmRSS"].split()[0])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def _base(config: BaseConfig) -> int:
+    if isinstance(config, HealConfig):
+        require(config)  # what it imports is resident
+    return resident_bytes() + BESIDE_TENSORS
+
+
+def _bare_model(
+    usage: Usage, architecture: PreTrainedConfig, device: torch.device
+) -> PreTrainedModel:
+    """The model on its device, after what loading it takes: the mapped file beside the weights
+    (where the file holds float32, its pages are the weights until they change), and a copy of one
+    tensor to hash.
+    """
+    with usage.phase(LOADING):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            architecture, dtype=torch.float32, attn_implementation="sdpa"
+        ).to(device)
+        model.config.use_cache = False
+        usage.claim(WEIGHTS, [*model.parameters(), *model.buffers()])
+        state = model.state_dict()
+        largest = max(state.values(), key=torch.Tensor.numel)
+        # An accelerator is given the weights one by one from the file's pages in host memory.
+        usage.new(COPIES, [largest] if device.type != "cpu" else [*state.values(), largest])
+    return model.eval()
+
+
+def _probe(config: BaseConfig) -> Probe:
+    length = config.sequence_length
+    return Probe(torch.zeros(-(-int(config.probe_tokens) // length), length, dtype=torch.long))
+
+
+def _loaded(config: BaseConfig, model: PreTrainedModel, device: torch.device) -> LoadedModel:
+    """What the stages read of a loaded model; there is no tokenizer."""
+    parts = {"name": config.model, "model": model, "device": device, "digest": ""}
+    parts["vocabulary"] = len(embedding_matrix(model))
+    return cast(LoadedModel, SimpleNamespace(tokenizer=None, **parts))
+
+
+def _always_step(
+    _scaler: torch.amp.GradScaler, optimizer: Any, _state: Any, *args: Any, **options: Any
+) -> Any:
+    """In place of a decision that rests on content: whether a gradient is infinite."""
+    return optimizer.step(*args, **options)
+
+
+def predict_healing(
+    config: HealConfig, architecture: PreTrainedConfig, device: torch.device
+) -> Prediction:
+    """Predict the memory of one healing run.
+
+    Args:
+        config: Resolved configuration.
+        architecture: Of the model.
+        device: Where it will be.
+    """
+    base = _base(config)
+    config = replace(config, healing_steps=_STEPS, measurement_interval=_STEPS, sham=False)
+    vocabulary = architecture.get_text_config().vocab_size
+    with (
+        shapes_only(),
+        Usage(vocabulary, device) as usage,
+        mock.patch.object(torch.amp.GradScaler, "_maybe_opt_step", _always_step),
+    ):
+        model, probe = _bare_model(usage, architecture, device), _probe(config)
+        count, trainable = sum(p.numel() for p in model.parameters()), n_trainable(model, config)
+        with usage.phase(MEASURING):
+            collapsed = probe.measure(model, named_generator(0, "bootstrap"))
+        if config.gradient_checkpointing:
+            model.activation_checkpointing_enable()
+        order = named_generator(0, "sft")
+        windows = torch.zeros(int(config.batch_size), config.sequence_length, dtype=torch.long)
+        with usage.phase(CHECKING), adapted(model, config, adapter_draws(order)):
+            usage.watch_gradients(model)
+            takes_a_step(model, windows.to(device))
+        loaded, watched = _loaded(config, model, device), _WatchedProbe(probe.windows, usage)
+        with usage.phase(HEALING):
+            for _ in heal(loaded, config, windows, watched, collapsed, order):
+                pass
+    return Prediction(count, trainable, device, base, usage.peaks)
+
+
+def _largest_space(
+    cls: type[MatrixSubspace], weight: torch.Tensor, energy: float
+) -> MatrixSubspace:
+    """The most that the directions can take: how many there are depends on the weights, and is most
+    where all singular values are equal.
+    """
+    short, long = sorted(weight.shape)
+    k = min(short, int(energy * short) + 1)
+    leading, rest = weight.new_empty(long, k), weight.new_empty(short, short - k)
+    return cls(leading, rest, weight.shape[0] < weight.shape[1])
+
+
+class _Corpus:
+    """Windows without text."""
+
+    def windows(self, split: str, tokenizer: Any, length: int, tokens: int = 0) -> torch.Tensor:
+        return torch.zeros(-(-tokens // length) or _WINDOWS, length, dtype=torch.long)
+
+
+def predict_attack(
+    config: AttackConfig, architecture: PreTrainedConfig, device: torch.device
+) -> Prediction:
+    """Predict the memory of one attack: the making of its arm and one step that is measured.
+
+    The low-curvature subspace of the singular kind counts with as many directions as it can have,
+    since their number depends on the weights; what finding them takes for a moment is not seen. Of
+    the ``hessian`` kind only the first iterations of Lanczos are.
+
+    Args:
+        config: Resolved configuration.
+        architecture: Of the model.
+        device: Where it will be.
+    """
+    base = _base(config)
+    config = replace(  # the fewest of what comes one after the other
+        config,
+        attack_steps=1,
+        measurement_interval=1,
+        search_steps=min(config.search_steps, 1),
+        search_candidates=1,
+        baseline_draws=3,
+        reference_checkpoint="",
+        match="norm",
+    )
+    vocabulary = architecture.get_text_config().vocab_size
+    with (
+        shapes_only(),
+        Usage(vocabulary, device) as usage,
+        mock.patch.object(MatrixSubspace, "of", classmethod(_largest_space)),
+        # What this machine cannot hold is what a prediction is asked for.
+        mock.patch.object(clean_hessian, "require_room", return_value=None),
+    ):
+        model, probe = _bare_model(usage, architecture, device), _probe(config)
+        loaded, corpus = _loaded(config, model, device), cast(Any, _Corpus())
+        with usage.phase(MEASURING):
+            healthy = probe.measure(model, named_generator(0, "bootstrap"))
+        with usage.phase(PREPARING):
+            change = WeightChange(model)
+            made = make_arm(config, loaded, corpus, change)
+        usage.watch_gradients(model)
+        with usage.phase(ATTACKING):
+            for _ in run_attack(loaded, made.arm, config, probe, healthy, change):
+                pass
+        count = sum(p.numel() for p in model.parameters())
+    return Prediction(count, count, device, base, usage.peaks)

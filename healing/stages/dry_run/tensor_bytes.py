@@ -1,0 +1,229 @@
+"""Bytes that a computation keeps alive, counted by running it on tensors without content.
+
+Under torch's ``FakeTensorMode`` a computation allocates nothing; a dispatch mode adds up the
+storages that are alive after every operation. So the count holds for any architecture and follows
+the code. What it cannot see is memory that a kernel takes and gives back within one operation;
+of these only the fused loss's is known and added.
+
+torch's own ``MemTracker`` does the like, but stops at a second forward pass of the same model,
+which a measurement makes, and does not tell logits from other activations.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim.optimizer import (
+    Optimizer,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from healing.models.token_loss import CHUNK_TOKENS
+
+WEIGHTS, GRADIENTS, OPTIMIZER, LOGITS, ACTIVATIONS, COPIES = KINDS = (
+    "weights",
+    "gradients",
+    "optimiser",
+    "logits",
+    "activations",
+    "copies",
+)
+"""What a storage holds; activations: everything else, temporary tensors too."""
+
+CPU = torch.device("cpu")
+_aten = torch.ops.aten
+
+
+class _EverythingSelected(TorchDispatchMode):
+    """Answers what depends on content: every number is 1, every test holds, every mask selects all.
+
+    So losses are finite, steps are taken and no token is an outlier.
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is _aten._local_scalar_dense.default:
+            return _one(args[0].dtype)
+        if func in (_aten.allclose.default, _aten.equal.default):
+            return True
+        if func is _aten.nonzero.default:
+            return args[0].new_empty(args[0].numel(), args[0].ndim, dtype=torch.int64)
+        if func is _aten.index.Tensor:
+            args = (args[0], [i for index in args[1] for i in _as_positions(index)])
+        return func(*args, **kwargs or {})
+
+
+def _one(dtype: torch.dtype) -> bool | int | float:
+    if dtype == torch.bool:
+        return True
+    return 1.0 if dtype.is_floating_point else 1
+
+
+def _as_positions(index: torch.Tensor | None) -> list[torch.Tensor | None]:
+    if index is None or index.dtype != torch.bool:
+        return [index]
+    return [index.new_empty(index.numel(), dtype=torch.int64)] * index.ndim
+
+
+def _apply(module: nn.Module, change: Callable[[Any], Any], recurse: bool = True) -> nn.Module:
+    """``Module._apply`` for tensors without content, which cannot be swapped in place."""
+    for part in module.modules() if recurse else [module]:
+        for name, parameter in part._parameters.items():
+            if parameter is not None and (new := change(parameter)) is not parameter:
+                part._parameters[name] = nn.Parameter(new.detach(), parameter.requires_grad)
+        for name, buffer in part._buffers.items():
+            part._buffers[name] = None if buffer is None else change(buffer)
+    return module
+
+
+@contextlib.contextmanager
+def shapes_only() -> Iterator[None]:
+    """Inside, tensors have shape, dtype and device, and take no memory."""
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        _EverythingSelected(),
+        mock.patch.object(nn.Module, "_apply", _apply),
+    ):
+        yield
+
+
+@dataclass
+class _Storage:
+    kind: str
+    size: int
+
+
+def _inside_fused_loss(func: Any, args: tuple[Any, ...]) -> int:
+    """Bytes of one chunk's logits, which torch's fused loss holds where no dispatch mode looks."""
+    if "linear_cross_entropy" not in func.name() or len(args) < 2:
+        return 0
+    rows, weight = args[:2]
+    chunk = min(CHUNK_TOKENS, len(rows))
+    return int(chunk * len(weight) * rows.element_size())
+
+
+class Usage(TorchDispatchMode):
+    """Bytes of all storages alive, by kind, and their peak in every phase.
+
+    Args:
+        vocabulary: Tensors whose last dimension it is are logits.
+        device: Whose memory is counted.
+
+    Attributes:
+        peaks: Phase → kind → bytes at the moment of the phase's largest total; what happens
+            outside of any phase has no peak, but its storages count as long as they live.
+    """
+
+    def __init__(self, vocabulary: int, device: torch.device = CPU) -> None:
+        super().__init__()
+        self._device = device.type
+        self.peaks: dict[str, dict[str, int]] = {}
+        self._vocabulary, self._phase, self._stepping = vocabulary, "", False
+        self._unnamed = ACTIVATIONS
+        self._entries: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._now = dict.fromkeys(KINDS, 0)
+        self._hooks: contextlib.ExitStack = contextlib.ExitStack()
+
+    def __enter__(self) -> Usage:
+        """Watch every operation and the optimisers' steps."""
+        before = register_optimizer_step_pre_hook(lambda o, *_: self._step(o, inside=True))
+        after = register_optimizer_step_post_hook(lambda o, *_: self._step(o, inside=False))
+        self._hooks.callback(before.remove)
+        self._hooks.callback(after.remove)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *args: Any) -> None:
+        """Stop watching."""
+        self._hooks.close()
+        super().__exit__(*args)
+
+    def _step(self, optimizer: Optimizer, *, inside: bool) -> None:
+        self._stepping = inside
+        # A low number format gives the parameters new storages.
+        self.claim(WEIGHTS, (p for group in optimizer.param_groups for p in group["params"]))
+        if not inside:
+            states = [v for state in optimizer.state.values() for v in state.values()]
+            self.claim(OPTIMIZER, [v for v in states if isinstance(v, torch.Tensor)])
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Peaks inside are those of this phase."""
+        previous, self._phase = self._phase, name
+        self._compare()
+        try:
+            yield
+        finally:
+            self._phase = previous
+
+    def claim(self, kind: str, tensors: Iterable[torch.Tensor]) -> None:
+        """Say what storages hold."""
+        for tensor in tensors:
+            if tensor.device.type != self._device:
+                continue
+            entry = self._entry(tensor, kind)
+            self._now[entry.kind] -= entry.size
+            self._now[kind] += entry.size
+            entry.kind = kind
+        self._compare()
+
+    def new(self, kind: str, shapes: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+        """Storages of the sizes of others, known as what they hold from the start."""
+        self._unnamed = kind
+        made = [torch.empty_like(tensor) for tensor in shapes]
+        self._unnamed = ACTIVATIONS
+        return made
+
+    def watch_gradients(self, model: nn.Module) -> None:
+        """Tell the gradients of what requires them from other tensors of the backward pass."""
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(
+                    lambda p: self.claim(GRADIENTS, [] if p.grad is None else [p.grad])
+                )
+
+    def _entry(self, tensor: torch.Tensor, kind: str) -> _Storage:
+        storage = tensor.untyped_storage()
+        found: _Storage | None = self._entries.get(storage)
+        if found is None:
+            found = _Storage(kind, storage.nbytes())
+            self._entries[storage] = found
+            self._now[kind] += found.size
+            weakref.finalize(storage, self._drop, found)
+        return found
+
+    def _drop(self, entry: _Storage) -> None:
+        self._now[entry.kind] -= entry.size
+
+    def _compare(self, logits: int = 0) -> None:
+        if not self._phase:
+            return
+        known = self.peaks.get(self._phase)
+        if known is None or sum(self._now.values()) + logits > sum(known.values()):
+            self.peaks[self._phase] = {**self._now, LOGITS: self._now[LOGITS] + logits}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run one operation and take its new storages into account."""
+        result = func(*args, **kwargs or {})
+        self._compare(_inside_fused_loss(func, args))
+        for value in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(value, torch.Tensor) and value.device.type == self._device:
+                is_logits = value.ndim >= 2 and value.shape[-1] == self._vocabulary
+                other = OPTIMIZER if self._stepping else self._unnamed
+                self._entry(value, LOGITS if is_logits else other)
+        self._compare()
+        return result

@@ -1,0 +1,70 @@
+"""What a healing configuration names to be healed: checkpoints, or the attack that comes first."""
+
+from __future__ import annotations
+
+import pathlib
+
+from healing.config.attack import AttackConfig
+from healing.config.heal import HealConfig
+from healing.errors import CheckpointError
+from healing.models.checkpoints import CHECKPOINT_NAME
+from healing.stages.cells.heal import decide_model
+from healing.tracking import queries
+
+
+def find_checkpoints(folder: str) -> list[pathlib.Path]:
+    """All collapsed checkpoints below a folder, sorted.
+
+    Raises:
+        CheckpointError: There is no such folder, or none in it.
+    """
+    root = pathlib.Path(folder).expanduser()
+    if not root.is_dir():
+        raise CheckpointError(f"--checkpoint-dir {folder} is not a folder: name an existing one")
+    found = sorted(root.rglob(CHECKPOINT_NAME))
+    if not found:
+        raise CheckpointError(
+            f"no {CHECKPOINT_NAME} below {folder}: run the attack entry point first, or name "
+            "another folder"
+        )
+    return found
+
+
+def local_checkpoint(config: HealConfig) -> pathlib.Path | None:
+    """The one checkpoint that a configuration names, on this machine; ``None`` where it names none.
+
+    Raises:
+        TrackingError: The store has no such run or file.
+    """
+    if config.attack_run_id:
+        run = queries.get_run(config.attack_run_id)
+        return queries.download(f"runs:/{run.run_id}/checkpoints/{CHECKPOINT_NAME}")
+    given = config.collapsed_checkpoint
+    if not given:
+        return None
+    return queries.download(given) if ":/" in given else pathlib.Path(given).expanduser().resolve()
+
+
+def fresh_attack_config(config: HealConfig) -> AttackConfig:
+    """The attack that comes first where nothing is named to heal."""
+    resolved = decide_model(config, None, "")
+    shared = {
+        name: getattr(resolved, name)
+        for name in (
+            "model",
+            "revision",
+            "deduped",
+            "corpus",
+            "max_documents",
+            "seed",
+            "batch_size",
+            "sequence_length",
+            "probe_tokens",
+            "measurement_interval",
+            "threads",
+            "device",
+            "output_dir",
+            "verbosity",
+        )
+    }
+    return AttackConfig(arm=config.arm, **shared)

@@ -1,0 +1,206 @@
+"""Stage ``summarize``: pool stored healing runs into recovery statistics, figures and tables."""
+
+from __future__ import annotations
+
+import csv
+import math
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from healing.config.fingerprint import as_params
+from healing.config.shared import SHAM
+from healing.config.summarize import SummarizeConfig
+from healing.errors import TrackingError
+from healing.reporting import html as html_report
+from healing.reporting import markdown as report
+from healing.reporting import paper, tables
+from healing.reporting.escaping import csv_cell, one_line
+from healing.reporting.phrases import group_label
+from healing.reporting.plots import groups as groups_figures
+from healing.reporting.plots.style import COLUMN
+from healing.reporting.treatment_against_control import comparison_gaps, contrast_sentences
+from healing.stages.attack import open_run, upload
+from healing.stages.console import Console
+from healing.stages.summarize_inputs import read_runs
+from healing.statistics.heal_runs import HealRun
+from healing.statistics.summary import GroupSummary, Summary, summarize_runs
+from healing.tracking import queries, run_logger
+from healing.tracking.queries import RunView
+from healing.tracking.run_files import write_json
+from healing.tracking.run_logger import RunLogger
+
+HEAL_RUNS = "tags.stage = 'heal'"
+LEGACY_TAG = ("legacy_metrics", "true")
+"""On every run that was measured with another instrument: it is never pooled with other runs."""
+BOOTSTRAP_SEED = 0
+KEY_LENGTH = 150
+"""Characters of a group in the name of a metric, which may have 250 in all."""
+
+
+def is_legacy(view: RunView) -> bool:
+    """Whether a stored run was measured with the predecessor's instrument."""
+    name, value = LEGACY_TAG
+    return view.tags.get(name) == value
+
+
+def find_runs(config: SummarizeConfig) -> list[RunView]:
+    """The healing runs of the query; parents of several runs are not runs themselves, and runs
+    measured with the predecessor's instrument are never among them.
+
+    Raises:
+        TrackingError: No such experiment, a bad filter, or nothing matches.
+    """
+    experiment = queries.find_experiment(config.experiment)
+    query = HEAL_RUNS + (f" and {config.filter}" if config.filter else "")
+    found = queries.search(experiment, query)
+    views = [v for v in found if v.tags.get("role") != "parent" and not is_legacy(v)]
+    if not views:
+        raise TrackingError(
+            f"no healing runs match {query!r} in experiment {config.experiment or experiment}: "
+            "run the heal entry point first, or widen --filter"
+        )
+    return views
+
+
+def _log_groups(run: RunLogger, summary: Summary) -> None:
+    """Final numbers per group, and mean trajectories with their bounds, as metrics."""
+    history: list[tuple[int, Mapping[str, float]]] = []
+    for group in summary.groups:
+        prefix = _key(group, summary.groups, "-")
+        numbers: dict[str, float] = {"runs": group.n_runs, "checkpoints": group.n_checkpoints}
+        for endpoint, interval in group.intervals.items():
+            numbers |= _bounds(endpoint, interval.point, interval.low, interval.high)
+        history.append((0, {f"final/{prefix}/{k}": v for k, v in numbers.items()}))
+        for endpoint, band in group.bands.items():
+            for step, i in zip(band.steps, band.intervals, strict=True):
+                values = _bounds(endpoint, i.point, i.low, i.high)
+                history.append((step, {f"mean/{prefix}/{k}": v for k, v in values.items()}))
+    run.history([(s, {k: v for k, v in row.items() if not math.isnan(v)}) for s, row in history])
+
+
+def _bounds(name: str, point: float, low: float, high: float) -> dict[str, float]:
+    return {f"{name}_mean": point, f"{name}_low": low, f"{name}_high": high}
+
+
+def write_csv(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """One line per group; a column that some groups lack is empty there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    columns = list(dict.fromkeys(name for row in rows for name in row)) or ["model"]
+    with path.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, columns)
+        writer.writeheader()
+        writer.writerows({name: csv_cell(value) for name, value in row.items()} for row in rows)
+
+
+def write_summary(folder: pathlib.Path, summary: Summary) -> None:
+    """All files of a summary: tables, report, figures, and what a paper reads.
+
+    Where no run finished there is nothing to draw and the figures are missing.
+    """
+    write_json(folder / "summary.json", report.as_json(summary))
+    write_csv(folder / "summary.csv", report.group_rows(summary))
+    (folder / "summary.md").write_text(report.markdown(summary), encoding="utf-8")
+    figures = _draw(folder / "figures", summary)
+    (folder / "report.html").write_text(html_report.render(summary, figures), encoding="utf-8")
+    place = folder / "paper"
+    place.mkdir(exist_ok=True)
+    (place / "recovery_table.tex").write_text(paper.table_file(summary), encoding="ascii")
+    (place / "recovery_macros.tex").write_text(paper.macros_file(summary), encoding="ascii")
+    subsection = paper.subsection_file(summary)
+    (place / "addressing_irreversibility.tex").write_text(subsection, encoding="ascii")
+    if summary.groups:
+        groups_figures.mean_recovery(place / "fig_recovery", _drawn(summary), COLUMN)
+
+
+def _drawn(summary: Summary) -> list[GroupSummary]:
+    """The groups that figures show: a sham has no recovery by design, it would be a label alone."""
+    return [g for g in summary.groups if g.arm != SHAM] or list(summary.groups)
+
+
+def description(summary: Summary) -> str:
+    """``summary.md`` as far as whole lines of it fit in a tag of MLflow."""
+    return run_logger.whole_lines(report.markdown(summary), "`summary.md`")
+
+
+def _draw(folder: pathlib.Path, summary: Summary) -> dict[str, pathlib.Path]:
+    """The figures that the summary allows: name → PNG."""
+    drawn, groups = [], _drawn(summary)
+    if groups:
+        groups_figures.mean_recovery(folder / "mean_recovery", groups)
+        groups_figures.final_recovery(folder / "final_recovery", groups)
+        groups_figures.half_recovery(folder / "half_recovery", groups)
+        groups_figures.recovery_against_parameters(folder / "recovery_against_parameters", groups)
+        drawn += ["mean_recovery", "final_recovery", "half_recovery", "recovery_against_parameters"]
+    if summary.comparisons:
+        groups_figures.haep_against_noise(folder / "haep_against_noise", summary.comparisons)
+        drawn.append("haep_against_noise")
+    return {name: folder / f"{name}.png" for name in drawn}
+
+
+def summarize(
+    config: SummarizeConfig,
+    *,
+    views: list[RunView] | None = None,
+    failed: Sequence[HealRun] = (),
+    parent: RunLogger | None = None,
+    console: Console | None = None,
+) -> Summary:
+    """Pool healing runs, log and store the result as a run of its own.
+
+    Args:
+        config: Query and confidence level.
+        views: The runs to pool; ``None`` = those of the query.
+        failed: What should have become a run and did not; listed with the failed runs.
+        parent: The run that the summary is a child of.
+        console: Where to print; ``None`` = by the configured verbosity.
+    """
+    console = console or Console(config.verbosity)
+    with open_run(parent, "summary", {"stage": "summarize"}) as run:
+        run.params("summarize", as_params(config))
+        runs = read_runs(find_runs(config) if views is None else views, console.say)
+        runs += failed
+        summary = summarize_runs(runs, config.confidence, np.random.default_rng(BOOTSTRAP_SEED))
+        folder = pathlib.Path(config.output_dir).expanduser().resolve() / "summaries" / run.run_id
+        folder.mkdir(parents=True, exist_ok=True)
+        _log_groups(run, summary)
+        write_summary(folder, summary)
+        upload(run, folder)
+        run.tags(
+            {
+                "runs": len(runs),
+                "failed_runs": len(summary.failed),
+                "running_runs": len(summary.running),
+                "repeated_runs": len(summary.repeats),
+                **_verdicts(summary.groups),
+            }
+        )
+        run.describe(description(summary))
+        console.say("\n" + tables.text_table(summary))
+        for line in (*contrast_sentences(summary), *comparison_gaps(summary)):
+            console.say(one_line(line))
+        for line in _left_out(summary):
+            console.say(one_line(line))
+        console.say(f"summary → {folder}")
+    return summary
+
+
+def _left_out(summary: Summary) -> list[str]:
+    return [
+        *(f"failed: {run.name}: {run.failure}" for run in summary.failed),
+        *(f"still running, or killed: {run.name} ({run.run_id})" for run in summary.running),
+        *(f"not counted: {r.run.name} ({r.run.run_id}) {r.why}" for r in summary.repeats),
+    ]
+
+
+def _verdicts(groups: Sequence[GroupSummary]) -> dict[str, str]:
+    return {f"verdict.{_key(g, groups, '.')}": g.verdict for g in groups}
+
+
+def _key(group: GroupSummary, groups: Sequence[GroupSummary], between: str) -> str:
+    """Model and arm in characters that MLflow takes in the name of a metric or tag."""
+    text = f"{group.model}{between}{group_label(group, groups).replace(' #', '-')}"
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", text)[:KEY_LENGTH]

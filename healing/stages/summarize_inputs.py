@@ -1,0 +1,157 @@
+"""Stored healing runs as the statistics see them, read with as few requests as there can be.
+
+A thousand runs are read by one bulk history per metric and hundred runs. A run without it (an older
+store, or points that were lost) is read from its own ``metrics.jsonl``, one download each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+
+from healing.errors import TrackingError
+from healing.measurements.diagnosis import UNTRAINED
+from healing.statistics.heal_runs import ENDPOINTS, SHAM_ENDPOINTS, HealRun
+from healing.tracking import queries
+from healing.tracking.metric_history import Point, Trajectory, trajectories
+from healing.tracking.queries import RunView
+from healing.tracking.run_files import read_jsonl
+
+STEP_METRIC = "nonfinite_tokens"
+"""Logged at every measured step, whatever else is NaN there."""
+RUNNING = ("RUNNING", "SCHEDULED")
+"""Statuses of runs that MLflow does not know to have ended; a run that was killed hard keeps it."""
+
+
+def from_artifact(view: RunView) -> Trajectory:
+    """Trajectory of one run from its ``metrics.jsonl``.
+
+    Raises:
+        TrackingError: The artifact is missing, or not what a healing run leaves.
+    """
+    try:
+        with tempfile.TemporaryDirectory() as folder:  # MLflow's own would stay behind
+            rows = read_jsonl(queries.download(f"runs:/{view.run_id}/metrics.jsonl", folder))
+        steps = tuple(int(row["step"]) for row in rows)
+        values = {e: tuple(float(row.get(e, math.nan)) for row in rows) for e in ENDPOINTS}
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise TrackingError(f"metrics.jsonl of {view.name} is malformed: {error!r}") from error
+    if not steps or steps[0] != 0:
+        raise TrackingError(f"metrics.jsonl of {view.name} does not begin with step 0")
+    return Trajectory(steps, values)
+
+
+@contextlib.contextmanager
+def collection_paused() -> Iterator[None]:
+    """No cyclic garbage collection in the block: among a page's many new objects it finds nothing,
+    and takes half of the time.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def _page(run_ids: Sequence[str], metric: str) -> list[Point]:
+    with collection_paused():
+        return queries.metric_page(run_ids, metric)
+
+
+def from_history(views: Sequence[RunView]) -> dict[str, Trajectory]:
+    """Trajectories by run id, in bulk, of the runs whose logged history is whole.
+
+    Raises:
+        TrackingError: The store has no bulk history.
+    """
+    ids = [view.run_id for view in views]
+    found = trajectories(_page, ids, ENDPOINTS, also=(STEP_METRIC,))
+    last = {view.run_id: view.metrics.get("summary/steps") for view in views}
+    return {i: t for i, t in found.items() if t.steps[0] == 0 and last[i] in (None, t.steps[-1])}
+
+
+def _heal_run(view: RunView, trajectory: Trajectory) -> HealRun:
+    tags, values = view.tags, dict(trajectory.values)
+    if "sham_run_id" not in tags:
+        values = {e: v for e, v in values.items() if e not in SHAM_ENDPOINTS}
+    if tags["status"] in UNTRAINED:
+        values = {e: (math.nan,) * len(v) for e, v in values.items()}
+    return HealRun(
+        run_id=view.run_id,
+        name=view.name,
+        finished=True,
+        model=tags["model"],
+        arm=tags["arm"],
+        settings=tags["settings"],
+        checkpoint=tags["checkpoint_id"],
+        seed=tags["attack_seed"],
+        n_params=int(view.params["n_params"]),
+        final={e: v[-1] for e, v in values.items()},
+        steps=trajectory.steps,
+        trajectory=values,
+        status=tags["status"],
+        spectral_state=tags["spectral_state"],
+        undefined_reason=tags.get("rank_undefined_reason", ""),
+        noise_match=tags.get("noise_match", ""),
+        reference=tags.get("reference_checkpoint_id", ""),
+        fingerprint=tags.get("fingerprint", ""),
+        tokens_per_step=tokens_per_step(view),
+    )
+
+
+def tokens_per_step(view: RunView) -> int:
+    """Training tokens of one step: batch size times sequence length, else by the metric ``tokens``
+    over the steps; 0 where a run tells neither.
+    """
+    sizes = [view.params.get(f"heal.{name}", "") for name in ("batch_size", "sequence_length")]
+    if all(size.isdecimal() for size in sizes):
+        return int(sizes[0]) * int(sizes[1])
+    tokens, steps = (view.metrics.get(name, math.nan) for name in ("tokens", "summary/steps"))
+    share = tokens / steps if steps > 0 else math.nan
+    return int(share) if math.isfinite(share) and share == int(share) else 0
+
+
+def _failed(view: RunView, why: str) -> HealRun:
+    return HealRun(view.run_id, view.name, finished=False, failure=why)
+
+
+def _read(view: RunView, known: dict[str, Trajectory]) -> HealRun:
+    if view.status in RUNNING:
+        return HealRun(view.run_id, view.name, finished=False, running=True)
+    if view.status != "FINISHED":
+        return _failed(view, view.tags.get("failure", f"status {view.status}"))
+    try:
+        return _heal_run(view, known.get(view.run_id) or from_artifact(view))
+    except TrackingError as error:
+        return _failed(view, str(error))
+    except KeyError as error:
+        return _failed(view, f"it lacks the tag or parameter {error}: not a run of this version")
+
+
+def read_runs(
+    views: Sequence[RunView], note: Callable[[str], None] = lambda _: None
+) -> list[HealRun]:
+    """Stored runs as the statistics see them, in the order given.
+
+    Args:
+        views: Healing runs; those that failed keep their reason, those that run are told apart.
+        note: Told when runs have to be read one by one.
+    """
+    finished = [view for view in views if view.status == "FINISHED"]
+    why = "their logged history is not whole"
+    known: dict[str, Trajectory] = {}
+    if finished:
+        try:
+            known = from_history(finished)
+        except TrackingError as error:
+            why = str(error)
+    lacking = sum(view.run_id not in known for view in finished)
+    if lacking:
+        note(f"{lacking} of {len(finished)} runs are read one by one from metrics.jsonl: {why}")
+    return [_read(view, known) for view in views]

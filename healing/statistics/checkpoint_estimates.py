@@ -1,0 +1,205 @@
+"""What the checkpoints of a group foretell: where recovery is heading, and what would decide.
+
+Fits and half-recovery times are made per checkpoint, the independent unit, and then pooled; a
+trajectory is the mean over the defined replicates of one checkpoint. Nothing here changes a
+verdict.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from healing.statistics.curve_fits import Law, TrajectoryFit, fit_trajectory
+from healing.statistics.intervals import (
+    IRREVERSIBLE_BELOW,
+    REVERSIBLE_ABOVE,
+    DegenerateDataWarning,
+    FloatArray,
+    Interval,
+    as_vector,
+    drop_undefined,
+    exp_interval,
+    has_no_spread,
+    t_interval,
+)
+from healing.statistics.power import MAX_CHECKPOINTS, DecidedVerdict, required_checkpoints
+from healing.statistics.survival import (
+    HalfRecovery,
+    SurvivalCurve,
+    half_recovery_time,
+    kaplan_meier,
+    log_time_interval,
+    mean_trajectory,
+)
+
+POWER = 0.8
+"""Probability with which the planned checkpoints should give a verdict."""
+
+
+@dataclass(frozen=True)
+class CheckpointTrajectory:
+    """One checkpoint: ascending steps, and per cent at each of them for every replicate."""
+
+    steps: tuple[int, ...]
+    replicates: tuple[tuple[float, ...], ...]
+
+    def mean(self) -> FloatArray:
+        """As :func:`healing.statistics.survival.mean_trajectory`: undefined replicates are left
+        out, and the others are averaged where all of them are defined.
+        """
+        return mean_trajectory(np.asarray(self.steps, dtype=np.float64), self.replicates)
+
+
+@dataclass(frozen=True, eq=False)
+class HalfTimes:
+    """Half-recovery times of the checkpoints of a group, and their Kaplan-Meier curve."""
+
+    times: tuple[HalfRecovery, ...]
+    """One per checkpoint; the time is NaN where recovery is undefined."""
+    curve: SurvivalCurve
+    geometric_mean: Interval
+    """Log-scale Student t where no time is censored; otherwise NaN: a censored time has no mean."""
+
+
+@dataclass(frozen=True)
+class Approach:
+    """Fitted limit and pace of recovery, over the checkpoints of a group.
+
+    ``asymptote`` (points) and ``half_life`` (steps, log scale) are Student t intervals over
+    checkpoints. Both are NaN unless every checkpoint's fit converged: those that did would be a
+    selection of the ones that bent early. ``reasons`` says why others did not.
+    """
+
+    asymptote: Interval
+    half_life: Interval
+    laws: tuple[Law, ...]
+    """Laws that AICc chose, one per converged checkpoint."""
+    n_checkpoints: int
+    """Checkpoints with a defined trajectory."""
+    reasons: tuple[str, ...]
+
+    @property
+    def converged(self) -> bool:
+        """Whether every checkpoint has a determined asymptote and half-life."""
+        return 0 < self.n_checkpoints == len(self.laws)
+
+
+@dataclass(frozen=True)
+class VerdictPlan:
+    """How many checkpoints would decide, if observed mean and spread were the true ones."""
+
+    verdict: DecidedVerdict
+    """The verdict on whose side the observed mean lies."""
+    n_checkpoints: int | None
+    """Checkpoints in all; ``None`` where even 100,000 would not do."""
+    mean: float
+    sd: float
+    power: float
+
+
+def half_times(trajectories: Sequence[CheckpointTrajectory], confidence: float) -> HalfTimes:
+    """Time to 50 % per checkpoint, right-censored where it was not reached, and their curve.
+
+    Args:
+        trajectories: one per checkpoint.
+        confidence: of the interval of the median.
+
+    Raises:
+        ValueError: as ``half_recovery_time`` and ``kaplan_meier``.
+
+    Warns:
+        DegenerateDataWarning: as ``half_recovery_time`` and ``kaplan_meier``.
+    """
+    found = [half_recovery_time(t.steps, t.replicates) for t in trajectories]
+    times, censored = [h.time for h in found], [h.censored for h in found]
+    curve = kaplan_meier(times, censored, confidence)
+    if any(censored) or curve.n == 0:  # the curve's own warning says so
+        nan = math.nan
+        mean = Interval(nan, nan, nan, curve.n, "log-scale Student t", confidence)
+    else:
+        mean = log_time_interval(times, censored, confidence)
+    return HalfTimes(tuple(found), curve, mean)
+
+
+def approach(trajectories: Sequence[CheckpointTrajectory], confidence: float) -> Approach:
+    """Fit every checkpoint's mean trajectory, then pool asymptotes and half-lives.
+
+    Args:
+        trajectories: one per checkpoint.
+        confidence: of both intervals.
+
+    Raises:
+        ValueError: as ``fit_trajectory``.
+    """
+    means = [(np.asarray(t.steps), t.mean()) for t in trajectories]
+    defined = [(steps, mean) for steps, mean in means if np.isfinite(mean[steps > 0]).any()]
+    with warnings.catch_warnings():
+        # Each degeneracy is in the result: a fit's reason, an interval without bounds.
+        warnings.simplefilter("ignore", DegenerateDataWarning)
+        fits = [fit_trajectory(steps, mean, confidence) for steps, mean in defined]
+        every = bool(fits) and all(fit.converged for fit in fits)
+        asymptotes = [fit.asymptote.point for fit in fits] if every else []
+        log_half_lives = [math.log(fit.half_life.point) for fit in fits] if every else []
+        asymptote = t_interval(asymptotes, confidence)
+        half_life = exp_interval(t_interval(log_half_lives, confidence))
+    return Approach(
+        asymptote=asymptote,
+        half_life=replace(half_life, method="log-scale Student t"),
+        laws=tuple(fit.law for fit in fits if fit.converged and fit.law),
+        n_checkpoints=len(fits),
+        reasons=_reasons(fits),
+    )
+
+
+def _reasons(fits: Sequence[TrajectoryFit]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(fit.reason for fit in fits if not fit.converged))
+
+
+def plan_verdict(
+    checkpoint_means: ArrayLike, confidence: float, power: float = POWER
+) -> VerdictPlan | None:
+    """Checkpoints that would give the verdict on whose side the mean lies.
+
+    The plan takes the observed mean and standard deviation for the true ones. From three
+    checkpoints both are rough: it is an order of magnitude.
+
+    Args:
+        checkpoint_means: per cent, shape ``(checkpoints,)``; NaN is left out.
+        confidence: of the interval that the verdict is read from.
+        power: probability wanted.
+
+    Returns:
+        ``None`` where fewer than two means are defined, they are all equal, or their mean lies
+        exactly on a threshold.
+
+    Raises:
+        ValueError: bad shape, infinite entries, confidence or power outside (0, 1).
+    """
+    means = drop_undefined(as_vector("checkpoint_means", checkpoint_means))
+    if len(means) < 2 or has_no_spread(means):
+        return None
+    mean, sd = float(means.mean()), float(means.std(ddof=1))
+    verdict = _side(mean)
+    if verdict is None:
+        return None
+    try:
+        n: int | None = required_checkpoints(mean, sd, verdict, power, confidence=confidence)
+    except ValueError as error:
+        if f"over {MAX_CHECKPOINTS} checkpoints" not in str(error):
+            raise
+        n = None
+    return VerdictPlan(verdict, n, mean, sd, power)
+
+
+def _side(mean: float) -> DecidedVerdict | None:
+    if mean < IRREVERSIBLE_BELOW:
+        return "irreversible pathology"
+    if mean > REVERSIBLE_ABOVE:
+        return "acute structural failure"
+    return "partial" if IRREVERSIBLE_BELOW < mean < REVERSIBLE_ABOVE else None

@@ -1,0 +1,159 @@
+"""How many checkpoints does it take to reach a verdict: power of the t interval, exactly.
+
+Checkpoint means are taken as normal with a mean and standard deviation guessed beforehand, for
+example from a pilot run; the verdict is the one of ``healing.statistics.intervals.group_verdict``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, get_args
+
+import numpy as np
+from scipy import integrate, special, stats
+
+from healing.statistics.intervals import (
+    IRREVERSIBLE_BELOW,
+    MIN_CHECKPOINTS,
+    REVERSIBLE_ABOVE,
+    require_open_unit,
+    require_ordered_thresholds,
+)
+
+DecidedVerdict = Literal["acute structural failure", "irreversible pathology", "partial"]
+
+MAX_CHECKPOINTS = 100_000
+"""A verdict that needs more is out of reach."""
+NEGLIGIBLE_TAIL = 1e-12
+"""Probability left out at either end of the integral over the standard deviation."""
+
+
+def verdict_power(
+    n: int,
+    mean: float,
+    sd: float,
+    verdict: DecidedVerdict,
+    *,
+    confidence: float = 0.95,
+    reversible_above: float = REVERSIBLE_ABOVE,
+    irreversible_below: float = IRREVERSIBLE_BELOW,
+) -> float:
+    """Probability that n checkpoints give this verdict.
+
+    With δ = (mean − threshold)√n/sd and T noncentral t on n − 1 degrees of freedom:
+    P(T(δ) > t) for "acute structural failure", P(T(δ) < −t) for "irreversible pathology"; for
+    "partial" both bounds must hold, which is Owen's Q (Owen 1965; Phillips 1990), integrated here
+    over the distribution of the standard deviation.
+
+    Args:
+        n: checkpoints, at least 3.
+        mean: true mean recovery, per cent.
+        sd: true standard deviation between checkpoint means, points.
+        verdict: the verdict hoped for.
+        confidence: of the interval the verdict is read from.
+        reversible_above: upper threshold, per cent.
+        irreversible_below: lower threshold, per cent.
+
+    Raises:
+        ValueError: n under 3, sd not positive, mean not finite, an undecided verdict, confidence
+            outside (0, 1), thresholds in the wrong order.
+    """
+    _require_plan(mean, sd, verdict, confidence)
+    require_ordered_thresholds(irreversible_below, reversible_above)
+    if n < MIN_CHECKPOINTS:
+        raise ValueError(f"n is {n}; an interval needs at least {MIN_CHECKPOINTS} checkpoints")
+    standard_error, df = sd / math.sqrt(n), n - 1
+    t = float(special.stdtrit(df, (1.0 + confidence) / 2.0))
+    above_lower = (mean - irreversible_below) / standard_error
+    above_upper = (mean - reversible_above) / standard_error
+    if verdict == "acute structural failure":
+        return float(stats.nct.sf(t, df, above_upper))
+    if verdict == "irreversible pathology":
+        return float(stats.nct.sf(t, df, -above_lower))
+    return _probability_inside(t, df, above_lower, -above_upper)
+
+
+def _probability_inside(t: float, df: int, above_lower: float, below_upper: float) -> float:
+    """P(above_lower + Z > tU and below_upper − Z > tU), Z normal, df·U² chi-square on df."""
+
+    def given_spread(u: float) -> float:
+        chance = special.ndtr(below_upper - t * u) - special.ndtr(t * u - above_lower)
+        density = 2.0 * df * u * stats.chi2.pdf(df * u * u, df)
+        return float(chance * density)
+
+    largest = (above_lower + below_upper) / (2.0 * t)  # beyond it the interval is too long to fit
+    tails = stats.chi2.ppf([NEGLIGIBLE_TAIL, 1.0 - NEGLIGIBLE_TAIL], df)
+    low, high = (float(u) for u in np.sqrt(tails / df))
+    if largest <= low:
+        return 0.0
+    probability, _ = integrate.quad(given_spread, low, min(high, largest), epsabs=1e-10)
+    return min(1.0, float(probability))  # quadrature error can exceed 1 in the last digits
+
+
+def required_checkpoints(
+    mean: float,
+    sd: float,
+    verdict: DecidedVerdict,
+    power: float = 0.8,
+    *,
+    confidence: float = 0.95,
+    reversible_above: float = REVERSIBLE_ABOVE,
+    irreversible_below: float = IRREVERSIBLE_BELOW,
+) -> int:
+    """Fewest checkpoints (at least 3) that give this verdict with this probability.
+
+    Args:
+        mean: true mean recovery, per cent.
+        sd: true standard deviation between checkpoint means, points.
+        verdict: the verdict hoped for.
+        power: probability wanted.
+        confidence: of the interval the verdict is read from.
+        reversible_above: upper threshold, per cent.
+        irreversible_below: lower threshold, per cent.
+
+    Raises:
+        ValueError: power outside (0, 1), a mean on the wrong side of the verdict's threshold,
+            over 100,000 checkpoints needed, and as ``verdict_power``.
+    """
+    require_open_unit("power", power)
+    _require_plan(mean, sd, verdict, confidence)
+    require_ordered_thresholds(irreversible_below, reversible_above)
+    reachable = {
+        "acute structural failure": mean > reversible_above,
+        "irreversible pathology": mean < irreversible_below,
+        "partial": irreversible_below < mean < reversible_above,
+    }
+    if not reachable[verdict]:
+        raise ValueError(f"mean {mean} never gives {verdict!r}; pass a mean beyond its threshold")
+
+    def enough(n: int) -> bool:
+        return power <= verdict_power(
+            n,
+            mean,
+            sd,
+            verdict,
+            confidence=confidence,
+            reversible_above=reversible_above,
+            irreversible_below=irreversible_below,
+        )
+
+    too_few, n = MIN_CHECKPOINTS - 1, MIN_CHECKPOINTS
+    while not enough(n):
+        if n == MAX_CHECKPOINTS:
+            advice = "pass a mean further from the threshold or a lower power"
+            raise ValueError(f"over {MAX_CHECKPOINTS} checkpoints needed; {advice}")
+        too_few, n = n, min(2 * n, MAX_CHECKPOINTS)
+    while n - too_few > 1:
+        middle = (too_few + n) // 2
+        too_few, n = (too_few, middle) if enough(middle) else (middle, n)
+    return n
+
+
+def _require_plan(mean: float, sd: float, verdict: str, confidence: float) -> None:
+    require_open_unit("confidence", confidence)
+    if not math.isfinite(mean):
+        raise ValueError(f"mean is {mean}; pass an expected recovery in per cent")
+    if not 0.0 < sd < math.inf:
+        raise ValueError(f"sd is {sd}; pass a positive number of points")
+    if verdict not in get_args(DecidedVerdict):
+        raise ValueError(f"verdict is {verdict!r}; pass one of {get_args(DecidedVerdict)}")

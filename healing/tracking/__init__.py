@@ -1,0 +1,1 @@
+"""The only place that knows MLflow; files of a run."""

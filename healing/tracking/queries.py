@@ -1,0 +1,192 @@
+"""Stored runs: looked up, searched, their files and histories."""
+
+from __future__ import annotations
+
+import math
+import os
+import pathlib
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import mlflow
+from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+from mlflow.utils.rest_utils import http_request, verify_rest_response
+
+from healing.errors import TrackingError
+from healing.tracking import ui_view
+from healing.tracking.metric_history import POINTS_PER_PAGE, Point
+from healing.tracking.run_logger import DEFAULT_EXPERIMENT, RunLogger, _one_line, _stored
+
+
+@dataclass(frozen=True)
+class RunView:
+    """One stored run, as far as the other modules need it.
+
+    Attributes:
+        run_id: MLflow's id.
+        name: Shown in the UI.
+        status: FINISHED, FAILED, RUNNING or KILLED.
+        experiment_id: MLflow's id.
+        params: As strings.
+        tags: As strings.
+        metrics: Last value of each.
+    """
+
+    run_id: str
+    name: str
+    status: str
+    experiment_id: str
+    params: Mapping[str, str]
+    tags: Mapping[str, str]
+    metrics: Mapping[str, float]
+
+
+def _view(run: Run) -> RunView:
+    return RunView(
+        run.info.run_id,
+        run.info.run_name,
+        run.info.status,
+        run.info.experiment_id,
+        dict(run.data.params),
+        dict(run.data.tags),
+        {key: finite(value) for key, value in run.data.metrics.items()},
+    )
+
+
+def find_experiment(name_or_id: str) -> str:
+    """Id of an experiment given by name or id; empty = where new runs would go.
+
+    Raises:
+        TrackingError: There is none.
+    """
+    client = MlflowClient()
+    wanted = (
+        name_or_id
+        or os.environ.get("MLFLOW_EXPERIMENT_ID")
+        or os.environ.get("MLFLOW_EXPERIMENT_NAME", DEFAULT_EXPERIMENT)
+    )
+    try:
+        found = client.get_experiment_by_name(wanted)
+        if found is None and wanted.isdecimal():
+            found = client.get_experiment(wanted)
+    except MlflowException as error:
+        raise TrackingError(f"experiment {wanted!r}: {_one_line(error)[:200]}") from error
+    if found is None:
+        known = ", ".join(repr(e.name) for e in client.search_experiments(max_results=10))
+        raise TrackingError(
+            f"no experiment {wanted!r} in {mlflow.get_tracking_uri()} (there are: {known}): "
+            "name one with --experiment, or set MLFLOW_TRACKING_URI"
+        )
+    return str(found.experiment_id)
+
+
+def search(experiment_id: str, filter_string: str) -> list[RunView]:
+    """All runs of an experiment that match, oldest first.
+
+    Raises:
+        TrackingError: The filter string is not valid.
+    """
+    runs: list[RunView] = []
+    token: str | None = None
+    while True:
+        try:
+            page = MlflowClient().search_runs(
+                [experiment_id],
+                filter_string,
+                max_results=1000,
+                order_by=["attributes.start_time ASC"],
+                page_token=token,
+            )
+        except MlflowException as error:
+            raise TrackingError(f"--filter {filter_string!r}: {_one_line(error)[:300]}") from error
+        runs += [_view(run) for run in page]
+        token = page.token
+        if not token:
+            return runs
+
+
+def get_run(run_id: str) -> RunView:
+    """One run by id.
+
+    Raises:
+        TrackingError: There is none.
+    """
+    try:
+        return _view(MlflowClient().get_run(run_id))
+    except MlflowException as error:
+        raise TrackingError(
+            f"no run {run_id!r} in {mlflow.get_tracking_uri()}: "
+            "check the id and MLFLOW_TRACKING_URI"
+        ) from error
+
+
+def find_finished(experiment_id: str, fingerprint: str) -> RunView | None:
+    """The newest finished run with this fingerprint, if there is one."""
+    runs = search(
+        experiment_id, f"tags.fingerprint = '{fingerprint}' and attributes.status = 'FINISHED'"
+    )
+    return runs[-1] if runs else None
+
+
+def children(parent: RunLogger) -> list[RunView]:
+    """The runs nested directly below a run."""
+    return search(parent.experiment_id, f"tags.`mlflow.parentRunId` = '{parent.run_id}'")
+
+
+def download(uri: str, folder: str | None = None) -> pathlib.Path:
+    """Local path (below ``folder`` if given) of an artifact: ``runs:/…`` or another MLflow URI.
+
+    Raises:
+        TrackingError: It is not there.
+    """
+    try:
+        return pathlib.Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=folder))
+    except (MlflowException, OSError) as error:
+        raise TrackingError(f"artifact {uri} cannot be had: {_one_line(error)[:200]}") from error
+
+
+BULK_HISTORY = "/ajax-api/2.0/mlflow/metrics/get-history-bulk"
+
+
+def metric_page(run_ids: Sequence[str], metric: str) -> list[Point]:
+    """One metric of up to 100 runs in one query or request, at most 25,000 points.
+
+    The client has no public call for it; this is the one that MLflow's own charts use (3.17.2).
+
+    Raises:
+        TrackingError: The store has no bulk history.
+    """
+    store = MlflowClient()._tracking_client.store
+    wanted = {"run_id": list(run_ids), "metric_key": metric, "max_results": POINTS_PER_PAGE}
+    try:
+        if hasattr(store, "get_metric_history_bulk"):
+            found = store.get_metric_history_bulk(run_ids, metric, POINTS_PER_PAGE)
+            rows = [m.to_dict() for m in found]
+        elif hasattr(store, "get_host_creds"):
+            answer = http_request(store.get_host_creds(), BULK_HISTORY, "GET", params=wanted)
+            rows = verify_rest_response(answer, BULK_HISTORY).json()["metrics"]
+        else:
+            raise TrackingError(f"{type(store).__name__} has no bulk history")
+        return [
+            Point(r["run_id"], int(r["step"]), int(r["timestamp"]), finite(r["value"]))
+            for r in rows
+        ]
+    except (MlflowException, KeyError, ValueError) as error:
+        raise TrackingError(f"no bulk history of {metric}: {_one_line(error)[:200]}") from error
+
+
+def share_view(experiment_id: str) -> str:
+    """Store the saved view of healing runs with the experiment; returns its path in the UI."""
+    value = ui_view.encoded(int(time.time() * 1000))
+    key = f"mlflow.sharedViewState.{ui_view.KEY}"
+    with _stored(f"the saved view of experiment {experiment_id}"):
+        MlflowClient().set_experiment_tag(experiment_id, key, value)
+    return ui_view.link(experiment_id)
+
+
+def finite(value: float) -> float:
+    """Undo the store's spelling of infinity (±1.797e308)."""
+    return math.copysign(math.inf, value) if abs(value) > 1.79e308 else value

@@ -1,0 +1,275 @@
+"""Runs of MLflow: opened, logged to in batches, ended with their status and reason.
+
+A stage asks for a run with :func:`start`, logs through the returned :class:`RunLogger`, and never
+sees an MLflow type. A run that leaves its context by an exception is FAILED with the reason as a
+tag; what was logged before stays.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import mlflow
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+
+from healing.errors import TrackingError
+from healing.tracking.git_version import code_version
+
+DEFAULT_EXPERIMENT = "llm-healing"
+FLUSH_SECONDS = 2.0
+METRICS_PER_REQUEST = 1000
+MAX_TAG = 8000
+"""Characters; MLflow cuts longer tags anywhere."""
+_DATASETS = threading.Lock()
+"""MLflow looks a dataset up before it inserts it: two threads at once violate its uniqueness."""
+
+SHARED_PARAMS = ("model", "arm", "seed")
+"""Parameters logged under their bare name in every stage, so that runs group by them."""
+
+
+def _text(value: Any) -> str:
+    return str(value)
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text[:2000]
+
+
+UNREACHED = (MlflowException, OSError)
+"""What MLflow's clients raise where a store, a server or a disk does not take what is sent."""
+
+
+@contextlib.contextmanager
+def _stored(what: str) -> Iterator[None]:
+    """Turn a store's refusal into one line.
+
+    Raises:
+        TrackingError: What could not be stored, where, why, and what to do.
+    """
+    try:
+        yield
+    except UNREACHED as error:
+        raise TrackingError(
+            f"{what} could not be stored in {mlflow.get_tracking_uri()} "
+            f"({_one_line(error)[:300]}): make that store reachable and writable, or set "
+            "MLFLOW_TRACKING_URI to another, and start again; the files written so far stay in "
+            "the run's local folder"
+        ) from error
+
+
+def whole_lines(text: str, elsewhere: str) -> str:
+    """As many whole lines of a text as a tag holds, and where the rest is."""
+    if len(text) <= MAX_TAG:
+        return text
+    more = f"\n\nThe rest is in {elsewhere}."
+    return text[: MAX_TAG - len(more)].rpartition("\n")[0] + more
+
+
+class RunLogger:
+    """Writes to one MLflow run; every call is one batched request where MLflow has one.
+
+    All of its methods raise :class:`TrackingError` where the store does not take what they send.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run_id: str = run.info.run_id
+        self.experiment_id: str = run.info.experiment_id
+        self._client = MlflowClient()
+        # What `mlflow run` logged itself, in its own spelling: a parameter cannot be changed.
+        self._taken = set(run.data.params)
+        self._buffer: list[Metric] = []
+        self._flushed = time.monotonic()
+        self._rescued: tuple[pathlib.Path, ...] = ()
+
+    def _send(self, what: str, **content: Any) -> None:
+        with _stored(f"{what} of run {self.run_id}"):
+            self._client.log_batch(self.run_id, **content)
+
+    def params(self, prefix: str, values: Mapping[str, Any]) -> None:
+        """Log parameters as ``prefix.name``; the shared ones under their bare name too."""
+        wanted = {f"{prefix}.{name}": _text(value) for name, value in values.items()}
+        wanted |= {name: _text(values[name]) for name in SHARED_PARAMS if name in values}
+        fresh = {name: value for name, value in wanted.items() if name not in self._taken}
+        self._send("parameters", params=[Param(k, v) for k, v in fresh.items()])
+        self._taken |= fresh.keys()
+
+    def n_params(self, count: int, name: str = "n_params") -> None:
+        """Log a number of parameters, to plot against, under its bare name."""
+        if name not in self._taken:
+            self._send("parameters", params=[Param(name, str(count))])
+            self._taken.add(name)
+
+    def tags(self, values: Mapping[str, Any]) -> None:
+        """Set tags in one request."""
+        tags = [RunTag(name, _text(value)) for name, value in values.items()]
+        self._send("tags", tags=tags)
+
+    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
+        """Log the metrics of one step (NaN and infinities included).
+
+        Points are sent together, at most :data:`FLUSH_SECONDS` late: a request costs tens of
+        milliseconds however many points it carries.
+        """
+        now = int(time.time() * 1000)
+        self._buffer += [Metric(name, float(value), now, step) for name, value in values.items()]
+        if time.monotonic() - self._flushed >= FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send what is still held back."""
+        for start in range(0, len(self._buffer), METRICS_PER_REQUEST):
+            chunk = self._buffer[start : start + METRICS_PER_REQUEST]
+            self._send("metrics", metrics=chunk)
+        self._buffer = []
+        self._flushed = time.monotonic()
+
+    def history(self, points: Sequence[tuple[int, Mapping[str, float]]]) -> None:
+        """Log the metrics of many steps: pairs (step, metrics)."""
+        for step, values in points:
+            self.metrics(values, step)
+
+    def recorded(self, points: Sequence[tuple[int, int, Mapping[str, float]]]) -> None:
+        """Log what was measured earlier: triples (step, milliseconds since the epoch, metrics)."""
+        for step, moment, values in points:
+            self._buffer += [Metric(k, float(v), moment, step) for k, v in values.items()]
+        self.flush()
+
+    def describe(self, markdown: str) -> None:
+        """Set the run's description (shown first in the UI), as far as its lines fit in a tag."""
+        self.tags({"mlflow.note.content": whole_lines(markdown, "the artifacts")})
+
+    def artifact(self, path: pathlib.Path, folder: str | None = None) -> None:
+        """Store one file."""
+        with _stored(f"artifact {path.name} of run {self.run_id}"):
+            self._client.log_artifact(self.run_id, str(path), folder)
+
+    def rescue(self, *paths: pathlib.Path) -> None:
+        """Name local files that grow during the run: they are stored even if it fails."""
+        self._rescued += paths
+
+    def failed(self, error: BaseException) -> None:
+        """Store why the run fails and what there is of it; never raises in place of the reason."""
+        try:
+            self.tags({"failure": _one_line(error), "failure_type": type(error).__name__})
+        except TrackingError:
+            return  # a store that takes no tag takes nothing: do not wait for it again
+        with contextlib.suppress(TrackingError):
+            self.flush()
+        for path in self._rescued:
+            with contextlib.suppress(TrackingError):
+                self.artifact(path)
+
+    def dataset(self, name: str, digest: str, context: str, facts: Mapping[str, Any]) -> None:
+        """Record an input by name and content digest, without copying it."""
+        source = {"tags": {key: _text(value) for key, value in facts.items()}}
+        data = Dataset(name, digest, "code", json.dumps(source))
+        tag = InputTag("mlflow.data.context", context)
+        with _stored(f"data set {name} of run {self.run_id}"), _DATASETS:
+            self._client.log_inputs(self.run_id, datasets=[DatasetInput(data, [tag])])
+
+
+@contextlib.contextmanager
+def _ended(logger: RunLogger, end: Callable[[str], object]) -> Iterator[None]:
+    """Send what is held back and end the run: FINISHED, or with the reason why the block failed,
+    which a store that cannot be reached does not replace.
+    """
+    try:
+        yield
+        logger.flush()
+    except BaseException as error:
+        logger.failed(error)
+        with contextlib.suppress(*UNREACHED):
+            end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        raise
+    with _stored(f"the end of run {logger.run_id}"):
+        end("FINISHED")
+
+
+@contextlib.contextmanager
+def start(name: str, tags: Mapping[str, Any]) -> Iterator[RunLogger]:
+    """The outermost run of a process: FINISHED when the block ends well, else FAILED (KILLED by
+    Ctrl-C) with the reason in the tag ``failure``.
+
+    Under ``mlflow run`` it is the run that MLflow made; otherwise a new one in the experiment of
+    ``MLFLOW_EXPERIMENT_NAME`` (default ``llm-healing``).
+
+    Args:
+        name: Shown in the UI.
+        tags: At least ``stage``.
+
+    Raises:
+        TrackingError: The store cannot be reached.
+    """
+    joined = "MLFLOW_RUN_ID" in os.environ
+    try:
+        if not joined and "MLFLOW_EXPERIMENT_ID" not in os.environ:
+            mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", DEFAULT_EXPERIMENT))
+        run = mlflow.start_run(run_name=name)
+    except MlflowException as error:
+        raise TrackingError(
+            f"MLflow store {mlflow.get_tracking_uri()} cannot be used ({_one_line(error)[:200]}): "
+            "check MLFLOW_TRACKING_URI"
+        ) from error
+    logger = RunLogger(run)
+    with _ended(logger, mlflow.end_run):
+        # `mlflow run` names its run at random.
+        logger.tags({"mlflow.runName": name, **tags, **code_version()})
+        yield logger
+
+
+@contextlib.contextmanager
+def child(
+    parent: RunLogger,
+    name: str,
+    tags: Mapping[str, Any],
+    *,
+    start_ms: int | None = None,
+    end_ms: int | None = None,
+) -> Iterator[RunLogger]:
+    """A run nested below another, with the same promises as :func:`start`.
+
+    Made through the client, not the fluent API, whose notion of the active run is one per thread:
+    children of one parent may run in several threads.
+
+    Args:
+        parent: The run above.
+        name: Shown in the UI.
+        tags: At least ``stage``.
+        start_ms: When it began, milliseconds since the epoch; ``None`` = now.
+        end_ms: When it ended well; ``None`` = when the block ends.
+    """
+    client = MlflowClient()
+    system = {"mlflow.parentRunId": parent.run_id, "mlflow.source.type": "LOCAL"}
+    with _stored(f"run {name!r}"):
+        run = client.create_run(
+            parent.experiment_id,
+            start_time=start_ms,
+            run_name=name,
+            tags={**system, **{k: _text(v) for k, v in {**tags, **code_version()}.items()}},
+        )
+    logger = RunLogger(run)
+
+    def end(status: str) -> None:
+        client.set_terminated(logger.run_id, status, end_ms if status == "FINISHED" else None)
+
+    with _ended(logger, end):
+        yield logger
+
+
+def mark_failed(reason: str) -> None:
+    """Tag the run that ``mlflow run`` made with the reason why nothing could start in it."""
+    if "MLFLOW_RUN_ID" in os.environ:
+        run_id = os.environ["MLFLOW_RUN_ID"]
+        tags = {"failure": reason, "failure_type": "ConfigError"}
+        with contextlib.suppress(*UNREACHED):  # the reason itself is shown to the user anyway
+            MlflowClient().log_batch(run_id, tags=[RunTag(k, v) for k, v in tags.items()])

@@ -1,0 +1,1 @@
+"""Steps of a model: optimisers, number formats, the healing loop, pretraining."""

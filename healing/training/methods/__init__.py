@@ -1,0 +1,1 @@
+"""Healing methods, one file each: what is trained, and how it is put in and taken out."""

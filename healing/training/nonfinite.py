@@ -1,0 +1,171 @@
+"""What is not finite first: weights, outputs, gradients."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from healing.measurements.diagnosis import FORWARD, GRADIENT, Failure
+from healing.models.blocks import evaluation_mode, training_mode
+from healing.models.token_loss import training_loss
+from healing.training.precision import FLOAT32, Precision, gradient_norm
+
+WINDOWS_PER_FORWARD = 4
+"""Windows passed at a time in the search for what is not finite."""
+
+
+def all_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor an infinity; always so for whole numbers."""
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+
+
+def first_nonfinite_parameter(model: nn.Module) -> str:
+    """Name of the first parameter, by registration, that is not finite; empty if there is none."""
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    if bool(torch.isfinite(torch.nn.utils.get_total_norm(p.detach() for p in parameters))):
+        return ""  # the usual case, in one pass; a norm may also overflow where no weight has
+    # One answer for all of them: on an accelerator every question waits for the queue.
+    finite = torch.stack([torch.isfinite(p.detach()).all() for p in parameters]).tolist()
+    return "" if all(finite) else names[finite.index(False)]
+
+
+def _tensors(output: Any) -> Iterator[torch.Tensor]:
+    if isinstance(output, torch.Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, (tuple, list)):
+        for value in output:
+            yield from _tensors(value)
+
+
+@contextlib.contextmanager
+def nonfinite_outputs(model: nn.Module) -> Iterator[list[str]]:
+    """Watch the forward passes inside the context.
+
+    Yields:
+        A list that grows by the name of each module whose output is not finite, in the order in
+        which they finish: a submodule before the module that holds it. The model itself is left
+        out.
+    """
+    found: list[str] = []
+
+    def hook(name: str) -> Any:
+        def record(_module: nn.Module, _args: Any, output: Any) -> None:
+            if not all(map(all_finite, _tensors(output))):
+                found.append(name)
+
+        return record
+
+    handles = [m.register_forward_hook(hook(n)) for n, m in model.named_modules() if n]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def nonfinite_gradients(model: nn.Module) -> Iterator[list[str]]:
+    """Watch the backward passes inside the context.
+
+    Yields:
+        A list that grows by the name of each parameter whose gradient is not finite, in the order
+        in which the backward pass completes them.
+    """
+    found: list[str] = []
+
+    def hook(name: str) -> Any:
+        def record(parameter: torch.Tensor) -> None:
+            if parameter.grad is not None and not all_finite(parameter.grad):
+                found.append(name)
+
+        return record
+
+    handles = [
+        p.register_post_accumulate_grad_hook(hook(n))
+        for n, p in model.named_parameters()
+        if p.requires_grad
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def takes_a_step(model: nn.Module, batch: torch.Tensor) -> bool:
+    """Whether loss and gradient norm of one pass in the model's own format are finite; no gradient
+    is left behind.
+    """
+    with training_mode(model):
+        model.zero_grad()
+        loss = training_loss(model, batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+    finite = all_finite(loss) and all_finite(gradient_norm(model, 0.0))
+    model.zero_grad()
+    return finite
+
+
+def diagnose(
+    model: nn.Module,
+    batch: torch.Tensor,
+    step: int,
+    precision: Precision = FLOAT32,
+    scale: float = 1.0,
+) -> Failure | None:
+    """One forward and backward pass, watched; no gradient is left behind.
+
+    A failure is a loss, a gradient or a gradient norm that is not finite. Its origin is
+    :data:`FORWARD` where a module's output or the loss is not finite, else :data:`GRADIENT`.
+
+    Args:
+        model: A causal language model, in the precision's weights.
+        batch: int64 (windows, tokens), on the model's device.
+        step: Number of the step, for the result.
+        precision: Of the pass.
+        scale: Factor on the loss, as the gradient scaler's.
+
+    Returns:
+        What fails first; ``None`` where nothing does.
+    """
+    with (
+        training_mode(model),
+        nonfinite_outputs(model) as outputs,
+        nonfinite_gradients(model) as gradients,
+    ):
+        model.zero_grad()
+        with precision.forward(batch.device):
+            loss = model(input_ids=batch, labels=batch).loss
+        failed_forward = list(outputs)  # activation checkpointing runs modules again
+        finite = all_finite(loss)
+        if finite:
+            (scale * loss).backward()
+            if not math.isfinite(float(gradient_norm(model, 0.0)) / scale):
+                gradients.append("gradient norm")
+        model.zero_grad()
+    if finite and not gradients:
+        return None
+    if failed_forward or not finite:
+        return Failure(step, FORWARD, (failed_forward or ["loss"])[0])
+    return Failure(step, GRADIENT, gradients[0])
+
+
+@torch.no_grad()
+def forward_failure(model: nn.Module, windows: torch.Tensor) -> str:
+    """First module whose output is not finite on some windows (windows, tokens) in the model's own
+    format, as in measuring; empty where there is none.
+    """
+    device = next(model.parameters()).device
+    with evaluation_mode(model), nonfinite_outputs(model) as found:
+        for chunk in windows.split(WINDOWS_PER_FORWARD):
+            model(input_ids=chunk.to(device))
+            if found:
+                return found[0]
+    return ""

@@ -1,0 +1,133 @@
+"""Recovery formulas by hand: signs, limits, what is undefined, and the verdicts."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from healing.measurements.recovery import (
+    Damage,
+    State,
+    ppl_improvement_pct,
+    recovery_pct,
+    verdict_of,
+)
+
+FINITE = st.floats(-1e6, 1e6)
+
+
+def state(rank: float, loss: float, error: float = 0.0) -> State:
+    return State(rank, loss, math.exp(loss), error)
+
+
+def test_recovery_by_hand():
+    assert recovery_pct(now=70, collapsed=40, healthy=100) == 50.0
+    assert recovery_pct(now=40, collapsed=40, healthy=100) == 0.0
+    assert recovery_pct(now=100, collapsed=40, healthy=100) == 100.0
+
+
+def test_recovery_is_not_clamped():
+    assert recovery_pct(now=10, collapsed=40, healthy=100) == -50.0
+    assert recovery_pct(now=130, collapsed=40, healthy=100) == 150.0
+    # A rank that rose under the attack: coming down is recovery.
+    assert recovery_pct(now=105, collapsed=110, healthy=100) == 50.0
+
+
+@given(FINITE, FINITE, FINITE)
+def test_recovery_of_losses_and_ranks_is_one_formula(now, collapsed, healthy):
+    value = recovery_pct(now, collapsed, healthy)
+    if healthy == collapsed:
+        assert math.isnan(value)
+    else:
+        assert recovery_pct(-now, -collapsed, -healthy) == value
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_nonfinite_states_have_no_recovery(bad):
+    assert math.isnan(recovery_pct(bad, 1.0, 2.0))
+    assert math.isnan(ppl_improvement_pct(5.0, bad))
+
+
+def test_perplexity_improvement_by_hand():
+    assert ppl_improvement_pct(now=25.0, collapsed=100.0) == 75.0
+    assert ppl_improvement_pct(now=150.0, collapsed=100.0) == -50.0
+
+
+def test_rank_change_under_five_percent_is_undefined():
+    damage = Damage(state(100.0, 3.0), state(95.1, 8.0))
+    assert "less than the 5" in damage.rank_reason
+    assert damage.spectral_state == "unchanged"
+    assert math.isnan(damage.recovery(state(99.0, 4.0))["rank_recovery_pct"])
+    assert damage.recovery(state(99.0, 4.0))["loss_recovery_pct"] == pytest.approx(80.0)
+
+
+def test_three_combined_standard_errors_can_raise_the_threshold():
+    # √(3² + 4²) = 5; three of them are 15.
+    damage = Damage(state(100.0, 3.0, 3.0), state(86.0, 8.0, 4.0))
+    assert damage.rank_threshold == pytest.approx(15.0)
+    assert damage.spectral_state == "unchanged"
+    assert Damage(state(100.0, 3.0, 3.0), state(84.9, 8.0, 4.0)).spectral_state == "collapsed"
+
+
+def test_a_risen_rank_is_inflated_and_has_a_recovery():
+    damage = Damage(state(80.0, 3.0), state(95.0, 7.0))
+    assert damage.spectral_state == "inflated"
+    assert damage.rank_reduction_pct == pytest.approx(-18.75)
+    assert damage.recovery(state(89.0, 5.0))["rank_recovery_pct"] == pytest.approx(40.0)
+
+
+def test_sham_is_undefined_not_zero_or_hundred():
+    same = state(80.0, 3.0)
+    recovery = Damage(same, same).recovery(state(80.5, 2.9))
+    assert math.isnan(recovery["rank_recovery_pct"])
+    assert math.isnan(recovery["loss_recovery_pct"])
+    assert verdict_of(recovery["rank_recovery_pct"]) == "undefined"
+    assert "under 5 %" in Damage(same, same).loss_reason
+
+
+def test_a_state_that_cannot_compute_is_undefined_with_a_reason():
+    damage = Damage(state(80.0, 3.0), State(math.nan, math.nan, math.nan))
+    assert damage.rank_reason == "effective rank is not finite"
+    assert damage.loss_reason == "loss is not finite"
+    assert damage.spectral_state == "undefined"
+
+
+@pytest.mark.parametrize(
+    ("recovery", "verdict"),
+    [
+        (-30.0, "irreversible pathology"),
+        (19.9, "irreversible pathology"),
+        (20.0, "partial"),
+        (70.0, "partial"),
+        (70.1, "acute structural failure"),
+        (140.0, "acute structural failure"),
+        (math.nan, "undefined"),
+    ],
+)
+def test_verdict_thresholds(recovery, verdict):
+    assert verdict_of(recovery) == verdict
+
+
+def test_sham_recovery_by_hand():
+    damage = Damage(State(40.0, 3.0, 20.0), State(20.0, 13.0, 4e5))
+    now, sham = State(26.0, 5.0, 150.0), State(35.0, 2.5, 12.0)
+    found = damage.sham_recovery(now, sham)
+    assert found["rank_recovery_sham_pct"] == pytest.approx(100 * 6 / 15)
+    assert found["loss_recovery_sham_pct"] == pytest.approx(100 * 8 / 10.5)
+    # Another value for an undamaged rank is what fine-tuning does, not recovery from anything.
+    unhurt = Damage(State(42.9, 3.0, 20.0), State(42.8, 13.0, 4e5))
+    found = unhurt.sham_recovery(State(41.0, 5.0, 150.0), State(40.0, 2.5, 12.0))
+    assert math.isnan(found["rank_recovery_sham_pct"])
+    assert found["loss_recovery_sham_pct"] == pytest.approx(100 * 8 / 10.5)
+    found = unhurt.sham_recovery(State(44.0, 5.0, 150.0), State(46.0, 2.5, 12.0))
+    assert math.isnan(found["rank_recovery_sham_pct"])
+    # A sham on the other side of the collapsed state gives no direction to recover in.
+    across = Damage(State(40.0, 3.0, 20.0), State(30.0, 13.0, 4e5))
+    found = across.sham_recovery(State(33.0, 5.0, 150.0), State(27.0, 2.5, 12.0))
+    assert math.isnan(found["rank_recovery_sham_pct"])
+    # A sham that itself ends where the collapsed model is leaves nothing to recover.
+    assert math.isnan(damage.sham_recovery(now, State(20.5, 13.1, 5e5))["rank_recovery_sham_pct"])
+    assert math.isnan(damage.sham_recovery(now, State(20.5, 13.1, 5e5))["loss_recovery_sham_pct"])

@@ -1,0 +1,185 @@
+"""Figures of a summary: print size, same bytes, units, legible and distinguishable."""
+
+from __future__ import annotations
+
+import math
+import re
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from matplotlib import colors
+from matplotlib import pyplot as plt
+
+from healing.reporting.plots import groups as figures
+from healing.reporting.plots import style
+from healing.reporting.plots.style import ARM_STYLES, COLUMN, PAGE, safe_text, spread, text_colour
+from tests.summaries import eventful, nasty, realistic
+
+DRAW = {
+    "mean_recovery": (figures.mean_recovery, PAGE),
+    "final_recovery": (figures.final_recovery, PAGE),
+    "recovery_against_parameters": (figures.recovery_against_parameters, COLUMN),
+    "half_recovery": (figures.half_recovery, PAGE),
+}
+
+
+@pytest.fixture(scope="module")
+def summary():
+    return realistic()
+
+
+def draw(name: str, path, summary) -> None:
+    if name == "haep_against_noise":
+        figures.haep_against_noise(path, summary.comparisons)
+    elif name == "column":
+        figures.mean_recovery(path, summary.groups, COLUMN)
+    else:
+        DRAW[name][0](path, summary.groups)
+
+
+@pytest.fixture
+def kept(monkeypatch):
+    """Figures stay open for inspection."""
+    found = []
+    monkeypatch.setattr(style.plt, "close", found.append)
+    yield found
+    monkeypatch.undo()
+    for fig in found:
+        plt.close(fig)
+
+
+@pytest.mark.parametrize("name", ["column", "haep_against_noise", *DRAW])
+def test_same_input_same_bytes_and_no_date(tmp_path, summary, name):
+    for folder in ("a", "b"):
+        draw(name, tmp_path / folder / "f", summary)
+    for suffix in (".png", ".pdf"):
+        first, second = ((tmp_path / x / f"f{suffix}").read_bytes() for x in "ab")
+        assert first == second
+    assert b"CreationDate" not in first
+    assert b"/Type3" not in first
+
+
+def test_the_paper_figure_is_one_column_wide(tmp_path, summary):
+    draw("column", tmp_path / "f", summary)
+    png = (tmp_path / "f.png").read_bytes()
+    assert int.from_bytes(png[16:20], "big") == 990  # 3.3 inches at 300 dots
+    (box,) = re.findall(rb"/MediaBox \[([^]]*)\]", (tmp_path / "f.pdf").read_bytes())
+    assert float(box.split()[2]) == pytest.approx(3.3 * 72)
+
+
+@pytest.mark.parametrize("name", ["column", "haep_against_noise", *DRAW])
+@pytest.mark.parametrize("which", ["realistic", "three", "nasty", "eventful"])
+def test_axes_have_units_and_all_text_is_legible_and_inside(tmp_path, kept, name, which):
+    made = {"realistic": realistic, "nasty": nasty, "eventful": eventful}
+    summary = made[which]() if which in made else realistic(("nano", "micro", "70m"))
+    draw(name, tmp_path / "f", summary)
+    (fig,) = kept
+    columns = {round(ax.get_position().x0, 3) for ax in fig.axes}
+    lowest = {min(ax.get_position().y0 for ax in fig.axes)}
+    for ax in fig.axes:
+        if ax.get_position().y0 in lowest:
+            assert re.search(r"steps|%|points|log scale", ax.get_xlabel())
+        assert "%" in ax.get_ylabel() or len(ax.get_yticklabels()) > 0
+    assert len(columns) <= 2
+    fig.canvas.draw()  # the last drawing was the PDF's, at 72 dots per inch
+    width, height = fig.canvas.get_width_height()
+    renderer = fig.canvas.get_renderer()
+    for ax in fig.axes:
+        low, high = sorted(ax.get_ylim())
+        ticks = [t for t in ax.get_yticklabels() if low <= t.get_position()[1] <= high]
+        for text in [ax.xaxis.label, ax.yaxis.label, *ax.texts, *ticks]:
+            if text.get_text():
+                assert text.get_fontsize() >= 6.5
+                box = text.get_window_extent(renderer)
+                assert -1 <= box.x0 <= box.x1 <= width + 1
+                assert -1 <= box.y0 <= box.y1 <= height + 1
+
+
+@pytest.mark.parametrize("which", ["realistic", "three"])
+def test_direct_labels_do_not_overlap(tmp_path, kept, which):
+    models = ("nano", "micro", "70m") if which == "three" else ("nano", "micro")
+    draw("column", tmp_path / "f", realistic(models))
+    (fig,) = kept
+    fig.canvas.draw()
+    renderer = fig.canvas.get_renderer()
+    for ax in fig.axes:
+        boxes = sorted((t.get_window_extent(renderer) for t in ax.texts), key=lambda b: b.y0)
+        assert all(a.y1 <= b.y0 + 0.5 for a, b in pairwise(boxes))
+
+
+def test_curves_show_the_numbers_of_the_summary(tmp_path, kept, summary):
+    draw("mean_recovery", tmp_path / "f", summary)
+    band = next(g for g in summary.groups if g.arm == "haep").bands["rank_recovery_pct"]
+    drawn = [list(line.get_ydata()) for line in kept[0].axes[0].lines]
+    assert [i.point for i in band.intervals] in drawn
+
+
+def test_several_settings_of_a_size_are_not_joined(tmp_path, kept):
+    """The rule of the slope, which such an arm has none of."""
+    summary = eventful()
+    draw("recovery_against_parameters", tmp_path / "f", summary)
+    (ax,) = kept[0].axes
+    curves = {
+        (line.get_color(), line.get_linestyle()) for line in ax.lines if line.get_marker() != "None"
+    }
+    joined = {arm for arm in ("haep", "gaussian_noise", "random_text")
+              if (ARM_STYLES[arm][0], "-") in curves}  # fmt: skip
+    assert joined == set(summary.slopes) == {"haep", "gaussian_noise"}
+    assert (ARM_STYLES["random_text"][0], "None") in curves
+    assert "not joined (several settings of a size): text" in [t.get_text() for t in ax.texts]
+
+
+def test_half_recovery_is_one_minus_kaplan_meier(tmp_path, kept, summary):
+    draw("half_recovery", tmp_path / "f", summary)
+    group = next(g for g in summary.groups if g.arm == "spectral")
+    curve = group.half_times["loss_recovery_pct"].curve
+    wanted = [100 * (1 - p) for p in curve.probabilities]
+    drawn = [list(line.get_ydata()) for line in kept[0].axes[1].lines]
+    assert any(ys[1 : 1 + len(wanted)] == pytest.approx(wanted) for ys in drawn if len(ys) > 2)
+
+
+def test_differences_from_noise_are_drawn_pair_by_pair(tmp_path, kept, summary):
+    draw("haep_against_noise", tmp_path / "f", summary)
+    loss = summary.comparisons["nano"].endpoints[1]
+    assert list(loss.differences) in [list(line.get_xdata()) for line in kept[0].axes[0].lines]
+
+
+def test_arms_have_their_own_colours_and_markers():
+    assert len({colour for colour, _, _ in ARM_STYLES.values()}) == len(ARM_STYLES)
+    assert len({marker for _, marker, _ in ARM_STYLES.values()}) == len(ARM_STYLES)
+
+
+@pytest.mark.parametrize("arm", ARM_STYLES)
+def test_small_type_has_the_contrast_that_wcag_asks_for(arm):
+    def linear(c: float) -> float:
+        return c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4
+
+    red, green, blue = map(linear, colors.to_rgb(text_colour(ARM_STYLES[arm][0])))
+    luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue
+    assert 1.05 / (luminance + 0.05) >= 4.5
+
+
+def test_names_are_no_mathematics_and_not_endless():
+    assert safe_text("a$b$") == r"a\$b\$"
+    assert safe_text("模x") == "U+6A21x"
+    assert safe_text("a\nb") == "a b"
+    assert safe_text("x" * 50) == "x" * 21 + "…"
+
+
+@settings(max_examples=60)
+@given(st.lists(st.floats(0.0, 1.0), min_size=1, max_size=8))
+def test_spread_keeps_order_distance_and_bounds(values):
+    places = spread(values, 0.1, 0.0, 1.0)
+    ranked = [place for _, place in sorted(zip(values, places, strict=True))]
+    assert all(b - a >= 0.1 - 1e-9 for a, b in pairwise(ranked))
+    assert min(places) >= -1e-9
+    assert max(places) <= 1.0 + 1e-9
+
+
+def test_spread_moves_only_what_collides():
+    assert spread([0.9, 0.1], 0.1, 0.0, 1.0) == pytest.approx([0.9, 0.1])
+    assert spread([0.5, 0.5], 0.1, 0.0, 1.0) == pytest.approx([0.45, 0.55])
+    assert spread([], 0.1, 0.0, 1.0) == []
+    assert all(math.isfinite(p) for p in spread([0.0] * 20, 0.1, 0.0, 1.0))

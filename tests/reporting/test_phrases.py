@@ -1,0 +1,148 @@
+"""Sentences: each verdict says what its interval says, and nothing that was not measured."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from healing.reporting.phrases import (
+    approach_texts,
+    context_sentences,
+    count_text,
+    estimate_text,
+    half_sentence,
+    headline_groups,
+    loss_sentence,
+    median_text,
+    percent_text,
+    plan_sentence,
+    steps_text,
+    time_text,
+    verdict_heading,
+    verdict_reason,
+    verdict_text,
+)
+from healing.reporting.tables import plan_table, prospect_table
+from healing.reporting.treatment_against_control import p_text
+from healing.statistics.intervals import Interval
+from tests.summaries import STEPS, degenerate, pool, realistic, simulated_run
+
+
+def group_of(finals: list[float], loss: float = 90.0):
+    """One HAEP group with these final rank recoveries."""
+    rng, runs = np.random.default_rng(0), []
+    for seed, final in enumerate(finals):
+        run = simulated_run(rng, "nano", "haep", seed, final, loss)
+        runs.append(
+            run.__class__(**{**run.__dict__, "final": {**run.final, "rank_recovery_pct": final}})
+        )
+    return pool(runs).groups[0]
+
+
+@pytest.mark.parametrize(
+    ("finals", "heading", "reason"),
+    [
+        ([1.0, 2.0, 3.0], "Irreversible Pathology within this budget", "bound lies under 20 %"),
+        ([90.0, 91.0, 92.0], "Acute Structural Failure", "lower bound lies over 70 %: the"),
+        ([40.0, 41.0, 42.0], "Partial Recovery", "the whole interval lies between 20 and 70 %"),
+        ([18.0, 20.0, 23.0], "Inconclusive", "the interval holds the threshold 20 %"),
+        ([64.0, 70.0, 75.0], "Inconclusive", "the interval holds the threshold 70 %"),
+        ([5.0, 45.0, 85.0], "Inconclusive", "the interval holds the thresholds 20 % and 70 %"),
+        ([40.0, 41.0], "Inconclusive", "an interval takes at least 3 checkpoints"),
+        ([40.0, 40.0, 40.0], "Inconclusive", "the checkpoints do not differ"),
+        ([math.nan, math.nan, 40.0], "Undefined", "2 of 3 runs have no defined rank recovery"),
+        ([math.nan], "Undefined", "1 of 1 run has no defined rank recovery"),
+    ],
+)  # fmt: skip
+def test_verdict_and_reason(finals, heading, reason) -> None:
+    group = group_of(finals)
+    assert verdict_heading(group, [group]) == f"nano, HAEP: {heading}"
+    assert reason in verdict_reason(group)
+    assert verdict_text(group, [group]).startswith(f"nano, HAEP: {heading}: ")
+
+
+def test_the_budget_is_named() -> None:
+    assert f"after {STEPS[-1]} healing steps" in verdict_reason(group_of([1.0, 2.0, 3.0]))
+
+
+def test_rank_and_loss_that_disagree_are_called_so() -> None:
+    apart = loss_sentence(group_of([1.0, 2.0, 3.0], 90.0))
+    assert "reads “acute structural failure”: rank and loss disagree" in apart
+    assert "disagree" not in loss_sentence(group_of([90.0, 91.0, 92.0], 90.0))
+    assert "disagree" not in loss_sentence(group_of([18.0, 20.0, 23.0], 90.0))
+    assert loss_sentence(group_of([1.0], math.nan)) == "Loss recovery is undefined."
+
+
+def test_half_recovery_in_words() -> None:
+    rng = np.random.default_rng(0)
+    slow, fast = (
+        pool([simulated_run(rng, "nano", "haep", s, rank, 90.0) for s in range(4)]).groups[0]
+        for rank in (20.0, 90.0)
+    )
+    assert half_sentence(slow).startswith("0 of 4 checkpoints had half of the rank back, so that")
+    assert half_sentence(fast).startswith(
+        "4 of 4 checkpoints had half of the rank back; the median"
+    )
+    assert half_sentence(group_of([math.nan])) == ""
+
+
+def test_an_inconclusive_verdict_says_what_would_decide() -> None:
+    group = group_of([18.0, 20.5, 25.0])
+    needed = group.plans["rank_recovery_pct"].n_checkpoints
+    assert (
+        f" {needed} checkpoints in all would give “partial” with 80 %"
+        in context_sentences(group)[-1]
+    )
+    assert (len(plan_table(pool([])).header), plan_table(pool([])).rows) == (6, ())
+    out_of_reach = group_of([0.0, 140.001]).plans["rank_recovery_pct"]
+    assert "no attainable number of checkpoints" in plan_sentence(out_of_reach)
+
+
+def test_fits_in_words() -> None:
+    found = group_of([math.nan]).approaches["rank_recovery_pct"]
+    assert approach_texts(found) == ("undefined", "undefined")
+    groups = realistic().groups
+    texts = {approach_texts(g.approaches["rank_recovery_pct"])[0].split(" in ")[0] for g in groups}
+    assert "not converged" in texts
+    nano_haep = next(g for g in groups if (g.model, g.arm) == ("nano", "haep"))
+    # The simulated half-life is 20 ln 2 = 13.9 steps.
+    assert approach_texts(nano_haep.approaches["rank_recovery_pct"])[1].startswith("1")
+    assert all(len(row) == 6 for row in prospect_table(realistic()).rows)
+
+
+def test_headlines_are_haeps_or_all() -> None:
+    assert {g.arm for g in headline_groups(realistic())} == {"haep"}
+    rng = np.random.default_rng(0)
+    alone = pool([simulated_run(rng, "nano", "spectral", 0, 5.0, 50.0)])
+    assert [g.arm for g in headline_groups(alone)] == ["spectral"]
+    assert headline_groups(degenerate()["nothing"]) == []
+
+
+def test_numbers_in_words() -> None:
+    assert estimate_text(Interval(1.0, 2.0, 3.0, 3, "t", 0.9)) == (
+        "2.0 % (90 % interval 1.0 to 3.0 %, n\u00a0=\u00a03)"
+    )
+    assert estimate_text(Interval(math.nan, 2.0, math.nan, 2, "t")) == (
+        "2.0 % (no interval, n\u00a0=\u00a02)"
+    )
+    assert estimate_text(Interval(math.nan, math.nan, math.nan, 0, "t")) == "undefined"
+    assert steps_text(Interval(7.96, 8.0, math.inf, 3, "t")) == "8 [7.96, ∞] steps"
+    assert steps_text(Interval(math.nan, 8.0, math.nan, 2, "t")) == "8 steps [no interval]"
+    assert steps_text(Interval(math.nan, math.nan, math.nan, 0, "t")) == "undefined"
+    assert time_text(Interval(8192.4, 12_800, math.inf, 9, "t"), "tokens") == (
+        "12,800 [8,192, ∞] tokens"
+    )
+    unreached = Interval(30.0, math.nan, math.inf, 4, "t")
+    assert median_text(unreached) == "not reached [30, ∞]"
+    assert median_text(Interval(math.nan, math.nan, math.nan, 4, "t")) == "not reached"
+    assert median_text(Interval(math.nan, math.nan, math.nan, 0, "t")) == "undefined"
+    assert estimate_text(Interval(math.nan, 2.0, math.nan, 2, "t"), 1) == (
+        "2.0 % (no interval, n\u00a0=\u00a02, 1 checkpoint undefined)"
+    )
+    assert [p_text(p) for p in (0.0004, 0.0123, 0.1, 0.456)] == [
+        "p < 0.001", "p = 0.012", "p = 0.10", "p = 0.46",
+    ]  # fmt: skip
+    assert (count_text(1, "run"), count_text(0, "run")) == ("1 run", "0 runs")
+    assert (percent_text(math.nan), percent_text(1.25)) == ("undefined", "1.2 %")

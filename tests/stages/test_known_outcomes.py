@@ -1,0 +1,98 @@
+"""Known outcomes on the embedded models at the default presets: the instrument's own controls."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from healing.config.attack import AttackConfig
+from healing.config.heal import HealConfig
+from healing.config.resolve import resolve
+from healing.models.checkpoints import save_checkpoint
+from healing.stages.cells.attack import attack_cell
+from healing.stages.cells.heal import HealCell, HealOutcome, heal_cell
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("model", ["nano", "micro"])
+def test_haep_collapses_the_embedded_models(model, seed):
+    outcome = attack_cell(AttackConfig(model=model, arm="haep", seed=seed))
+    summary = outcome.summary()
+    assert summary["rank_reduction_pct"] >= 30
+    assert summary["perplexity_ratio"] >= 10
+    assert outcome.damage.spectral_state == "collapsed"
+    assert outcome.catalyst is not None
+    # Found or failed is a result, not a promise; what it rests on is there either way.
+    assert outcome.catalyst.status in ("found", "failed")
+    assert outcome.catalyst.alignment > outcome.catalyst.history[0]
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory) -> dict[str, HealOutcome]:
+    """Arm → healing of nano, seed 0, at the sweep's budget."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    found = {}
+    for arm in ("haep", "spectral", "none"):
+        attacked = attack_cell(AttackConfig(model="nano", arm=arm))
+        path = folder / f"{arm}.pt"
+        save_checkpoint(path, attacked.loaded.model, 0, arm, {"model": "nano", "arm": arm})
+        config = resolve(HealConfig(model="nano", healing_steps=60))
+        found[arm] = heal_cell(HealCell(config, str(path)))[0]
+    return found
+
+
+def test_at_least_two_verdicts_occur_and_the_sham_is_undefined(outcomes):
+    verdicts = {arm: outcome.summary()["verdict"] for arm, outcome in outcomes.items()}
+    assert verdicts["none"] == "undefined"
+    assert math.isnan(outcomes["none"].summary()["rank_recovery_pct"])
+    assert verdicts["spectral"] == "irreversible pathology"
+    assert len(set(verdicts.values())) >= 2
+
+
+def test_healing_lowers_the_perplexity_of_every_collapsed_model(outcomes):
+    for arm in ("haep", "spectral"):
+        summary = outcomes[arm].summary()
+        assert summary["ppl_improvement_pct"] > 50
+        assert summary["loss_recovery_pct"] > 20
+
+
+def healed(folder, name: str, steps: int, **attack) -> dict:
+    """Summary of healing nano after an attack of the given settings."""
+    attacked = attack_cell(AttackConfig(model="nano", **attack))
+    path = folder / f"{name}.pt"
+    save_checkpoint(path, attacked.loaded.model, 0, name, {"model": "nano"})
+    config = resolve(HealConfig(model="nano", healing_steps=steps))
+    return heal_cell(HealCell(config, str(path)))[0].summary()
+
+
+def test_positive_control_small_weight_noise_heals(tmp_path):
+    """Noise of 0.3 standard deviations: loss 3.0 → 4.8 nats. It leaves the rank as it is, so the
+    rank says nothing, and the loss heals.
+    """
+    found = healed(tmp_path, "noise", 60, arm="gaussian_noise", noise_scale=0.3, attack_steps=1)
+    assert found["loss_recovery_pct"] > 70
+    assert found["verdict_loss"] == "acute structural failure"
+    assert found["spectral_state"] == "unchanged"
+    assert found["verdict"] == "undefined"
+
+
+def test_positive_control_a_shallow_collapse_of_the_rank_heals(tmp_path):
+    """The arm that collapses for good when pushed, pushed gently: its rank comes back."""
+    found = healed(
+        tmp_path, "shallow", 60, arm="spectral", attack_lr=1e-3, target_rank_reduction=0.1
+    )
+    assert found["spectral_state"] == "collapsed"
+    assert found["rank_recovery_pct"] > 70
+    assert found["verdict"] == "acute structural failure"
+
+
+def test_negative_control_rank_one_and_a_tiny_budget_do_not_heal(tmp_path):
+    found = healed(
+        tmp_path, "deep", 10, arm="spectral", attack_steps=100, target_rank_reduction=1.0
+    )
+    assert found["collapsed_rank"] < 1.5
+    assert found["rank_recovery_pct"] < 20
+    assert found["verdict"] == "irreversible pathology"
