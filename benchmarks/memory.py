@@ -48,7 +48,7 @@ def make_folder(size: str, folder: pathlib.Path) -> None:
 
 
 def settings(model: str, way: str):
-    import healing.experiment.heal  # noqa: F401 (what the stage imports is resident there too)
+    import healing.stages.heal  # noqa: F401 (what the stage imports is resident there too)
     from healing.config.heal import HealConfig
     from healing.stages.cells.inputs import complete
 
@@ -60,12 +60,13 @@ def settings(model: str, way: str):
 
 def measure(model: str, way: str) -> dict[str, float]:
     """Heal, and say how much memory the process took at most."""
+    from healing.stages.cells.events import outcome_of
     from healing.stages.cells.heal import HealCell, heal_cell
     from healing.stages.cells.inputs import use_threads
 
     config = settings(model, way)
     use_threads(config)
-    outcome = heal_cell(HealCell(config, ""))[0]
+    outcome = outcome_of(heal_cell(HealCell(config, "")))[0]
     assert len(outcome.records) == 2
     assert outcome.status == "ok"
     status = pathlib.Path("/proc/self/status").read_text()

@@ -22,7 +22,8 @@ from healing.config.heal import HealConfig
 from healing.config.resolve import resolve
 from healing.randomness import named_generator
 from healing.stages.cells.attack import attack_cell
-from healing.stages.cells.inputs import load_inputs, training_windows, use_threads
+from healing.stages.cells.events import outcome_of
+from healing.stages.cells.inputs import complete, load_inputs, training_windows, use_threads
 from healing.tracking import run_logger
 from healing.training.healing_loop import heal
 
@@ -58,7 +59,9 @@ def main() -> None:
     arguments = parser.parse_args()
     config = resolve(HealConfig(model=arguments.model, healing_steps=arguments.steps))
     use_threads(config)
-    attacked = attack_cell(AttackConfig(model=arguments.model, arm="random_tokens"))
+    attacked = outcome_of(
+        attack_cell(complete(AttackConfig(model=arguments.model, arm="random_tokens")))
+    )
     corpus, _, probe = load_inputs(config)
     windows = training_windows(config, corpus, attacked.loaded)
     collapsed = probe.measure(attacked.loaded.model)

@@ -17,6 +17,7 @@ from healing.measurements.rank_standard_error import (
     bootstrap_error,
     linear_error,
 )
+from healing.measurements.recovery import State
 from healing.measurements.spectrum import Spectrum
 from healing.models.blocks import block_outputs, evaluation_mode
 from healing.models.loading import LoadedModel
@@ -60,6 +61,11 @@ class Measurement:
     def effective_rank(self) -> float:
         """Mean over blocks."""
         return self._mean("effective_rank")
+
+    @property
+    def state(self) -> State:
+        """The part that recovery needs."""
+        return State(self.effective_rank, self.loss, self.perplexity, self.rank_standard_error)
 
     def metrics(self) -> dict[str, float]:
         """Everything measured, under the names of the MLflow contract."""

@@ -2,40 +2,29 @@
 
 from __future__ import annotations
 
-import math
 import pathlib
-import time
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from healing.attacks.base import AttackRecord
 from healing.config.attack import AttackConfig
 from healing.config.fingerprint import NOT_SETTINGS, as_params, fingerprint
 from healing.config.resolve import resolve
-from healing.config.shared import RAW_DATA, BaseConfig
-from healing.measurements.spectrum import ROWS_PER_DIMENSION
-from healing.models.blocks import embedding_matrix
 from healing.models.checkpoints import CHECKPOINT_NAME, read_checkpoint, save_checkpoint
-from healing.models.loading import LoadedModel
-from healing.reporting.plots import runs as runs_figures
+from healing.reporting.plots import runs as figures
 from healing.stages.cells.attack import (
     AttackOutcome,
     attack_cell,
     attack_code,
-    attack_name,
     noise_match,
 )
+from healing.stages.cells.events import Record
 from healing.stages.cells.inputs import complete, use_threads
 from healing.stages.console import Console
-from healing.tracking import queries, run_logger
-from healing.tracking.run_files import JsonLines, start_folder, write_json
-from healing.tracking.run_logger import RunLogger
-
-
-def raw_data_folder(output_dir: str, name: str) -> pathlib.Path:
-    """Local folder of one run."""
-    return pathlib.Path(output_dir).expanduser().resolve() / RAW_DATA / name
+from healing.stages.driver import Driver
+from healing.stages.stage import Done, Report, StageDefaults, Tools, points_of
+from healing.tracking.run_files import write_json
+from healing.tracking.store import Store
 
 
 def describe(outcome: AttackOutcome) -> str:
@@ -107,7 +96,8 @@ def _reference_facts(config: AttackConfig) -> dict[str, str]:
     }
 
 
-def _store(run: RunLogger, outcome: AttackOutcome, folder: pathlib.Path) -> pathlib.Path:
+def _save(outcome: AttackOutcome, folder: pathlib.Path, run_id: str) -> None:
+    """Write everything but the trajectory."""
     config = outcome.config
     checkpoint = folder / "checkpoints" / CHECKPOINT_NAME
     save_checkpoint(
@@ -122,13 +112,13 @@ def _store(run: RunLogger, outcome: AttackOutcome, folder: pathlib.Path) -> path
             **_reference_facts(config),
             "code": attack_code(),
             "fingerprint": outcome.fingerprint,
-            "attack_run_id": run.run_id,
+            "attack_run_id": run_id,
             "healthy_digest": outcome.loaded.digest,
             "model_commit": outcome.loaded.commit,
             "corpus_digests": outcome.digests,
         },
     )
-    summary = {**outcome.summary(), **_tags(outcome), "attack_run_id": run.run_id}
+    summary = {**outcome.summary(), **_tags(outcome), "attack_run_id": run_id}
     if outcome.catalyst:
         summary["catalyst_tokens"] = outcome.catalyst.tokens.tolist()
         summary["catalyst_history"] = list(outcome.catalyst.history)
@@ -136,46 +126,66 @@ def _store(run: RunLogger, outcome: AttackOutcome, folder: pathlib.Path) -> path
     states = {"healthy": outcome.healthy, "collapsed": outcome.collapsed}
     spectra = {name: m.mean_spectrum() for name, m in states.items()}
     write_json(folder / "spectra.json", spectra)
-    runs_figures.spectral_decay(folder / "plots" / "spectral_decay.png", spectra)
-    return checkpoint
+    figures.spectral_decay(folder / "plots" / "spectral_decay.png", spectra)
 
 
-def upload(run: RunLogger, folder: pathlib.Path) -> None:
-    """Store every file of a local run folder as artifacts, in the same layout."""
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            parent = path.parent.relative_to(folder).as_posix()
-            run.artifact(path, None if parent == "." else parent)
+class AttackStage(StageDefaults):
+    """From an attack's configuration to its checkpoint."""
 
+    name = "attack"
 
-def warn_of_few_rows(console: Console, config: BaseConfig, loaded: LoadedModel) -> None:
-    """Say so where the probe has fewer rows per dimension than small eigenvalues need."""
-    hidden = embedding_matrix(loaded.model).shape[1]
-    rows = int(config.probe_tokens) * (1 - 1 / config.sequence_length)
-    if rows < ROWS_PER_DIMENSION * hidden:
-        console.say(
-            f"warning: {rows:.0f} probe rows for {hidden} hidden dimensions, fewer than "
-            f"{ROWS_PER_DIMENSION} per dimension: raise --probe-tokens"
+    def title(self, config: AttackConfig) -> str:
+        """``attack nano haep seed 0``."""
+        return f"attack {config.label} {config.arm} seed {config.seed}"
+
+    def tags(self, config: AttackConfig) -> dict[str, Any]:
+        """What runs are grouped by."""
+        return {"arm": config.arm, "model": config.label}
+
+    def prepare(self, config: AttackConfig, tools: Tools) -> AttackConfig:
+        """Fetch the reference's checkpoint and replace every ``auto``."""
+        config = complete(with_reference(resolve(config), tools.store))
+        use_threads(config)
+        return config
+
+    cell = staticmethod(attack_cell)
+
+    def store(
+        self, outcome: AttackOutcome, records: Sequence[Record], folder: pathlib.Path, run_id: str
+    ) -> Report:
+        """The checkpoint, the summary, the spectra and two figures."""
+        config, s = outcome.config, outcome.summary()
+        _save(outcome, folder, run_id)
+        figures.rank_collapse(
+            folder / "plots" / "rank_collapse.png", points_of(records), config.arm, config.label
         )
+        catalyst = f", catalyst {outcome.catalyst.status}" if outcome.catalyst else ""
+        line = (
+            f"{self.title(config)}: {outcome.damage.spectral_state}, rank "
+            f"{s['healthy_effective_rank']:.1f} → {s['collapsed_effective_rank']:.1f}, perplexity "
+            f"{s['healthy_perplexity']:.3g} → {s['collapsed_perplexity']:.3g}{catalyst}"
+        )
+        points = [(outcome.last.step, {f"summary/{k}": v for k, v in s.items()})]
+        result = {**s, **_tags(outcome)}
+        return Report(points, _tags(outcome), describe(outcome), line, detail=True, result=result)
 
 
-def log_corpora(run: RunLogger, config: Any, digests: dict[str, str], used: dict[str, str]) -> None:
-    """Record the splits that a run used: split name → what for."""
-    for split, context in used.items():
-        facts = {"corpus": config.corpus, "split": split}
-        run.dataset(f"{pathlib.Path(config.corpus).name}-{split}", digests[split], context, facts)
+ATTACK = AttackStage()
 
 
-def open_run(
-    parent: RunLogger | None, title: str, tags: dict[str, Any]
-) -> AbstractContextManager[RunLogger]:
-    """The process' own run, or a child of the given one."""
-    if parent is None:
-        return run_logger.start(title, tags)
-    return run_logger.child(parent, title, {**tags, "parent": parent.run_id})
+def checkpoint_of(done: Done, store: Store) -> pathlib.Path:
+    """Local path of a finished attack's checkpoint; fetched where its folder is gone.
+
+    Raises:
+        TrackingError: The store does not have it either.
+    """
+    path = done.folder / "checkpoints" / CHECKPOINT_NAME
+    if path.is_file():
+        return path
+    return store.download(f"runs:/{done.run_id}/checkpoints/{CHECKPOINT_NAME}")
 
 
-def with_reference(config: AttackConfig) -> AttackConfig:
+def with_reference(config: AttackConfig, store: Store) -> AttackConfig:
     """The configuration with the checkpoint of its reference run, if it names one.
 
     Raises:
@@ -183,71 +193,18 @@ def with_reference(config: AttackConfig) -> AttackConfig:
     """
     if not config.reference_run_id:
         return config
-    run = queries.get_run(config.reference_run_id)
-    path = queries.download(f"runs:/{run.run_id}/checkpoints/{CHECKPOINT_NAME}")
+    run = store.get_run(config.reference_run_id)
+    path = store.download(f"runs:/{run.run_id}/checkpoints/{CHECKPOINT_NAME}")
     return replace(config, reference_checkpoint=str(path), reference_run_id="")
 
 
-def attack(
-    config: AttackConfig, *, parent: RunLogger | None = None, console: Console | None = None
-) -> tuple[str, pathlib.Path]:
+def attack(config: AttackConfig, driver: Driver | None = None) -> tuple[str, pathlib.Path]:
     """Run, log and store one attack.
 
     Returns:
         MLflow run id and the local checkpoint.
     """
-    console = console or Console(config.verbosity)
-    config = with_reference(resolve(config))
-    title = f"attack {config.label} {config.arm} seed {config.seed}"
-    own = {"stage": "attack", "arm": config.arm, "model": config.label}
-    use_threads(config)
-    with open_run(parent, title, own) as run:
-        config = complete(config)
-        run.params("attack", as_params(config))
-        if config.reference_checkpoint:
-            made = read_checkpoint(pathlib.Path(config.reference_checkpoint)).config
-            run.tags({"reference_run_id": made.get("attack_run_id", "")})
-        trajectory: list[tuple[int, dict[str, float]]] = []
-        files: dict[str, Any] = {}
-        begin = time.perf_counter()
-        with console.bar(int(config.attack_steps), title) as bar:
-
-            def on_start(mark: str, loaded: LoadedModel, digests: dict[str, str]) -> None:
-                run.n_params(loaded.n_params)
-                run.tags(loaded.tags)
-                warn_of_few_rows(console, config, loaded)
-                log_corpora(run, config, digests, {"attack": "attack", "probe": "probe"})
-                files["folder"] = raw_data_folder(config.output_dir, attack_name(config, mark))
-                start_folder(files["folder"], as_params(config))
-                files["lines"] = JsonLines(files["folder"] / "metrics.jsonl")
-                run.rescue(files["folder"] / "config.json", files["lines"].path)
-
-            def on_record(record: AttackRecord) -> None:
-                values = record.metrics()
-                run.metrics({k: v for k, v in values.items() if not math.isnan(v)}, record.step)
-                seconds = time.perf_counter() - begin
-                files["lines"].append({"step": record.step, "seconds": seconds, **values})
-                trajectory.append((record.step, values))
-                bar.set_postfix_str(
-                    f"rank {values['effective_rank']:.1f}, perplexity {values['perplexity']:.3g}"
-                )
-                bar.update(record.step - bar.n)
-
-            outcome = attack_cell(config, on_record, on_start)
-        folder = files["folder"]
-        run.metrics({f"summary/{k}": v for k, v in outcome.summary().items()}, outcome.last.step)
-        run.tags(_tags(outcome))
-        checkpoint = _store(run, outcome, folder)
-        runs_figures.rank_collapse(
-            folder / "plots" / "rank_collapse.png", trajectory, config.arm, config.label
-        )
-        run.describe(describe(outcome))
-        upload(run, folder)
-        s = outcome.summary()
-        catalyst = f", catalyst {outcome.catalyst.status}" if outcome.catalyst else ""
-        console.detail(
-            f"{title}: {outcome.damage.spectral_state}, rank {s['healthy_effective_rank']:.1f} → "
-            f"{s['collapsed_effective_rank']:.1f}, perplexity {s['healthy_perplexity']:.3g} → "
-            f"{s['collapsed_perplexity']:.3g}{catalyst}"
-        )
-        return run.run_id, checkpoint
+    driver = driver or Driver(Console(config.verbosity))
+    with driver.process(ATTACK.title(config), {"stage": ATTACK.name}) as run:
+        done = driver.run_cell(ATTACK, config, run=run)
+    return done.run_id, checkpoint_of(done, driver.store)

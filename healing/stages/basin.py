@@ -3,35 +3,33 @@
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from healing.config.basin import BasinConfig
 from healing.config.fingerprint import as_params
-from healing.config.presets import model_slug
 from healing.errors import CheckpointError, TrackingError
-from healing.models.checkpoints import CHECKPOINT_NAME, HEALED_NAME, Checkpoint, read_checkpoint
+from healing.models.checkpoints import CHECKPOINT_NAME, HEALED_NAME, read_checkpoint
 from healing.reporting.plots import basin as figures
 from healing.reporting.plots.style import arm_label
-from healing.stages.attack import log_corpora, open_run, raw_data_folder, upload
 from healing.stages.cells.basin import (
     STATES,
-    STEPS,
     BasinCell,
     BasinOutcome,
     basin_cell,
-    basin_fingerprint,
     inputs_of,
-    read_states,
     settle,
 )
-from healing.stages.cells.inputs import load_inputs, use_threads
+from healing.stages.cells.events import Record
+from healing.stages.cells.inputs import use_threads
 from healing.stages.console import Console
-from healing.tracking import queries
+from healing.stages.driver import Driver
+from healing.stages.stage import Report, StageDefaults, Tools
 from healing.tracking.queries import RunView
-from healing.tracking.run_files import start_folder, write_json
-from healing.tracking.run_logger import RunLogger
+from healing.tracking.run_files import write_json
+from healing.tracking.store import Store
 
 SHOWN = (
     "loss",
@@ -46,11 +44,11 @@ SHOWN = (
 """Numbers of a state in the description's table."""
 
 
-def _local(given: str) -> pathlib.Path:
-    return queries.download(given) if ":/" in given else pathlib.Path(given).expanduser().resolve()
+def _local(given: str, store: Store) -> pathlib.Path:
+    return store.download(given) if ":/" in given else pathlib.Path(given).expanduser().resolve()
 
 
-def _collapsed_of(view: RunView) -> pathlib.Path | None:
+def _collapsed_of(view: RunView, store: Store) -> pathlib.Path | None:
     """The checkpoint that a healing run started from; ``None`` = the healthy model (a sham)."""
     attack_id, path = view.tags.get("attack_run_id", ""), view.tags.get("checkpoint", "")
     if not path:
@@ -58,7 +56,7 @@ def _collapsed_of(view: RunView) -> pathlib.Path | None:
     local = pathlib.Path(path)
     if attack_id:
         try:
-            local = queries.download(f"runs:/{attack_id}/checkpoints/{CHECKPOINT_NAME}")
+            local = store.download(f"runs:/{attack_id}/checkpoints/{CHECKPOINT_NAME}")
         except TrackingError:
             if not local.is_file():
                 raise
@@ -73,14 +71,14 @@ def _collapsed_of(view: RunView) -> pathlib.Path | None:
     return local
 
 
-def _states_of(run_id: str) -> tuple[pathlib.Path | None, pathlib.Path]:
+def _states_of(run_id: str, store: Store) -> tuple[pathlib.Path | None, pathlib.Path]:
     """Collapsed and healed checkpoint of a healing run, checked against its tags."""
-    view = queries.get_run(run_id)
+    view = store.get_run(run_id)
     if view.tags.get("stage") != "heal" or view.tags.get("role") == "parent":
         kind = "the parent of healing runs" if view.tags.get("role") else "not a healing run"
         raise CheckpointError(f"run {run_id} is {kind}: name a single healing run (stage heal)")
     try:
-        healed = queries.download(f"runs:/{run_id}/checkpoints/{HEALED_NAME}")
+        healed = store.download(f"runs:/{run_id}/checkpoints/{HEALED_NAME}")
     except TrackingError as error:
         raise TrackingError(
             f"healing run {run_id} stored no {HEALED_NAME}: heal again with --save-healed true"
@@ -91,11 +89,11 @@ def _states_of(run_id: str) -> tuple[pathlib.Path | None, pathlib.Path]:
             f"{HEALED_NAME} of run {run_id} has the fingerprint {stored}, the run "
             f"{view.tags.get('fingerprint')}: the artifact is of another run"
         )
-    return _collapsed_of(view), healed
+    return _collapsed_of(view, store), healed
 
 
-def find_cell(config: BasinConfig) -> tuple[BasinCell, Checkpoint]:
-    """What to examine, with every ``auto`` settled, and the healed checkpoint that settled it.
+def find_cell(config: BasinConfig, store: Store) -> BasinCell:
+    """What to examine, with every ``auto`` settled by the healed checkpoint.
 
     Raises:
         ConfigError: Nothing, or too much, is named.
@@ -105,20 +103,12 @@ def find_cell(config: BasinConfig) -> tuple[BasinCell, Checkpoint]:
     config.require_source()
     collapsed: pathlib.Path | None
     if config.heal_run_id:
-        collapsed, healed = _states_of(config.heal_run_id)
+        collapsed, healed = _states_of(config.heal_run_id, store)
     else:
-        collapsed, healed = _local(config.collapsed_checkpoint), _local(config.healed_checkpoint)
-    checkpoint = read_checkpoint(healed)
-    settled = settle(config, checkpoint, healed)
-    return BasinCell(settled, str(collapsed or ""), str(healed)), checkpoint
-
-
-def stored_fingerprint(config: BasinConfig) -> str:
-    """The fingerprint that :func:`basin` would give, without examining anything."""
-    cell, _ = find_cell(config)
-    corpus, loaded, _ = load_inputs(inputs_of(cell.config))
-    weights, _ = read_states(cell, loaded)
-    return basin_fingerprint(cell, weights, loaded.identity, corpus.digests)
+        collapsed = _local(config.collapsed_checkpoint, store)
+        healed = _local(config.healed_checkpoint, store)
+    settled = settle(config, read_checkpoint(healed), healed)
+    return BasinCell(settled, str(collapsed or ""), str(healed))
 
 
 def describe(outcome: BasinOutcome) -> str:
@@ -184,7 +174,8 @@ def _densities(outcome: BasinOutcome) -> dict[str, Any]:
     }
 
 
-def _store(outcome: BasinOutcome, folder: pathlib.Path, arm: str) -> None:
+def _write_files(outcome: BasinOutcome, folder: pathlib.Path) -> None:
+    """Summary, paths, densities and figures."""
     statements = {name: report.statement for name, report in outcome.states.items()}
     summary = {
         **outcome.metrics(),
@@ -199,7 +190,7 @@ def _store(outcome: BasinOutcome, folder: pathlib.Path, arm: str) -> None:
     write_json(folder / "paths.json", paths)
     write_json(folder / "spectral_density.json", _densities(outcome))
     config, plots = outcome.cell.config, folder / "plots"
-    run = f"{config.label}, {arm_label(arm)}, seed {config.seed}"
+    run = f"{config.label}, {arm_label(outcome.cell.arm)}, seed {config.seed}"
     figures.loss_barriers(
         plots / "loss_barriers.png", outcome.paths, f"Loss on straight paths: {run}"
     )
@@ -226,23 +217,64 @@ def _linear_scale(outcome: BasinOutcome) -> float:
     return float(10 ** torch.round(torch.log10(known.min() / 100)))
 
 
-def _log(run: RunLogger, outcome: BasinOutcome) -> None:
-    run.metrics(outcome.metrics())
-    for name, path in outcome.paths.items():
-        points = zip(path.positions, path.losses, path.excess, strict=True)
-        run.history(
-            [
-                (round(100 * a), {f"path/{name}_loss": loss, f"path/{name}_excess": excess})
-                for a, loss, excess in points
-            ]
+def _path_points(outcome: BasinOutcome) -> list[tuple[int, dict[str, float]]]:
+    """The losses on each straight path; the step is the percent of the way."""
+    return [
+        (round(100 * a), {f"path/{name}_loss": loss, f"path/{name}_excess": excess})
+        for name, path in outcome.paths.items()
+        for a, loss, excess in zip(path.positions, path.losses, path.excess, strict=True)
+    ]
+
+
+class BasinStage(StageDefaults):
+    """From a healing run to the landscape around its three states."""
+
+    name = "basin"
+
+    def title(self, cell: BasinCell) -> str:
+        """``basin nano haep seed 0``."""
+        if not cell.healed:
+            return "basin"
+        return f"basin {cell.config.label} {cell.arm} seed {cell.config.seed}"
+
+    def tags(self, cell: BasinCell) -> dict[str, Any]:
+        """What runs are grouped by."""
+        return {"model": cell.config.label, "arm": cell.arm} if cell.healed else {}
+
+    def params(self, cell: BasinCell) -> dict[str, Any]:
+        """The configuration, with the arm."""
+        return {**as_params(cell.config), "arm": cell.arm}
+
+    def output_dir(self, cell: BasinCell) -> str:
+        """As configured."""
+        return cell.config.output_dir
+
+    def prepare(self, cell: BasinCell, tools: Tools) -> BasinCell:
+        """Find the states that the configuration names."""
+        cell = find_cell(cell.config, tools.store)
+        use_threads(inputs_of(cell.config))
+        return cell
+
+    cell = staticmethod(basin_cell)
+
+    def store(
+        self, outcome: BasinOutcome, records: Sequence[Record], folder: pathlib.Path, run_id: str
+    ) -> Report:
+        """The summary, paths, densities and three figures."""
+        _write_files(outcome, folder)
+        collapsed = outcome.states["collapsed"].statement
+        line = (
+            f"{self.title(outcome.cell)}: collapsed state a minimum? {collapsed.answer} "
+            f"({collapsed.because}) → {folder}"
         )
-    run.tags(_tags(outcome))
-    run.describe(describe(outcome))
+        points = [(0, outcome.metrics()), *_path_points(outcome)]
+        return Report(points, _tags(outcome), describe(outcome), line, result=outcome)
 
 
-def basin(
-    config: BasinConfig, *, parent: RunLogger | None = None, console: Console | None = None
-) -> BasinOutcome:
+BASIN = BasinStage()
+
+
+def basin(config: BasinConfig, driver: Driver | None = None) -> BasinOutcome:
     """Examine, log and store the landscape of one healing run.
 
     Raises:
@@ -251,34 +283,9 @@ def basin(
         CorpusError: The ``attack`` split is too small.
         TrackingError: No such run or artifact.
     """
-    console = console or Console(config.verbosity)
-    with open_run(parent, "basin", {"stage": "basin"}) as run:
-        cell, healed = find_cell(config)
-        settled, arm = cell.config, str(healed.config.get("arm", "unknown"))
-        title = f"basin {settled.label} {arm} seed {settled.seed}"
-        run.tags({"model": settled.label, "arm": arm, "mlflow.runName": title})
-        run.params("basin", {**as_params(settled), "arm": arm})
-        use_threads(inputs_of(settled))
-        with console.bar(STEPS, title, unit="part") as bar:
-
-            def on_step(part: str) -> None:
-                bar.set_postfix_str(part)
-                bar.update(1)
-
-            outcome = basin_cell(cell, on_step)
-        run.n_params(outcome.n_params)
-        log_corpora(run, settled, outcome.digests, {"attack": "curvature", "probe": "probe"})
-        slug, mark = model_slug(settled.label), outcome.fingerprint[:8]
-        name = f"{slug}_{arm}_seed{settled.seed}_basin_{mark}"
-        folder = raw_data_folder(settled.output_dir, name)
-        sources = {"collapsed": cell.collapsed, "healed": cell.healed}
-        start_folder(folder, {**as_params(settled), **sources, "fingerprint": outcome.fingerprint})
-        _store(outcome, folder, arm)
-        _log(run, outcome)
-        upload(run, folder)
-        collapsed = outcome.states["collapsed"].statement
-        console.say(
-            f"{title}: collapsed state a minimum? {collapsed.answer} ({collapsed.because}) → "
-            f"{folder}"
-        )
-        return outcome
+    driver = driver or Driver(Console(config.verbosity))
+    with driver.process(BASIN.name, {"stage": BASIN.name}) as run:
+        done = driver.run_cell(BASIN, BasinCell(config), run=run)
+    assert done.report is not None, "a run that was not looked up has its report"
+    outcome: BasinOutcome = done.report.result
+    return outcome

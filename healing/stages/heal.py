@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import math
 import pathlib
-import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from healing.config.fingerprint import as_params
 from healing.config.heal import HealConfig
-from healing.config.presets import model_slug
+from healing.config.options import AUTO
 from healing.config.shared import SHAM
 from healing.errors import CheckpointError, HealingError
 from healing.measurements.recovery import State
@@ -25,40 +24,26 @@ from healing.models.checkpoints import (
 )
 from healing.models.loading import LoadedModel
 from healing.reporting.phrases import percent_text
-from healing.reporting.plots import runs as runs_figures
+from healing.reporting.plots import runs as figures
 from healing.reporting.plots.style import arm_label
-from healing.stages.attack import (
-    attack,
-    log_corpora,
-    open_run,
-    raw_data_folder,
-    upload,
-    warn_of_few_rows,
-)
+from healing.stages.attack import ATTACK, checkpoint_of
+from healing.stages.cells.events import Record
 from healing.stages.cells.heal import (
     HealCell,
     HealOutcome,
     decide_model,
     heal_cell,
-    heal_fingerprint,
-    settings_of,
-    sham_checkpoint,
+    stored_config,
 )
-from healing.stages.cells.inputs import input_marks, use_threads
+from healing.stages.cells.inputs import use_threads
 from healing.stages.console import Console
+from healing.stages.driver import Driver
 from healing.stages.heal_inputs import find_checkpoints, fresh_attack_config, local_checkpoint
-from healing.tracking import queries, run_logger
-from healing.tracking.run_files import JsonLines, read_jsonl, start_folder, write_json
-from healing.tracking.run_logger import RunLogger
-from healing.training.healing_loop import HealRecord
-from healing.training.methods.lora import n_trainable, require
-
-
-def heal_name(cell: HealCell, checkpoint: Checkpoint, mark: str) -> str:
-    """Folder and run name of a healing run."""
-    config, arm = cell.config, checkpoint.config.get("arm", "unknown")
-    slug = model_slug(config.label)
-    return f"{slug}_{arm}_seed{config.seed}_run{cell.replicate + 1:02d}_{mark[:8]}"
+from healing.stages.stage import Done, Report, StageDefaults, Tools, points_of
+from healing.tracking.run import Run
+from healing.tracking.run_files import read_jsonl, write_json
+from healing.tracking.store import Store
+from healing.training.methods.lora import require
 
 
 def describe(outcome: HealOutcome) -> str:
@@ -95,21 +80,9 @@ def _sham_line(summary: Mapping[str, Any]) -> list[str]:
     return [f"Against the sham (the healthy model at the same step): rank {rank}, loss {loss}.", ""]
 
 
-def stored_config(outcome: HealOutcome) -> dict[str, Any]:
-    """Content of ``config.json``: the configuration, the checkpoint and what made it."""
-    return {
-        **as_params(outcome.cell.config),
-        "checkpoint": outcome.cell.checkpoint,
-        "replicate": outcome.cell.replicate,
-        "fingerprint": outcome.fingerprint,
-        "attack": outcome.checkpoint.config,
-    }
-
-
-def _store(
-    outcome: HealOutcome, folder: pathlib.Path, rows: list[tuple[int, dict[str, float]]]
-) -> None:
-    config, s = outcome.cell.config, outcome.summary()
+def _write_files(outcome: HealOutcome, folder: pathlib.Path, records: Sequence[Record]) -> None:
+    """Summary, spectra and figures."""
+    config, s, rows = outcome.cell.config, outcome.summary(), points_of(records)
     arm = outcome.checkpoint.config.get("arm", "unknown")
     write_json(folder / "healing_summary.json", s)
     spectra = {
@@ -119,25 +92,21 @@ def _store(
     }
     write_json(folder / "spectra.json", spectra)
     title = f"{config.label}, {arm_label(arm)}, seed {config.seed}"
-    runs_figures.recovery_trajectory(
-        folder / "plots" / "recovery_trajectory.png", rows, s, arm, title
-    )
-    runs_figures.perplexity_recovery(
-        folder / "plots" / "perplexity_recovery.png", rows, s, arm, title
-    )
-    runs_figures.spectral_decay(folder / "plots" / "spectral_decay_three_state.png", spectra, title)
+    figures.recovery_trajectory(folder / "plots" / "recovery_trajectory.png", rows, s, arm, title)
+    figures.perplexity_recovery(folder / "plots" / "perplexity_recovery.png", rows, s, arm, title)
+    figures.spectral_decay(folder / "plots" / "spectral_decay_three_state.png", spectra, title)
 
 
 def _save_healed(
-    run: RunLogger, outcome: HealOutcome, healed: LoadedModel, folder: pathlib.Path
+    outcome: HealOutcome, healed: LoadedModel, folder: pathlib.Path, run_id: str
 ) -> None:
     """The healed weights, with what the basin stage needs to check that states belong together."""
     made, step = outcome.checkpoint.config, outcome.records[-1].step
     arm = made.get("arm", "unknown")
     config = {
-        **stored_config(outcome),
+        **stored_config(outcome.cell, outcome.checkpoint, outcome.fingerprint),
         "arm": arm,
-        "heal_run_id": run.run_id,
+        "heal_run_id": run_id,
         "attack_run_id": made.get("attack_run_id", ""),
         "healthy_digest": outcome.healthy_digest,
         "model_commit": healed.commit,
@@ -149,151 +118,119 @@ def _save_healed(
     save_checkpoint(path, healed.model, step, text, config, HEALED_KIND)
 
 
-def _lineage(checkpoint: Checkpoint) -> dict[str, Any]:
-    made = checkpoint.config
+def _sham_states(done: Done, store: Store) -> dict[int, State]:
+    """Step → state of a finished sham."""
+    path = done.folder / "metrics.jsonl"
+    if not path.is_file():
+        path = store.download(f"runs:/{done.run_id}/metrics.jsonl")
     return {
-        "checkpoint_id": made.get("fingerprint") or checkpoint.digest,
-        "attack_run_id": made.get("attack_run_id", ""),
-        "attack_seed": made.get("seed", ""),
-        "noise_match": made.get("noise_match", ""),
-        "reference_checkpoint_id": made.get("reference_fingerprint", ""),
-    }
-
-
-def sham_trajectory(
-    cell: HealCell, parent: RunLogger, console: Console
-) -> tuple[dict[int, State], str]:
-    """Step → state of the sham that a cell is referred to, and its run id.
-
-    It is healed once per store, seed, replicate and settings; a finished one is found again.
-    """
-    unit = cell.sham_cell()
-    marks = input_marks(unit.config)
-    healthy = sham_checkpoint(marks.healthy_digest, unit.config)
-    mark = heal_fingerprint(unit, healthy, marks.identity, marks.corpus_digests)
-    done = queries.find_finished(parent.experiment_id, mark)
-    if done is None:
-        heal_one(unit, console, parent=parent)
-        done = queries.find_finished(parent.experiment_id, mark)
-        assert done is not None, "a run that just finished is in its own store"
-    rows = read_jsonl(queries.download(f"runs:/{done.run_id}/metrics.jsonl"))
-    states = {
         int(row["step"]): State(
             float(row["effective_rank"]), float(row["loss"]), float(row["perplexity"])
         )
-        for row in rows
+        for row in read_jsonl(path)
     }
-    return states, done.run_id
 
 
-def _finish(run: RunLogger, outcome: HealOutcome) -> None:
-    s = outcome.summary()
-    numbers = {f"summary/{k}": v for k, v in s.items() if isinstance(v, (int, float))}
-    run.metrics(numbers, outcome.records[-1].step)
-    names = (
-        "verdict",
-        "verdict_loss",
-        "spectral_state",
-        "status",
-        "rank_undefined_reason",
-        "loss_undefined_reason",
-        "status_reason",
-        "nonfinite_origin",
-        "nonfinite_module",
-        "control_origin",
-        "control_module",
-    )
-    run.tags({name: s[name] for name in names if s[name]})
-    if not math.isnan(s["nonfinite_step"]):
-        run.tags({"nonfinite_step": s["nonfinite_step"]})
-    run.describe(describe(outcome))
+TAGGED = (
+    "verdict",
+    "verdict_loss",
+    "spectral_state",
+    "status",
+    "rank_undefined_reason",
+    "loss_undefined_reason",
+    "status_reason",
+    "nonfinite_origin",
+    "nonfinite_module",
+    "control_origin",
+    "control_module",
+)
+"""Entries of the summary that are tags too, where they are not empty."""
 
 
-def heal_one(
-    cell: HealCell,
-    console: Console,
-    *,
-    parent: RunLogger | None = None,
-    run: RunLogger | None = None,
-) -> HealOutcome:
-    """Run, log and store one healing run: in a given run, else as a child of the parent."""
-    config, arm = cell.config, SHAM
-    if cell.checkpoint:
-        arm = read_checkpoint(pathlib.Path(cell.checkpoint)).config.get("arm", "unknown")
-    title = f"heal {config.label} {arm} seed {config.seed} run {cell.replicate + 1}"
-    own = {"checkpoint": cell.checkpoint, "replicate": cell.replicate}
-    tags = {"stage": "heal", "arm": arm, "model": config.label, **own}
-    use_threads(config)
-    if run is None:
-        with open_run(parent, title, tags) as fresh:
-            return _heal_in(fresh, cell, title, arm, console)
-    run.tags({**tags, "mlflow.runName": title})
-    return _heal_in(run, cell, title, arm, console)
+class HealStage(StageDefaults):
+    """From a collapsed checkpoint to a recovery."""
+
+    name = "heal"
+
+    def title(self, cell: HealCell) -> str:
+        """``heal nano haep seed 0 run 1``."""
+        config = cell.config
+        if config.model == AUTO:  # not prepared: the checkpoint could not tell what it is of
+            return f"heal {cell.checkpoint}"
+        return f"heal {config.label} {_arm_of(cell)} seed {config.seed} run {cell.replicate + 1}"
+
+    def tags(self, cell: HealCell) -> dict[str, Any]:
+        """What runs are grouped by, and which checkpoint is healed."""
+        tags: dict[str, Any] = {"arm": _arm_of(cell), "model": cell.config.label}
+        tags |= {"checkpoint": cell.checkpoint, "replicate": cell.replicate}
+        return tags | ({"sham_run_id": cell.sham_run_id} if cell.sham_run_id else {})
+
+    def params(self, cell: HealCell) -> dict[str, Any]:
+        """The configuration, with the arm that was healed."""
+        return {**as_params(cell.config), "arm": _arm_of(cell), "replicate": cell.replicate}
+
+    def output_dir(self, cell: HealCell) -> str:
+        """As configured."""
+        return cell.config.output_dir
+
+    def prepare(self, cell: HealCell, tools: Tools) -> HealCell:
+        """Replace every ``auto`` by the checkpoint's own, and heal the sham where it is wanted.
+
+        The sham is healed once per store, seed, replicate and settings; a finished one is found.
+        """
+        checkpoint = _checkpoint_of(cell)
+        cell = replace(cell, config=decide_model(cell.config, checkpoint, cell.checkpoint))
+        use_threads(cell.config)
+        if not cell.config.sham:
+            return cell
+        done = tools.first(self, cell.sham_cell())
+        return replace(cell, sham=_sham_states(done, tools.store), sham_run_id=done.run_id)
+
+    cell = staticmethod(heal_cell)
+
+    def store(
+        self,
+        outcome: tuple[HealOutcome, LoadedModel],
+        records: Sequence[Record],
+        folder: pathlib.Path,
+        run_id: str,
+    ) -> Report:
+        """The summary, spectra, three figures, and the healed weights where they are wanted."""
+        found, healed = outcome
+        _write_files(found, folder, records)
+        if found.cell.config.save_healed:
+            _save_healed(found, healed, folder, run_id)
+        s = found.summary()
+        numbers = {f"summary/{k}": v for k, v in s.items() if isinstance(v, (int, float))}
+        tags = {name: s[name] for name in TAGGED if s[name]}
+        if not math.isnan(s["nonfinite_step"]):
+            tags["nonfinite_step"] = s["nonfinite_step"]
+        line = (
+            f"{self.title(found.cell)}: {s['verdict']} (rank recovery "
+            f"{percent_text(s['rank_recovery_pct'])}, loss recovery "
+            f"{percent_text(s['loss_recovery_pct'])}) → {folder}"
+        )
+        points = [(found.records[-1].step, numbers)]
+        return Report(points, tags, describe(found), line, result=found)
 
 
-def _heal_in(run: RunLogger, cell: HealCell, title: str, arm: str, console: Console) -> HealOutcome:
-    config, begin = cell.config, time.perf_counter()
-    if config.sham:
-        reference, sham_run_id = sham_trajectory(cell, run, console)
-        cell = replace(cell, sham=reference)
-        run.tags({"sham_run_id": sham_run_id})
-    run.params("heal", {**as_params(config), "arm": arm, "replicate": cell.replicate})
-    rows: list[tuple[int, dict[str, float]]] = []
-    files: dict[str, Any] = {}
-    with console.bar(config.healing_steps, title) as bar:
-
-        def on_start(outcome: HealOutcome, loaded: LoadedModel) -> None:
-            name = heal_name(cell, outcome.checkpoint, outcome.fingerprint)
-            files["folder"] = raw_data_folder(config.output_dir, name)
-            start_folder(files["folder"], stored_config(outcome))
-            files["lines"] = JsonLines(files["folder"] / "metrics.jsonl")
-            run.rescue(files["folder"] / "config.json", files["lines"].path)
-            run.n_params(loaded.n_params)
-            run.n_params(n_trainable(loaded.model, config), "n_trainable_params")
-            warn_of_few_rows(console, config, loaded)
-            settings = settings_of(cell, outcome.checkpoint, outcome.digests)
-            marks = {"fingerprint": outcome.fingerprint, "settings": settings}
-            run.tags({**loaded.tags, **_lineage(outcome.checkpoint), **marks})
-            log_corpora(run, config, outcome.digests, {"train": "training", "probe": "probe"})
-
-        def on_record(outcome: HealOutcome, record: HealRecord) -> None:
-            values = {**record.metrics(), **outcome.recovery(record)}
-            logged = {k: v for k, v in values.items() if not math.isnan(v)}
-            run.metrics(logged, record.step)
-            files["lines"].append(
-                {"step": record.step, "seconds": time.perf_counter() - begin, **values}
-            )
-            rows.append((record.step, values))
-            bar.set_postfix_str(
-                f"rank {values['effective_rank']:.1f}, perplexity {values['perplexity']:.3g}"
-            )
-            bar.update(record.step - bar.n)
-
-        outcome, healed = heal_cell(cell, on_start, on_record)
-    _store(outcome, files["folder"], rows)
-    if config.save_healed:
-        _save_healed(run, outcome, healed, files["folder"])
-    del healed
-    _finish(run, outcome)
-    upload(run, files["folder"])
-    s = outcome.summary()
-    console.say(
-        f"{title}: {s['verdict']} (rank recovery {percent_text(s['rank_recovery_pct'])}, loss "
-        f"recovery {percent_text(s['loss_recovery_pct'])}) → {files['folder']}"
-    )
-    return outcome
+HEAL = HealStage()
 
 
-def _fresh_attack(run: RunLogger, config: HealConfig, console: Console) -> pathlib.Path:
-    return attack(fresh_attack_config(config), parent=run, console=console)[1]
+def _checkpoint_of(cell: HealCell) -> Checkpoint | None:
+    return read_checkpoint(pathlib.Path(cell.checkpoint)) if cell.checkpoint else None
 
 
-def _cells(config: HealConfig, path: pathlib.Path, replicates: int) -> list[HealCell]:
-    resolved = decide_model(config, read_checkpoint(path), path)
-    return [HealCell(resolved, str(path), replicate) for replicate in range(replicates)]
+def _arm_of(cell: HealCell) -> str:
+    """The arm of the state that is healed; ``unknown`` where the file does not say or is none."""
+    if not cell.checkpoint:
+        return SHAM
+    with contextlib.suppress(CheckpointError):
+        return str(read_checkpoint(pathlib.Path(cell.checkpoint)).config.get("arm", "unknown"))
+    return "unknown"
 
 
-def heal(config: HealConfig) -> list[HealOutcome]:
+def heal(config: HealConfig, driver: Driver | None = None) -> list[HealOutcome]:
     """Heal one checkpoint, every checkpoint below a folder, or a fresh attack.
 
     One checkpoint healed once is one run; otherwise a parent run holds a child per healing run.
@@ -303,54 +240,54 @@ def heal(config: HealConfig) -> list[HealOutcome]:
         CheckpointError: Nothing to heal, or not a checkpoint of the model.
         ConfigError: Parameters contradict each other.
     """
-    console = Console(config.verbosity)
-    with run_logger.start("heal", {"stage": "heal"}) as run:
+    driver = driver or Driver(Console(config.verbosity))
+    with driver.process("heal", {"stage": HEAL.name}) as run:
         require(config)
         if config.checkpoint_dir:
             paths = find_checkpoints(config.checkpoint_dir)
             replicates = config.runs_per_checkpoint
         else:
-            paths = [local_checkpoint(config) or _fresh_attack(run, config, console)]
+            given = local_checkpoint(config, driver.store)
+            paths = [given or _fresh_attack(config, run, driver)]
             replicates = config.num_runs
-        if len(paths) == 1 and replicates == 1:
-            (cell,) = _cells(config, paths[0], 1)
-            return [heal_one(cell, console, run=run)]
-        return _heal_children(run, config, paths, replicates, console)
+        cells = [HealCell(config, str(path), n) for path in paths for n in range(replicates)]
+        if len(cells) == 1:
+            return [_outcome(driver.run_cell(HEAL, cells[0], run=run))]
+        return _heal_children(cells, config, run, driver)
 
 
-def _record_failure(parent: RunLogger, path: pathlib.Path, error: Exception) -> None:
-    """A checkpoint that cannot be healed has a FAILED run of its own, where it has none yet."""
-    if any(v.tags.get("checkpoint") == str(path) for v in queries.children(parent)):
-        return
-    with (
-        contextlib.suppress(HealingError),
-        run_logger.child(parent, f"heal {path}", {"stage": "heal", "checkpoint": path}),
-    ):
-        raise error
+def _fresh_attack(config: HealConfig, run: Run, driver: Driver) -> pathlib.Path:
+    done = driver.run_cell(ATTACK, fresh_attack_config(config), parent=run)
+    return checkpoint_of(done, driver.store)
+
+
+def _outcome(done: Done) -> HealOutcome:
+    assert done.report is not None, "a run that was not looked up has its report"
+    found: HealOutcome = done.report.result
+    return found
 
 
 def _heal_children(
-    run: RunLogger,
-    config: HealConfig,
-    paths: list[pathlib.Path],
-    replicates: int,
-    console: Console,
+    cells: list[HealCell], config: HealConfig, run: Run, driver: Driver
 ) -> list[HealOutcome]:
-    total = len(paths) * replicates
+    total = len(cells)
     run.tags({"role": "parent", "mlflow.runName": f"heal {total} runs", "arm": "", "model": ""})
     run.params("heal", as_params(config))
-    outcomes, failures = [], []
-    with console.bar(total, "healing runs", unit="run") as bar:
-        for path in paths:
+    outcomes: list[HealOutcome] = []
+    failures: dict[str, str] = {}
+    with driver.console.bar(total, "healing runs", unit="run") as bar:
+        for cell in cells:
+            if cell.checkpoint in failures:
+                continue  # what is wrong with it was said at its first replicate
             try:
-                for cell in _cells(config, path, replicates):
-                    outcomes.append(heal_one(cell, console, parent=run))
-                    bar.update(1)
+                outcomes.append(_outcome(driver.run_cell(HEAL, cell, parent=run)))
+                bar.update(1)
             except HealingError as error:
-                failures.append(str(error))
-                console.say(f"failed: {error}")
-                _record_failure(run, path, error)
+                failures[cell.checkpoint] = str(error)
+                driver.console.say(f"failed: {error}")
     run.describe(f"{len(outcomes)} of {total} healing runs done.")
     if failures:
-        raise CheckpointError(f"{len(failures)} of {len(paths)} checkpoints failed: {failures[0]}")
+        n = len({cell.checkpoint for cell in cells})
+        first = next(iter(failures.values()))
+        raise CheckpointError(f"{len(failures)} of {n} checkpoints failed: {first}")
     return outcomes

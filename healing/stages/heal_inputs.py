@@ -9,7 +9,7 @@ from healing.config.heal import HealConfig
 from healing.errors import CheckpointError
 from healing.models.checkpoints import CHECKPOINT_NAME
 from healing.stages.cells.heal import decide_model
-from healing.tracking import queries
+from healing.tracking.store import Store
 
 
 def find_checkpoints(folder: str) -> list[pathlib.Path]:
@@ -30,19 +30,19 @@ def find_checkpoints(folder: str) -> list[pathlib.Path]:
     return found
 
 
-def local_checkpoint(config: HealConfig) -> pathlib.Path | None:
+def local_checkpoint(config: HealConfig, store: Store) -> pathlib.Path | None:
     """The one checkpoint that a configuration names, on this machine; ``None`` where it names none.
 
     Raises:
         TrackingError: The store has no such run or file.
     """
     if config.attack_run_id:
-        run = queries.get_run(config.attack_run_id)
-        return queries.download(f"runs:/{run.run_id}/checkpoints/{CHECKPOINT_NAME}")
+        run = store.get_run(config.attack_run_id)
+        return store.download(f"runs:/{run.run_id}/checkpoints/{CHECKPOINT_NAME}")
     given = config.collapsed_checkpoint
     if not given:
         return None
-    return queries.download(given) if ":/" in given else pathlib.Path(given).expanduser().resolve()
+    return store.download(given) if ":/" in given else pathlib.Path(given).expanduser().resolve()
 
 
 def fresh_attack_config(config: HealConfig) -> AttackConfig:

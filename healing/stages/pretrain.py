@@ -3,49 +3,142 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import pathlib
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from healing.config.fingerprint import as_params
+from healing.config.fingerprint import as_params, fingerprint
 from healing.config.pretrain import PretrainConfig
 from healing.data.corpora import load_corpus
 from healing.measurements.unigram import unigram_perplexity
-from healing.reporting.plots import runs as runs_figures
+from healing.progress import enter
+from healing.reporting.plots import runs as figures
+from healing.stages.cells.code_digest import code_digest
+from healing.stages.cells.events import Begin, Events, Record
 from healing.stages.console import Console
-from healing.tracking import run_logger
+from healing.stages.driver import Driver
+from healing.stages.stage import Report, StageDefaults, Tools
 from healing.tracking.run_files import write_json
 from healing.training.pretraining import Pretraining, PretrainRecord
 
 
-def _metrics(record: PretrainRecord) -> dict[str, float]:
-    return {
-        "loss": record.heldout_loss,
-        "perplexity": math.exp(record.heldout_loss),
-        "train_loss": record.train_loss,
-        "grad_norm": record.grad_norm,
-        "learning_rate": record.learning_rate,
-    }
+@dataclass(frozen=True)
+class PretrainOutcome:
+    """What a training leaves.
+
+    Attributes:
+        training: With the trained model.
+        records: The trajectory.
+        unigram: Perplexity of token frequencies alone on the held-out text.
+        digests: Corpus digests by split.
+    """
+
+    training: Pretraining
+    records: tuple[PretrainRecord, ...]
+    unigram: float
+    digests: Mapping[str, str]
 
 
-def _store(
-    run: run_logger.RunLogger,
-    training: Pretraining,
-    records: list[PretrainRecord],
-    unigram: float,
-    digests: dict[str, str],
-) -> pathlib.Path:
+def pretrain_cell(config: PretrainConfig) -> Events[PretrainOutcome]:
+    """One training; the model is saved at every record, so that what is interrupted is usable."""
+    enter("reading text")
+    corpus = load_corpus(config.corpus, config.max_documents)
+    enter("training the tokenizer")
+    training = Pretraining.prepare(config, corpus)
+    unigram = unigram_perplexity(training.train, training.heldout, config.vocab_size)
+    mark = fingerprint(
+        "pretrain", config, corpus.digests, code_digest("healing.training.pretraining")
+    )
+    yield Begin(mark, config.model, as_params(config), training.total_steps)
+    records: list[PretrainRecord] = []
+    start = time.perf_counter()
+    for record in training.run():
+        records.append(record)
+        speed = record.tokens / (time.perf_counter() - start)
+        perplexity = math.exp(record.heldout_loss)
+        metrics = {
+            "loss": record.heldout_loss,
+            "perplexity": perplexity,
+            "train_loss": record.train_loss,
+            "grad_norm": record.grad_norm,
+            "learning_rate": record.learning_rate,
+            "tokens_per_second": speed,
+        }
+        note = f"held-out perplexity {perplexity:.1f}"
+        yield Record(record.step, metrics, note, functools.partial(_save, training))
+    return PretrainOutcome(training, tuple(records), unigram, corpus.digests)
+
+
+def _save(training: Pretraining, folder: pathlib.Path) -> None:
+    training.save(folder)
+
+
+class PretrainStage(StageDefaults):
+    """From text to a language model."""
+
+    name = "pretrain"
+    place = ""
+    keeps_folder = True
+    artifacts: str | None = "model"
+
+    def title(self, config: PretrainConfig) -> str:
+        """``pretrain nano``."""
+        return f"pretrain {config.model}"
+
+    def tags(self, config: PretrainConfig) -> dict[str, Any]:
+        """What runs are grouped by."""
+        return {"model": config.model}
+
+    def prepare(self, config: PretrainConfig, tools: Tools) -> PretrainConfig:
+        """Set the threads."""
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        return config
+
+    cell = staticmethod(pretrain_cell)
+
+    def store(
+        self,
+        outcome: PretrainOutcome,
+        records: Sequence[Record],
+        folder: pathlib.Path,
+        run_id: str,
+    ) -> Report:
+        """The loss curve and the training's record, beside the model."""
+        _write_files(outcome, folder)
+        training, tokens = outcome.training, outcome.records[-1].tokens
+        config, final = training.config, math.exp(outcome.records[-1].heldout_loss)
+        text = (
+            f"**{config.model}**: {training.n_params:,} parameters, {tokens:,} tokens. "
+            f"Held-out perplexity **{final:.1f}** (unigram model: {outcome.unigram:.1f})."
+        )
+        line = (
+            f"{config.model}: held-out perplexity {final:.1f} (unigram {outcome.unigram:.1f}) → "
+            f"{folder}"
+        )
+        numbers = {"n_params": training.n_params, "unigram_perplexity": outcome.unigram}
+        return Report([(0, numbers)], {}, text, line)
+
+
+PRETRAIN = PretrainStage()
+
+
+def _write_files(outcome: PretrainOutcome, folder: pathlib.Path) -> None:
+    training, records = outcome.training, outcome.records
     config = training.config
-    folder = pathlib.Path(config.output_dir) / config.model
-    runs_figures.loss_curve(
+    figures.loss_curve(
         folder / "loss_curve.png",
         config.model,
         [r.tokens for r in records],
         [r.train_loss for r in records],
         [r.heldout_loss for r in records],
-        math.log(unigram),
+        math.log(outcome.unigram),
     )
     write_json(
         folder / "training_record.json",
@@ -55,50 +148,17 @@ def _store(
             "training_tokens": records[-1].tokens,
             "unique_training_tokens": training.train.numel(),
             "heldout_tokens": training.heldout.numel(),
-            "corpus_digests": digests,
-            "unigram_perplexity": unigram,
+            "corpus_digests": outcome.digests,
+            "unigram_perplexity": outcome.unigram,
             "heldout_perplexity": math.exp(records[-1].heldout_loss),
             "records": [dataclasses.asdict(r) for r in records],
         },
     )
-    for path in sorted(folder.iterdir()):
-        run.artifact(path, "model")
-    return folder
 
 
-def pretrain(config: PretrainConfig) -> pathlib.Path:
+def pretrain(config: PretrainConfig, driver: Driver | None = None) -> pathlib.Path:
     """Train, evaluate and store one embedded model; returns its folder."""
-    console = Console(config.verbosity)
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    with run_logger.start(
-        f"pretrain {config.model}", {"stage": "pretrain", "model": config.model}
-    ) as run:
-        run.params("pretrain", as_params(config))
-        corpus = load_corpus(config.corpus, config.max_documents)
-        training = Pretraining.prepare(config, corpus)
-        unigram = unigram_perplexity(training.train, training.heldout, config.vocab_size)
-        run.metrics({"n_params": training.n_params, "unigram_perplexity": unigram})
-        records = []
-        start = time.perf_counter()
-        with console.bar(training.total_steps, f"pretrain {config.model}") as bar:
-            for record in training.run():
-                records.append(record)
-                elapsed = time.perf_counter() - start
-                run.metrics(
-                    {**_metrics(record), "tokens_per_second": record.tokens / elapsed}, record.step
-                )
-                # Saved at every measurement: an interrupted training leaves a usable model.
-                training.save(pathlib.Path(config.output_dir) / config.model)
-                bar.set_postfix_str(f"held-out perplexity {math.exp(record.heldout_loss):.1f}")
-                bar.update(record.step - bar.n)
-        folder = _store(run, training, records, unigram, corpus.digests)
-        final = math.exp(records[-1].heldout_loss)
-        run.describe(
-            f"**{config.model}**: {training.n_params:,} parameters, {records[-1].tokens:,} tokens. "
-            f"Held-out perplexity **{final:.1f}** (unigram model: {unigram:.1f})."
-        )
-        console.say(
-            f"{config.model}: held-out perplexity {final:.1f} (unigram {unigram:.1f}) → {folder}"
-        )
-    return folder
+    driver = driver or Driver(Console(config.verbosity))
+    with driver.process(PRETRAIN.title(config), {"stage": PRETRAIN.name}) as run:
+        done = driver.run_cell(PRETRAIN, config, run=run)
+    return done.folder

@@ -23,15 +23,15 @@ from healing.reporting.phrases import group_label
 from healing.reporting.plots import groups as groups_figures
 from healing.reporting.plots.style import COLUMN
 from healing.reporting.treatment_against_control import comparison_gaps, contrast_sentences
-from healing.stages.attack import open_run, upload
 from healing.stages.console import Console
+from healing.stages.driver import Driver, upload
 from healing.stages.summarize_inputs import read_runs
 from healing.statistics.heal_runs import HealRun
 from healing.statistics.summary import GroupSummary, Summary, summarize_runs
 from healing.tracking import queries, run_logger
 from healing.tracking.queries import RunView
+from healing.tracking.run import Run
 from healing.tracking.run_files import write_json
-from healing.tracking.run_logger import RunLogger
 
 HEAL_RUNS = "tags.stage = 'heal'"
 LEGACY_TAG = ("legacy_metrics", "true")
@@ -66,7 +66,7 @@ def find_runs(config: SummarizeConfig) -> list[RunView]:
     return views
 
 
-def _log_groups(run: RunLogger, summary: Summary) -> None:
+def _log_groups(run: Run, summary: Summary) -> None:
     """Final numbers per group, and mean trajectories with their bounds, as metrics."""
     history: list[tuple[int, Mapping[str, float]]] = []
     for group in summary.groups:
@@ -146,8 +146,8 @@ def summarize(
     *,
     views: list[RunView] | None = None,
     failed: Sequence[HealRun] = (),
-    parent: RunLogger | None = None,
-    console: Console | None = None,
+    parent: Run | None = None,
+    driver: Driver | None = None,
 ) -> Summary:
     """Pool healing runs, log and store the result as a run of its own.
 
@@ -156,10 +156,11 @@ def summarize(
         views: The runs to pool; ``None`` = those of the query.
         failed: What should have become a run and did not; listed with the failed runs.
         parent: The run that the summary is a child of.
-        console: Where to print; ``None`` = by the configured verbosity.
+        driver: Where to print and to log; ``None`` = by the configured verbosity, to MLflow.
     """
-    console = console or Console(config.verbosity)
-    with open_run(parent, "summary", {"stage": "summarize"}) as run:
+    driver = driver or Driver(Console(config.verbosity))
+    console = driver.console
+    with driver.run_of("summary", {"stage": "summarize"}, parent) as run:
         run.params("summarize", as_params(config))
         runs = read_runs(find_runs(config) if views is None else views, console.say)
         runs += failed

@@ -7,7 +7,7 @@ import math
 import os
 import pathlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,22 +21,22 @@ from healing.config.shared import CONTROL, SHAM, TREATMENT
 from healing.config.summarize import SummarizeConfig
 from healing.config.sweep import SweepConfig
 from healing.errors import ConfigError, HealingError, SweepError
-from healing.models.checkpoints import CHECKPOINT_NAME, read_checkpoint
 from healing.models.loading import resolve_device
 from healing.reporting.markdown import markdown
-from healing.stages.attack import attack, raw_data_folder
-from healing.stages.basin import basin, stored_fingerprint
-from healing.stages.cells.attack import attack_fingerprint, attack_name
-from healing.stages.cells.heal import HealCell, heal_fingerprint, sham_checkpoint
-from healing.stages.cells.inputs import complete, input_marks
-from healing.stages.console import Console
-from healing.stages.heal import heal_one
+from healing.stages.attack import ATTACK, checkpoint_of
+from healing.stages.basin import BASIN
+from healing.stages.cells.basin import BasinCell
+from healing.stages.cells.heal import HealCell
+from healing.stages.cells.inputs import complete
+from healing.stages.console import Cells, Console
+from healing.stages.driver import Driver
+from healing.stages.heal import HEAL
 from healing.stages.summarize import summarize
 from healing.statistics.heal_runs import HealRun
 from healing.statistics.summary import Summary
-from healing.tracking import queries, run_logger
+from healing.tracking import queries
 from healing.tracking.queries import RunView
-from healing.tracking.run_logger import RunLogger
+from healing.tracking.run import Run
 
 
 @dataclass(frozen=True)
@@ -152,42 +152,18 @@ class CellResult:
 class Sweep:
     """The cells of one sweep, run in one process under one parent run."""
 
-    def __init__(self, config: SweepConfig, run: RunLogger) -> None:
-        self.config, self.run, self.console = config, run, Console("quiet")
+    def __init__(self, config: SweepConfig, run: Run, driver: Driver) -> None:
+        self.config, self.run, self.driver = config, run, driver
         self.matched = TREATMENT in config.arm_list()
         self.stopped = threading.Event()
 
-    def _attack(self, cell: SweepCell, reference: str) -> pathlib.Path:
+    def _attack(self, driver: Driver, cell: SweepCell, reference: str) -> pathlib.Path:
         settings = attack_config(self.config, cell, reference)
-        marks = input_marks(settings)
-        mark = attack_fingerprint(settings, marks.identity, marks.corpus_digests)
-        done = queries.find_finished(self.run.experiment_id, mark)
-        if done is None:
-            return attack(settings, parent=self.run, console=self.console)[1]
-        folder = raw_data_folder(settings.output_dir, attack_name(settings, mark))
-        path = folder / "checkpoints" / CHECKPOINT_NAME
-        if path.is_file():
-            return path
-        return queries.download(f"runs:/{done.run_id}/checkpoints/{CHECKPOINT_NAME}")
+        done = driver.run_cell(ATTACK, settings, parent=self.run, reuse=True)
+        return checkpoint_of(done, driver.store)
 
-    def _heal(self, cell: SweepCell, path: pathlib.Path | None) -> tuple[RunView, bool]:
-        unit = HealCell(heal_config(self.config, cell), "" if path is None else str(path))
-        marks = input_marks(unit.config)
-        if path is None:
-            start = sham_checkpoint(marks.healthy_digest, unit.config)
-        else:
-            start = read_checkpoint(path)
-        mark = heal_fingerprint(unit, start, marks.identity, marks.corpus_digests)
-        done = queries.find_finished(self.run.experiment_id, mark)
-        if done is not None:
-            return done, True
-        heal_one(unit, self.console, parent=self.run)
-        fresh = queries.find_finished(self.run.experiment_id, mark)
-        assert fresh is not None, "a healing run that just finished is in its own store"
-        return fresh, False
-
-    def _basin(self, cell: SweepCell, healed: RunView) -> RunView | None:
-        """The landscape of a healing run, examined once."""
+    def _basin(self, driver: Driver, cell: SweepCell, healed: RunView) -> RunView | None:
+        """The landscape of a healing run, where it is wanted."""
         if not self.config.basin or cell.arm not in (TREATMENT, CONTROL):
             return None
         shared = _shared(self.config)
@@ -197,38 +173,51 @@ class Sweep:
             output_dir=shared["output_dir"],
             verbosity=shared["verbosity"],
         )
-        mark = stored_fingerprint(settings)
-        done = queries.find_finished(self.run.experiment_id, mark)
-        if done is None:
-            basin(settings, parent=self.run, console=self.console)
-            done = queries.find_finished(self.run.experiment_id, mark)
-        return done
+        done = driver.run_cell(BASIN, BasinCell(settings), parent=self.run, reuse=True)
+        return driver.store.get_run(done.run_id)
 
-    def run_chain(
-        self, chain: Sequence[SweepCell], on_done: Callable[[CellResult], None]
-    ) -> list[CellResult]:
+    def run_cell(self, driver: Driver, cell: SweepCell, reference: str) -> tuple[CellResult, str]:
+        """One cell: attack, healing, landscape; each is found again where it was run before.
+
+        Returns:
+            What became of it, and the checkpoint that was healed (empty for the sham).
+        """
+        if cell.arm == CONTROL and self.matched and not reference:
+            raise ConfigError("the attack that the noise is matched to failed")
+        path = ""
+        if cell.arm != SHAM:
+            path = str(self._attack(driver, cell, reference if cell.arm == CONTROL else ""))
+        heal_cell = HealCell(heal_config(self.config, cell), path)
+        done = driver.run_first(HEAL, heal_cell, self.run)
+        view = driver.store.get_run(done.run_id)
+        return CellResult(cell, view, done.reused, basin=self._basin(driver, cell, view)), path
+
+    def run_chain(self, chain: Sequence[SweepCell], cells: Cells) -> list[CellResult]:
         """The arms of one model and seed in order; a failing cell does not stop the others."""
         results, reference = [], ""
         for cell in chain:
             if self.stopped.is_set():
                 break
+            driver = self.driver.within(self.driver.console.within(cells))
             try:
-                if cell.arm == CONTROL and self.matched and not reference:
-                    raise ConfigError("the attack that the noise is matched to failed")
-                path = None
-                if cell.arm != SHAM:
-                    path = self._attack(cell, reference if cell.arm == CONTROL else "")
+                result, path = self.run_cell(driver, cell, reference)
                 if cell.arm == TREATMENT:
-                    reference = str(path)
-                view, reused = self._heal(cell, path)
-                landscape = self._basin(cell, view)
-                results.append(CellResult(cell, view, reused, basin=landscape))
+                    reference = path
             except HealingError as error:
-                results.append(CellResult(cell, failure=f"{cell.title}: {error}"))
-            on_done(results[-1])
+                result = CellResult(cell, failure=f"{cell.title}: {error}")
+            results.append(result)
+            self._tell(result, cells)
         return results
 
-    def run_all(self, console: Console) -> list[CellResult]:
+    def _tell(self, result: CellResult, cells: Cells) -> None:
+        cells.over(result.cell.title)
+        console = self.driver.console
+        if result.failure:
+            console.say(f"failed: {result.failure}")
+        elif result.view is not None:
+            console.detail(f"{result.cell.title}: {result.view.tags['verdict']}")
+
+    def run_all(self) -> list[CellResult]:
         """Every chain, several at a time; results in the order of the plan.
 
         Threads, not processes: torch releases the interpreter lock in its kernels, each cell
@@ -237,24 +226,17 @@ class Sweep:
         chains = plan(self.config)
         workers = worker_count(self.config)
         with (
-            console.bar(sum(map(len, chains)), "sweep", unit="cell") as bar,
+            self.driver.console.cells(sum(map(len, chains)), "sweep", "cell") as cells,
             concurrent.futures.ThreadPoolExecutor(workers) as pool,
         ):
-
-            def on_done(result: CellResult) -> None:
-                bar.set_postfix_str(f"last: {result.cell.title}")
-                bar.update(1)
-                if result.failure:
-                    console.say(f"failed: {result.failure}")
-                elif result.view is not None:
-                    console.detail(f"{result.cell.title}: {result.view.tags['verdict']}")
-
-            futures = [pool.submit(self.run_chain, chain, on_done) for chain in chains]
+            futures = [pool.submit(self.run_chain, chain, cells) for chain in chains]
             try:
                 return [result for future in futures for result in future.result()]
             except BaseException:
-                # Ctrl-C reaches this thread alone: cells under way end, no other begins.
+                # Ctrl-C reaches this thread alone: cells under way end at their next safe point,
+                # no other begins.
                 self.stopped.set()
+                self.driver.stop.set()
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
@@ -311,29 +293,30 @@ def _describe(config: SweepConfig, summary: Summary, results: list[CellResult]) 
     )
 
 
-def sweep(config: SweepConfig) -> Summary:
+def sweep(config: SweepConfig, driver: Driver | None = None) -> Summary:
     """Run the whole experiment and summarize it.
 
     Raises:
         SweepError: A cell failed; raised after all others ran and were summarized.
     """
-    console = Console(config.verbosity)
+    driver = driver or Driver(Console(config.verbosity))
+    console = driver.console
     name = f"{config.models} x {config.arms} x seeds {config.seeds}"
-    with run_logger.start(name, {"stage": "main"}) as run:
+    with driver.process(name, {"stage": "main"}) as run:
         run.params("main", as_params(config))
         if CONTROL in config.arm_list() and TREATMENT not in config.arm_list():
             console.say(
                 f"note: {CONTROL} is not matched to anything, since {TREATMENT} is not among "
                 "--arms: it gets noise of one standard deviation of each tensor"
             )
-        results = Sweep(config, run).run_all(console)
+        results = Sweep(config, run, driver).run_all()
         views = [r.view for r in results if r.view is not None]
         failures = [r.failure for r in results if r.failure]
         if not views:
             raise SweepError(failures)
         query = SummarizeConfig(output_dir=config.output_dir, verbosity=config.verbosity)
         lost = [failed_run(r) for r in results if r.failure]
-        summary = summarize(query, views=views, failed=lost, parent=run, console=console)
+        summary = summarize(query, views=views, failed=lost, parent=run, driver=driver)
         for line in basin_sentences(results):
             console.say(line)
         run.describe(_describe(config, summary, results))

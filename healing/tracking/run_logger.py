@@ -23,6 +23,7 @@ from mlflow.tracking import MlflowClient
 
 from healing.errors import TrackingError
 from healing.tracking.git_version import code_version
+from healing.tracking.run import Run as OpenRun
 
 DEFAULT_EXPERIMENT = "llm-healing"
 FLUSH_SECONDS = 2.0
@@ -229,7 +230,7 @@ def start(name: str, tags: Mapping[str, Any]) -> Iterator[RunLogger]:
 
 @contextlib.contextmanager
 def child(
-    parent: RunLogger,
+    parent: OpenRun,
     name: str,
     tags: Mapping[str, Any],
     *,

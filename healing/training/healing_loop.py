@@ -14,6 +14,7 @@ from healing.data.windows import batches
 from healing.measurements.diagnosis import FORWARD, Control, Failure
 from healing.measurements.probe import Measurement, Probe
 from healing.models.loading import LoadedModel
+from healing.progress import Safe, without_safe_points
 from healing.randomness import named_generator
 from healing.training.methods.lora import adapted
 from healing.training.nonfinite import forward_failure
@@ -85,7 +86,20 @@ def heal(
     collapsed: Measurement,
     generator: torch.Generator,
 ) -> Iterator[HealRecord]:
-    """Fine-tune a model in place, yielding a record at step 0, every interval and the last step.
+    """As :func:`heal_events`, for those who want the records alone."""
+    return without_safe_points(heal_events(loaded, config, windows, probe, collapsed, generator))
+
+
+def heal_events(
+    loaded: LoadedModel,
+    config: HealConfig,
+    windows: torch.Tensor,
+    probe: Probe,
+    collapsed: Measurement,
+    generator: torch.Generator,
+) -> Iterator[HealRecord | Safe]:
+    """Fine-tune a model in place, yielding a record at step 0, every interval and the last step,
+    and a safe point after every step.
 
     The model is measured in float32 whatever it trains in, and with its adapters where it has
     them; it is in float32 and its plain architecture again when the iterator is exhausted.
@@ -142,6 +156,7 @@ def heal(
                     trainer.stalled or unsound,
                 )
                 losses, norms, seconds, since = [], [], 0.0, 0
+            yield Safe(step)
             if last:
                 return
 

@@ -42,6 +42,7 @@ from healing.models.loading import load_model, state_digest
 from healing.models.model_files import EMBEDDED_DIR, model_shape
 from healing.stages.cells.attack import attack_cell
 from healing.stages.cells.basin import settle
+from healing.stages.cells.events import outcome_of
 from healing.stages.cells.heal import HealCell, attacked_settings, decide_model, heal_cell
 from healing.stages.cells.inputs import complete, load_inputs
 from healing.stages.sweep import attack_config, heal_config, plan
@@ -136,7 +137,7 @@ def test_block_outputs_are_the_hidden_states_of_transformers(folders, kind):
 
 
 def test_attack_and_heal_end_to_end(folders, kind, tmp_path):
-    attacked = attack_cell(small_attack(folders[kind]))
+    attacked = outcome_of(attack_cell(complete(small_attack(folders[kind]))))
     assert attacked.last.step > 0
     assert 0 < attacked.catalyst.alignment < 1
     assert math.isfinite(attacked.summary()["rayleigh_quotient"])
@@ -150,12 +151,14 @@ def test_attack_and_heal_end_to_end(folders, kind, tmp_path):
     )  # fmt: skip
     config = decide_model(wanted, read_checkpoint(path), path)
     assert config.model == str(folders[kind])
-    healed = heal_cell(HealCell(config, str(path)))[0]
+    healed = outcome_of(heal_cell(HealCell(config, str(path))))[0]
     assert healed.status == "ok"
     assert [r.step for r in healed.records] == [0, 2, 4]
     assert healed.records[0].measurement.loss == pytest.approx(attacked.collapsed.loss, rel=1e-6)
     assert healed.records[-1].measurement.loss < healed.records[0].measurement.loss
-    again = heal_cell(HealCell(config, str(path)))[0]  # no dropout: nothing is drawn but by name
+    again = outcome_of(heal_cell(HealCell(config, str(path))))[
+        0
+    ]  # no dropout: nothing is drawn but by name
     assert again.records[-1].measurement.loss == healed.records[-1].measurement.loss
     assert again.fingerprint == healed.fingerprint
 
@@ -324,13 +327,13 @@ def test_ids_that_text_gives_are_what_must_fit(folders, tmp_path):
 
 @pytest.mark.parametrize("arm", ["haep_oracle", "spectral", "gaussian_noise", "random_tokens"])
 def test_every_arm_attacks_convolution_style_matrices(folders, arm):
-    outcome = attack_cell(small_attack(folders["gpt2"], arm=arm))
+    outcome = outcome_of(attack_cell(complete(small_attack(folders["gpt2"], arm=arm))))
     assert outcome.status == "ok"
     assert outcome.last.weight_change > 0
 
 
 def test_hessian_subspace_of_grouped_queries_and_tied_embeddings(folders):
-    outcome = attack_cell(small_attack(folders["qwen2"], subspace="hessian"))
+    outcome = outcome_of(attack_cell(complete(small_attack(folders["qwen2"], subspace="hessian"))))
     assert outcome.preparation.statuses["hessian_status"]
     assert 0 < outcome.catalyst.alignment <= 1
 

@@ -42,10 +42,12 @@ from healing.stages.cells.basin import (
     curvature_batch,
     gradient_batches,
 )
+from healing.stages.cells.events import Begin, outcome_of
 from healing.stages.cells.heal import HealCell, decide_model, settings_of
 from healing.stages.cells.inputs import cached_corpus
 from healing.stages.heal import heal
 from healing.stages.heal_inputs import find_checkpoints
+from healing.tracking.store import MlflowStore
 
 SMALL = {"model": "nano", "sequence_length": 64, "probe_tokens": 512, "batch_size": 4,
          "verbosity": "quiet"}  # fmt: skip
@@ -108,7 +110,7 @@ def test_healing_stores_its_end_and_only_basin_takes_it_for_one(store, healed):
     assert stored.config["heal_run_id"] == healed
     loaded = load_model("nano")
     load_state(loaded, stored, after)
-    probe = find_cell(config_for(healed))[0].config.probe_tokens
+    probe = find_cell(config_for(healed), MlflowStore()).config.probe_tokens
     summary = json.loads((after.parents[1] / "healing_summary.json").read_text())
     corpus_probe = Probe.of(cached(), loaded, probe, 64)
     assert corpus_probe.loss(loaded.model) == pytest.approx(summary["final_loss"], rel=1e-6)
@@ -206,17 +208,18 @@ def test_numbers_are_those_of_an_independent_computation(store, healed):
 
 
 def test_a_cell_is_a_pure_function_of_a_picklable_configuration(store, healed):
-    cell = pickle.loads(pickle.dumps(find_cell(config_for(healed))[0]))
+    cell = pickle.loads(pickle.dumps(find_cell(config_for(healed), MlflowStore())))
     before = sorted(store.rglob("*"))
-    parts: list[str] = []
-    first, again = basin_cell(cell, parts.append), basin_cell(cell)
+    begin, *events = basin_cell(cell)
+    first, again = outcome_of(basin_cell(cell)), outcome_of(basin_cell(cell))
     assert sorted(store.rglob("*")) == before
-    assert len(parts) == STEPS
+    assert isinstance(begin, Begin)
+    assert [event.done for event in events] == list(range(1, STEPS + 1))
     assert first.metrics() == pytest.approx(again.metrics(), nan_ok=True, rel=0, abs=0)
     assert first.fingerprint == again.fingerprint
     assert pickle.loads(pickle.dumps(first)).statements() == first.statements()
     other = replace(cell, config=replace(cell.config, escape_steps=3))
-    assert basin_cell(other).fingerprint != first.fingerprint
+    assert outcome_of(basin_cell(other)).fingerprint != first.fingerprint
 
 
 def test_the_two_ways_of_naming_the_states_agree(store, healed):
@@ -291,20 +294,20 @@ def test_the_collapsed_checkpoint_is_found_without_its_artifact(store, healed):
     """The attack run is gone from the store: the path in the tag serves."""
     client = MlflowClient()
     client.set_tag(healed, "attack_run_id", "0" * 32)
-    cell, _ = find_cell(config_for(healed))
+    cell = find_cell(config_for(healed), MlflowStore())
     assert pathlib.Path(cell.collapsed).is_file()
     client.set_tag(healed, "checkpoint", "/no/where.pt")
     with pytest.raises(TrackingError, match="cannot be had"):
-        find_cell(config_for(healed))
+        find_cell(config_for(healed), MlflowStore())
 
 
 def test_a_state_that_cannot_compute_is_undetermined(store, healed):
     collapsed, after = checkpoints(store)
-    cell, _ = find_cell(config_for(healed))
+    cell = find_cell(config_for(healed), MlflowStore())
     data = torch.load(after, weights_only=True)
     next(reversed(data["model_state_dict"].values()))[3] = math.nan  # the output matrix
     torch.save(data, store / "nan.pt")
-    outcome = basin_cell(BasinCell(cell.config, str(collapsed), str(store / "nan.pt")))
+    outcome = outcome_of(basin_cell(BasinCell(cell.config, str(collapsed), str(store / "nan.pt"))))
     assert outcome.statements()["healed_is_minimum"] == "undetermined"
     assert outcome.states["healed"].statement.because == "the gradient is not finite"
     assert math.isnan(outcome.paths["healthy_healed"].barrier)

@@ -11,7 +11,9 @@ from healing.config.heal import HealConfig
 from healing.config.resolve import resolve
 from healing.models.checkpoints import save_checkpoint
 from healing.stages.cells.attack import attack_cell
+from healing.stages.cells.events import outcome_of
 from healing.stages.cells.heal import HealCell, HealOutcome, heal_cell
+from healing.stages.cells.inputs import complete
 
 pytestmark = pytest.mark.slow
 
@@ -19,7 +21,7 @@ pytestmark = pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("model", ["nano", "micro"])
 def test_haep_collapses_the_embedded_models(model, seed):
-    outcome = attack_cell(AttackConfig(model=model, arm="haep", seed=seed))
+    outcome = outcome_of(attack_cell(complete(AttackConfig(model=model, arm="haep", seed=seed))))
     summary = outcome.summary()
     assert summary["rank_reduction_pct"] >= 30
     assert summary["perplexity_ratio"] >= 10
@@ -36,11 +38,11 @@ def outcomes(tmp_path_factory) -> dict[str, HealOutcome]:
     folder = tmp_path_factory.mktemp("checkpoints")
     found = {}
     for arm in ("haep", "spectral", "none"):
-        attacked = attack_cell(AttackConfig(model="nano", arm=arm))
+        attacked = outcome_of(attack_cell(complete(AttackConfig(model="nano", arm=arm))))
         path = folder / f"{arm}.pt"
         save_checkpoint(path, attacked.loaded.model, 0, arm, {"model": "nano", "arm": arm})
         config = resolve(HealConfig(model="nano", healing_steps=60))
-        found[arm] = heal_cell(HealCell(config, str(path)))[0]
+        found[arm] = outcome_of(heal_cell(HealCell(config, str(path))))[0]
     return found
 
 
@@ -61,11 +63,11 @@ def test_healing_lowers_the_perplexity_of_every_collapsed_model(outcomes):
 
 def healed(folder, name: str, steps: int, **attack) -> dict:
     """Summary of healing nano after an attack of the given settings."""
-    attacked = attack_cell(AttackConfig(model="nano", **attack))
+    attacked = outcome_of(attack_cell(complete(AttackConfig(model="nano", **attack))))
     path = folder / f"{name}.pt"
     save_checkpoint(path, attacked.loaded.model, 0, name, {"model": "nano"})
     config = resolve(HealConfig(model="nano", healing_steps=steps))
-    return heal_cell(HealCell(config, str(path)))[0].summary()
+    return outcome_of(heal_cell(HealCell(config, str(path))))[0].summary()
 
 
 def test_positive_control_small_weight_noise_heals(tmp_path):

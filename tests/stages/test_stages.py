@@ -22,8 +22,8 @@ from healing.measurements.probe import Probe
 from healing.models.blocks import transformer_blocks
 from healing.models.checkpoints import CHECKPOINT_NAME, read_checkpoint
 from healing.models.loading import load_model
-from healing.stages import sweep as sweep_module
-from healing.stages.attack import attack
+from healing.stages.attack import AttackStage, attack
+from healing.stages.cells.events import outcome_of
 from healing.stages.cells.heal import (
     HealCell,
     decide_model,
@@ -246,7 +246,7 @@ def test_cells_are_pure_functions_of_picklable_configurations(store, checkpoint)
     config = decide_model(heal_config(), read_checkpoint(checkpoint), checkpoint)
     cell = pickle.loads(pickle.dumps(HealCell(config, str(checkpoint))))
     before = sorted(store.rglob("*"))
-    first, again = heal_cell(cell)[0], heal_cell(cell)[0]
+    first, again = outcome_of(heal_cell(cell))[0], outcome_of(heal_cell(cell))[0]
     assert first.fingerprint == again.fingerprint
     assert first.records[-1].measurement.loss == again.records[-1].measurement.loss
     assert sorted(store.rglob("*")) == before
@@ -310,7 +310,7 @@ def test_a_weight_that_is_not_finite_is_a_lockout(
 ):
     key, row = where
     path = altered(checkpoint, "bad", lambda state: state[key][row].fill_(bad))
-    locked = heal_cell(cell_of(path, precision=precision, healing_steps=12))[0]
+    locked = outcome_of(heal_cell(cell_of(path, precision=precision, healing_steps=12)))[0]
     summary = locked.summary()
     assert summary["status"] == "lockout"
     assert (summary["nonfinite_origin"], summary["nonfinite_module"]) == (origin, module)
@@ -327,7 +327,7 @@ def test_a_broken_weight_that_no_text_uses_is_a_lockout_too(store, checkpoint, c
     path = altered(
         checkpoint, "unused", lambda state: state["gpt_neox.embed_in.weight"][unused].fill_(1e999)
     )
-    summary = heal_cell(cell_of(path))[0].summary()
+    summary = outcome_of(heal_cell(cell_of(path)))[0].summary()
     assert (summary["status"], summary["nonfinite_origin"]) == ("lockout", "weights")
     assert summary["nonfinite_module"] == "gpt_neox.embed_in.weight"
 
@@ -335,7 +335,9 @@ def test_a_broken_weight_that_no_text_uses_is_a_lockout_too(store, checkpoint, c
 @pytest.mark.parametrize("mode", ["pure", "autocast"])
 def test_what_only_fp16_cannot_hold_is_a_format_overflow(store, checkpoint, mode):
     path = altered(checkpoint, "large", overflowing)
-    summary = heal_cell(cell_of(path, precision="fp16", precision_mode=mode))[0].summary()
+    summary = outcome_of(heal_cell(cell_of(path, precision="fp16", precision_mode=mode)))[
+        0
+    ].summary()
     assert summary["status"] == "format_overflow"
     module = UP.removesuffix(".weight")
     assert (summary["nonfinite_origin"], summary["nonfinite_module"]) == ("forward", module)
@@ -346,13 +348,15 @@ def test_what_only_fp16_cannot_hold_is_a_format_overflow(store, checkpoint, mode
     assert math.isnan(summary["loss_recovery_pct"])
     assert module in summary["status_reason"]
     assert summary["loss_undefined_reason"] == summary["status_reason"]
-    assert heal_cell(cell_of(path))[0].status == "ok"
+    assert outcome_of(heal_cell(cell_of(path)))[0].status == "ok"
 
 
 @pytest.mark.parametrize("arm", ["none", "random_tokens"])
 def test_pure_fp16_adamw_is_an_optimiser_artifact_whatever_it_heals(store, arm):
     path = make_attack(arm)[1]
-    summary = heal_cell(cell_of(path, precision="fp16", precision_mode="pure"))[0].summary()
+    summary = outcome_of(heal_cell(cell_of(path, precision="fp16", precision_mode="pure")))[
+        0
+    ].summary()
     assert summary["status"] == "optimiser_artifact"
     assert (summary["nonfinite_origin"], summary["control_origin"]) == ("update", "update")
     assert (summary["nonfinite_step"], summary["steps"]) == (1, 1)
@@ -360,16 +364,16 @@ def test_pure_fp16_adamw_is_an_optimiser_artifact_whatever_it_heals(store, arm):
 
 
 def test_diverging_is_told_from_what_any_model_would_do(store, checkpoint):
-    hot = heal_cell(cell_of(checkpoint, healing_lr=1e30))[0]
+    hot = outcome_of(heal_cell(cell_of(checkpoint, healing_lr=1e30)))[0]
     assert hot.status == "optimiser_artifact"
     assert hot.summary()["loss_undefined_reason"]
-    once = heal_cell(cell_of(checkpoint, healing_lr=1e30, healing_steps=1))[0]
+    once = outcome_of(heal_cell(cell_of(checkpoint, healing_lr=1e30, healing_steps=1)))[0]
     assert once.status == "optimiser_artifact"  # seen on the probe: no step is left to fail
     assert once.summary()["nonfinite_step"] == 2
     # A slope of 1e18 makes of a rate of 1e21 a weight that float32 cannot hold; a slope of 1 not.
     steep = altered(checkpoint, "steep", lambda state: state["lm_head.weight"].mul_(1e18))
     config = {"healing_optimizer": "sgd", "healing_lr": 1e21, "healing_steps": 2}
-    diverged = heal_cell(cell_of(steep, **config))[0]
+    diverged = outcome_of(heal_cell(cell_of(steep, **config)))[0]
     assert diverged.summary()["nonfinite_origin"] == "update"
     assert diverged.status == "diverged"
     assert diverged.summary()["control_origin"] == "none"
@@ -444,14 +448,14 @@ def test_what_a_failed_run_measured_is_kept_with_it(store, checkpoint, monkeypat
 
 
 def test_a_failed_attack_fails_its_noise_and_is_listed(store, monkeypatch):
-    original = sweep_module.attack
+    original = AttackStage.prepare
 
-    def failing(config, **options):
+    def failing(stage, config, tools):
         if config.arm == "haep" and config.seed == 1:
             raise CheckpointError("no luck")
-        return original(config, **options)
+        return original(stage, config, tools)
 
-    monkeypatch.setattr(sweep_module, "attack", failing)
+    monkeypatch.setattr(AttackStage, "prepare", failing)
     with pytest.raises(SweepError, match=r"2 cell\(s\) failed; first: nano haep seed 1: no luck"):
         sweep(small_sweep(arms="haep,gaussian_noise"))
     (folder,) = (store / "experiments/results/summaries").iterdir()
@@ -585,7 +589,7 @@ def test_the_sham_takes_the_same_batches(store, checkpoint):
     _, path = make_attack("none")
     (own,) = heal(heal_config(collapsed_checkpoint=str(path)))
     config = decide_model(heal_config(sham=True), read_checkpoint(checkpoint), checkpoint)
-    sham = heal_cell(HealCell(config, str(checkpoint)).sham_cell())[0]
+    sham = outcome_of(heal_cell(HealCell(config, str(checkpoint)).sham_cell()))[0]
     assert [r.measurement.loss for r in sham.records] == [r.measurement.loss for r in own.records]
 
 
@@ -631,9 +635,9 @@ def test_jsonl_round_trip_keeps_nan_and_infinity(tmp_path):
 
 def test_gradient_checkpointing_recomputes_and_changes_nothing_else(store, checkpoint):
     path = str(checkpoint)
-    plain_run, _ = heal_cell(HealCell(resolve(heal_config()), path))
+    plain_run, _ = outcome_of(heal_cell(HealCell(resolve(heal_config()), path)))
     saving = resolve(heal_config(gradient_checkpointing=True))
-    saved, healed = heal_cell(HealCell(saving, path))
+    saved, healed = outcome_of(heal_cell(HealCell(saving, path)))
     finals = [r.records[-1].measurement.loss for r in (plain_run, saved)]
     assert finals[1] == pytest.approx(finals[0], rel=1e-5)
     calls = []

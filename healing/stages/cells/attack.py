@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,15 +13,23 @@ from healing.attacks.damage_matching import DamageTarget, match_damage, measure_
 from healing.attacks.loop import run_attack
 from healing.attacks.weight_change import WeightChange
 from healing.config.attack import AttackConfig
-from healing.config.fingerprint import fingerprint
+from healing.config.fingerprint import as_params, fingerprint
 from healing.config.presets import model_slug
 from healing.measurements.probe import Measurement
-from healing.measurements.recovery import Damage, State
+from healing.measurements.recovery import Damage
 from healing.models.checkpoints import read_checkpoint
 from healing.models.loading import LoadedModel
+from healing.progress import Safe, enter
 from healing.randomness import named_generator
 from healing.stages.cells.code_digest import code_digest
-from healing.stages.cells.inputs import complete, device_kind, load_inputs
+from healing.stages.cells.events import Begin, Events, Record
+from healing.stages.cells.inputs import (
+    device_kind,
+    few_rows_warnings,
+    inputs_read,
+    load_inputs,
+    rank_and_perplexity,
+)
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,7 @@ class AttackOutcome:
     @property
     def damage(self) -> Damage:
         """Healthy and collapsed state."""
-        return Damage(state_of(self.healthy), state_of(self.collapsed))
+        return Damage(self.healthy.state, self.collapsed.state)
 
     @property
     def status(self) -> str:
@@ -88,16 +95,6 @@ class AttackOutcome:
         }
 
 
-def state_of(measurement: Measurement) -> State:
-    """The part of a measurement that recovery needs."""
-    return State(
-        measurement.effective_rank,
-        measurement.loss,
-        measurement.perplexity,
-        measurement.rank_standard_error,
-    )
-
-
 def attack_code() -> str:
     """Digest of the code that makes an attack's numbers."""
     return code_digest("healing.stages.cells.attack")
@@ -115,23 +112,21 @@ def attack_fingerprint(config: AttackConfig, identity: str, digests: dict[str, s
     )
 
 
-def attack_cell(
-    config: AttackConfig,
-    on_record: Callable[[AttackRecord], None] = lambda _: None,
-    on_start: Callable[[str, LoadedModel, dict[str, str]], None] = lambda *_: None,
-) -> AttackOutcome:
-    """One attack as a function of its configuration; neither files nor MLflow are touched.
-
-    Args:
-        config: May hold ``auto``.
-        on_record: Called with every record as it is made.
-        on_start: Called before the first record with the fingerprint, the healthy model and the
-            digests of the corpus.
-    """
-    config = complete(config)
+def attack_cell(config: AttackConfig) -> Events[AttackOutcome]:
+    """One attack as a function of its resolved configuration; files and MLflow are not touched."""
     corpus, loaded, probe = load_inputs(config)
     mark = attack_fingerprint(config, loaded.identity, corpus.digests)
-    on_start(mark, loaded, corpus.digests)
+    yield Begin(
+        mark,
+        attack_name(config, mark),
+        as_params(config),
+        int(config.attack_steps),
+        tags={**loaded.tags, **_reference_tags(config)},
+        counts={"n_params": loaded.n_params},
+        inputs=inputs_read(config, corpus.digests, {"attack": "attack", "probe": "probe"}),
+        warnings=few_rows_warnings(config, loaded),
+    )
+    enter("healthy measurement")
     healthy = probe.measure(loaded.model, named_generator(config.seed, "bootstrap"))
     change = WeightChange(loaded.model)
     made = make_arm(config, loaded, corpus, change)
@@ -144,9 +139,19 @@ def attack_cell(
         warmup = warmup_batches(config, loaded, corpus)
         records = run_attack(loaded, made.arm, config, probe, healthy, change, warmup)
     for record in records:
-        on_record(record)
+        metrics = record.metrics()
+        yield Record(record.step, metrics, rank_and_perplexity(metrics))
+        yield Safe(record.step)
     collapsed = probe.measure(loaded.model, named_generator(config.seed, "bootstrap"))
     return AttackOutcome(config, mark, loaded, healthy, collapsed, record, made, corpus.digests)
+
+
+def _reference_tags(config: AttackConfig) -> dict[str, str]:
+    """The attack run that noise is matched to, where there is one."""
+    if not config.reference_checkpoint:
+        return {}
+    origin = read_checkpoint(pathlib.Path(config.reference_checkpoint)).config
+    return {"reference_run_id": origin.get("attack_run_id", "")}
 
 
 def noise_match(config: AttackConfig) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor
 
 from healing.config.basin import BasinConfig
-from healing.config.fingerprint import fingerprint
+from healing.config.fingerprint import as_params, fingerprint
 from healing.config.options import AUTO
+from healing.config.presets import model_slug
 from healing.config.shared import BaseConfig
 from healing.curvature.escape import escape
 from healing.curvature.flat_weights import put_weights, weights_of
@@ -30,9 +32,11 @@ from healing.measurements.probe import Probe
 from healing.models.blocks import next_token_loss
 from healing.models.checkpoints import HEALED_KIND, Checkpoint, load_state, read_checkpoint
 from healing.models.loading import LoadedModel, state_digest
+from healing.progress import Safe
 from healing.randomness import named_generator
 from healing.stages.cells.code_digest import code_digest
-from healing.stages.cells.inputs import complete, device_kind, load_inputs
+from healing.stages.cells.events import Begin, Events
+from healing.stages.cells.inputs import complete, device_kind, inputs_read, load_inputs
 
 STATES = ("healthy", "collapsed", "healed")
 PATHS = {
@@ -46,6 +50,10 @@ TOKENS_PER_PASS = 512
 """Tokens whose gradient graph is held at once."""
 
 
+Part = Callable[[str], Safe]
+"""Name of a part that is done → the safe point after it."""
+
+
 @dataclass(frozen=True)
 class BasinCell:
     """One landscape: everything that decides its numbers, picklable.
@@ -54,11 +62,18 @@ class BasinCell:
         config: Resolved configuration (:func:`settle`).
         collapsed: Path of the collapsed checkpoint; empty = the healthy state (a sham).
         healed: Path of the healed checkpoint.
+
+    Where nothing is settled yet, both are empty and the configuration says what is meant.
     """
 
     config: BasinConfig
-    collapsed: str
-    healed: str
+    collapsed: str = ""
+    healed: str = ""
+
+    @property
+    def arm(self) -> str:
+        """The arm whose damage was healed."""
+        return str(read_checkpoint(pathlib.Path(self.healed)).config.get("arm", "unknown"))
 
 
 @dataclass(frozen=True)
@@ -235,8 +250,8 @@ def _operator(loaded: LoadedModel, windows: Tensor) -> HessianOperator:
 
 
 def _spectrum(
-    config: BasinConfig, operator: HessianOperator, on_step: Callable[[str], None]
-) -> tuple[Curvature, SpectralDensity]:
+    config: BasinConfig, operator: HessianOperator, part: Part
+) -> Generator[Safe, None, tuple[Curvature, SpectralDensity]]:
     """Extreme eigenvalues, and the density from the search's own probe and further ones."""
     with operator.retained_graphs():
         found = lanczos(
@@ -247,14 +262,14 @@ def _spectrum(
             max_iterations=config.lanczos_iterations,
             tolerance=config.curvature_tolerance,
         )
-        on_step("eigenvalues")
+        yield part("eigenvalues")
         density = lanczos_quadrature(
             operator,
             named_generator(int(config.seed), "basin-density"),
             n_probes=config.density_probes,
             n_iterations=config.density_iterations,
         )
-    on_step("spectral density")
+    yield part("spectral density")
     curvature = Curvature(
         tuple(found.largest.values.tolist()),
         tuple(found.smallest.values.tolist()),
@@ -271,8 +286,8 @@ def examine(
     loaded: LoadedModel,
     windows: Tensor,
     probe: Probe,
-    on_step: Callable[[str], None],
-) -> StateReport:
+    part: Part,
+) -> Generator[Safe, None, StateReport]:
     """All evidence about the model's current weights, which are left as they are.
 
     The random streams are the same for every state, so that states are compared pairwise.
@@ -280,10 +295,10 @@ def examine(
     count = config.curvature_tokens // windows.shape[1]
     batches = gradient_batches(windows, config.gradient_batches, count)
     gradients = gradient_statistics([_operator(loaded, batch).gradient() for batch in batches])
-    on_step("gradient")
+    yield part("gradient")
     fixed = curvature_batch(windows, count)
     operator = _operator(loaded, fixed)
-    curvature, density = _spectrum(config, operator, on_step)
+    curvature, density = yield from _spectrum(config, operator, part)
     top = curvature.largest[0]
     left = escape(
         loaded.model,
@@ -296,7 +311,7 @@ def examine(
         radius=config.perturbation_radius,
         perturbations=config.perturbations,
     )
-    on_step("escape")
+    yield part("escape")
     evidence = Evidence(gradients, curvature, left, config.curvature_tolerance)
     return StateReport(evidence, is_minimum(evidence), density)
 
@@ -352,36 +367,54 @@ def basin_fingerprint(
     )
 
 
-def _prefixed(on_step: Callable[[str], None], state: str) -> Callable[[str], None]:
-    return lambda part: on_step(f"{state} {part}")
-
-
-def basin_cell(cell: BasinCell, on_step: Callable[[str], None] = lambda _: None) -> BasinOutcome:
-    """The landscape of one healing run; neither files are written nor MLflow is touched.
-
-    Args:
-        cell: What to examine and how.
-        on_step: Called with the name of each of the :data:`STEPS` parts as it is done.
-    """
-    corpus, loaded, probe = load_inputs(inputs_of(cell.config))
-    windows = attack_split(cell.config, corpus, loaded)
+def basin_cell(cell: BasinCell) -> Events[BasinOutcome]:
+    """The landscape of one healing run; nothing is written and MLflow is not touched."""
+    config = cell.config
+    inputs = inputs_of(config)
+    corpus, loaded, probe = load_inputs(inputs)
+    windows = attack_split(config, corpus, loaded)
     weights, healed = read_states(cell, loaded)
     mark = basin_fingerprint(cell, weights, loaded.identity, corpus.digests)
+    yield Begin(
+        mark,
+        f"{model_slug(config.label)}_{cell.arm}_seed{config.seed}_basin_{mark[:8]}",
+        {
+            **as_params(config),
+            "collapsed": cell.collapsed,
+            "healed": cell.healed,
+            "fingerprint": mark,
+        },
+        STEPS,
+        "part",
+        counts={"n_params": loaded.n_params},
+        inputs=inputs_read(config, corpus.digests, {"attack": "curvature", "probe": "probe"}),
+    )
+    count = itertools.count(1)
+
+    def part(name: str) -> Safe:
+        return Safe(next(count), name)
+
     states = {}
     for name in STATES:
         put_weights(loaded.model, weights[name])
-        states[name] = examine(cell.config, loaded, windows, probe, _prefixed(on_step, name))
+        examined = examine(config, loaded, windows, probe, functools.partial(_part, part, name))
+        states[name] = yield from examined
     paths = {}
     for name, (start, end) in PATHS.items():
         paths[name] = loss_path(
             loaded.model,
             weights[start],
             weights[end],
-            cell.config.path_points,
+            config.path_points,
             functools.partial(probe.loss, loaded.model),
         )
-        on_step(name)
+        yield part(name)
     apart = displacement(weights["healthy"], weights["collapsed"], weights["healed"])
     return BasinOutcome(
         cell, mark, healed.config, loaded.n_params, corpus.digests, states, paths, apart
     )
+
+
+def _part(part: Part, state: str, name: str) -> Safe:
+    """A part of the examination of one state."""
+    return part(f"{state} {name}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 
 from healing.config.fingerprint import NOT_DETERMINING, NOT_SETTINGS, as_params, fingerprint
 from healing.config.heal import FULL, HealConfig
+from healing.config.presets import model_slug
 from healing.config.shared import SHAM
 from healing.data.windows import batches
 from healing.errors import CheckpointError
@@ -35,20 +36,23 @@ from healing.models.checkpoints import (
     read_checkpoint,
 )
 from healing.models.loading import LoadedModel
+from healing.progress import Safe, enter
 from healing.randomness import named_generator
-from healing.stages.cells.attack import state_of
 from healing.stages.cells.code_digest import code_digest
+from healing.stages.cells.events import Begin, Events, Record
 from healing.stages.cells.inputs import (
     complete,
     device_kind,
+    few_rows_warnings,
+    inputs_read,
     load_for,
     load_inputs,
+    rank_and_perplexity,
     training_windows,
 )
 from healing.statistics.survival import half_recovery_time
-from healing.training.healing_loop import HealRecord, adapter_draws, control_run
-from healing.training.healing_loop import heal as heal_steps
-from healing.training.methods.lora import adapted
+from healing.training.healing_loop import HealRecord, adapter_draws, control_run, heal_events
+from healing.training.methods.lora import adapted, n_trainable
 from healing.training.nonfinite import (
     diagnose,
     first_nonfinite_parameter,
@@ -68,12 +72,14 @@ class HealCell:
             model.
         replicate: Number of the run among those of the same checkpoint and seed.
         sham: Trajectory of the sham of the same seed, replicate and settings: step → state.
+        sham_run_id: Run of that sham; empty without one.
     """
 
     config: HealConfig
     checkpoint: str
     replicate: int = 0
-    sham: Mapping[int, State] = field(default_factory=dict)
+    sham: Mapping[int, State] = field(default_factory=dict, compare=False)
+    sham_run_id: str = field(default="", compare=False)
 
     def sham_cell(self) -> HealCell:
         """The healing of the healthy model that this cell is referred to."""
@@ -113,7 +119,7 @@ class HealOutcome:
     @property
     def damage(self) -> Damage:
         """Healthy and collapsed state."""
-        return Damage(state_of(self.healthy), state_of(self.records[0].measurement))
+        return Damage(self.healthy.state, self.records[0].measurement.state)
 
     @property
     def diagnosis(self) -> Diagnosis:
@@ -140,7 +146,7 @@ class HealOutcome:
 
         A model that takes no step keeps its rank: 0 % would be an invented result.
         """
-        now, sham = state_of(record.measurement), self.cell.sham.get(record.step)
+        now, sham = record.measurement.state, self.cell.sham.get(record.step)
         numbers = self.damage.recovery(now)
         unigram = recovery_pct(self.unigram_loss, self.damage.collapsed.loss, self.healthy.loss)
         numbers["unigram_loss_recovery_pct"] = math.nan if self.damage.loss_reason else unigram
@@ -169,7 +175,7 @@ class HealOutcome:
     def summary(self) -> dict[str, Any]:
         """Final numbers, as stored in ``healing_summary.json``."""
         damage, last = self.damage, self.records[-1]
-        final = state_of(last.measurement)
+        final = last.measurement.state
         recovery = self.recovery(last)
         rank_time, rank_censored = self.half_recovery("rank_recovery_pct")
         loss_time, loss_censored = self.half_recovery("loss_recovery_pct")
@@ -305,20 +311,9 @@ def _control(cell: HealCell, failure: Failure, windows: torch.Tensor) -> Control
     return control_run(healthy, cell.config, windows, _data_order(cell), steps)
 
 
-def heal_cell(
-    cell: HealCell,
-    on_start: Callable[[HealOutcome, LoadedModel], None] = lambda *_: None,
-    on_record: Callable[[HealOutcome, HealRecord], None] = lambda *_: None,
-) -> tuple[HealOutcome, LoadedModel]:
-    """One healing run as a function of its cell; neither files nor MLflow are touched.
-
-    Args:
-        cell: What to heal and how.
-        on_start: Called with the outcome so far (step 0) and the model before the first step.
-        on_record: Called with the outcome so far and every record as it is made.
-
-    Returns:
-        What was found, and the healed model.
+def heal_cell(cell: HealCell) -> Events[tuple[HealOutcome, LoadedModel]]:
+    """One healing run as a function of its cell; files (but the checkpoint's) and MLflow are not
+    touched. What it returns is what was found, and the healed model.
     """
     config = cell.config
     checkpoint = read_checkpoint(pathlib.Path(cell.checkpoint)) if cell.checkpoint else None
@@ -326,23 +321,29 @@ def heal_cell(
         checkpoint.pin_commit()
     corpus, loaded, probe = load_inputs(config)
     checkpoint = checkpoint or sham_checkpoint(loaded.digest, config)
-    if checkpoint.kind == HEALED_KIND:
-        raise CheckpointError(
-            f"{cell.checkpoint} holds healed weights: name the collapsed checkpoint "
-            f"({CHECKPOINT_NAME}) instead"
-        )
-    healthy = probe.measure(loaded.model, named_generator(config.seed, "bootstrap"))
-    made_from = checkpoint.config.get("healthy_digest")
-    if made_from and made_from != loaded.digest:
-        raise CheckpointError(
-            f"{cell.checkpoint} was made from other weights of {config.label} than the ones here: "
-            "its healthy reference is not this model; run the attack again"
-        )
+    _require_collapsed(checkpoint, loaded, cell)
     mark = heal_fingerprint(cell, checkpoint, loaded.identity, corpus.digests)
+    settings = settings_of(cell, checkpoint, corpus.digests)
+    yield Begin(
+        mark,
+        heal_name(cell, checkpoint, mark),
+        stored_config(cell, checkpoint, mark),
+        config.healing_steps,
+        tags={**loaded.tags, **lineage(checkpoint), "settings": settings},
+        counts={
+            "n_params": loaded.n_params,
+            "n_trainable_params": n_trainable(loaded.model, config),
+        },
+        inputs=inputs_read(config, corpus.digests, {"train": "training", "probe": "probe"}),
+        warnings=few_rows_warnings(config, loaded),
+    )
+    enter("healthy measurement")
+    healthy = probe.measure(loaded.model, named_generator(config.seed, "bootstrap"))
     if cell.checkpoint:
         load_state(loaded, checkpoint, cell.checkpoint)
     checkpoint = checkpoint.without_tensors()
     windows = training_windows(config, corpus, loaded)
+    enter("collapsed measurement")
     collapsed = probe.measure(loaded.model, named_generator(config.seed, "bootstrap"))
     if config.gradient_checkpointing:
         loaded.model.activation_checkpointing_enable()
@@ -361,15 +362,68 @@ def heal_cell(
         in_float32,
         unigram_loss=unigram_loss(windows, probe.windows, len(embedding_matrix(loaded.model))),
     )
-    on_start(outcome, loaded)
-    for record in heal_steps(loaded, config, windows, probe, collapsed, _data_order(cell)):
-        known = outcome.records if record.step else ()
-        outcome = replace(outcome, records=(*known, record))
-        on_record(outcome, record)
+    for event in heal_events(loaded, config, windows, probe, collapsed, _data_order(cell)):
+        if isinstance(event, Safe):
+            yield event
+            continue
+        known = outcome.records if event.step else ()
+        outcome = replace(outcome, records=(*known, event))
+        metrics = {**event.metrics(), **outcome.recovery(event)}
+        yield Record(event.step, metrics, rank_and_perplexity(metrics))
     last = outcome.records[-1]
     if last.stalled and last.failure and not outcome.in_float32:
+        enter("the healthy model through the same steps")
         outcome = replace(outcome, control=_control(cell, last.failure, windows))
     return outcome, loaded
+
+
+def _require_collapsed(checkpoint: Checkpoint, loaded: LoadedModel, cell: HealCell) -> None:
+    """Refuse healed weights, and an attack on other weights than these.
+
+    Raises:
+        CheckpointError: It is not a collapsed state of this model.
+    """
+    if checkpoint.kind == HEALED_KIND:
+        raise CheckpointError(
+            f"{cell.checkpoint} holds healed weights: name the collapsed checkpoint "
+            f"({CHECKPOINT_NAME}) instead"
+        )
+    healthy = checkpoint.config.get("healthy_digest")
+    if healthy and healthy != loaded.digest:
+        raise CheckpointError(
+            f"{cell.checkpoint} was made from other weights of {cell.config.label} than the ones "
+            "here: its healthy reference is not this model; run the attack again"
+        )
+
+
+def heal_name(cell: HealCell, checkpoint: Checkpoint, mark: str) -> str:
+    """Name of a healing run's folder."""
+    config, arm = cell.config, checkpoint.config.get("arm", "unknown")
+    slug = model_slug(config.label)
+    return f"{slug}_{arm}_seed{config.seed}_run{cell.replicate + 1:02d}_{mark[:8]}"
+
+
+def stored_config(cell: HealCell, checkpoint: Checkpoint, mark: str) -> dict[str, Any]:
+    """Content of ``config.json``: the configuration, the checkpoint and what made it."""
+    return {
+        **as_params(cell.config),
+        "checkpoint": cell.checkpoint,
+        "replicate": cell.replicate,
+        "fingerprint": mark,
+        "attack": checkpoint.config,
+    }
+
+
+def lineage(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Tags that say which collapsed state was healed, and what it was matched to."""
+    origin = checkpoint.config
+    return {
+        "checkpoint_id": origin.get("fingerprint") or checkpoint.digest,
+        "attack_run_id": origin.get("attack_run_id", ""),
+        "attack_seed": origin.get("seed", ""),
+        "noise_match": origin.get("noise_match", ""),
+        "reference_checkpoint_id": origin.get("reference_fingerprint", ""),
+    }
 
 
 SEEDED = ("seed", "collapsed_checkpoint", "arm")

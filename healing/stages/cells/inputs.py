@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -17,8 +19,12 @@ from healing.data.corpora import load_corpus
 from healing.data.splits import Corpus
 from healing.errors import ConfigError, CorpusError
 from healing.measurements.probe import Probe
+from healing.measurements.spectrum import ROWS_PER_DIMENSION
+from healing.models.blocks import embedding_matrix
 from healing.models.loading import LoadedModel, load_model, resolve_device
 from healing.models.model_files import model_shape
+from healing.progress import enter
+from healing.stages.cells.events import Input
 
 DEFAULT_THREADS = torch.get_num_threads()
 """What ``threads=0`` means, whatever an earlier cell of the process was given."""
@@ -92,32 +98,42 @@ def load_for(config: BaseConfig) -> LoadedModel:
     return load_model(config.model, config.device, revision=config.revision, deduped=config.deduped)
 
 
-@dataclasses.dataclass(frozen=True)
-class InputMarks:
-    """What tells the inputs of a configuration apart.
-
-    Attributes:
-        healthy_digest: Of the model's weights.
-        identity: Of weights, architecture and tokenizer.
-        corpus_digests: By split.
-    """
-
-    healthy_digest: str
-    identity: str
-    corpus_digests: dict[str, str]
-
-
-def input_marks(config: BaseConfig) -> InputMarks:
-    """Marks of a resolved configuration's inputs; the model is let go again, so that whatever is
-    run next is alone in memory.
-    """
-    corpus, loaded, _ = load_inputs(config)
-    return InputMarks(loaded.digest, loaded.identity, corpus.digests)
-
-
 def load_inputs(config: BaseConfig) -> tuple[Corpus, LoadedModel, Probe]:
     """Corpus, healthy model and probe of a resolved configuration, cheapest check first."""
+    enter("reading text")
     corpus = cached_corpus(config.corpus, config.max_documents)
+    enter("loading model")
     loaded = load_for(config)
+    enter("tokenizing")
     probe = Probe.of(corpus, loaded, int(config.probe_tokens), config.sequence_length)
     return corpus, loaded, probe
+
+
+def inputs_read(
+    config: Any, digests: Mapping[str, str], used: Mapping[str, str]
+) -> tuple[Input, ...]:
+    """The splits that a cell reads.
+
+    Args:
+        config: Names the corpus.
+        digests: By split.
+        used: Split → what for.
+    """
+    return tuple(Input(config.corpus, split, digests[split], use) for split, use in used.items())
+
+
+def few_rows_warnings(config: BaseConfig, loaded: LoadedModel) -> tuple[str, ...]:
+    """Say so where the probe has fewer rows per dimension than small eigenvalues need."""
+    hidden = embedding_matrix(loaded.model).shape[1]
+    rows = int(config.probe_tokens) * (1 - 1 / config.sequence_length)
+    if rows >= ROWS_PER_DIMENSION * hidden:
+        return ()
+    return (
+        f"{rows:.0f} probe rows for {hidden} hidden dimensions, fewer than {ROWS_PER_DIMENSION} "
+        "per dimension: raise --probe-tokens",
+    )
+
+
+def rank_and_perplexity(metrics: Mapping[str, float]) -> str:
+    """What a record shows beside a progress bar."""
+    return f"rank {metrics['effective_rank']:.1f}, perplexity {metrics['perplexity']:.3g}"

@@ -19,6 +19,7 @@ from healing.stages.dry_run.peak_memory import Prediction, predict_attack, predi
 from healing.stages.dry_run.tensor_bytes import KINDS
 from healing.stages.heal_inputs import find_checkpoints, fresh_attack_config, local_checkpoint
 from healing.tracking import run_logger
+from healing.tracking.store import MlflowStore
 
 
 def table(prediction: Prediction) -> str:
@@ -67,7 +68,7 @@ def predictions(config: AttackConfig | HealConfig) -> dict[str, tuple[str, Predi
         attack = complete(config)
         return {"attack": (attack.label, predict_attack(attack, *_place(attack)))}
     paths = find_checkpoints(config.checkpoint_dir) if config.checkpoint_dir else []
-    path = paths[0] if paths else local_checkpoint(config)
+    path = paths[0] if paths else local_checkpoint(config, MlflowStore())
     healing = decide_model(config, read_checkpoint(path) if path else None, path)
     found = {} if path else predictions(fresh_attack_config(healing))
     return {**found, "heal": (healing.label, predict_healing(healing, *_place(healing)))}

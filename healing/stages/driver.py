@@ -1,0 +1,309 @@
+"""The one driver of all stages that compute: runs, folders, journal, progress, artifacts, reuse.
+
+A stage says what it is (:class:`healing.stages.stage.Stage`) and computes in a cell, a generator of
+events. The driver alone opens runs, makes folders, writes and logs. Three things plug in here:
+``stop`` (signals), ``snapshots`` (going on with a cell that was left) and ``on_outage`` (a store
+that is away).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import pathlib
+import threading
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+
+from healing import progress
+from healing.errors import ConfigError, HealingError
+from healing.progress import Safe, Stopped
+from healing.stages.cells.events import Begin, Events, Record
+from healing.stages.console import Console, Progress
+from healing.stages.stage import Done, Kept, NoSnapshots, Report, Snapshots, Stage, Tools
+from healing.tracking.journal import Journal, OnOutage, give_up
+from healing.tracking.run import Run
+from healing.tracking.run_files import start_folder
+from healing.tracking.store import MlflowStore, Store
+
+C = TypeVar("C")
+R = TypeVar("R")
+
+
+class Stop(threading.Event):
+    """Asks every cell of a process to end at its next safe point.
+
+    Attributes:
+        signum: Of the signal that asked; 0 = none did.
+    """
+
+    signum = 0
+
+
+class Driver:
+    """Runs cells.
+
+    Args:
+        console: What a person sees.
+        store: Where runs go.
+        stop: Set from elsewhere to end cells early.
+        snapshots: Where states are kept.
+        on_outage: Asked where the store does not take a record that is on disk.
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        store: Store | None = None,
+        *,
+        stop: Stop | None = None,
+        snapshots: Snapshots | None = None,
+        on_outage: OnOutage = give_up,
+    ) -> None:
+        self.console, self.store = console, store or MlflowStore()
+        self.stop, self.on_outage = stop or Stop(), on_outage
+        self.snapshots: Snapshots = snapshots or NoSnapshots()
+        self._known: dict[Hashable, Done] = {}
+
+    def within(self, console: Console) -> Driver:
+        """The same with another console; what was run is known to both."""
+        other = Driver(
+            console,
+            self.store,
+            stop=self.stop,
+            snapshots=self.snapshots,
+            on_outage=self.on_outage,
+        )
+        other._known = self._known
+        return other
+
+    @contextlib.contextmanager
+    def process(self, title: str, tags: Mapping[str, Any]) -> Iterator[Run]:
+        """The outermost run of a command. Failures land in it; torch's threads are as before
+        afterwards.
+        """
+        threads = torch.get_num_threads()
+        try:
+            with self.store.start(title, tags) as run:
+                yield run
+        finally:
+            torch.set_num_threads(threads)
+
+    def run_of(
+        self, title: str, tags: Mapping[str, Any], parent: Run | None
+    ) -> AbstractContextManager[Run]:
+        """A run for what computes no cell: the process' own, or a child of the given one."""
+        if parent is None:
+            return self.process(title, tags)
+        return self.store.child(parent, title, tags)
+
+    def run_cell(
+        self,
+        stage: Stage[C, R],
+        config: C,
+        *,
+        run: Run | None = None,
+        parent: Run | None = None,
+        reuse: bool = False,
+    ) -> Done:
+        """Run one cell: in a given run, or as a child of the parent.
+
+        Args:
+            stage: What to do.
+            config: With what; may hold ``auto``.
+            run: Of the process.
+            parent: Of a child, which is opened once the cell begins: one that is found again, or
+                fails to be interrupted, leaves no empty run.
+            reuse: Whether a finished run with the same fingerprint is taken instead.
+        """
+        with contextlib.ExitStack() as ending:
+            own = _OwnRun(self.store, stage, ending, run, parent)
+            try:
+                tools = Tools(self.store, functools.partial(self._first, own, config))
+                config = stage.prepare(config, tools)
+                own.prepared(config)
+                return self._drive(stage, config, own, reuse)
+            except HealingError:
+                own.open(config)  # the failure has a run to be recorded in
+                raise
+
+    def run_first(self, stage: Stage[C, R], config: C, parent: Run) -> Done:
+        """A cell that others may need: run once by this driver, or found in the store.
+
+        What is asked for again is known without loading anything.
+        """
+        key = (stage.name, config)
+        if key not in self._known:
+            done = self.run_cell(stage, config, parent=parent, reuse=True)
+            self._known[key] = replace(done, report=None)  # a sweep has many
+            return done
+        return self._known[key]
+
+    def _first(self, own: _OwnRun, config: Any, stage: Stage[Any, Any], wanted: Any) -> Done:
+        return self.run_first(stage, wanted, own.parent or own.open(config))
+
+    def _drive(self, stage: Stage[C, R], config: C, own: _OwnRun, reuse: bool) -> Done:
+        shown = self.console.progress(stage.title(config))
+        with (
+            contextlib.closing(shown),
+            contextlib.closing(stage.cell(config)) as events,  # hooks and modes are undone
+            progress.listening(functools.partial(self._listen, shown)),
+        ):
+            begin = next(events)
+            assert isinstance(begin, Begin), "a cell begins with Begin"
+            folder = run_folder(stage.output_dir(config), stage.place, begin.name)
+            if reuse:
+                found = self.store.find_finished(own.experiment_id, begin.fingerprint)
+                if found is not None:
+                    return Done(found.run_id, folder)
+            run = own.open(config)
+            kept = self.snapshots.load(folder, begin.fingerprint)
+            self._announce(stage, begin, run, folder, fresh=kept is None)
+            lines = None if stage.keeps_folder else folder / "metrics.jsonl"
+            journal = Journal(lines, run, self.on_outage)
+            outcome, records = self._compute(begin, events, kept, folder, journal, shown)
+            report = stage.store(outcome, records, folder, run.run_id)
+            del outcome
+        self._finish(stage, report, run, folder)
+        self.snapshots.drop(folder)
+        return Done(run.run_id, folder, report)
+
+    def _listen(self, shown: Progress, name: str, done: int, total: int | None) -> None:
+        if self.stop.is_set():
+            raise Stopped(self.stop.signum)
+        shown.phase(name, done, total)
+
+    def _announce(
+        self, stage: Stage[Any, Any], begin: Begin, run: Run, folder: pathlib.Path, *, fresh: bool
+    ) -> None:
+        """What is known of a run before it computes."""
+        for name, count in begin.counts.items():
+            run.n_params(count, name)
+        run.tags({"fingerprint": begin.fingerprint, **begin.tags})
+        for warning in begin.warnings:
+            self.console.say(f"warning: {warning}")
+        for i in begin.inputs:
+            name = f"{pathlib.Path(i.corpus).name}-{i.split}"
+            run.dataset(name, i.digest, i.context, {"corpus": i.corpus, "split": i.split})
+        if not stage.keeps_folder:
+            if fresh:
+                start_folder(folder, begin.config)
+            run.rescue(folder / "config.json", folder / "metrics.jsonl")
+
+    def _compute(
+        self,
+        begin: Begin,
+        events: Events[R],
+        kept: Kept | None,
+        folder: pathlib.Path,
+        journal: Journal,
+        shown: Progress,
+    ) -> tuple[R, list[Record]]:
+        """Run a cell to its end; every record is on disk before it is logged."""
+        records: list[Record] = []
+        for record in kept.records if kept else ():
+            records.append(record)
+            journal.record(record.step, record.metrics)
+        shown.begin(begin.total, begin.unit)
+        answer = kept.state if kept else None
+        while True:
+            try:
+                event = events.send(answer)
+            except StopIteration as end:
+                outcome: R = end.value
+                return outcome, records
+            answer = None
+            if isinstance(event, Record):
+                records.append(event)
+                journal.record(event.step, event.metrics)
+                if event.write is not None:
+                    event.write(folder)
+                shown.step(event.step, event.note)
+            elif isinstance(event, Safe):
+                shown.step(event.done, event.note)
+                if self.stop.is_set() or self.snapshots.due():
+                    self.snapshots.save(folder, Kept(begin.fingerprint, event.state(), records))
+                if self.stop.is_set():
+                    raise Stopped(self.stop.signum)
+
+    def _finish(
+        self, stage: Stage[Any, Any], report: Report, run: Run, folder: pathlib.Path
+    ) -> None:
+        run.history(report.points)
+        run.tags(report.tags)
+        run.describe(report.markdown)
+        upload(run, folder, stage.artifacts)
+        (self.console.detail if report.detail else self.console.say)(report.line)
+
+
+class _OwnRun:
+    """The run of one cell: the process' own, or a child that is opened when it is needed."""
+
+    def __init__(
+        self,
+        store: Store,
+        stage: Stage[Any, Any],
+        ending: contextlib.ExitStack,
+        run: Run | None,
+        parent: Run | None,
+    ) -> None:
+        self._store, self._stage, self._ending = store, stage, ending
+        self._run, self.parent = run, parent
+        self._is_prepared = False
+
+    @property
+    def experiment_id(self) -> str:
+        """Where finished runs are looked for."""
+        run = self._run or self.parent
+        assert run is not None, "a cell has a run or a parent"
+        return run.experiment_id
+
+    def prepared(self, config: Any) -> None:
+        """The configuration is resolved: an open run gets its name and parameters now."""
+        self._is_prepared = True
+        if self._run is not None:
+            self._label(self._run, config)
+
+    def open(self, config: Any) -> Run:
+        """The run, opened now if it is not yet."""
+        if self._run is None:
+            assert self.parent is not None, "a child has a parent"
+            child = self._store.child(self.parent, self._stage.title(config), self._tags(config))
+            self._run = self._ending.enter_context(child)
+            if self._is_prepared:
+                self._run.params(self._stage.name, self._stage.params(config))
+        return self._run
+
+    def _tags(self, config: Any) -> dict[str, Any]:
+        return {"stage": self._stage.name, **self._stage.tags(config)}
+
+    def _label(self, run: Run, config: Any) -> None:
+        run.tags({**self._tags(config), "mlflow.runName": self._stage.title(config)})
+        run.params(self._stage.name, self._stage.params(config))
+
+
+def run_folder(output_dir: str, place: str, name: str) -> pathlib.Path:
+    """Local folder of one run, always inside of the output folder.
+
+    Raises:
+        ConfigError: The name is more than one path component.
+    """
+    if name in ("", ".", "..") or set(name) & set("/\\\0"):
+        raise ConfigError(
+            f"{name!r} cannot be the name of a run's folder: what it is made of (arm, model) has "
+            "to be plain names"
+        )
+    return pathlib.Path(output_dir).expanduser().resolve() / place / name
+
+
+def upload(run: Run, folder: pathlib.Path, artifacts: str | None = None) -> None:
+    """Store every file of a local folder as artifacts, in the same layout."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            parent = path.parent.relative_to(folder).as_posix()
+            parts = [part for part in (artifacts, parent) if part and part != "."]
+            run.artifact(path, "/".join(parts) or None)

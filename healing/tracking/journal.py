@@ -1,0 +1,48 @@
+"""The write-ahead journal of a run: on disk first, then in the store."""
+
+from __future__ import annotations
+
+import math
+import pathlib
+import time
+from collections.abc import Callable, Mapping
+
+from healing.errors import TrackingError
+from healing.tracking.run import Run
+from healing.tracking.run_files import JsonLines
+
+OnOutage = Callable[[TrackingError], None]
+"""What to do where the store does not take what it is sent: raise, or go on."""
+
+
+def give_up(error: TrackingError) -> None:
+    """End the run with the store's reason."""
+    raise error
+
+
+class Journal:
+    """``metrics.jsonl`` of a run and the points in its store.
+
+    Args:
+        path: Of the file, which appears with the first record; ``None`` = there is none.
+        run: That is logged to.
+        on_outage: Asked where the store does not take a record that is on disk.
+    """
+
+    def __init__(self, path: pathlib.Path | None, run: Run, on_outage: OnOutage = give_up) -> None:
+        self._path, self._run, self._on_outage = path, run, on_outage
+        self._lines: JsonLines | None = None
+        self._began = time.perf_counter()
+
+    def record(self, step: int, values: Mapping[str, float]) -> None:
+        """Write one record to disk, then send what of it is a number; without a file all of it."""
+        sent = dict(values)
+        if self._path is not None:
+            sent = {k: v for k, v in values.items() if not math.isnan(v)}
+            self._lines = self._lines or JsonLines(self._path)
+            seconds = time.perf_counter() - self._began
+            self._lines.append({"step": step, "seconds": seconds, **values})
+        try:
+            self._run.metrics(sent, step)
+        except TrackingError as error:
+            self._on_outage(error)

@@ -1,0 +1,132 @@
+"""A store that keeps nothing beyond the process: for runs that are not tracked."""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+import threading
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from healing.errors import TrackingError
+from healing.tracking.queries import RunView
+from healing.tracking.run import Run
+from healing.tracking.run_logger import SHARED_PARAMS
+
+EXPERIMENT = "not tracked"
+
+
+class LocalRun:
+    """What a run is told, kept in memory; artifacts stay where they were written."""
+
+    def __init__(self, name: str, tags: Mapping[str, Any]) -> None:
+        self.run_id, self.experiment_id = uuid.uuid4().hex, EXPERIMENT
+        self.name, self.status = name, "RUNNING"
+        self._params: dict[str, str] = {}
+        self._tags: dict[str, str] = {}
+        self._metrics: dict[str, float] = {}
+        self.files: dict[str, pathlib.Path] = {}
+        self.tags(tags)
+
+    def params(self, prefix: str, values: Mapping[str, Any]) -> None:
+        """Keep parameters as ``prefix.name``; the shared ones under their bare name too."""
+        self._params |= {f"{prefix}.{name}": str(value) for name, value in values.items()}
+        self._params |= {name: str(values[name]) for name in SHARED_PARAMS if name in values}
+
+    def n_params(self, count: int, name: str = "n_params") -> None:
+        """Keep a number of parameters."""
+        self._params[name] = str(count)
+
+    def tags(self, values: Mapping[str, Any]) -> None:
+        """Keep tags."""
+        self._tags |= {name: str(value) for name, value in values.items()}
+        self.name = self._tags.get("mlflow.runName", self.name)
+
+    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
+        """Keep the last value of each metric."""
+        self._metrics |= {name: float(value) for name, value in values.items()}
+
+    def history(self, points: Sequence[tuple[int, Mapping[str, float]]]) -> None:
+        """Keep the last value of each metric."""
+        for step, values in points:
+            self.metrics(values, step)
+
+    def describe(self, markdown: str) -> None:
+        """Keep the description as the tag that MLflow has for it."""
+        self.tags({"mlflow.note.content": markdown})
+
+    def artifact(self, path: pathlib.Path, folder: str | None = None) -> None:
+        """Remember where a file is."""
+        self.files[f"{folder}/{path.name}" if folder else path.name] = path
+
+    def rescue(self, *paths: pathlib.Path) -> None:
+        """Files stay where they are in any case."""
+
+    def dataset(self, name: str, digest: str, context: str, facts: Mapping[str, Any]) -> None:
+        """Inputs are in the run's ``config.json`` and checkpoints by their digests."""
+
+    def view(self) -> RunView:
+        """As a stored run."""
+        kept = dict(self._params), dict(self._tags), dict(self._metrics)
+        return RunView(self.run_id, self.name, self.status, self.experiment_id, *kept)
+
+
+class LocalStore:
+    """Runs of this process, found again by their fingerprint."""
+
+    def __init__(self) -> None:
+        self._runs: dict[str, LocalRun] = {}
+        self._lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def start(self, name: str, tags: Mapping[str, Any]) -> Iterator[Run]:
+        """A run that is FINISHED when the block ends well, else FAILED or KILLED."""
+        run = LocalRun(name, tags)
+        with self._lock:
+            self._runs[run.run_id] = run
+        try:
+            yield run
+        except BaseException as error:
+            run.status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+            run.tags({"failure": str(error)})
+            raise
+        run.status = "FINISHED"
+
+    @contextlib.contextmanager
+    def child(self, parent: Run, name: str, tags: Mapping[str, Any]) -> Iterator[Run]:
+        """A run that knows its parent."""
+        lineage = {"mlflow.parentRunId": parent.run_id, "parent": parent.run_id}
+        with self.start(name, {**tags, **lineage}) as run:
+            yield run
+
+    def find_finished(self, experiment_id: str, fingerprint: str) -> RunView | None:
+        """The newest finished run of this process with this fingerprint."""
+        with self._lock:
+            views = [run.view() for run in self._runs.values()]
+        found = [
+            v for v in views if v.status == "FINISHED" and v.tags.get("fingerprint") == fingerprint
+        ]
+        return found[-1] if found else None
+
+    def get_run(self, run_id: str) -> RunView:
+        """One run of this process.
+
+        Raises:
+            TrackingError: It is none of them.
+        """
+        if run_id not in self._runs:
+            raise TrackingError(f"no run {run_id!r} in this process, and nothing is tracked")
+        return self._runs[run_id].view()
+
+    def download(self, uri: str) -> pathlib.Path:
+        """Where the run wrote the file.
+
+        Raises:
+            TrackingError: It is not there.
+        """
+        run_id, _, path = uri.removeprefix("runs:/").partition("/")
+        run = self._runs.get(run_id)
+        if run is None or path not in run.files or not run.files[path].is_file():
+            raise TrackingError(f"artifact {uri} cannot be had: this process has no such file")
+        return run.files[path]

@@ -1,0 +1,41 @@
+"""What a run under way can be told."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+
+class Run(Protocol):
+    """A run that is under way. Every method may raise ``TrackingError``."""
+
+    run_id: str
+    experiment_id: str
+
+    def params(self, prefix: str, values: Mapping[str, Any]) -> None:
+        """Log parameters as ``prefix.name``; the shared ones under their bare name too."""
+
+    def n_params(self, count: int, name: str = "n_params") -> None:
+        """Log a number of parameters under its bare name."""
+
+    def tags(self, values: Mapping[str, Any]) -> None:
+        """Set tags."""
+
+    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
+        """Log the metrics of one step."""
+
+    def history(self, points: Sequence[tuple[int, Mapping[str, float]]]) -> None:
+        """Log the metrics of many steps."""
+
+    def describe(self, markdown: str) -> None:
+        """Set the description."""
+
+    def artifact(self, path: pathlib.Path, folder: str | None = None) -> None:
+        """Store one file."""
+
+    def rescue(self, *paths: pathlib.Path) -> None:
+        """Name files that are stored even if the run fails."""
+
+    def dataset(self, name: str, digest: str, context: str, facts: Mapping[str, Any]) -> None:
+        """Record an input by name and content digest."""

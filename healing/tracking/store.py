@@ -1,0 +1,58 @@
+"""Where runs are kept: MLflow's store, or nothing beyond the local folders.
+
+A stage asks a :class:`Store` for runs and never sees an MLflow type.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+from healing.tracking import queries, run_logger
+from healing.tracking.queries import RunView
+from healing.tracking.run import Run
+
+
+class Store(Protocol):
+    """Opens runs and finds them again."""
+
+    def start(self, name: str, tags: Mapping[str, Any]) -> AbstractContextManager[Run]:
+        """The outermost run of a process."""
+
+    def child(self, parent: Run, name: str, tags: Mapping[str, Any]) -> AbstractContextManager[Run]:
+        """A run nested below another."""
+
+    def find_finished(self, experiment_id: str, fingerprint: str) -> RunView | None:
+        """The newest finished run with this fingerprint, if there is one."""
+
+    def get_run(self, run_id: str) -> RunView:
+        """One run by id."""
+
+    def download(self, uri: str) -> pathlib.Path:
+        """Local path of an artifact."""
+
+
+class MlflowStore:
+    """The tracking store that MLflow is set to."""
+
+    def start(self, name: str, tags: Mapping[str, Any]) -> AbstractContextManager[Run]:
+        """As :func:`healing.tracking.run_logger.start`."""
+        return run_logger.start(name, tags)
+
+    def child(self, parent: Run, name: str, tags: Mapping[str, Any]) -> AbstractContextManager[Run]:
+        """As :func:`healing.tracking.run_logger.child`; the parent's id is a tag too."""
+        return run_logger.child(parent, name, {**tags, "parent": parent.run_id})
+
+    def find_finished(self, experiment_id: str, fingerprint: str) -> RunView | None:
+        """As :func:`healing.tracking.queries.find_finished`."""
+        return queries.find_finished(experiment_id, fingerprint)
+
+    def get_run(self, run_id: str) -> RunView:
+        """As :func:`healing.tracking.queries.get_run`."""
+        return queries.get_run(run_id)
+
+    def download(self, uri: str) -> pathlib.Path:
+        """As :func:`healing.tracking.queries.download`."""
+        return queries.download(uri)

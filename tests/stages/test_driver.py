@@ -1,0 +1,389 @@
+"""The driver on a stage of a few numbers: runs, folders, order of writes, reuse, what plugs in."""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+
+from healing.errors import ConfigError, CorpusError, TrackingError
+from healing.progress import Safe, Stopped, phase
+from healing.stages.cells.events import Begin, Input, Record
+from healing.stages.console import Cells, Console, Lines, Silence, phase_text
+from healing.stages.driver import Driver, Stop, run_folder
+from healing.stages.stage import Kept, Report, StageDefaults
+from healing.tracking.local_store import LocalStore
+from healing.tracking.run_files import read_jsonl
+
+
+@dataclass(frozen=True)
+class Config:
+    output_dir: str
+    steps: int = 6
+    first: int = 0
+    name: str = "toy"
+
+
+class Toy(StageDefaults):
+    """Sums the steps; measures every second one, is safe after each."""
+
+    name = "toy"
+
+    def __init__(self, at: Callable[[str], None] = lambda _: None) -> None:
+        self.at = at
+        self.closed = 0
+        self.computed: list[int] = []
+
+    def title(self, config: Config) -> str:
+        return f"toy {config.steps}"
+
+    def tags(self, config: Config) -> dict[str, Any]:
+        return {"arm": "toy"}
+
+    def prepare(self, config, tools):
+        self.at("prepare")
+        if config.first:
+            self.found = tools.first(self, replace(config, steps=config.first, first=0))
+        return config
+
+    def cell(self, config):
+        try:
+            for i in phase("bases", range(3), 3):
+                self.at(f"base {i}")
+            kept = yield Begin(
+                f"f{config.steps}",
+                config.name,
+                {"steps": config.steps},
+                config.steps,
+                tags={"colour": "red"},
+                counts={"n_params": 7},
+                inputs=(Input("/data/text.txt", "train", "d1", "training"),),
+                warnings=("few rows",),
+            )
+            step, total = kept or (0, 0)
+            while step < config.steps:
+                step += 1
+                total += step
+                self.computed.append(step)
+                self.at(str(step))
+                if step % 2 == 0:
+                    metrics = {"total": float(total), "undefined": math.nan}
+                    yield Record(step, metrics, f"total {total}")
+                yield Safe(step, state=lambda step=step, total=total: (step, total))
+            return total
+        finally:
+            self.closed += 1
+
+    def store(self, outcome, records, folder, run_id):
+        (folder / "plots").mkdir()
+        (folder / "plots" / "total.png").write_bytes(b"")
+        points = [(records[-1].step, {"summary/total": float(outcome)})]
+        return Report(points, {"verdict": "fine"}, f"**{outcome}**", "done", result=outcome)
+
+
+def driver(store: LocalStore | None = None, **plugs) -> Driver:
+    return Driver(Console("quiet"), store or LocalStore(), **plugs)
+
+
+def run(d: Driver, stage: Toy, config: Config, **options):
+    with d.process("process", {"stage": "toy"}) as own:
+        return d.run_cell(stage, config, run=own, **options)
+
+
+def test_a_run_has_everything_that_its_cell_and_stage_said(tmp_path):
+    d = driver()
+    done = run(d, Toy(), Config(str(tmp_path)))
+    view = d.store.get_run(done.run_id)
+    assert view.status == "FINISHED"
+    assert view.name == "toy 6"
+    assert view.tags["stage"] == "toy"
+    assert view.tags["fingerprint"] == "f6"
+    assert {view.tags[k] for k in ("arm", "colour", "verdict")} == {"toy", "red", "fine"}
+    assert view.params == {
+        "toy.output_dir": str(tmp_path), "toy.steps": "6", "toy.first": "0", "toy.name": "toy",
+        "n_params": "7",
+    }  # fmt: skip
+    assert view.metrics == {"total": 21.0, "summary/total": 21.0}
+    assert done.folder == tmp_path / "priority5_healing/raw_data/toy"
+    assert json.loads((done.folder / "config.json").read_text()) == {"steps": 6}
+    rows = read_jsonl(done.folder / "metrics.jsonl")
+    assert [(row["step"], row["total"]) for row in rows] == [(2, 3.0), (4, 10.0), (6, 21.0)]
+    assert all(math.isnan(row["undefined"]) for row in rows)
+    names = ("config.json", "metrics.jsonl", "plots/total.png")
+    for name in names:
+        assert d.store.download(f"runs:/{done.run_id}/{name}") == done.folder / name
+    assert done.report.result == 21
+
+
+def test_a_record_is_on_disk_before_it_is_sent(tmp_path):
+    seen = []
+
+    class Watching(LocalStore):
+        def start(self, name, tags):
+            context = super().start(name, tags)
+
+            class Watched:
+                def __enter__(self):
+                    opened = context.__enter__()
+                    send = opened.metrics
+
+                    def metrics(values, step=0):
+                        lines = list(tmp_path.rglob("metrics.jsonl"))
+                        seen.append((step, len(read_jsonl(lines[0])) if lines else 0))
+                        send(values, step)
+
+                    opened.metrics = metrics
+                    return opened
+
+                def __exit__(self, *error):
+                    return context.__exit__(*error)
+
+            return Watched()
+
+    run(driver(Watching()), Toy(), Config(str(tmp_path)))
+    assert seen[:3] == [(2, 1), (4, 2), (6, 3)]
+
+
+def test_a_finished_cell_is_found_again_and_leaves_no_empty_run(tmp_path):
+    d, stage = driver(), Toy()
+    with d.process("sweep", {"stage": "main"}) as parent:
+        first = d.run_cell(stage, Config(str(tmp_path)), parent=parent, reuse=True)
+        n = len(d.store._runs)
+        again = d.run_cell(stage, Config(str(tmp_path)), parent=parent, reuse=True)
+    assert (first.reused, again.reused) == (False, True)
+    assert again.run_id == first.run_id
+    assert again.folder == first.folder
+    assert len(d.store._runs) == n == 2
+    assert stage.computed == [1, 2, 3, 4, 5, 6]
+    assert stage.closed == 2
+
+
+def test_what_comes_first_is_a_child_and_run_once(tmp_path):
+    d, stage = driver(), Toy()
+    with d.process("process", {}) as own:
+        d.run_cell(stage, Config(str(tmp_path), first=2), run=own)
+        first = d.store.get_run(stage.found.run_id)
+        assert first.tags["mlflow.parentRunId"] == own.run_id
+        d.run_cell(stage, Config(str(tmp_path), steps=4, first=2, name="b"), parent=own)
+    assert stage.found.run_id == first.run_id
+    assert stage.computed == [1, 2, *range(1, 7), *range(1, 5)]
+
+
+@pytest.mark.parametrize("at", ["prepare", "base 1", "3"])
+def test_a_child_that_fails_has_a_failed_run_with_its_reason(tmp_path, at):
+    def fail(point: str) -> None:
+        if point == at:
+            raise CorpusError("no text")
+
+    d = driver()
+    with d.process("sweep", {}) as parent:
+        with pytest.raises(CorpusError):
+            d.run_cell(Toy(fail), Config(str(tmp_path)), parent=parent)
+        (child,) = [r.view() for r in d.store._runs.values() if r.run_id != parent.run_id]
+    assert (child.status, child.tags["failure"]) == ("FAILED", "no text")
+    assert child.name == "toy 6"
+
+
+@pytest.mark.parametrize("at", ["base 1", "3"])
+def test_a_stop_ends_a_phase_or_the_step_it_is_in(tmp_path, at):
+    stop, stage = Stop(), Toy(lambda point: point == at and stop.set())
+    stop.signum = 15
+    d = driver(stop=stop)
+    with pytest.raises(Stopped) as caught:
+        run(d, stage, Config(str(tmp_path)))
+    assert caught.value.signum == 15
+    assert stage.closed == 1
+    assert stage.computed == ([] if at == "base 1" else [1, 2, 3])
+    (own,) = d.store._runs.values()
+    assert own.status == "KILLED"
+
+
+class Memory:
+    """Snapshots in a dictionary, due after every step."""
+
+    def __init__(self) -> None:
+        self.kept: dict[pathlib.Path, Kept] = {}
+
+    def load(self, folder, fingerprint):
+        kept = self.kept.get(folder)
+        return kept if kept and kept.fingerprint == fingerprint else None
+
+    def due(self):
+        return True
+
+    def save(self, folder, kept):
+        self.kept[folder] = Kept(kept.fingerprint, kept.state, list(kept.records))
+
+    def drop(self, folder):
+        del self.kept[folder]
+
+
+@pytest.mark.parametrize("at", range(1, 7))
+def test_with_snapshots_a_stopped_cell_goes_on_and_its_history_is_whole(tmp_path, at):
+    snapshots, config = Memory(), Config(str(tmp_path))
+    stop = Stop()
+    stage = Toy(lambda point: point == str(at) and stop.set())
+    with pytest.raises(Stopped):
+        run(driver(stop=stop, snapshots=snapshots), stage, config)
+    whole = run(driver(), Toy(), Config(str(tmp_path / "whole")))
+    again = Toy()
+    done = run(driver(snapshots=snapshots), again, config)
+    assert again.computed == list(range(at + 1, 7))
+    assert done.report.result == 21
+
+    def untimed(folder):
+        return [{k: str(v) for k, v in row.items() if k != "seconds"}
+                for row in read_jsonl(folder / "metrics.jsonl")]  # fmt: skip
+
+    assert untimed(done.folder) == untimed(whole.folder)
+    assert snapshots.kept == {}
+
+
+def test_a_snapshot_of_another_cell_is_not_gone_on_with(tmp_path):
+    snapshots = Memory()
+    folder = run_folder(str(tmp_path), Toy.place, "toy")
+    snapshots.kept[folder] = Kept("another", (5, 15))
+    stage = Toy()
+    run(driver(snapshots=snapshots), stage, Config(str(tmp_path)))
+    assert stage.computed == [1, 2, 3, 4, 5, 6]
+
+
+class Away(LocalStore):
+    """A store that takes no metrics."""
+
+    def start(self, name, tags):
+        context = super().start(name, tags)
+
+        class Refusing:
+            def __enter__(self):
+                run = context.__enter__()
+
+                def metrics(values, step=0):
+                    raise TrackingError("the store is away")
+
+                run.metrics = metrics
+                return run
+
+            def __exit__(self, *error):
+                return context.__exit__(*error)
+
+        return Refusing()
+
+
+def test_a_store_that_is_away_ends_the_run_unless_something_else_is_decided(tmp_path):
+    with pytest.raises(TrackingError, match="away"):
+        run(driver(Away()), Toy(), Config(str(tmp_path)))
+    (lines,) = tmp_path.rglob("metrics.jsonl")
+    assert [row["step"] for row in read_jsonl(lines)] == [2]
+    told, stage = [], Toy()
+    stage.store = lambda outcome, *_: Report([], {}, "", "", result=outcome)
+    done = run(driver(Away(), on_outage=told.append), stage, Config(str(tmp_path)))
+    assert done.report.result == 21
+    assert len(told) == 3
+    assert [row["step"] for row in read_jsonl(lines)] == [2, 4, 6]
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "", ".", "..", "a\\b", "a\0b", "/etc"])
+def test_a_folder_is_one_component_below_the_output_folder(tmp_path, name):
+    with pytest.raises(ConfigError, match="cannot be the name of a run's folder"):
+        run_folder(str(tmp_path), "raw", name)
+    with pytest.raises(ConfigError):
+        run(driver(), Toy(), Config(str(tmp_path), name=name))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_earlier_runs_files_are_gone_and_a_kept_folder_stays(tmp_path):
+    folder = run_folder(str(tmp_path), Toy.place, "toy")
+    folder.mkdir(parents=True)
+    (folder / "old.txt").write_text("old")
+    run(driver(), Toy(), Config(str(tmp_path)))
+    assert not (folder / "old.txt").exists()
+
+    class Keeping(Toy):
+        place = ""
+        keeps_folder = True
+        artifacts = "model"
+
+    kept = tmp_path / "toy"
+    kept.mkdir()
+    (kept / "model.bin").write_text("model")
+    d = driver()
+    done = run(d, Keeping(), Config(str(tmp_path)))
+    assert {p.name for p in kept.iterdir()} == {"model.bin", "plots"}
+    assert d.store.download(f"runs:/{done.run_id}/model/model.bin") == kept / "model.bin"
+
+
+def test_torchs_threads_are_as_before_afterwards(tmp_path):
+    before = torch.get_num_threads()
+    run(driver(), Toy(lambda _: torch.set_num_threads(before + 1)), Config(str(tmp_path)))
+    assert torch.get_num_threads() == before
+
+
+def test_phases_reach_the_progress_of_the_run_they_are_in(tmp_path, monkeypatch):
+    said = []
+
+    class Noting(Silence):
+        def __init__(self, title):
+            self.title = title
+
+        def begin(self, total, unit):
+            said.append((self.title, "begin", total))
+
+        def phase(self, name, done, total):
+            said.append((self.title, name, done))
+
+        def step(self, done, note=""):
+            said.append((self.title, "step", done))
+
+    d = driver()
+    monkeypatch.setattr(d.console, "progress", Noting)
+    run(d, Toy(), Config(str(tmp_path), steps=2))
+    assert said == [
+        ("toy 2", "bases", 0), ("toy 2", "bases", 1), ("toy 2", "bases", 2), ("toy 2", "begin", 2),
+        ("toy 2", "step", 1), ("toy 2", "step", 2), ("toy 2", "step", 2),
+    ]  # fmt: skip
+
+
+def test_lines_in_a_pipe_are_few(capsys):
+    lines = Lines("attack")
+    for done in range(200):
+        lines.phase("bases", done, 200)
+    lines.begin(100, "step")
+    for done in range(1, 101):
+        lines.step(done, f"rank {done}")
+    assert capsys.readouterr().err.splitlines() == [
+        "attack: bases 1/200", "attack: step 100/100 rank 100",
+    ]  # fmt: skip
+
+
+def test_a_cell_of_many_speaks_through_the_bar_of_all():
+    said: list[str] = []
+
+    class Noting(Silence):
+        def begin(self, total, unit):
+            said.append(f"{total} {unit}")
+
+        def phase(self, name, done, total):
+            said.append(phase_text(name, done, total))
+
+        def step(self, done, note=""):
+            said.append(f"{done}: {note}")
+
+    with Cells(Noting(), 2, "cell") as cells:
+        cell = Console("quiet").within(cells).progress("nano haep")
+        cell.begin(60, "step")
+        cell.phase("bases", 3, 9)
+        cell.step(10)
+        cells.over("nano haep")
+    assert said == [
+        "2 cell",
+        "nano haep, bases 4/9",
+        "nano haep 10/60",
+        "1: last: nano haep",
+    ]
