@@ -162,7 +162,8 @@ def summarize(
     console = driver.console
     with driver.run_of("summary", {"stage": "summarize"}, parent) as run:
         run.params("summarize", as_params(config))
-        runs = read_runs(find_runs(config) if views is None else views, console.say)
+        found = find_runs(config) if views is None else views
+        runs = read_runs(found, console.say, driver.store)
         runs += failed
         summary = summarize_runs(runs, config.confidence, np.random.default_rng(BOOTSTRAP_SEED))
         folder = pathlib.Path(config.output_dir).expanduser().resolve() / "summaries" / run.run_id

@@ -20,6 +20,7 @@ from healing.tracking import queries
 from healing.tracking.metric_history import Point, Trajectory, trajectories
 from healing.tracking.queries import RunView
 from healing.tracking.run_files import read_jsonl
+from healing.tracking.store import MlflowStore, Store
 
 STEP_METRIC = "nonfinite_tokens"
 """Logged at every measured step, whatever else is NaN there."""
@@ -27,7 +28,7 @@ RUNNING = ("RUNNING", "SCHEDULED")
 """Statuses of runs that MLflow does not know to have ended; a run that was killed hard keeps it."""
 
 
-def from_artifact(view: RunView) -> Trajectory:
+def from_artifact(view: RunView, store: Store) -> Trajectory:
     """Trajectory of one run from its ``metrics.jsonl``.
 
     Raises:
@@ -35,7 +36,8 @@ def from_artifact(view: RunView) -> Trajectory:
     """
     try:
         with tempfile.TemporaryDirectory() as folder:  # MLflow's own would stay behind
-            rows = read_jsonl(queries.download(f"runs:/{view.run_id}/metrics.jsonl", folder))
+            path = store.download(f"runs:/{view.run_id}/metrics.jsonl", folder)
+            rows = read_jsonl(path)
         steps = tuple(int(row["step"]) for row in rows)
         values = {e: tuple(float(row.get(e, math.nan)) for row in rows) for e in ENDPOINTS}
     except (json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
@@ -121,13 +123,13 @@ def _failed(view: RunView, why: str) -> HealRun:
     return HealRun(view.run_id, view.name, finished=False, failure=why)
 
 
-def _read(view: RunView, known: dict[str, Trajectory]) -> HealRun:
+def _read(view: RunView, known: dict[str, Trajectory], store: Store) -> HealRun:
     if view.status in RUNNING:
         return HealRun(view.run_id, view.name, finished=False, running=True)
     if view.status != "FINISHED":
         return _failed(view, view.tags.get("failure", f"status {view.status}"))
     try:
-        return _heal_run(view, known.get(view.run_id) or from_artifact(view))
+        return _heal_run(view, known.get(view.run_id) or from_artifact(view, store))
     except TrackingError as error:
         return _failed(view, str(error))
     except KeyError as error:
@@ -135,23 +137,27 @@ def _read(view: RunView, known: dict[str, Trajectory]) -> HealRun:
 
 
 def read_runs(
-    views: Sequence[RunView], note: Callable[[str], None] = lambda _: None
+    views: Sequence[RunView],
+    note: Callable[[str], None] = lambda _: None,
+    store: Store | None = None,
 ) -> list[HealRun]:
     """Stored runs as the statistics see them, in the order given.
 
     Args:
         views: Healing runs; those that failed keep their reason, those that run are told apart.
         note: Told when runs have to be read one by one.
+        store: Where they are; ``None`` = MLflow's.
     """
+    store = store or MlflowStore()
     finished = [view for view in views if view.status == "FINISHED"]
     why = "their logged history is not whole"
     known: dict[str, Trajectory] = {}
-    if finished:
+    if finished and store.has_history:
         try:
             known = from_history(finished)
         except TrackingError as error:
             why = str(error)
     lacking = sum(view.run_id not in known for view in finished)
-    if lacking:
+    if lacking and store.has_history:
         note(f"{lacking} of {len(finished)} runs are read one by one from metrics.jsonl: {why}")
-    return [_read(view, known) for view in views]
+    return [_read(view, known, store) for view in views]

@@ -34,7 +34,6 @@ from healing.stages.heal import HEAL
 from healing.stages.summarize import summarize
 from healing.statistics.heal_runs import HealRun
 from healing.statistics.summary import Summary
-from healing.tracking import queries
 from healing.tracking.queries import RunView
 from healing.tracking.run import Run
 
@@ -321,8 +320,8 @@ def sweep(config: SweepConfig, driver: Driver | None = None) -> Summary:
             console.say(line)
         run.describe(_describe(config, summary, results))
         run.tags({"heal_runs": len(views), "reused_runs": sum(r.reused for r in results)})
-        view = queries.share_view(run.experiment_id)
-        console.say(f"in the MLflow UI: http://127.0.0.1:5000{view}")
+        if link := driver.store.share_view(run.experiment_id):
+            console.say(f"in the MLflow UI: {link}")
         if failures:
             raise SweepError(failures)
     return summary

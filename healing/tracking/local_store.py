@@ -75,6 +75,8 @@ class LocalRun:
 class LocalStore:
     """Runs of this process, found again by their fingerprint."""
 
+    has_history = False
+
     def __init__(self) -> None:
         self._runs: dict[str, LocalRun] = {}
         self._lock = threading.Lock()
@@ -119,7 +121,7 @@ class LocalStore:
             raise TrackingError(f"no run {run_id!r} in this process, and nothing is tracked")
         return self._runs[run_id].view()
 
-    def download(self, uri: str) -> pathlib.Path:
+    def download(self, uri: str, folder: str | None = None) -> pathlib.Path:
         """Where the run wrote the file.
 
         Raises:
@@ -130,3 +132,7 @@ class LocalStore:
         if run is None or path not in run.files or not run.files[path].is_file():
             raise TrackingError(f"artifact {uri} cannot be had: this process has no such file")
         return run.files[path]
+
+    def share_view(self, experiment_id: str) -> str:
+        """There is no UI."""
+        return ""

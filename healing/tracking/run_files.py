@@ -39,6 +39,20 @@ def write_json(path: pathlib.Path, value: Any) -> pathlib.Path:
     return path
 
 
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """One JSON document that is a dictionary, with NaN and infinities restored at any depth."""
+
+    def restored(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: restored(v) for k, v in value.items()}
+        if isinstance(value, list):
+            return [restored(v) for v in value]
+        return number(value)
+
+    found: dict[str, Any] = restored(json.loads(path.read_text()))
+    return found
+
+
 def start_folder(folder: pathlib.Path, config: Mapping[str, Any]) -> None:
     """An empty folder for a run that begins: what an earlier one left there would be mistaken for
     its results. The configuration is written first, so that a failed run has it too.

@@ -249,11 +249,39 @@ def child(
         start_ms: When it began, milliseconds since the epoch; ``None`` = now.
         end_ms: When it ended well; ``None`` = when the block ends.
     """
+    system = {"mlflow.parentRunId": parent.run_id}
+    with _created(parent.experiment_id, name, {**system, **tags}, start_ms, end_ms) as logger:
+        yield logger
+
+
+@contextlib.contextmanager
+def start_in(experiment: str, name: str, tags: Mapping[str, Any]) -> Iterator[RunLogger]:
+    """A run of its own in the experiment of this name, which is made where there is none.
+
+    Unlike :func:`start` it leaves MLflow's active run, experiment and environment as they are.
+    """
     client = MlflowClient()
-    system = {"mlflow.parentRunId": parent.run_id, "mlflow.source.type": "LOCAL"}
+    with _stored(f"experiment {experiment!r}"):
+        found = client.get_experiment_by_name(experiment)
+        wanted = found.experiment_id if found else client.create_experiment(experiment)
+    with _created(wanted, name, tags) as logger:
+        yield logger
+
+
+@contextlib.contextmanager
+def _created(
+    experiment_id: str,
+    name: str,
+    tags: Mapping[str, Any],
+    start_ms: int | None = None,
+    end_ms: int | None = None,
+) -> Iterator[RunLogger]:
+    """A run made through the client; it ends with the block."""
+    client = MlflowClient()
+    system = {"mlflow.source.type": "LOCAL"}
     with _stored(f"run {name!r}"):
         run = client.create_run(
-            parent.experiment_id,
+            experiment_id,
             start_time=start_ms,
             run_name=name,
             tags={**system, **{k: _text(v) for k, v in {**tags, **code_version()}.items()}},

@@ -16,7 +16,13 @@ from healing.tracking.run import Run
 
 
 class Store(Protocol):
-    """Opens runs and finds them again."""
+    """Opens runs and finds them again.
+
+    Attributes:
+        has_history: Whether trajectories of many runs can be asked for at once.
+    """
+
+    has_history: bool
 
     def start(self, name: str, tags: Mapping[str, Any]) -> AbstractContextManager[Run]:
         """The outermost run of a process."""
@@ -30,15 +36,29 @@ class Store(Protocol):
     def get_run(self, run_id: str) -> RunView:
         """One run by id."""
 
-    def download(self, uri: str) -> pathlib.Path:
-        """Local path of an artifact."""
+    def download(self, uri: str, folder: str | None = None) -> pathlib.Path:
+        """Local path of an artifact, below ``folder`` if one is given and it has to be fetched."""
+
+    def share_view(self, experiment_id: str) -> str:
+        """Store the saved view of healing runs; its link, empty where there is no UI."""
 
 
 class MlflowStore:
-    """The tracking store that MLflow is set to."""
+    """The tracking store that MLflow is set to.
+
+    Args:
+        experiment: Where the outermost run goes; empty = where MLflow puts it by itself.
+    """
+
+    has_history = True
+
+    def __init__(self, experiment: str = "") -> None:
+        self._experiment = experiment
 
     def start(self, name: str, tags: Mapping[str, Any]) -> AbstractContextManager[Run]:
         """As :func:`healing.tracking.run_logger.start`."""
+        if self._experiment:
+            return run_logger.start_in(self._experiment, name, tags)
         return run_logger.start(name, tags)
 
     def child(self, parent: Run, name: str, tags: Mapping[str, Any]) -> AbstractContextManager[Run]:
@@ -53,6 +73,10 @@ class MlflowStore:
         """As :func:`healing.tracking.queries.get_run`."""
         return queries.get_run(run_id)
 
-    def download(self, uri: str) -> pathlib.Path:
+    def download(self, uri: str, folder: str | None = None) -> pathlib.Path:
         """As :func:`healing.tracking.queries.download`."""
-        return queries.download(uri)
+        return queries.download(uri, folder)
+
+    def share_view(self, experiment_id: str) -> str:
+        """As :func:`healing.tracking.queries.share_view`, as a link to a server on this machine."""
+        return f"http://127.0.0.1:5000{queries.share_view(experiment_id)}"

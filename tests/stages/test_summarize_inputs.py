@@ -28,6 +28,7 @@ from healing.stages.summarize_inputs import (
 from healing.statistics.heal_runs import ENDPOINTS
 from healing.tracking import queries, run_logger
 from healing.tracking.run_files import JsonLines
+from healing.tracking.store import MlflowStore
 
 TAGS = {"stage": "heal", "model": "nano", "arm": "haep", "settings": "s", "checkpoint_id": "c",
         "attack_seed": "0", "status": "ok", "spectral_state": "collapsed"}  # fmt: skip
@@ -80,7 +81,7 @@ def test_bulk_history_is_what_the_artifacts_hold(store):
     found = from_history(views)
     assert len(found) == 3
     for view in views:
-        assert_same(found[view.run_id], from_artifact(view))
+        assert_same(found[view.run_id], from_artifact(view, MlflowStore()))
     notes: list[str] = []
     one, undefined, locked = read_runs(views, notes.append)
     assert notes == []
@@ -140,7 +141,7 @@ def test_over_http(store, server, monkeypatch):
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     for view in views:
-        assert_same(found[view.run_id], from_artifact(view))
+        assert_same(found[view.run_id], from_artifact(view, MlflowStore()))
     assert not list(folder.iterdir())  # a thousand runs would leave a thousand folders
     monkeypatch.setattr(queries, "BULK_HISTORY", "/ajax-api/2.0/mlflow/metrics/none")
     with pytest.raises(TrackingError, match="no bulk history of loss"):

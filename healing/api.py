@@ -1,0 +1,451 @@
+"""What a notebook calls: attack, heal, examine, sweep and summarize, tracked in MLflow or not.
+
+The functions run the same stages as the command line. Nothing is changed for the caller: no
+environment variable, no matplotlib backend, no number of threads.
+"""
+
+from __future__ import annotations
+
+import atexit
+import dataclasses
+import difflib
+import functools
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from healing.config.attack import AttackConfig
+from healing.config.basin import BasinConfig
+from healing.config.heal import HealConfig
+from healing.config.options import fields_of, flag_name
+from healing.config.presets import MODELS, preset_for
+from healing.config.summarize import SummarizeConfig
+from healing.config.sweep import SweepConfig
+from healing.errors import ConfigError
+from healing.models.checkpoints import (
+    CHECKPOINT_NAME,
+    HEALED_NAME,
+    load_state,
+    read_checkpoint,
+)
+from healing.stages.console import Console
+from healing.stages.driver import Driver
+from healing.stages.stage import Done
+from healing.statistics.summary import Summary
+from healing.tracking.local_store import LocalStore
+from healing.tracking.run_files import read_json, read_jsonl
+from healing.tracking.store import MlflowStore, Store
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from transformers import PreTrainedModel
+
+    from healing.measurements.probe import Measurement, Probe
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure on disk; a notebook shows it."""
+
+    path: pathlib.Path
+
+    def _repr_png_(self) -> bytes:
+        return self.path.read_bytes()
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a stage left.
+
+    Attributes:
+        run_id: MLflow's id, or one of this process where nothing is tracked.
+        folder: Local folder with everything that was written.
+        description: Markdown.
+        store: Where the run is.
+    """
+
+    run_id: str
+    folder: pathlib.Path
+    description: str
+    store: Store = dataclasses.field(repr=False)
+
+    summary_file = ""
+    checkpoint_file = ""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The resolved configuration, as it is stored."""
+        return read_json(self.folder / "config.json")
+
+    @property
+    def tags(self) -> Mapping[str, str]:
+        """Statuses, verdicts and lineage."""
+        return self.store.get_run(self.run_id).tags
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of everything that determined the result."""
+        return self.tags["fingerprint"]
+
+    def summary(self) -> dict[str, Any]:
+        """Final numbers and statuses."""
+        return read_json(self.folder / self.summary_file)
+
+    @property
+    def trajectory(self) -> list[dict[str, Any]]:
+        """One dictionary per measurement, in the order of the steps."""
+        path = self.folder / "metrics.jsonl"
+        return read_jsonl(path) if path.is_file() else []
+
+    def to_frame(self) -> pd.DataFrame:
+        """The trajectory as a pandas table."""
+        import pandas as pd
+
+        return pd.DataFrame(self.trajectory)
+
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """Names of the figures that there are."""
+        return tuple(sorted(path.stem for path in (self.folder / "plots").glob("*.png")))
+
+    def figure(self, name: str = "") -> Picture:
+        """One figure; without a name the first.
+
+        Raises:
+            ConfigError: There is none of this name.
+        """
+        wanted = name or self.figures[0]
+        if wanted not in self.figures:
+            raise ConfigError(f"no figure {wanted!r}: there are {', '.join(self.figures)}")
+        return Picture(self.folder / "plots" / f"{wanted}.png")
+
+    def save(self, folder: str | pathlib.Path) -> pathlib.Path:
+        """Copy everything to a folder that does not exist yet."""
+        return pathlib.Path(shutil.copytree(self.folder, folder))
+
+    @property
+    def checkpoint(self) -> pathlib.Path:
+        """The weights that the stage left."""
+        return self.folder / "checkpoints" / self.checkpoint_file
+
+    def model(self) -> PreTrainedModel:
+        """The model with these weights, loaded anew: results hold none."""
+        from healing.models.loading import load_model
+
+        config, state = self.config, read_checkpoint(self.checkpoint)
+        loaded = load_model(
+            config["model"], config["device"], revision=config["revision"],
+            deduped=config["deduped"],
+        )  # fmt: skip
+        load_state(loaded, state, str(self.checkpoint))
+        return loaded.model
+
+    def _repr_markdown_(self) -> str:
+        return self.description
+
+
+class AttackResult(Result):
+    """A collapsed model: ``.model()``, ``.checkpoint``, ``.trajectory``, ``.summary()``."""
+
+    summary_file = "attack_summary.json"
+    checkpoint_file = CHECKPOINT_NAME
+
+
+class HealResult(Result):
+    """A healing run: ``.trajectory`` has the recoveries, ``.summary()`` the verdict."""
+
+    summary_file = "healing_summary.json"
+    checkpoint_file = HEALED_NAME
+
+    @property
+    def verdict(self) -> str:
+        """Of the rank's recovery."""
+        return str(self.summary()["verdict"])
+
+
+class LandscapeResult(Result):
+    """The loss landscape around the three states of a healing run."""
+
+    summary_file = "basin_summary.json"
+
+
+@dataclass(frozen=True)
+class SummaryResult:
+    """Many runs: groups with intervals and verdicts, as a notebook shows them.
+
+    Attributes:
+        summary: Everything that was estimated.
+    """
+
+    summary: Summary
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per group."""
+        import pandas as pd
+
+        from healing.reporting.markdown import group_rows
+
+        return pd.DataFrame(group_rows(self.summary))
+
+    def __str__(self) -> str:
+        from healing.reporting.tables import text_table
+
+        return text_table(self.summary)
+
+    def _repr_markdown_(self) -> str:
+        from healing.reporting.markdown import markdown
+
+        return markdown(self.summary)
+
+
+@functools.cache
+def _untracked() -> LocalStore:
+    """Runs of this process that nobody tracks; shams among them are found again."""
+    return LocalStore()
+
+
+@functools.cache
+def _scratch() -> str:
+    """Where untracked runs write unless they are kept; gone with the process."""
+    folder = tempfile.mkdtemp(prefix="llm-healing-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def _driver(track: bool | str, progress: bool) -> Driver:
+    store: Store = _untracked()
+    if track:
+        store = MlflowStore(track if isinstance(track, str) else "")
+    return Driver(Console("normal" if progress else "quiet"), store)
+
+
+def _config(kind: type, settings: Mapping[str, Any], keep: str | pathlib.Path | None) -> Any:
+    """A configuration; an unknown setting is answered with the nearest known one.
+
+    Raises:
+        ConfigError: A setting is unknown or out of range.
+    """
+    known = [field.name for field, _, _ in fields_of(kind)]
+    for name in settings:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f": did you mean {near[0]!r}?" if near else f": choose from {', '.join(known)}"
+            raise ConfigError(f"unknown setting {name!r}{hint}")
+    return kind(**{"output_dir": str(keep or _scratch()), **settings})
+
+
+def _described(done: Done, store: Store) -> tuple[str, pathlib.Path, str, Store]:
+    text = done.report.markdown if done.report else ""
+    return done.run_id, done.folder, text, store
+
+
+def attack(
+    model: str = "nano",
+    arm: str = "haep",
+    *,
+    seed: int = 0,
+    track: bool | str = False,
+    keep: str | pathlib.Path | None = None,
+    progress: bool = True,
+    **settings: Any,
+) -> AttackResult:
+    """Attack a healthy model.
+
+    Args:
+        model: Name of a preset, Hub id or folder.
+        arm: See :func:`arms`.
+        seed: Of every named random stream.
+        track: Log to MLflow: to the current experiment, or to the one named.
+        keep: Folder for the files; ``None`` = one that goes with the process.
+        progress: Whether a bar is shown.
+        settings: Fields of :class:`healing.config.attack.AttackConfig`.
+
+    Raises:
+        HealingError: What is wrong and how to mend it.
+    """
+    from healing.stages.attack import ATTACK
+
+    config = _config(AttackConfig, {"model": model, "arm": arm, "seed": seed, **settings}, keep)
+    driver = _driver(track, progress)
+    with driver.process(ATTACK.title(config), {"stage": ATTACK.name}) as run:
+        done = driver.run_cell(ATTACK, config, run=run)
+    return AttackResult(*_described(done, driver.store))
+
+
+def heal(
+    start: AttackResult | str | pathlib.Path,
+    *,
+    steps: int = 500,
+    replicate: int = 0,
+    sham: bool = False,
+    track: bool | str = False,
+    keep: str | pathlib.Path | None = None,
+    progress: bool = True,
+    **settings: Any,
+) -> HealResult:
+    """Fine-tune a collapsed model on clean text and follow its recovery.
+
+    Args:
+        start: An attack's result, a checkpoint file, an artifact's URI, or an MLflow attack run.
+        steps: Fine-tuning steps.
+        replicate: Number of the run among those of the same start: another data order.
+        sham: Also refer recovery to the healthy model through the same fine-tuning.
+        track: As for :func:`attack`.
+        keep: As for :func:`attack`.
+        progress: Whether a bar is shown.
+        settings: Fields of :class:`healing.config.heal.HealConfig`.
+
+    Raises:
+        HealingError: What is wrong and how to mend it.
+    """
+    from healing.stages.cells.heal import HealCell
+    from healing.stages.heal import HEAL
+    from healing.stages.heal_inputs import local_checkpoint
+
+    driver = _driver(track, progress)
+    settings = {"healing_steps": steps, "sham": sham, **settings}
+    config = _config(HealConfig, {**settings, **_start(start)}, keep)
+    with driver.process(HEAL.name, {"stage": HEAL.name}) as run:
+        path = local_checkpoint(config, driver.store)
+        done = driver.run_cell(HEAL, HealCell(config, str(path), replicate), run=run)
+    return HealResult(*_described(done, driver.store))
+
+
+def _start(start: AttackResult | str | pathlib.Path) -> dict[str, str]:
+    if isinstance(start, AttackResult):
+        return {"collapsed_checkpoint": str(start.checkpoint)}
+    text = str(start)
+    is_run = len(text) == 32 and set(text) <= set("0123456789abcdef")
+    return {"attack_run_id" if is_run else "collapsed_checkpoint": text}
+
+
+def landscape(
+    healed: HealResult | str,
+    *,
+    track: bool | str = False,
+    keep: str | pathlib.Path | None = None,
+    progress: bool = True,
+    **settings: Any,
+) -> LandscapeResult:
+    """Examine the loss around and between the three states of a healing run.
+
+    Args:
+        healed: A healing run's result, or its MLflow run.
+        track: As for :func:`attack`.
+        keep: As for :func:`attack`.
+        progress: Whether a bar is shown.
+        settings: Fields of :class:`healing.config.basin.BasinConfig`.
+
+    Raises:
+        HealingError: What is wrong and how to mend it.
+    """
+    from healing.stages.basin import BASIN
+    from healing.stages.cells.basin import BasinCell
+
+    driver, named = _driver(track, progress), {"heal_run_id": str(healed)}
+    if isinstance(healed, HealResult):
+        named = {
+            "healed_checkpoint": str(healed.checkpoint),
+            "collapsed_checkpoint": str(healed.config["checkpoint"]),
+        }
+    config = _config(BasinConfig, {**settings, **named}, keep)
+    with driver.process(BASIN.name, {"stage": BASIN.name}) as run:
+        done = driver.run_cell(BASIN, BasinCell(config), run=run)
+    return LandscapeResult(*_described(done, driver.store))
+
+
+def sweep(
+    models: Iterable[str] = ("nano",),
+    arms: Iterable[str] = ("haep", "gaussian_noise", "spectral"),
+    seeds: Iterable[int] = (0, 1, 2),
+    *,
+    track: bool | str = False,
+    keep: str | pathlib.Path | None = None,
+    progress: bool = True,
+    **settings: Any,
+) -> SummaryResult:
+    """Models × arms × seeds: attack and heal each, then summarize.
+
+    Raises:
+        SweepError: A cell failed; all others were run.
+    """
+    from healing.stages.sweep import sweep as run_sweep
+
+    named = {"models": ",".join(models), "arms": ",".join(arms), "seeds": ",".join(map(str, seeds))}
+    config = _config(SweepConfig, {**settings, **named}, keep)
+    return SummaryResult(run_sweep(config, _driver(track, progress)))
+
+
+def summarize(
+    runs: Sequence[HealResult] | str, *, filter: str = "", confidence: float = 0.95
+) -> SummaryResult:
+    """Pool healing runs: results of this process, or those of an MLflow experiment.
+
+    Args:
+        runs: Results, or an experiment's name.
+        filter: MLflow filter string; for an experiment alone.
+        confidence: Of the intervals.
+
+    Raises:
+        TrackingError: Nothing to summarize.
+    """
+    from healing.stages.summarize import BOOTSTRAP_SEED, find_runs
+    from healing.stages.summarize_inputs import read_runs
+    from healing.statistics.summary import summarize_runs
+
+    if isinstance(runs, str):
+        views = find_runs(SummarizeConfig(experiment=runs, filter=filter, confidence=confidence))
+        found = read_runs(views)
+    else:
+        found = [read_runs([r.store.get_run(r.run_id)], store=r.store)[0] for r in runs]
+    draws = np.random.default_rng(BOOTSTRAP_SEED)
+    return SummaryResult(summarize_runs(found, confidence, draws))
+
+
+def measure(
+    model: str | PreTrainedModel, *, probe: Probe | None = None, device: str = "auto"
+) -> Measurement:
+    """Effective rank, perplexity and spectra of a model on a clean probe.
+
+    Args:
+        model: Name, Hub id or folder; or a model that is loaded already, with a probe.
+        probe: What to measure on; ``None`` = the probe of the model's preset.
+        device: Where a model that is named is loaded.
+
+    Raises:
+        ConfigError: A loaded model without a probe: which text it reads is not known.
+    """
+    from healing.config.shared import BaseConfig
+    from healing.stages.cells.inputs import complete, load_inputs
+
+    if not isinstance(model, str):
+        if probe is None:
+            raise ConfigError("a loaded model needs probe=Probe(windows): token ids it can read")
+        return probe.measure(model)
+    _, loaded, own = load_inputs(complete(BaseConfig(model=model, device=device)))
+    return (probe or own).measure(loaded.model)
+
+
+def models() -> dict[str, str]:
+    """Name → where the weights come from."""
+    return {name: preset_for(name).source for name in MODELS}
+
+
+def options(stage: str) -> dict[str, str]:
+    """Setting → help, of ``attack``, ``heal``, ``landscape`` or ``sweep``.
+
+    Raises:
+        ConfigError: There is no such stage.
+    """
+    kinds = {
+        "attack": AttackConfig, "heal": HealConfig, "landscape": BasinConfig, "sweep": SweepConfig,
+    }  # fmt: skip
+    if stage not in kinds:
+        raise ConfigError(f"no stage {stage!r}: choose from {', '.join(kinds)}")
+    return {f.name: f"{f.metadata['help']} ({flag_name(f.name)})" for f, _, _ in
+            fields_of(kinds[stage])}  # fmt: skip
