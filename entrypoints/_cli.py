@@ -17,8 +17,9 @@ os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 # One unreachable server must not hang a run for minutes (default: 7 retries, about 4 minutes).
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
 
+from entrypoints._stages import STAGES, EntryPoint
 from healing.config.options import AUTO, fields_of, flag_name
-from healing.errors import ConfigError
+from healing.errors import ConfigError, HealingError
 
 
 class NumberOrAuto(click.ParamType):
@@ -67,21 +68,30 @@ def options_of(config_class: type) -> Callable[[Callable[..., Any]], Callable[..
     return decorate
 
 
-def run_stage(stage: Callable[[Any], Any], config_class: type, values: dict[str, Any]) -> None:
+def command(name: str) -> click.Command:
+    """The click command of one entry point, made from its configuration class."""
+    entry = STAGES[name]
+
+    @click.command(name=name, help=entry.help)
+    @options_of(entry.config)
+    def run(**values: Any) -> None:
+        run_stage(entry, values)
+
+    return run
+
+
+def run_stage(entry: EntryPoint, values: dict[str, Any]) -> None:
     """Validate, run, and turn an expected failure into one line on stderr and exit code 1."""
-    # Imported here so that --help and option errors need no torch.
     try:
-        config = config_class(**values)
+        config = entry.config(**values)
     except ConfigError as error:
         if "MLFLOW_RUN_ID" in os.environ:
             from healing.tracking.run_logger import mark_failed
 
             mark_failed(str(error))
         raise click.UsageError(str(error)) from error
-    from healing.errors import HealingError
-
-    if values.get("dry_run"):
-        from healing.stages.dry_run.stage import dry_run as stage
+    # Imports torch, which --help and errors of options do not need.
+    stage = entry.load(values)
     try:
         stage(config)
     except HealingError as error:

@@ -7,30 +7,15 @@ from __future__ import annotations
 
 import json
 
-from healing.config.attack import AttackConfig
-from healing.config.basin import BasinConfig
-from healing.config.heal import HealConfig
-from healing.config.import_results import ImportConfig
+from entrypoints._stages import STAGES
 from healing.config.options import fields_of, flag_name
-from healing.config.pretrain import PretrainConfig
-from healing.config.summarize import SummarizeConfig
-from healing.config.sweep import SweepConfig
 
-STAGES = {
-    "main": SweepConfig,
-    "attack": AttackConfig,
-    "heal": HealConfig,
-    "summarize": SummarizeConfig,
-    "import_results": ImportConfig,
-    "pretrain": PretrainConfig,
-    "basin": BasinConfig,
-}
 HEADER = """\
 name: llm-healing
 
 conda_env: conda.yaml
 
-# Made by `python -m entrypoints._mlproject` from the classes in healing/config.py.
+# Made by `python -m entrypoints._mlproject` from the classes in healing/config/.
 entry_points:
 """
 
@@ -53,7 +38,7 @@ def entry_point(name: str, config_class: type) -> str:
 
 def render() -> str:
     """The whole file."""
-    return HEADER + "\n".join(entry_point(name, cls) for name, cls in STAGES.items())
+    return HEADER + "\n".join(entry_point(name, entry.config) for name, entry in STAGES.items())
 
 
 if __name__ == "__main__":
