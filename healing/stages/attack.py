@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from healing.attacks.base import AttackRecord
+from healing.config.arm_tags import arm_tags
 from healing.config.attack import AttackConfig
 from healing.config.fingerprint import NOT_SETTINGS, as_params, fingerprint
 from healing.config.resolve import resolve
@@ -67,8 +68,8 @@ def describe(outcome: AttackOutcome) -> str:
             f"{s['rayleigh_quotient']:.4g}, percentile {s['rayleigh_percentile']:.0f} among "
             f"{config.rayleigh_draws} random directions (mean {s['rayleigh_random_mean']:.4g}).",
         ]
-    if noise_match(config) in ("loss", "rank"):
-        reached = outcome.last.diagnostics
+    reached = outcome.last.diagnostics
+    if "match_error_pct" in reached:
         lines += [
             "",
             f"Noise matched to the reference's {config.match} within "
@@ -89,7 +90,7 @@ def _tags(outcome: AttackOutcome) -> dict[str, Any]:
         tags["catalyst"] = outcome.catalyst.status
     if noise_match(outcome.config):
         tags["noise_match"] = noise_match(outcome.config)
-    return tags | dict(outcome.preparation.statuses)
+    return tags | dict(outcome.preparation.solver_statuses)
 
 
 def _reference_facts(config: AttackConfig) -> dict[str, str]:
@@ -120,7 +121,7 @@ def _store(run: RunLogger, outcome: AttackOutcome, folder: pathlib.Path) -> path
             **as_params(config),
             "noise_match": noise_match(config),
             **_reference_facts(config),
-            "code": attack_code(),
+            "code": attack_code(config),
             "fingerprint": outcome.fingerprint,
             "attack_run_id": run.run_id,
             "healthy_digest": outcome.loaded.digest,
@@ -199,7 +200,7 @@ def attack(
     console = console or Console(config.verbosity)
     config = with_reference(resolve(config))
     title = f"attack {config.label} {config.arm} seed {config.seed}"
-    own = {"stage": "attack", "arm": config.arm, "model": config.label}
+    own = {"stage": "attack", "arm": config.arm, "model": config.label, **arm_tags(config.arm)}
     use_threads(config)
     with open_run(parent, title, own) as run:
         config = complete(config)

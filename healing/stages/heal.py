@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from healing.config.arm_tags import SHAM_ARM, arm_label, arm_tags
 from healing.config.fingerprint import as_params
 from healing.config.heal import HealConfig
 from healing.config.presets import model_slug
-from healing.config.shared import SHAM
 from healing.errors import CheckpointError, HealingError
 from healing.measurements.recovery import State
 from healing.models.checkpoints import (
@@ -24,9 +24,9 @@ from healing.models.checkpoints import (
     save_checkpoint,
 )
 from healing.models.loading import LoadedModel
+from healing.registry import METHODS
 from healing.reporting.phrases import percent_text
 from healing.reporting.plots import runs as runs_figures
-from healing.reporting.plots.style import arm_label
 from healing.stages.attack import (
     attack,
     log_corpora,
@@ -51,7 +51,6 @@ from healing.tracking import queries, run_logger
 from healing.tracking.run_files import JsonLines, read_jsonl, start_folder, write_json
 from healing.tracking.run_logger import RunLogger
 from healing.training.healing_loop import HealRecord
-from healing.training.methods.lora import n_trainable, require
 
 
 def heal_name(cell: HealCell, checkpoint: Checkpoint, mark: str) -> str:
@@ -217,12 +216,12 @@ def heal_one(
     run: RunLogger | None = None,
 ) -> HealOutcome:
     """Run, log and store one healing run: in a given run, else as a child of the parent."""
-    config, arm = cell.config, SHAM
+    config, arm = cell.config, SHAM_ARM
     if cell.checkpoint:
         arm = read_checkpoint(pathlib.Path(cell.checkpoint)).config.get("arm", "unknown")
     title = f"heal {config.label} {arm} seed {config.seed} run {cell.replicate + 1}"
     own = {"checkpoint": cell.checkpoint, "replicate": cell.replicate}
-    tags = {"stage": "heal", "arm": arm, "model": config.label, **own}
+    tags = {"stage": "heal", "arm": arm, "model": config.label, **own, **arm_tags(arm)}
     use_threads(config)
     if run is None:
         with open_run(parent, title, tags) as fresh:
@@ -249,7 +248,8 @@ def _heal_in(run: RunLogger, cell: HealCell, title: str, arm: str, console: Cons
             files["lines"] = JsonLines(files["folder"] / "metrics.jsonl")
             run.rescue(files["folder"] / "config.json", files["lines"].path)
             run.n_params(loaded.n_params)
-            run.n_params(n_trainable(loaded.model, config), "n_trainable_params")
+            trained = METHODS.load(config.healing_method).n_trainable(loaded.model, config)
+            run.n_params(trained, "n_trainable_params")
             warn_of_few_rows(console, config, loaded)
             settings = settings_of(cell, outcome.checkpoint, outcome.digests)
             marks = {"fingerprint": outcome.fingerprint, "settings": settings}
@@ -305,7 +305,7 @@ def heal(config: HealConfig) -> list[HealOutcome]:
     """
     console = Console(config.verbosity)
     with run_logger.start("heal", {"stage": "heal"}) as run:
-        require(config)
+        METHODS.load(config.healing_method).check(config)
         if config.checkpoint_dir:
             paths = find_checkpoints(config.checkpoint_dir)
             replicates = config.runs_per_checkpoint

@@ -21,8 +21,9 @@ from healing.models.checkpoints import read_checkpoint
 from healing.models.loading import load_model
 from healing.models.token_loss import training_loss
 from healing.randomness import named_generator
+from healing.registry import METHODS
 from healing.training.healing_loop import control_run, heal
-from healing.training.methods.lora import adapted, linear_layers, n_trainable, require
+from healing.training.methods.lora import adapted, check, linear_layers, n_trainable
 from healing.training.trainer import Trainer
 
 RANK = 3
@@ -284,9 +285,9 @@ def test_blocks_without_linear_layers_are_named():
 
 def test_a_missing_library_is_one_line_before_anything_is_loaded(store, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    require(settings(healing_method="full"))
+    METHODS.load("full").check(settings(healing_method="full"))
     with pytest.raises(ConfigError, match=r"pip install 'llm-healing\[lora\]'"):
-        require(settings())
+        check(settings())
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("."))
     arguments = ["--model", "nano", "--healing-method", "lora", "--arm", "none"]
     result = CliRunner().invoke(heal_command.main, arguments)

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from healing.config.arm_tags import SHAM_ARM
 from healing.config.fingerprint import NOT_DETERMINING, NOT_SETTINGS, as_params, fingerprint
-from healing.config.heal import FULL, HealConfig
-from healing.config.shared import SHAM
+from healing.config.heal import HealConfig
 from healing.data.windows import batches
 from healing.errors import CheckpointError
 from healing.measurements.diagnosis import (
@@ -36,6 +36,7 @@ from healing.models.checkpoints import (
 )
 from healing.models.loading import LoadedModel
 from healing.randomness import named_generator
+from healing.registry import METHODS
 from healing.stages.cells.attack import state_of
 from healing.stages.cells.code_digest import code_digest
 from healing.stages.cells.inputs import (
@@ -43,12 +44,12 @@ from healing.stages.cells.inputs import (
     device_kind,
     load_for,
     load_inputs,
+    measurement_modules,
     training_windows,
 )
 from healing.statistics.survival import half_recovery_time
-from healing.training.healing_loop import HealRecord, adapter_draws, control_run
+from healing.training.healing_loop import HealRecord, adapted, control_run
 from healing.training.healing_loop import heal as heal_steps
-from healing.training.methods.lora import adapted
 from healing.training.nonfinite import (
     diagnose,
     first_nonfinite_parameter,
@@ -77,7 +78,9 @@ class HealCell:
 
     def sham_cell(self) -> HealCell:
         """The healing of the healthy model that this cell is referred to."""
-        bare = replace(self.config, sham=False, arm=SHAM, collapsed_checkpoint="", attack_run_id="")
+        bare = replace(
+            self.config, sham=False, arm=SHAM_ARM, collapsed_checkpoint="", attack_run_id=""
+        )
         return HealCell(replace(bare, checkpoint_dir=""), "", self.replicate)
 
 
@@ -225,7 +228,7 @@ def sham_checkpoint(healthy_digest: str, config: HealConfig) -> Checkpoint:
         "model": config.model,
         "revision": config.revision,
         "deduped": config.deduped,
-        "arm": SHAM,
+        "arm": SHAM_ARM,
         "seed": config.seed,
         "healthy_digest": healthy_digest,
         "fingerprint": healthy_digest,
@@ -237,24 +240,26 @@ _PLAIN = HealConfig()
 
 
 def _determining(config: HealConfig) -> HealConfig:
-    """Without what has no effect: the mode of fp32, the adapters of full healing."""
+    """Without what has no effect: the mode of fp32, options of other healing methods."""
     if config.precision == "fp32":
         config = replace(config, precision_mode="autocast")
-    if config.healing_method == FULL:
-        config = replace(config, lora_rank=_PLAIN.lora_rank, lora_alpha=_PLAIN.lora_alpha)
-    return config
+    own = METHODS.facts(config.healing_method).get("OPTIONS", ())
+    others = {o for f in METHODS.all_facts() if f.built_in for o in f.get("OPTIONS", ())}
+    return replace(config, **{name: getattr(_PLAIN, name) for name in others - set(own)})
 
 
-def heal_code() -> str:
-    """Digest of the code that makes a healing run's numbers."""
-    return code_digest("healing.stages.cells.heal")
+def heal_code(config: HealConfig, *more: str) -> str:
+    """Digest of the code that makes a healing run's numbers: the cell's, that of its method, which
+    is loaded by name, and of more modules.
+    """
+    return code_digest("healing.stages.cells.heal", METHODS.module(config.healing_method), *more)
 
 
 def heal_fingerprint(
     cell: HealCell, checkpoint: Checkpoint, identity: str, digests: dict[str, str]
 ) -> str:
     """Fingerprint of a healing run; the checkpoint counts by its weights, not by its path."""
-    bare = replace(_determining(cell.config), collapsed_checkpoint="", arm="none")
+    bare = replace(_determining(cell.config), collapsed_checkpoint="", arm=SHAM_ARM)
     return fingerprint(
         "heal",
         bare,
@@ -263,7 +268,7 @@ def heal_fingerprint(
         attacked_settings(checkpoint),
         identity,
         digests,
-        heal_code(),
+        heal_code(cell.config, *measurement_modules(cell.config)),
         device_kind(cell.config),
     )
 
@@ -346,8 +351,8 @@ def heal_cell(
     collapsed = probe.measure(loaded.model, named_generator(config.seed, "bootstrap"))
     if config.gradient_checkpointing:
         loaded.model.activation_checkpointing_enable()
-    # The gradients that this healing takes; for adapters, those of all weights need not fit.
-    with adapted(loaded.model, config, adapter_draws(_data_order(cell))):
+    # Probe only the gradients that will be trained: full ones may not fit beside adapters.
+    with adapted(loaded.model, config, _data_order(cell)):
         batch = _first_batch(cell, windows)
         in_float32 = failure_in_float32(loaded, collapsed, probe, batch)
     outcome = HealOutcome(
@@ -372,7 +377,7 @@ def heal_cell(
     return outcome, loaded
 
 
-SEEDED = ("seed", "collapsed_checkpoint", "arm")
+SEEDED = ("seed", "collapsed_checkpoint", "arm", "measurements")
 
 
 def attacked_settings(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -388,4 +393,4 @@ def settings_of(cell: HealCell, checkpoint: Checkpoint, digests: dict[str, str])
         if k not in (*NOT_DETERMINING, *SEEDED)
     }
     attacked = attacked_settings(checkpoint)
-    return fingerprint(healing, attacked, digests, heal_code(), device_kind(cell.config))
+    return fingerprint(healing, attacked, digests, heal_code(cell.config), device_kind(cell.config))

@@ -19,6 +19,7 @@ from healing.errors import ConfigError, CorpusError
 from healing.measurements.probe import Probe
 from healing.models.loading import LoadedModel, load_model, resolve_device
 from healing.models.model_files import model_shape
+from healing.registry import MEASUREMENTS
 
 DEFAULT_THREADS = torch.get_num_threads()
 """What ``threads=0`` means, whatever an earlier cell of the process was given."""
@@ -87,6 +88,18 @@ def complete(config: ConfigT) -> ConfigT:
     return dataclasses.replace(config, probe_tokens=tokens)
 
 
+def measurement_modules(config: BaseConfig) -> list[str]:
+    """Modules of a configuration's extra measurements: roots of a code digest.
+
+    Raises:
+        ConfigError: One cannot be loaded.
+    """
+    names = config.measurement_list()
+    for name in names:
+        MEASUREMENTS.load(name)
+    return [MEASUREMENTS.module(name) for name in names]
+
+
 def load_for(config: BaseConfig) -> LoadedModel:
     """The healthy model that a resolved configuration names."""
     return load_model(config.model, config.device, revision=config.revision, deduped=config.deduped)
@@ -119,5 +132,6 @@ def load_inputs(config: BaseConfig) -> tuple[Corpus, LoadedModel, Probe]:
     """Corpus, healthy model and probe of a resolved configuration, cheapest check first."""
     corpus = cached_corpus(config.corpus, config.max_documents)
     loaded = load_for(config)
-    probe = Probe.of(corpus, loaded, int(config.probe_tokens), config.sequence_length)
+    extra = config.measurement_list()
+    probe = Probe.of(corpus, loaded, int(config.probe_tokens), config.sequence_length, extra)
     return corpus, loaded, probe
