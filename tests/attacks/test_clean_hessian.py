@@ -228,8 +228,8 @@ def test_adam_leaves_the_subspace_even_with_projected_gradients(corpus):
 def test_attack_in_the_hessian_subspace_reports_its_pairs(corpus):
     config = settings(subspace="hessian", hessian_directions=2)
     records, _, made = run(load_model("nano"), corpus, config)
-    assert made.statuses["hessian_status"] in ("converged", "max_iterations", "stagnated")
-    numbers = made.numbers
+    assert made.solver_statuses["hessian_status"] in ("converged", "max_iterations", "stagnated")
+    numbers = made.curvature_metrics
     assert numbers["hessian_lambda_max"] >= numbers["hessian_lambda_k"] > 0
     assert records[0].metrics()["alignment_isotropic"] > 0.9999
     assert 0 <= numbers["rayleigh_percentile"] <= 100

@@ -130,7 +130,7 @@ def test_only_the_adapters_are_trained(model):
         assert not base & {id(p) for p in held}
         assert sum(p.numel() for p in held) == expected
         assert sum(p.numel() for p in model.parameters() if p.requires_grad) == expected
-    assert n_trainable(model, settings(healing_method="full")) == sum(
+    assert METHODS.load("full").n_trainable(model, config) == sum(
         p.numel() for p in model.parameters()
     )
 
