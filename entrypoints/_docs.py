@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import pathlib
-import re
 from collections.abc import Sequence
 
 from healing.config.arm_tags import arm_label, arm_role
@@ -50,8 +49,8 @@ def tables() -> dict[str, str]:
 def render(text: str) -> str:
     """The text with every table between ``<!-- NAME -->`` and ``<!-- end -->`` made anew."""
     for name, table in tables().items():
-        pattern = rf"(<!-- {name} -->\n).*?(\n<!-- end -->)"
-        text = re.sub(pattern, lambda m, t=table: f"{m[1]}{t}{m[2]}", text, flags=re.DOTALL)
+        before, marker, rest = text.partition(f"<!-- {name} -->\n")
+        text = before + marker + table + "\n<!-- end -->" + rest.partition("<!-- end -->")[2]
     return text
 
 

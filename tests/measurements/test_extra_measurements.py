@@ -99,8 +99,10 @@ def _without(config, name: str):
 
 
 def test_they_are_logged_at_every_measured_step(store):
-    small = {"model": "nano", "sequence_length": 64, "probe_tokens": 512, "batch_size": 4,
-             "measurement_interval": 2, "verbosity": "quiet", "measurements": "accuracy"}  # fmt: skip
+    small = {
+        "model": "nano", "sequence_length": 64, "probe_tokens": 512, "batch_size": 4,
+        "measurement_interval": 2, "verbosity": "quiet", "measurements": "accuracy",
+    }  # fmt: skip
     run_id, checkpoint = attack(AttackConfig(arm="random_tokens", attack_steps=4, **small))
     (outcome,) = heal(HealConfig(collapsed_checkpoint=str(checkpoint), healing_steps=2, **small))
     history = MlflowClient().get_metric_history(run_id, "extra/accuracy_top1")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import re
 import sys
 
 import numpy as np
@@ -25,45 +26,14 @@ from healing.stages.heal import heal
 from healing.stages.summarize import summarize
 from healing.stages.sweep import plan
 from healing.statistics.summary import summarize_runs
-from tests.conftest import forget_plug_ins
+from tests.conftest import ROOT, forget_plug_ins
 from tests.summaries import simulated_run
 
+GUIDE = ROOT / "docs" / "plug_ins.md"
 SMALL = {"model": "nano", "sequence_length": 64, "probe_tokens": 1024, "batch_size": 4,
          "measurement_interval": 4, "verbosity": "quiet"}  # fmt: skip
-PRUNING = '''
-    """Sets the smallest half of every matrix to zero, in equal parts over the budget."""
-    import torch
-    from healing.attacks.base import StepOutcome
-    from healing.attacks.loop import LoopArm
-    LABEL = "weight pruning"
-    SHORT = "pruning"
-    ROLE = "treatment"
-    COLOUR = "#117733"
-    MARKER = "h"
-    SHARE = 0.5
-
-    class Pruning(LoopArm):
-        stops_early = False
-
-        def __init__(self, context):
-            self.matrices = [p for p in context.model.parameters() if p.ndim == 2]
-
-        @torch.no_grad()
-        def advance(self, optimizer, step, total, *, watched):
-            for p in self.matrices:
-                k = max(1, int(SHARE * step / total * p.numel()))
-                p[p.abs() <= p.abs().flatten().kthvalue(k).values] = 0.0
-            return StepOutcome()
-
-        def give_gradients(self):
-            pass
-
-        def diagnostics(self):
-            return {"zeros": sum(int((p == 0).sum()) for p in self.matrices)}
-
-    def make(context):
-        return Pruning(context)
-    '''
+PRUNING = re.search(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL)[1]
+"""The arm of the guide."""
 
 
 def test_a_plug_in_arm_is_attacked_healed_summarized_and_still_known_when_it_is_gone(
@@ -74,8 +44,8 @@ def test_a_plug_in_arm_is_attacked_healed_summarized_and_still_known_when_it_is_
     run_id, checkpoint = attack(config)
     state = read_checkpoint(checkpoint).state
     for weight in state.values():
-        if weight.ndim == 2:  # the largest half is left, whatever was zero before
-            assert int((weight == 0).sum()) == pytest.approx(weight.numel() / 2, abs=1)
+        if weight.ndim == 2:  # more than half only where weights tie
+            assert 0.5 <= float((weight == 0).double().mean()) < 0.501
     tags = MlflowClient().get_run(run_id).data.tags
     assert (tags["arm"], tags["arm_role"], tags["arm_label"]) == (
         "pruning", "treatment", "weight pruning",
@@ -112,7 +82,7 @@ def test_a_changed_plug_in_is_another_experiment(plug_ins):
     path = plug_ins("pruning", PRUNING)
     own, other = (complete(AttackConfig(arm=arm, **SMALL)) for arm in ("pruning", "haep"))
     before = [attack_fingerprint(config, "model", {}) for config in (own, other)]
-    path.write_text(path.read_text().replace("# nothing", "").replace("zero, in", "nought, in"))
+    path.write_text(path.read_text().replace("zero, in", "nought, in"))
     forget_plug_ins()
     assert [attack_fingerprint(config, "model", {}) for config in (own, other)] == before
     path.write_text(path.read_text().replace("SHARE = 0.5", "SHARE = 0.6"))
