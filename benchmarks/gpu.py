@@ -32,9 +32,10 @@ from benchmarks.parts import Numbers, Report, run_part
 from benchmarks.roofline import device_speed, roofline, step_bytes, step_flops
 from benchmarks.shapes import loaded_model
 from benchmarks.stopwatch import Stopwatch, seconds_of, synchronize
-from healing.attacks import arms
+from healing.attacks.arms import haep
 from healing.attacks.clean_hessian import basis_place, clean_hessian
-from healing.attacks.loop import run_attack
+from healing.attacks.context import prepare_arm
+from healing.attacks.objective import ObjectiveArm
 from healing.attacks.weight_change import WeightChange
 from healing.config.attack import AttackConfig
 from healing.config.heal import HealConfig
@@ -101,24 +102,24 @@ def attack(loaded: LoadedModel, config: AttackConfig, probe: Probe, corpus: Corp
     begin = time.perf_counter()
     making = {
         "decomposition": (MatrixSubspace, "of"),
-        "search": (arms, "search_catalyst"),
+        "search": (haep, "search_catalyst"),
     }
     with watch.on(making):
-        made = arms.make_arm(config, loaded, corpus, change)
+        made = prepare_arm(config, loaded, corpus, change)
     synchronize(device)
     prepared = time.perf_counter() - begin
     healthy = probe.measure(loaded.model)
     begin = time.perf_counter()
     running = {
-        "advance": (arms.ObjectiveArm, "advance"),
-        "diagnostics": (arms.ObjectiveArm, "diagnostics"),
+        "advance": (ObjectiveArm, "advance"),
+        "diagnostics": (ObjectiveArm, "diagnostics"),
         # κ of a watched step, called from inside that step
         "amplification": (LowCurvatureSubspace, "amplification"),
         "weight_change": (WeightChange, "relative"),
         "measurement": (Probe, "measure"),
     }
     with watch.on(running):
-        for record in run_attack(loaded, made.arm, config, probe, healthy, change):
+        for record in made.arm.run(loaded, config, probe, healthy, change):
             done = record.step
     synchronize(device)
     took, seconds = time.perf_counter() - begin, watch.seconds

@@ -18,7 +18,7 @@ os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
 
 from entrypoints._stages import STAGES, EntryPoint
-from healing.config.options import AUTO, fields_of, flag_name
+from healing.config.options import AUTO, choices_of, fields_of, flag_name, help_of
 from healing.errors import ConfigError, HealingError
 
 
@@ -57,10 +57,10 @@ def options_of(config_class: type) -> Callable[[Callable[..., Any]], Callable[..
             function = click.option(
                 flag_name(field.name),
                 field.name,
-                type=_click_type(kind, may_be_auto, field.metadata["choices"]),
+                type=_click_type(kind, may_be_auto, choices_of(field)),
                 default=field.default,
                 show_default=field.default != "",
-                help=field.metadata["help"],
+                help=help_of(field),
                 **flag,
             )(function)
         return function

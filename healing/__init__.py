@@ -1,8 +1,8 @@
 """Does a language model that an attack made collapse heal under clean fine-tuning?
 
-``healing.attack``, ``heal``, ``landscape``, ``sweep``, ``summarize``, ``measure`` and ``options``
-are those of :mod:`healing.api`, which is imported when one of them is first used. (The list of
-models is ``healing.api.models()``: ``healing.models`` is a package.)
+``healing.attack``, ``heal``, ``landscape``, ``sweep``, ``summarize``, ``measure``, ``arms``,
+``methods`` and ``options`` are those of :mod:`healing.api`, which is imported when one of them is
+first used. (The list of models is ``healing.api.models()``: ``healing.models`` is a package.)
 """
 
 from typing import Any
@@ -10,10 +10,12 @@ from typing import Any
 __version__ = "0.1.0"
 
 _API = (
+    "arms",
     "attack",
     "heal",
     "landscape",
     "measure",
+    "methods",
     "options",
     "summarize",
     "sweep",

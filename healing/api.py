@@ -25,6 +25,7 @@ from healing.config.presets import MODELS, preset_for
 from healing.config.summarize import SummarizeConfig
 from healing.config.sweep import SweepConfig
 from healing.errors import ConfigError
+from healing.registry import ARMS, METHODS
 from healing.stages.console import Console
 from healing.stages.driver import Driver
 from healing.stages.results import AttackResult, HealResult, LandscapeResult, SummaryResult
@@ -264,6 +265,16 @@ def measure(
         return probe.measure(model)
     _, loaded, own = load_inputs(complete(BaseConfig(model=model, device=device)))
     return (probe or own).measure(loaded.model)
+
+
+def arms() -> dict[str, str]:
+    """Name → what the attack is, of the arms that are built in and of plug-ins."""
+    return {name: ARMS.facts(name).help for name in ARMS.names()}
+
+
+def methods() -> dict[str, str]:
+    """Name → what is trained, of the healing methods that are built in and of plug-ins."""
+    return {name: METHODS.facts(name).help for name in METHODS.names()}
 
 
 def models() -> dict[str, str]:

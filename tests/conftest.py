@@ -9,7 +9,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["MLFLOW_TRACKING_URI"] = ""
 
+import importlib.metadata
 import pathlib
+import sys
+import textwrap
 from collections.abc import Iterator
 
 import mlflow
@@ -20,6 +23,8 @@ from transformers import GPTNeoXForCausalLM
 from healing.measurements.probe import Probe
 from healing.models.loading import LoadedModel, embedded_config, load_model, state_digest
 from healing.randomness import named_generator
+from healing.registry import ARMS, MEASUREMENTS, METHODS
+from healing.stages.cells.code_digest import code_digest, parsed
 from healing.stages.cells.inputs import cached_corpus
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -85,3 +90,45 @@ def text_files(tmp_path: pathlib.Path) -> pathlib.Path:
         words = " ".join(f"word{number}x{i}" for i in range(40))
         (folder / f"{number:02d}.txt").write_text(f"Document {number}. {words}\n")
     return folder
+
+
+def forget_plug_ins() -> None:
+    """Registries and digests look at files and entry points anew, as a new process does."""
+    for registry in (ARMS, METHODS, MEASUREMENTS):
+        registry.forget()
+    parsed.cache_clear()
+    code_digest.cache_clear()
+
+
+@pytest.fixture
+def plug_ins(tmp_path, monkeypatch):
+    """Write modules of another distribution and install entry points to them."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    monkeypatch.syspath_prepend(str(folder))
+    entries: list[importlib.metadata.EntryPoint] = []
+    everything = importlib.metadata.entry_points
+
+    def entry_points(**selection):
+        found = [e for e in entries if e.group == selection.get("group")]
+        return found or everything(**selection)
+
+    monkeypatch.setattr(importlib.metadata, "entry_points", entry_points)
+    written: list[str] = []
+
+    def install(
+        name: str, text: str, group: str = "llm_healing.arms", value: str = ""
+    ) -> pathlib.Path:
+        module = value or f"plug_in_{len(entries)}"
+        path = folder / f"{module.partition(':')[0]}.py"
+        path.write_text(textwrap.dedent(text))
+        entries.append(importlib.metadata.EntryPoint(name, module, group))
+        written.append(path.stem)
+        forget_plug_ins()
+        return path
+
+    yield install
+    monkeypatch.undo()
+    for module in written:
+        sys.modules.pop(module, None)
+    forget_plug_ins()

@@ -146,6 +146,8 @@ def test_what_is_wrong_is_said(call, message):
 
 
 def test_what_there_is(capsys):
+    assert "haep" in api.arms()
+    assert set(api.methods()) >= {"full", "lora"}
     assert api.models()["70m"] == "EleutherAI/pythia-70m"
     assert "--healing-lr" in api.options("heal")["healing_lr"]
     assert set(healing.__all__) <= set(dir(healing))

@@ -3,29 +3,57 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 
-from healing.measurements.probe import Measurement
+from healing.attacks.catalyst_search import Catalyst
+from healing.attacks.weight_change import WeightChange
+from healing.config.attack import AttackConfig
+from healing.measurements.probe import Measurement, Probe
+from healing.models.loading import LoadedModel
 
 
 class Arm(Protocol):
-    """What an arm decides: what is fed or added, and nothing else."""
+    """What an arm decides: what is fed or added, and nothing else.
+
+    :class:`healing.attacks.loop.LoopArm` has the common loop; an arm inherits it and overrides what
+    is its own.
+    """
 
     stops_early: bool
     """Whether reaching the target rank reduction ends the attack."""
+    catalyst: Catalyst | None
+    """The search of the tokens that it trains on, if there was one."""
 
+    def steps(self, config: AttackConfig) -> int:
+        """Budget in optimiser steps."""
+
+    def run(
+        self,
+        loaded: LoadedModel,
+        config: AttackConfig,
+        probe: Probe,
+        healthy: Measurement,
+        change: WeightChange,
+        warmup: Iterable[torch.Tensor] = (),
+    ) -> Iterator[AttackRecord]:
+        """Change the model in place, yielding a record at step 0 and at every measured one."""
+
+    @abstractmethod
     def advance(
         self, optimizer: torch.optim.Optimizer, step: int, total: int, *, watched: bool
     ) -> StepOutcome:
         """Do step ``step`` (from 1) of ``total``; a watched one is also diagnosed."""
 
+    @abstractmethod
     def diagnostics(self) -> dict[str, float]:
         """Numbers of the arm's own at the current weights (alignment and its baselines)."""
 
+    @abstractmethod
     def give_gradients(self) -> None:
         """Put the objective's gradients at the current weights where the optimiser finds them."""
 
@@ -78,3 +106,23 @@ class AttackRecord:
             **self.diagnostics,
             **self.outcome.diagnostics,
         }
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """An arm ready to run, and what was found while it was made.
+
+    Attributes:
+        arm: What is run.
+        curvature_metrics: Curvature at the healthy weights.
+        solver_statuses: How the iterations behind these numbers ended.
+    """
+
+    arm: Arm
+    curvature_metrics: Mapping[str, float] = field(default_factory=dict)
+    solver_statuses: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def catalyst(self) -> Catalyst | None:
+        """The search of the tokens that the arm trains on, if there was one."""
+        return self.arm.catalyst

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from healing.attacks.arms import NoiseArm
 from healing.attacks.base import AttackRecord, StepOutcome
+from healing.attacks.noise import NoiseArm
 from healing.attacks.weight_change import WeightChange
 from healing.errors import MatchError
 from healing.measurements.probe import Measurement, Probe

@@ -9,11 +9,13 @@ import torch
 from transformers import PreTrainedModel
 
 from healing.attacks.base import Arm, AttackRecord, StepOutcome
+from healing.attacks.catalyst_search import Catalyst
 from healing.attacks.weight_change import WeightChange
 from healing.config.attack import AttackConfig
 from healing.measurements.probe import Measurement, Probe
 from healing.models.blocks import next_token_loss
 from healing.models.loading import LoadedModel
+from healing.progress import phase
 from healing.training.optimizers import make_optimizer
 
 
@@ -107,7 +109,7 @@ def run_attack(
         warmup: Clean batches for :func:`warm_second_moment`.
     """
     model = loaded.model
-    total = 0 if config.arm == "none" else int(config.attack_steps)
+    total = arm.steps(config)
     rate = float(config.attack_lr)
     optimizer = make_optimizer(config.attack_optimizer, model.parameters(), rate)
     warm_second_moment(optimizer, model, warmup)
@@ -115,7 +117,7 @@ def run_attack(
         prime_first_moment(optimizer, arm)
     yield AttackRecord(0, healthy, StepOutcome(), 0.0, arm.diagnostics())
     target = healthy.effective_rank * (1.0 - config.target_rank_reduction)
-    for step in range(1, total + 1):
+    for step in phase("attack", range(1, total + 1), total):
         watched = step % config.measurement_interval == 0 or step == total
         outcome = arm.advance(optimizer, step, total, watched=watched)
         if outcome.finite and not watched:
@@ -125,3 +127,26 @@ def run_attack(
         reached = arm.stops_early and measurement.effective_rank <= target
         if reached or not outcome.finite:
             return
+
+
+class LoopArm(Arm):
+    """An arm of the common loop: its own are ``advance``, ``diagnostics``, ``give_gradients``."""
+
+    stops_early = True
+    catalyst: Catalyst | None = None
+
+    def steps(self, config: AttackConfig) -> int:
+        """The configured budget."""
+        return int(config.attack_steps)
+
+    def run(
+        self,
+        loaded: LoadedModel,
+        config: AttackConfig,
+        probe: Probe,
+        healthy: Measurement,
+        change: WeightChange,
+        warmup: Iterable[torch.Tensor] = (),
+    ) -> Iterator[AttackRecord]:
+        """As :func:`run_attack`."""
+        return run_attack(loaded, self, config, probe, healthy, change, warmup)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from healing.config.arm_tags import arm_role, arms_of
 from healing.config.options import AUTO, option
-from healing.config.shared import ARMS, OPTIMIZERS, BaseConfig
+from healing.config.shared import OPTIMIZERS, BaseConfig
 from healing.errors import ConfigError
+from healing.registry import ARMS, DAMAGE_CONTROL
 
 NOISE_MATCHES = ("norm", "loss", "rank")
 SUBSPACES = ("singular", "hessian")
@@ -16,7 +18,7 @@ SUBSPACES = ("singular", "hessian")
 class AttackConfig(BaseConfig):
     """One attack: a healthy model, an arm, a budget."""
 
-    arm: str = option("haep", "Way of hurting the model.", choices=ARMS)
+    arm: str = option("haep", lambda: f"Attack method. {ARMS.describe()}.", choices=ARMS.names)
     attack_steps: int | str = option(AUTO, "Budget in optimiser steps; auto = by model.", minimum=0)
     attack_optimizer: str = option(
         "adamw", "Optimiser of the arms that descend an objective.", choices=OPTIMIZERS
@@ -102,6 +104,7 @@ class AttackConfig(BaseConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        ARMS.check(self.arm)
         self._check_reference()
         if self.warmup_steps and self.attack_optimizer != "adamw":
             raise ConfigError(
@@ -112,12 +115,13 @@ class AttackConfig(BaseConfig):
     def _check_reference(self) -> None:
         given = [n for n in ("reference_checkpoint", "reference_run_id") if getattr(self, n)]
         flags = ["--" + name.replace("_", "-") for name in given]
-        if given and self.arm != "gaussian_noise":
-            raise ConfigError(f"{flags[0]} belongs to --arm gaussian_noise, not to {self.arm}")
+        matched = " or ".join(arms_of(DAMAGE_CONTROL))
+        if given and arm_role(self.arm) != DAMAGE_CONTROL:
+            raise ConfigError(f"{flags[0]} belongs to --arm {matched}, not to {self.arm}")
         if len(given) > 1:
             raise ConfigError(f"{' and '.join(flags)} exclude each other: give one of them")
         if self.match != "norm" and not given:
             raise ConfigError(
                 f"--match {self.match} needs the attack to match: give --reference-run-id or "
-                "--reference-checkpoint with --arm gaussian_noise"
+                f"--reference-checkpoint with --arm {matched}"
             )

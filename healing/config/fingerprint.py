@@ -29,6 +29,7 @@ in where it is known (the kind of device, a reference's weights)."""
 NOT_SETTINGS = frozenset(
     {
         "seed",
+        "measurements",
         "fingerprint",
         "attack_run_id",
         "reference_checkpoint",
@@ -59,6 +60,8 @@ def fingerprint(*parts: Any) -> str:
     for part in parts:
         if dataclasses.is_dataclass(part) and not isinstance(part, type):
             part = {k: v for k, v in as_params(part).items() if k not in NOT_DETERMINING}
+            if not part.get("measurements"):  # none: as before there were any
+                part.pop("measurements", None)
             if os.path.isabs(str(part.get("model", ""))):
                 part["model"] = "folder"
         plain.append(part)

@@ -9,13 +9,22 @@ from healing.config.presets import (
     DEFAULT_MODEL,
     MODELS_HELP,
 )
-from healing.config.shared import ARMS, DEDUPED_HELP, OPTIMIZERS, REVISION_HELP, BaseConfig
+from healing.config.shared import DEDUPED_HELP, OPTIMIZERS, REVISION_HELP, BaseConfig
 from healing.errors import ConfigError
+from healing.registry import ARMS, METHODS, Facts
 
-METHODS = ("full", "lora")
-FULL, LORA = METHODS
 PRECISIONS = ("fp32", "bf16", "fp16")
 PRECISION_MODES = ("autocast", "pure")
+
+
+def rate_ratio(method: Facts) -> float:
+    """Learning rate of a healing method over that of training all weights."""
+    return float(method.get("RATE_RATIO", 1.0))
+
+
+def _ratios() -> str:
+    ratios = {f.name: rate_ratio(f) for f in METHODS.all_facts()}
+    return "".join(f"; for {name} {r:g} times that" for name, r in ratios.items() if r != 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,21 +47,18 @@ class HealConfig(BaseConfig):
     )
     num_runs: int = option(1, "Healing runs (replicates) per checkpoint otherwise.", minimum=1)
     arm: str = option(
-        "haep", "Arm of the fresh attack, where no checkpoint is given.", choices=ARMS
+        "haep", "Arm of the fresh attack, where no checkpoint is given.", choices=ARMS.names
     )
     healing_steps: int = option(500, "Fine-tuning steps on clean text.", minimum=0)
     healing_lr: float | str = option(
         AUTO,
-        "Learning rate; auto = 1e-3 for nano and micro, else 1e-4, and 10 times that for lora.",
+        lambda: f"Learning rate; auto = 1e-3 for nano and micro, else 1e-4{_ratios()}.",
         minimum=0,
         exclusive_minimum=True,
     )
     healing_optimizer: str = option("adamw", "Optimiser of healing.", choices=OPTIMIZERS)
     healing_method: str = option(
-        FULL,
-        "What is trained: all weights, or (lora, which needs peft) low-rank adapters of the linear "
-        "layers inside the blocks, merged afterwards.",
-        choices=METHODS,
+        "full", lambda: f"What is trained. {METHODS.describe()}.", choices=METHODS.names
     )
     lora_rank: int = option(8, "lora: rank r of the change of every matrix.", minimum=1)
     lora_alpha: float = option(
@@ -97,17 +103,20 @@ class HealConfig(BaseConfig):
         if len(given) > 1:
             flags = " and ".join("--" + name.replace("_", "-") for name in given)
             raise ConfigError(f"{flags} exclude each other: give one of them")
-        if self.healing_method == LORA:
-            self._check_lora()
+        ARMS.check(self.arm)
+        METHODS.check(self.healing_method)
+        self._check_method(METHODS.facts(self.healing_method))
 
-    def _check_lora(self) -> None:
-        if self.precision_mode == "pure" and self.precision != "fp32":
+    def _check_method(self, method: Facts) -> None:
+        rounds = self.precision_mode == "pure" and self.precision != "fp32"
+        if rounds and method.get("KEEPS_WEIGHTS", False):
             raise ConfigError(
-                "--healing-method lora keeps the weights, --precision-mode pure rounds them: "
-                "use --precision-mode autocast"
+                f"--healing-method {method.name} keeps the weights, --precision-mode pure rounds "
+                "them: use --precision-mode autocast"
             )
-        if self.healing_optimizer != "adamw" and self.healing_lr == AUTO:
+        by_ratio = self.healing_lr == AUTO and rate_ratio(method) != 1.0
+        if by_ratio and self.healing_optimizer != "adamw":
             raise ConfigError(
-                "--healing-lr auto is AdamW's for --healing-method lora: give a number with "
-                f"--healing-optimizer {self.healing_optimizer}"
+                f"--healing-lr auto is AdamW's for --healing-method {method.name}: give a number "
+                f"with --healing-optimizer {self.healing_optimizer}"
             )

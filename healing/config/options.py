@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from healing.errors import ConfigError
@@ -21,9 +21,9 @@ AUTO = "auto"
 
 def option(
     default: Any,
-    help: str,
+    help: str | Callable[[], str],
     *,
-    choices: tuple[str, ...] | None = None,
+    choices: tuple[str, ...] | Callable[[], tuple[str, ...]] | None = None,
     minimum: float | None = None,
     maximum: float | None = None,
     exclusive_minimum: bool = False,
@@ -32,8 +32,10 @@ def option(
 
     Args:
         default: The value used where nothing is given.
-        help: One sentence for ``--help`` and the docs, with the unit.
-        choices: Admissible strings.
+        help: One sentence for ``--help`` and the docs, with the unit; or what makes it when it is
+            asked for.
+        choices: Admissible strings; or what lists them when they are asked for (a registry's
+            ``names``).
         minimum: Smallest admissible number.
         maximum: Largest admissible number.
         exclusive_minimum: The minimum itself is not admissible.
@@ -48,6 +50,18 @@ def option(
             "exclusive_minimum": exclusive_minimum,
         },
     )
+
+
+def help_of(field: dataclasses.Field[Any]) -> str:
+    """Help text of a field."""
+    text = field.metadata["help"]
+    return str(text() if callable(text) else text)
+
+
+def choices_of(field: dataclasses.Field[Any]) -> tuple[str, ...] | None:
+    """Admissible strings of a field; ``None`` where all are."""
+    choices = field.metadata["choices"]
+    return tuple(choices()) if callable(choices) else choices
 
 
 def flag_name(field_name: str) -> str:
@@ -84,6 +98,33 @@ def _check_number(name: str, value: float, meta: typing.Mapping[str, Any]) -> No
         raise ConfigError(f"{flag_name(name)} must be {' and '.join(parts)}, got {value:g}")
 
 
+def listed(
+    text: str, flag: str, admissible: tuple[str, ...] | None = None, *, empty: bool = False
+) -> tuple[str, ...]:
+    """The entries of a comma-separated option, in the order given.
+
+    Args:
+        text: As given.
+        flag: Option that it was given as, for messages.
+        admissible: Entries that there are; ``None`` = any.
+        empty: Whether there may be none.
+
+    Raises:
+        ConfigError: It is empty, or an entry is unknown or there twice.
+    """
+    items = tuple(item.strip() for item in text.split(",") if item.strip())
+    if not items and not empty:
+        raise ConfigError(f"{flag} is empty: name at least one")
+    unknown = [item for item in items if admissible is not None and item not in admissible]
+    if unknown:
+        raise ConfigError(
+            f"{flag}: unknown {', '.join(unknown)}; choose from {', '.join(admissible or ())}"
+        )
+    if len(set(items)) < len(items):
+        raise ConfigError(f"{flag} names one entry twice: {text}")
+    return items
+
+
 def validate_fields(config: Any) -> None:
     """Check type, range and choice of every field.
 
@@ -94,8 +135,9 @@ def validate_fields(config: Any) -> None:
         value, meta = getattr(config, field.name), field.metadata
         if may_be_auto and value == AUTO:
             continue
-        if meta["choices"] is not None and value not in meta["choices"]:
-            admissible = ", ".join(meta["choices"])
+        choices = choices_of(field)
+        if choices is not None and value not in choices:
+            admissible = ", ".join(choices)
             raise ConfigError(f"{flag_name(field.name)} must be one of {admissible}; got {value!r}")
         if kind in (int, float):
             ok = isinstance(value, (int, float) if kind is float else int)

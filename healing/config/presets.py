@@ -83,8 +83,6 @@ _PYTHIA = {
 PRESETS: dict[str, Preset] = {**_EMBEDDED, **_PYTHIA}
 MODELS = tuple(PRESETS)
 DEFAULT_MODEL = "1b"
-LORA_RATE_RATIO = 10.0
-"""Learning rate of adapters over that of all weights (docs/method.md, Low-rank healing)."""
 MODELS_HELP = f"{', '.join(MODELS)}, a Hub id (owner/name) or a folder with a causal language model"
 
 MAIN = "main"

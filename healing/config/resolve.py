@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, TypeVar
 
-from healing.config.heal import FULL, LORA
+from healing.config.heal import rate_ratio
 from healing.config.options import AUTO
 from healing.config.presets import (
     DEFAULT_MODEL,
     HUB,
-    LORA_RATE_RATIO,
     MAIN,
     PYTHIA,
     PYTHIA_HIDDEN,
@@ -20,6 +19,7 @@ from healing.config.presets import (
     probe_tokens_for,
 )
 from healing.config.shared import BaseConfig
+from healing.registry import METHODS
 
 ConfigT = TypeVar("ConfigT", bound=BaseConfig)
 
@@ -50,8 +50,8 @@ def resolve(config: ConfigT, *, accelerated: bool = False) -> ConfigT:
         values["precision"] = "bf16" if accelerated else "fp32"
     if "attack_lr" in values and getattr(config, "attack_optimizer", "") == "sgd":
         values["attack_lr"] = preset.attack_sgd_lr
-    if "healing_lr" in values and getattr(config, "healing_method", FULL) == LORA:
-        values["healing_lr"] = LORA_RATE_RATIO * preset.healing_lr
+    if "healing_lr" in values and hasattr(config, "healing_method"):
+        values["healing_lr"] = rate_ratio(METHODS.facts(config.healing_method)) * preset.healing_lr
     if "probe_tokens" in values and model in PYTHIA_HIDDEN:
         hidden = PYTHIA_HIDDEN[model]
         values["probe_tokens"] = probe_tokens_for(hidden, config.sequence_length)

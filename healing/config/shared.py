@@ -4,24 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from healing.config.options import AUTO, option, validate_fields
+from healing.config.options import AUTO, listed, option, validate_fields
 from healing.config.presets import (
     DEFAULT_MODEL,
     MODELS_HELP,
     check_source,
     model_label,
 )
+from healing.registry import MEASUREMENTS
 
-ARMS = (
-    "haep",
-    "haep_oracle",
-    "spectral",
-    "random_tokens",
-    "random_text",
-    "gaussian_noise",
-    "none",
-)
-TREATMENT, CONTROL, SHAM = "haep", "gaussian_noise", "none"
 OPTIMIZERS = ("adamw", "sgd")
 REVISION_HELP = (
     "Branch, tag or commit on the Hub; empty = main. Pythia has a tag per training checkpoint: "
@@ -62,6 +53,13 @@ class BaseConfig:
         minimum=64,
     )
     measurement_interval: int = option(10, "Optimiser steps between measurements.", minimum=1)
+    measurements: str = option(
+        "",
+        lambda: (
+            "Comma-separated extra measurements of every measured state, logged as extra/…; no "
+            f"part of any verdict. {MEASUREMENTS.describe()}."
+        ),
+    )
     threads: int | str = option(
         AUTO,
         "CPU threads of torch; 0 = torch's default, auto = 1 for nano and micro (reproducible on "
@@ -78,6 +76,12 @@ class BaseConfig:
         validate_fields(self)
         if self.model != AUTO:
             check_source(self.model, self.revision, self.deduped)
+        for name in self.measurement_list():
+            MEASUREMENTS.check(name)
+
+    def measurement_list(self) -> tuple[str, ...]:
+        """Names of the extra measurements in the order given."""
+        return listed(self.measurements, "--measurements", MEASUREMENTS.names(), empty=True)
 
     @property
     def label(self) -> str:

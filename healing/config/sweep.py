@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from healing.config.attack import NOISE_MATCHES
-from healing.config.options import AUTO, option, validate_fields
+from healing.config.options import AUTO, listed, option, validate_fields
 from healing.config.presets import MODELS_HELP, canonical_model, check_source
-from healing.config.shared import ARMS, DEDUPED_HELP, DEVICES_HELP, REVISION_HELP
+from healing.config.shared import DEDUPED_HELP, DEVICES_HELP, REVISION_HELP
 from healing.errors import ConfigError
+from healing.registry import ARMS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +19,9 @@ class SweepConfig:
     models: str = option("nano,micro", f"Comma-separated models: {MODELS_HELP}.")
     revision: str = option("", f"Of every model. {REVISION_HELP}")
     deduped: bool = option(False, f"Of every model. {DEDUPED_HELP}")
-    arms: str = option("haep,gaussian_noise,spectral", "Comma-separated arms.")
+    arms: str = option(
+        "haep,gaussian_noise,spectral", lambda: f"Comma-separated arms: {', '.join(ARMS.names())}."
+    )
     seeds: str = option("0,1,2", "Comma-separated seeds; each gives its own checkpoint.")
     noise_match: str = option(
         "loss",
@@ -65,7 +68,7 @@ class SweepConfig:
 
     def model_list(self) -> tuple[str, ...]:
         """Model names in the order given, folders as absolute paths."""
-        models = tuple(canonical_model(m) for m in _listed(self.models, "--models", None))
+        models = tuple(canonical_model(m) for m in listed(self.models, "--models"))
         for model in models:
             check_source(model, self.revision, self.deduped)
         if len(set(models)) < len(models):
@@ -74,27 +77,16 @@ class SweepConfig:
 
     def arm_list(self) -> tuple[str, ...]:
         """Arms in the order given."""
-        return _listed(self.arms, "--arms", ARMS)
+        arms = listed(self.arms, "--arms", ARMS.names())
+        for arm in arms:
+            ARMS.check(arm)
+        return arms
 
     def seed_list(self) -> tuple[int, ...]:
         """Seeds in the order given."""
-        items = _listed(self.seeds, "--seeds", None)
+        items = listed(self.seeds, "--seeds")
         if not all(item.isdecimal() for item in items):
             raise ConfigError(
                 f"--seeds must be whole numbers from 0, as in 0,1,2; got {self.seeds!r}"
             )
         return tuple(int(item) for item in items)
-
-
-def _listed(text: str, flag: str, admissible: tuple[str, ...] | None) -> tuple[str, ...]:
-    items = tuple(item.strip() for item in text.split(",") if item.strip())
-    if not items:
-        raise ConfigError(f"{flag} is empty: name at least one")
-    unknown = [item for item in items if admissible and item not in admissible]
-    if unknown:
-        raise ConfigError(
-            f"{flag}: unknown {', '.join(unknown)}; choose from {', '.join(admissible or ())}"
-        )
-    if len(set(items)) < len(items):
-        raise ConfigError(f"{flag} names one entry twice: {text}")
-    return items

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from healing.data.splits import Corpus
 from healing.measurements.covariance import MomentAccumulator, Moments
+from healing.measurements.extra_metrics import ProbeState, extra_metrics
 from healing.measurements.rank_standard_error import (
     BOOTSTRAP_MAX_DIMENSION,
     RankInfluence,
@@ -38,6 +39,7 @@ class Measurement:
         rank_standard_error: Of the mean effective rank (bootstrap over windows); NaN where it was
             not asked for.
         peaks: Largest |h| of every block over all probe tokens, first ones and outliers too.
+        extra: Numbers of the extra measurements, under the names that they are logged as.
     """
 
     loss: float
@@ -45,6 +47,7 @@ class Measurement:
     spectra: tuple[Spectrum, ...]
     rank_standard_error: float = math.nan
     peaks: tuple[float, ...] = ()
+    extra: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def perplexity(self) -> float:
@@ -83,7 +86,7 @@ class Measurement:
             f"layers/effective_rank_{index:02d}": spectrum.effective_rank
             for index, spectrum in enumerate(self.spectra)
         }
-        return {**headline, **layers}
+        return {**headline, **layers, **self.extra}
 
     def mean_spectrum(self) -> list[float]:
         """Singular values over the largest of their block, averaged over blocks, descending."""
@@ -94,18 +97,31 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Probe:
-    """Frozen windows (windows, tokens), int64, on the CPU."""
+    """Frozen windows, and what is measured on them.
+
+    Attributes:
+        windows: int64 (windows, tokens), on the CPU.
+        extra: Names of extra measurements.
+    """
 
     windows: torch.Tensor
+    extra: tuple[str, ...] = field(default=(), kw_only=True)
 
     @classmethod
-    def of(cls, corpus: Corpus, loaded: LoadedModel, tokens: int, length: int) -> Probe:
+    def of(
+        cls,
+        corpus: Corpus,
+        loaded: LoadedModel,
+        tokens: int,
+        length: int,
+        extra: tuple[str, ...] = (),
+    ) -> Probe:
         """Windows from the corpus' ``probe`` split.
 
         Raises:
             CorpusError: The split is too small.
         """
-        return cls(corpus.windows("probe", loaded.tokenizer, length, tokens))
+        return cls(corpus.windows("probe", loaded.tokenizer, length, tokens), extra=extra)
 
     def _forward(self, model: nn.Module) -> Iterator[tuple[torch.Tensor, list[torch.Tensor]]]:
         """Losses of every chunk's tokens (tokens,) and its block outputs."""
@@ -141,6 +157,8 @@ class Probe:
             error = math.nan
             if error_generator is not None and all(m.finite and m.rows for m in moments):
                 error = self._rank_error(model, moments, error_generator)
+            state = ProbeState(model, self.windows, losses, tuple(moments))
+            extra = extra_metrics(state, self.extra)
         mask = torch.isfinite(losses)
         finite = int(mask.sum())
         loss = float(losses[mask].double().sum()) / finite if finite else math.nan
@@ -150,6 +168,7 @@ class Probe:
             tuple(m.spectrum() for m in moments),
             error,
             tuple(m.peak for m in moments),
+            extra,
         )
 
     def _pass(self, model: nn.Module, *, errors: bool) -> tuple[torch.Tensor, list[Moments]]:

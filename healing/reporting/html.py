@@ -21,7 +21,6 @@ from healing.reporting.phrases import (
     verdict_heading,
     verdict_reason,
 )
-from healing.reporting.plots.style import arm_label
 from healing.reporting.tables import (
     Table,
     bootstrap_table,
@@ -32,7 +31,11 @@ from healing.reporting.tables import (
     sham_table,
     variance_table,
 )
-from healing.reporting.treatment_against_control import comparison_gaps, contrast_sentences
+from healing.reporting.treatment_against_control import (
+    comparison_gaps,
+    contrast_sentences,
+    pair_names,
+)
 from healing.statistics.heal_runs import HealRun
 from healing.statistics.summary import GroupSummary, Summary
 
@@ -55,7 +58,7 @@ CAPTIONS = {
         "without getting back half. Lines that lie on one another are drawn dashed over solid."
     ),
     "haep_against_noise": (
-        "HAEP minus noise, paired by seed: one point per pair, below them their mean with its "
+        "{0} minus {1}, paired by seed: one point per pair, below them their mean with its "
         "interval. Grey: differences that count as none."
     ),
     "recovery_against_parameters": (
@@ -77,10 +80,10 @@ METHODS = (
     "undefined are stated beside it. A finished run that repeats another (equal fingerprint: "
     "configuration, weights, texts, code) is no replicate and counts once. No outlier is removed; "
     "failed, unfinished, repeated and undefined runs are listed below.",
-    "HAEP against noise: two one-sided t tests for equivalence within ±10 points, and two-sided "
+    "{0} against {1}: two one-sided t tests for equivalence within ±10 points, and two-sided "
     "paired t tests for superiority, Holm-adjusted over rank and loss; these make the statement. "
     "Half-recovery times are right-censored at the last measured step and compared by a log-rank "
-    "test over checkpoints, positive where HAEP damage heals sooner. It is secondary: not paired, "
+    "test over checkpoints, positive where {0} damage heals sooner. It is secondary: not paired, "
     "not adjusted, and exact (all splits of the checkpoints) where there are at most 200,000 "
     "splits, so that three and three checkpoints cannot give a p under 0.1.",
     "“Irreversible” means: not within this budget of fine-tuning, by this measure. It does not "
@@ -143,7 +146,7 @@ def _alt(key: str, summary: Summary) -> str:
         f"loss {interval_text(g.intervals[_LOSS])}"
         for g in summary.groups
     )
-    return f"{CAPTIONS[key]} Final recovery in per cent: {said}."
+    return f"{CAPTIONS[key].format(*pair_names(summary))} Final recovery in per cent: {said}."
 
 
 _RANK, _LOSS = "rank_recovery_pct", "loss_recovery_pct"
@@ -168,7 +171,7 @@ def _subtitle(summary: Summary) -> str:
 
 def _slope_lines(summary: Summary) -> list[str]:
     return [
-        f"{arm_label(arm)}: {interval_text(slope.slope)} points per tenfold parameters, "
+        f"{summary.label(arm)}: {interval_text(slope.slope)} points per tenfold parameters, "
         "from one mean per size."
         for arm, slope in summary.slopes.items()
     ]
@@ -184,7 +187,7 @@ def render(summary: Summary, figures: Mapping[str, pathlib.Path]) -> str:
     Raises:
         ValueError: A figure is not a PNG file.
     """
-    groups = summary.groups
+    groups, names = summary.groups, pair_names(summary)
     return (
         _environment()
         .get_template("report.html")
@@ -201,10 +204,12 @@ def render(summary: Summary, figures: Mapping[str, pathlib.Path]) -> str:
             prospects=prospect_table(summary),
             plans=plan_table(summary),
             figures={
-                key: embed(path, CAPTIONS[key], _alt(key, summary)) for key, path in figures.items()
+                key: embed(path, CAPTIONS[key].format(*names), _alt(key, summary))
+                for key, path in figures.items()
             },
             slopes=_slope_lines(summary),
-            methods=METHODS,
+            pair=" against ".join(names),
+            methods=[text.format(*names) for text in METHODS],
             failed=_listed((r, r.failure) for r in summary.failed),
             running=_listed((r, "") for r in summary.running),
             running_note=RUNNING_NOTE,

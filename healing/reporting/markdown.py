@@ -9,7 +9,11 @@ from typing import Any
 from healing.reporting.escaping import markdown as escape
 from healing.reporting.phrases import group_label, headline_groups, interval_text, verdict_text
 from healing.reporting.tables import STATUS_LABELS, Table, main_table, secondary_tables
-from healing.reporting.treatment_against_control import comparison_gaps, contrast_sentences
+from healing.reporting.treatment_against_control import (
+    comparison_gaps,
+    contrast_sentences,
+    pair_title,
+)
 from healing.statistics.checkpoint_estimates import Approach, HalfTimes
 from healing.statistics.heal_runs import HealRun
 from healing.statistics.intervals import Interval, scaled
@@ -114,7 +118,7 @@ def markdown(summary: Summary) -> str:
     ]
     contrasts = _bullets([*contrast_sentences(summary), *comparison_gaps(summary)])
     if contrasts:
-        lines += ["## HAEP against Gaussian noise", "", *contrasts, ""]
+        lines += [f"## {escape(pair_title(summary))}", "", *contrasts, ""]
     if summary.slopes:
         slopes = _bullets(
             f"{arm}: {interval_text(slope.slope)} points per tenfold parameters"
@@ -228,7 +232,7 @@ def as_json(summary: Summary) -> dict[str, Any]:
         "confidence": summary.confidence,
         "groups": [_group_json(group) for group in summary.groups],
         "haep_minus_gaussian_noise": {m: _contrast_json(c) for m, c in summary.contrasts.items()},
-        "not_compared": dict(summary.gaps),
+        "not_compared": {m: gap.why for m, gap in summary.gaps.items()},
         "scaling": {arm: dataclasses.asdict(s) for arm, s in summary.slopes.items()},
         "failed": _listed((r, r.failure) for r in summary.failed),
         "running": _listed((r, "no end is stored") for r in summary.running),

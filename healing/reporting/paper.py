@@ -28,6 +28,7 @@ from healing.reporting.treatment_against_control import (
     comparison_sentence,
     contrast_sentences,
     pace_sentence,
+    pair_names,
     unfinished_sentences,
 )
 from healing.statistics.intervals import Interval
@@ -100,11 +101,11 @@ def _fit_values(group: GroupSummary) -> dict[str, str]:
     return values
 
 
-def _contrast_values(model: str, found: Contrast, summary: Summary) -> dict[str, str]:
+def _contrast_values(found: Contrast) -> dict[str, str]:
     values = {
         "Statement": found.comparison.statement,
-        "Sentence": escape(comparison_sentence(model, summary)),
-        "PaceSentence": escape(pace_sentence(model, summary)),
+        "Sentence": escape(comparison_sentence(found)),
+        "PaceSentence": escape(pace_sentence(found)),
     }
     for endpoint in found.comparison.endpoints:
         name, interval = _endpoint(endpoint.endpoint), endpoint.superiority.interval
@@ -141,8 +142,10 @@ def macros(summary: Summary) -> Macros:
     found.add("", common)
     for group in summary.groups:
         found.add(group_stem(group, summary.groups), _group_values(group, summary))
-    for model, own in summary.contrasts.items():
-        found.add(f"{spelled(model)}HaepMinusNoise", _contrast_values(model, own, summary))
+    for own in summary.contrasts.values():
+        pair = own.pair
+        stem = f"{spelled(pair.model)}{spelled(pair.treatment.arm)}Minus{spelled(pair.short)}"
+        found.add(stem, _contrast_values(own))
     for arm, slope in summary.slopes.items():
         found.add(f"Scaling{spelled(arm)}", _estimate("Slope", slope.slope))
     return found
@@ -312,7 +315,7 @@ def subsection_file(summary: Summary) -> str:
         # Intervals do not part at a line's end: let the spaces between them stretch.
         lines += [
             r"{\emergencystretch=3em",
-            r"\paragraph{HAEP against noise.} " + said,
+            rf"\paragraph{{{escape(' against '.join(pair_names(summary)))}.}} " + said,
             r"\par}",
             "",
         ]

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from healing.config.shared import TREATMENT
-from healing.reporting.plots.style import arm_label
+from healing.registry import TREATMENT
 from healing.statistics.checkpoint_estimates import Approach, VerdictPlan
 from healing.statistics.heal_runs import UNIGRAM
 from healing.statistics.intervals import (
@@ -55,7 +54,7 @@ def group_label(group: GroupSummary, groups: Sequence[GroupSummary]) -> str:
 
 def shown_label(group: GroupSummary, groups: Sequence[GroupSummary]) -> str:
     """As :func:`group_label`, with the arm's name instead of its identifier."""
-    return arm_label(group.arm) + group_label(group, groups).removeprefix(group.arm)
+    return group.label + group_label(group, groups).removeprefix(group.arm)
 
 
 def count_text(n: int, noun: str) -> str:
@@ -258,5 +257,5 @@ def verdict_text(group: GroupSummary, groups: Sequence[GroupSummary]) -> str:
 
 
 def headline_groups(summary: Summary) -> list[GroupSummary]:
-    """The groups that the question is about: HAEP's, or all where HAEP was not run."""
-    return [g for g in summary.groups if g.arm == TREATMENT] or list(summary.groups)
+    """The groups that the question is about: the treatment's, or all where there is none."""
+    return [g for g in summary.groups if g.role == TREATMENT] or list(summary.groups)

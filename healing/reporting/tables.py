@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from healing.config.shared import SHAM
 from healing.measurements.diagnosis import (
     DIVERGED,
     FORMAT_OVERFLOW,
@@ -14,6 +13,7 @@ from healing.measurements.diagnosis import (
     NONFINITE_STEPS,
     OPTIMISER_ARTIFACT,
 )
+from healing.registry import SHAM
 from healing.reporting.escaping import one_line
 from healing.reporting.phrases import (
     approach_texts,
@@ -174,7 +174,7 @@ def half_table(summary: Summary) -> Table:
         f"median tokens {level}", f"geometric mean steps {level}",
     )  # fmt: skip
     rows = tuple(
-        _half_row(g, e, summary) for g in summary.groups if g.arm != SHAM for e in g.half_times
+        _half_row(g, e, summary) for g in summary.groups if g.role != SHAM for e in g.half_times
     )
     note = (
         "First step at which a checkpoint's mean trajectory reaches 50 %; checkpoints that do not "

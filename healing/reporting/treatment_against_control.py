@@ -1,15 +1,17 @@
-"""What a summary says of HAEP against noise, in sentences."""
+"""What a summary says of a treatment against a damage control (HAEP, noise), in sentences."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
-from healing.config.shared import CONTROL
+from healing.config.arm_tags import arm_label, arm_short, arms_of
+from healing.registry import DAMAGE_CONTROL, TREATMENT
 from healing.reporting.phrases import interval_text
 from healing.statistics.paired_tests import EndpointComparison
 from healing.statistics.summary import Summary
 from healing.statistics.survival import LogRankTest
+from healing.statistics.treatment_against_control import Contrast, Pair
 
 SHORT = {"rank_recovery_pct": "rank", "loss_recovery_pct": "loss"}
 EQUAL = {
@@ -19,17 +21,31 @@ EQUAL = {
     "scale": "a fixed scale (not matched)",
 }
 STATEMENTS = {
-    "superior": "HAEP damage recovers more than noise damage (superior)",
-    "inferior": "HAEP damage recovers less than noise damage (inferior)",
+    "superior": "{0} damage recovers more than {1} damage (superior)",
+    "inferior": "{0} damage recovers less than {1} damage (inferior)",
     "equivalent": "Both recover alike within 10 points (equivalent)",
     "inconclusive": "The data do not decide (inconclusive)",
 }
 
 
-def noise_kind(model: str, summary: Summary) -> str:
-    """What the noise of a model's comparison shares with its attacks."""
-    kinds = {g.noise_match for g in summary.groups if (g.model, g.arm) == (model, CONTROL)}
-    return ", ".join(EQUAL.get(kind, "unknown match") for kind in sorted(kinds))
+def _pairs(summary: Summary) -> list[Pair]:
+    compared = [found.pair for found in summary.contrasts.values()]
+    return compared + [gap.pair for gap in summary.gaps.values()]
+
+
+def pair_title(summary: Summary) -> str:
+    """Heading over all contrasts: ``HAEP against Gaussian noise`` where it is one pair of arms."""
+    titles = {f"{p.treatment.label} against {p.control.label}" for p in _pairs(summary)}
+    return titles.pop() if len(titles) == 1 else "Treatments against damage controls"
+
+
+def pair_names(summary: Summary) -> tuple[str, str]:
+    """Names of treatment and control for texts about all contrasts: ``HAEP``, ``noise``."""
+    names = {(p.treatment.label, p.short) for p in _pairs(summary)}
+    if not names:
+        treatment, control = arms_of(TREATMENT)[0], arms_of(DAMAGE_CONTROL)[0]
+        names = {(arm_label(treatment), arm_short(control, arm_label(control)))}
+    return names.pop() if len(names) == 1 else ("treatment", "control")
 
 
 def _difference(endpoint: EndpointComparison) -> str:
@@ -41,12 +57,14 @@ def _difference(endpoint: EndpointComparison) -> str:
     return f"{text} points ({interval.n} pairs{undefined})"
 
 
-def comparison_sentence(model: str, summary: Summary) -> str:
-    """HAEP against noise for one model after the last step, in one line."""
-    comparison = summary.comparisons[model]
+def comparison_sentence(found: Contrast) -> str:
+    """Recovery after the last step, in one line."""
+    comparison, pair = found.comparison, found.pair
+    said = STATEMENTS[comparison.statement].format(pair.treatment.label, pair.short)
+    kind = EQUAL.get(pair.control.noise_match, "unknown match")
     return (
-        f"{model}: HAEP minus Gaussian noise of {noise_kind(model, summary)}, paired by seed: "
-        f"{'; '.join(map(_difference, comparison.endpoints))}. {STATEMENTS[comparison.statement]}."
+        f"{pair.model}: {pair.treatment.label} minus {pair.control.label} of {kind}, paired by "
+        f"seed: {'; '.join(map(_difference, comparison.endpoints))}. {said}."
     )
 
 
@@ -55,11 +73,11 @@ def p_text(p: float) -> str:
     return "p < 0.001" if p < 0.001 else f"p = {p:.2g}" if p < 0.1 else f"p = {p:.2f}"
 
 
-def _pace(endpoint: str, test: LogRankTest) -> str:
+def _pace(endpoint: str, test: LogRankTest, pair: Pair) -> str:
     counts = f"{test.n[0]} and {test.n[1]} checkpoints"
     if math.isnan(test.p_value):
         return f"{SHORT[endpoint]} undefined ({counts} with a time)"
-    sooner = "HAEP sooner" if test.statistic > 0.0 else "noise sooner"
+    sooner = f"{pair.treatment.label if test.statistic > 0.0 else pair.short} sooner"
     kind = "exact" if test.method == "exact permutation" else "asymptotic"
     return (
         f"{SHORT[endpoint]} z = {test.statistic:.2f}, {kind} {p_text(test.p_value)} ({sooner}; "
@@ -67,27 +85,31 @@ def _pace(endpoint: str, test: LogRankTest) -> str:
     )
 
 
-def pace_sentence(model: str, summary: Summary) -> str:
-    """Log-rank tests of the half-recovery times of one model, in one line."""
-    tests = summary.contrasts[model].pace
-    said = "; ".join(_pace(endpoint, test) for endpoint, test in tests.items())
-    return f"{model}: time until half is back after HAEP and after noise, log-rank test: {said}."
+def pace_sentence(found: Contrast) -> str:
+    """Log-rank tests of the half-recovery times, in one line."""
+    pair = found.pair
+    said = "; ".join(_pace(endpoint, test, pair) for endpoint, test in found.pace.items())
+    return (
+        f"{pair.model}: time until half is back after {pair.treatment.label} and after "
+        f"{pair.short}, log-rank test: {said}."
+    )
 
 
 def contrast_sentences(summary: Summary) -> list[str]:
-    """Both sentences of every model that has them."""
+    """Both sentences of every contrast."""
     return [
-        sentence(model, summary)
-        for model in summary.contrasts
+        sentence(found)
+        for found in summary.contrasts.values()
         for sentence in (comparison_sentence, pace_sentence)
     ]
 
 
 def comparison_gaps(summary: Summary) -> list[str]:
-    """Models with HAEP and noise that are not compared, and why, one line each."""
+    """Arms that were run and are not compared, and why, one line each."""
     return [
-        f"{model}: HAEP and Gaussian noise are not compared: {why}."
-        for model, why in summary.gaps.items()
+        f"{gap.pair.model}: {gap.pair.treatment.label} and {gap.pair.control.label} are not "
+        f"compared: {gap.why}."
+        for gap in summary.gaps.values()
     ]
 
 

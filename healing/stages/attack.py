@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from healing.config.arm_tags import arm_tags
 from healing.config.attack import AttackConfig
 from healing.config.fingerprint import NOT_SETTINGS, as_params, fingerprint
 from healing.config.resolve import resolve
@@ -56,8 +57,8 @@ def describe(outcome: AttackOutcome) -> str:
             f"{s['rayleigh_quotient']:.4g}, percentile {s['rayleigh_percentile']:.0f} among "
             f"{config.rayleigh_draws} random directions (mean {s['rayleigh_random_mean']:.4g}).",
         ]
-    if noise_match(config) in ("loss", "rank"):
-        reached = outcome.last.diagnostics
+    reached = outcome.last.diagnostics
+    if "match_error_pct" in reached:
         lines += [
             "",
             f"Noise matched to the reference's {config.match} within "
@@ -78,7 +79,7 @@ def _tags(outcome: AttackOutcome) -> dict[str, Any]:
         tags["catalyst"] = outcome.catalyst.status
     if noise_match(outcome.config):
         tags["noise_match"] = noise_match(outcome.config)
-    return tags | dict(outcome.preparation.statuses)
+    return tags | dict(outcome.preparation.solver_statuses)
 
 
 def _reference_facts(config: AttackConfig) -> dict[str, str]:
@@ -110,7 +111,7 @@ def _save(outcome: AttackOutcome, folder: pathlib.Path, run_id: str) -> None:
             **as_params(config),
             "noise_match": noise_match(config),
             **_reference_facts(config),
-            "code": attack_code(),
+            "code": attack_code(config),
             "fingerprint": outcome.fingerprint,
             "attack_run_id": run_id,
             "healthy_digest": outcome.loaded.digest,
@@ -140,7 +141,7 @@ class AttackStage(StageDefaults):
 
     def tags(self, config: AttackConfig) -> dict[str, Any]:
         """What runs are grouped by."""
-        return {"arm": config.arm, "model": config.label}
+        return {"arm": config.arm, "model": config.label, **arm_tags(config.arm)}
 
     def prepare(self, config: AttackConfig, tools: Tools) -> AttackConfig:
         """Fetch the reference's checkpoint and replace every ``auto``."""

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
+from healing.config.arm_tags import arm_label
 from healing.config.basin import BasinConfig
 from healing.config.fingerprint import as_params
 from healing.errors import CheckpointError, TrackingError
 from healing.models.checkpoints import CHECKPOINT_NAME, HEALED_NAME, read_checkpoint
 from healing.reporting.plots import basin as figures
-from healing.reporting.plots.style import arm_label
 from healing.stages.cells.basin import (
     STATES,
     BasinCell,

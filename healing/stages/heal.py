@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from healing.config.arm_tags import SHAM_ARM, arm_label, arm_tags
 from healing.config.fingerprint import as_params
 from healing.config.heal import HealConfig
 from healing.config.options import AUTO
-from healing.config.shared import SHAM
 from healing.errors import CheckpointError, HealingError
 from healing.measurements.recovery import State
 from healing.models.checkpoints import (
@@ -23,9 +23,9 @@ from healing.models.checkpoints import (
     save_checkpoint,
 )
 from healing.models.loading import LoadedModel
+from healing.registry import METHODS
 from healing.reporting.phrases import percent_text
 from healing.reporting.plots import runs as figures
-from healing.reporting.plots.style import arm_label
 from healing.stages.attack import ATTACK, checkpoint_of
 from healing.stages.cells.events import Record
 from healing.stages.cells.heal import (
@@ -43,7 +43,6 @@ from healing.stages.stage import Done, Report, StageDefaults, Tools, points_of
 from healing.tracking.run import Run
 from healing.tracking.run_files import read_jsonl, write_json
 from healing.tracking.store import Store
-from healing.training.methods.lora import require
 
 
 def describe(outcome: HealOutcome) -> str:
@@ -161,7 +160,8 @@ class HealStage(StageDefaults):
 
     def tags(self, cell: HealCell) -> dict[str, Any]:
         """What runs are grouped by, and which checkpoint is healed."""
-        tags: dict[str, Any] = {"arm": _arm_of(cell), "model": cell.config.label}
+        arm = _arm_of(cell)
+        tags: dict[str, Any] = {"arm": arm, "model": cell.config.label, **arm_tags(arm)}
         tags |= {"checkpoint": cell.checkpoint, "replicate": cell.replicate}
         return tags | ({"sham_run_id": cell.sham_run_id} if cell.sham_run_id else {})
 
@@ -224,7 +224,7 @@ def _checkpoint_of(cell: HealCell) -> Checkpoint | None:
 def _arm_of(cell: HealCell) -> str:
     """The arm of the state that is healed; ``unknown`` where the file does not say or is none."""
     if not cell.checkpoint:
-        return SHAM
+        return SHAM_ARM
     with contextlib.suppress(CheckpointError):
         return str(read_checkpoint(pathlib.Path(cell.checkpoint)).config.get("arm", "unknown"))
     return "unknown"
@@ -242,7 +242,7 @@ def heal(config: HealConfig, driver: Driver | None = None) -> list[HealOutcome]:
     """
     driver = driver or Driver(Console(config.verbosity))
     with driver.process("heal", {"stage": HEAL.name}) as run:
-        require(config)
+        METHODS.load(config.healing_method).check(config)
         if config.checkpoint_dir:
             paths = find_checkpoints(config.checkpoint_dir)
             replicates = config.runs_per_checkpoint

@@ -61,6 +61,7 @@ def fresh_attack_config(config: HealConfig) -> AttackConfig:
             "sequence_length",
             "probe_tokens",
             "measurement_interval",
+            "measurements",
             "threads",
             "device",
             "output_dir",

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from healing.config.fingerprint import as_params
-from healing.config.shared import SHAM
 from healing.config.summarize import SummarizeConfig
 from healing.errors import TrackingError
+from healing.registry import SHAM
 from healing.reporting import html as html_report
 from healing.reporting import markdown as report
 from healing.reporting import paper, tables
@@ -22,7 +22,11 @@ from healing.reporting.escaping import csv_cell, one_line
 from healing.reporting.phrases import group_label
 from healing.reporting.plots import groups as groups_figures
 from healing.reporting.plots.style import COLUMN
-from healing.reporting.treatment_against_control import comparison_gaps, contrast_sentences
+from healing.reporting.treatment_against_control import (
+    comparison_gaps,
+    contrast_sentences,
+    pair_names,
+)
 from healing.stages.console import Console
 from healing.stages.driver import Driver, upload
 from healing.stages.summarize_inputs import read_runs
@@ -118,7 +122,7 @@ def write_summary(folder: pathlib.Path, summary: Summary) -> None:
 
 def _drawn(summary: Summary) -> list[GroupSummary]:
     """The groups that figures show: a sham has no recovery by design, it would be a label alone."""
-    return [g for g in summary.groups if g.arm != SHAM] or list(summary.groups)
+    return [g for g in summary.groups if g.role != SHAM] or list(summary.groups)
 
 
 def description(summary: Summary) -> str:
@@ -136,7 +140,9 @@ def _draw(folder: pathlib.Path, summary: Summary) -> dict[str, pathlib.Path]:
         groups_figures.recovery_against_parameters(folder / "recovery_against_parameters", groups)
         drawn += ["mean_recovery", "final_recovery", "half_recovery", "recovery_against_parameters"]
     if summary.comparisons:
-        groups_figures.haep_against_noise(folder / "haep_against_noise", summary.comparisons)
+        groups_figures.haep_against_noise(
+            folder / "haep_against_noise", summary.comparisons, *pair_names(summary)
+        )
         drawn.append("haep_against_noise")
     return {name: folder / f"{name}.png" for name in drawn}
 

@@ -13,6 +13,7 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 
+from healing.config.arm_tags import arm_label, arm_role
 from healing.errors import TrackingError
 from healing.measurements.diagnosis import UNTRAINED
 from healing.statistics.heal_runs import ENDPOINTS, SHAM_ENDPOINTS, HealRun
@@ -90,6 +91,8 @@ def _heal_run(view: RunView, trajectory: Trajectory) -> HealRun:
         finished=True,
         model=tags["model"],
         arm=tags["arm"],
+        role=arm_role(tags["arm"], tags.get("arm_role", "")),
+        label=arm_label(tags["arm"], tags.get("arm_label", "")),
         settings=tags["settings"],
         checkpoint=tags["checkpoint_id"],
         seed=tags["attack_seed"],

@@ -11,17 +11,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from healing.config.arm_tags import SHAM_ARM, arm_role, arms_of
 from healing.config.attack import AttackConfig
 from healing.config.basin import BasinConfig
 from healing.config.fingerprint import as_params
 from healing.config.heal import HealConfig
 from healing.config.options import AUTO
 from healing.config.presets import MODELS, model_label, preset_for
-from healing.config.shared import CONTROL, SHAM, TREATMENT
 from healing.config.summarize import SummarizeConfig
 from healing.config.sweep import SweepConfig
 from healing.errors import ConfigError, HealingError, SweepError
 from healing.models.loading import resolve_device
+from healing.registry import DAMAGE_CONTROL, SHAM, TREATMENT
 from healing.reporting.markdown import markdown
 from healing.stages.attack import ATTACK, checkpoint_of
 from healing.stages.basin import BASIN
@@ -40,13 +41,28 @@ from healing.tracking.run import Run
 
 @dataclass(frozen=True)
 class SweepCell:
-    """One attack and the healing of its checkpoint."""
+    """One attack and the healing of its checkpoint.
+
+    Attributes:
+        model: As given.
+        arm: Of the attack.
+        seed: Of attack and healing.
+        revision: Of the model.
+        deduped: Of the model.
+        matched_to: Arm whose attack of the same seed a damage control takes as its reference.
+    """
 
     model: str
     arm: str
     seed: int
     revision: str = ""
     deduped: bool = False
+    matched_to: str = ""
+
+    @property
+    def role(self) -> str:
+        """Of the arm."""
+        return arm_role(self.arm)
 
     @property
     def label(self) -> str:
@@ -63,18 +79,29 @@ def plan(config: SweepConfig) -> list[list[SweepCell]]:
     """Chains of cells: the arms of one model and seed, the largest model first; before all a model
     of unknown size.
 
-    Within a chain the sham comes first, since the others refer to it, and the noise comes after
-    the attack that it is matched to.
+    Within a chain the sham comes first, since the others refer to it, and a damage control comes
+    after the attack that it is matched to: once for every treatment.
     """
     wanted = config.arm_list()
-    if config.sham and SHAM not in wanted:
-        wanted = (SHAM, *wanted)
-    arms = sorted(wanted, key=lambda arm: (arm != SHAM, arm == CONTROL))
+    if config.sham and SHAM_ARM not in wanted:
+        wanted = (SHAM_ARM, *wanted)
+    arms = sorted(wanted, key=lambda arm: (arm_role(arm) != SHAM, arm_role(arm) == DAMAGE_CONTROL))
     return [
-        [SweepCell(model, arm, seed, config.revision, config.deduped) for arm in arms]
+        [
+            SweepCell(model, arm, seed, config.revision, config.deduped, matched_to)
+            for arm in arms
+            for matched_to in _references(arm, arms)
+        ]
         for model in sorted(config.model_list(), key=_size, reverse=True)
         for seed in config.seed_list()
     ]
+
+
+def _references(arm: str, arms: Sequence[str]) -> Sequence[str]:
+    """The arms that an arm is matched to, each in a cell of its own; an empty name for none."""
+    if arm_role(arm) != DAMAGE_CONTROL:
+        return ("",)
+    return [other for other in arms if arm_role(other) == TREATMENT] or ("",)
 
 
 def _size(model: str) -> int:
@@ -131,7 +158,7 @@ def heal_config(config: SweepConfig, cell: SweepCell) -> HealConfig:
             seed=cell.seed,
             healing_steps=int(steps),
             healing_lr=config.healing_lr,
-            sham=config.sham and cell.arm != SHAM,
+            sham=config.sham and cell.role != SHAM,
             **_shared(config),
         )
     )
@@ -153,7 +180,6 @@ class Sweep:
 
     def __init__(self, config: SweepConfig, run: Run, driver: Driver) -> None:
         self.config, self.run, self.driver = config, run, driver
-        self.matched = TREATMENT in config.arm_list()
         self.stopped = threading.Event()
 
     def _attack(self, driver: Driver, cell: SweepCell, reference: str) -> pathlib.Path:
@@ -163,7 +189,7 @@ class Sweep:
 
     def _basin(self, driver: Driver, cell: SweepCell, healed: RunView) -> RunView | None:
         """The landscape of a healing run, where it is wanted."""
-        if not self.config.basin or cell.arm not in (TREATMENT, CONTROL):
+        if not self.config.basin or cell.role not in (TREATMENT, DAMAGE_CONTROL):
             return None
         shared = _shared(self.config)
         settings = BasinConfig(
@@ -175,33 +201,35 @@ class Sweep:
         done = driver.run_cell(BASIN, BasinCell(settings), parent=self.run, reuse=True)
         return driver.store.get_run(done.run_id)
 
-    def run_cell(self, driver: Driver, cell: SweepCell, reference: str) -> tuple[CellResult, str]:
+    def run_cell(self, driver: Driver, cell: SweepCell, attacks: dict[str, str]) -> CellResult:
         """One cell: attack, healing, landscape; each is found again where it was run before.
 
-        Returns:
-            What became of it, and the checkpoint that was healed (empty for the sham).
+        Args:
+            driver: Of this cell.
+            cell: What to run.
+            attacks: Arm → checkpoint, of the same model and seed; gains this cell's.
         """
-        if cell.arm == CONTROL and self.matched and not reference:
+        if cell.matched_to and cell.matched_to not in attacks:
             raise ConfigError("the attack that the noise is matched to failed")
         path = ""
-        if cell.arm != SHAM:
-            path = str(self._attack(driver, cell, reference if cell.arm == CONTROL else ""))
+        if cell.role != SHAM:
+            path = str(self._attack(driver, cell, attacks.get(cell.matched_to, "")))
+            attacks[cell.arm] = path
         heal_cell = HealCell(heal_config(self.config, cell), path)
         done = driver.run_first(HEAL, heal_cell, self.run)
         view = driver.store.get_run(done.run_id)
-        return CellResult(cell, view, done.reused, basin=self._basin(driver, cell, view)), path
+        return CellResult(cell, view, done.reused, basin=self._basin(driver, cell, view))
 
     def run_chain(self, chain: Sequence[SweepCell], cells: Cells) -> list[CellResult]:
         """The arms of one model and seed in order; a failing cell does not stop the others."""
-        results, reference = [], ""
+        results: list[CellResult] = []
+        attacks: dict[str, str] = {}
         for cell in chain:
             if self.stopped.is_set():
                 break
             driver = self.driver.within(self.driver.console.within(cells))
             try:
-                result, path = self.run_cell(driver, cell, reference)
-                if cell.arm == TREATMENT:
-                    reference = path
+                result = self.run_cell(driver, cell, attacks)
             except HealingError as error:
                 result = CellResult(cell, failure=f"{cell.title}: {error}")
             results.append(result)
@@ -303,11 +331,14 @@ def sweep(config: SweepConfig, driver: Driver | None = None) -> Summary:
     name = f"{config.models} x {config.arms} x seeds {config.seeds}"
     with driver.process(name, {"stage": "main"}) as run:
         run.params("main", as_params(config))
-        if CONTROL in config.arm_list() and TREATMENT not in config.arm_list():
-            console.say(
-                f"note: {CONTROL} is not matched to anything, since {TREATMENT} is not among "
-                "--arms: it gets noise of one standard deviation of each tensor"
-            )
+        roles = {arm: arm_role(arm) for arm in config.arm_list()}
+        for arm in (a for a, role in roles.items() if role == DAMAGE_CONTROL):
+            if TREATMENT not in roles.values():
+                treatments = " or ".join(arms_of(TREATMENT))
+                console.say(
+                    f"note: {arm} is not matched to anything, since {treatments} is not among "
+                    "--arms: it gets noise of one standard deviation of each tensor"
+                )
         results = Sweep(config, run, driver).run_all()
         views = [r.view for r in results if r.view is not None]
         failures = [r.failure for r in results if r.failure]

@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from healing.config.arm_tags import arm_label, arm_role
 from healing.statistics.checkpoint_estimates import CheckpointTrajectory
 from healing.statistics.paired_tests import PRIMARY_ENDPOINTS
 
@@ -30,7 +31,7 @@ class HealRun:
         name: What a person calls it.
         finished: Whether it ended well; otherwise it is ``running`` or ``failure`` says why not.
         model: Model size.
-        arm: Way of hurting.
+        arm: Attack method.
         settings: Hash of everything but seed and replicate; runs of other settings are not pooled.
         checkpoint: The collapsed state: the independent unit.
         seed: Of the attack; pairs the arms.
@@ -48,6 +49,8 @@ class HealRun:
         fingerprint: Hash of all that determines the numbers; empty where unknown.
         tokens_per_step: Training tokens of one optimiser step; 0 where unknown.
         running: The store does not say that it ended.
+        role: Of the arm (:data:`healing.registry.ROLES`), as the run says; empty = by its name.
+        label: Of the arm, for people, as the run says; empty = by its name.
     """
 
     run_id: str
@@ -71,6 +74,12 @@ class HealRun:
     fingerprint: str = ""
     tokens_per_step: int = 0
     running: bool = False
+    role: str = ""
+    label: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "role", arm_role(self.arm, self.role))
+        object.__setattr__(self, "label", arm_label(self.arm, self.label))
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from healing.config.shared import SHAM
 from healing.measurements.diagnosis import LOCKOUT
+from healing.registry import SHAM
 from healing.statistics.checkpoint_estimates import (
     Approach,
     HalfTimes,
@@ -44,7 +44,7 @@ from healing.statistics.intervals import (
 )
 from healing.statistics.paired_tests import PRIMARY_ENDPOINTS, ArmComparison
 from healing.statistics.size_trend import ScalingSlope, scaling_slope
-from healing.statistics.treatment_against_control import Contrast, contrasts
+from healing.statistics.treatment_against_control import Contrast, Gap, contrasts
 from healing.statistics.variance_components import VarianceComponents, variance_components
 from healing.statistics.warning_collector import Notes
 
@@ -63,7 +63,7 @@ class GroupSummary:
 
     Attributes:
         model: Model size.
-        arm: Way of hurting.
+        arm: Attack method.
         settings: Hash that parts otherwise equal groups.
         noise_match: What noise shares with the attack of its seed; empty for other arms.
         n_params: Parameters of the model.
@@ -86,6 +86,8 @@ class GroupSummary:
         plans: Endpoint with an inconclusive verdict → checkpoints that would decide it.
         variance: Endpoint → variance between and within checkpoints.
         tokens_per_step: Training tokens of one healing step; 0 where unknown.
+        role: Of the arm, as in :data:`healing.registry.ROLES`.
+        label: Of the arm, for people.
     """
 
     model: str
@@ -112,6 +114,8 @@ class GroupSummary:
     plans: Mapping[str, VerdictPlan] = field(default_factory=dict)
     variance: Mapping[str, VarianceComponents] = field(default_factory=dict)
     tokens_per_step: int = 0
+    role: str = ""
+    label: str = ""
 
     @property
     def half_recovery_tokens(self) -> dict[str, Interval]:
@@ -131,8 +135,9 @@ class Summary:
 
     Attributes:
         groups: Ordered by model size, then arm.
-        contrasts: Model → HAEP against Gaussian noise.
-        gaps: Model → why its HAEP and noise runs are not compared.
+        contrasts: Model → treatment against damage control (HAEP against Gaussian noise); with
+            several pairs of arms, model and their labels.
+        gaps: The same → why their runs are not compared.
         slopes: Arm → rank recovery against log10(parameters), from three sizes on.
         failed: Runs that did not end well.
         running: Runs that the store does not say have ended.
@@ -144,7 +149,7 @@ class Summary:
 
     groups: tuple[GroupSummary, ...]
     contrasts: Mapping[str, Contrast]
-    gaps: Mapping[str, str]
+    gaps: Mapping[str, Gap]
     slopes: Mapping[str, ScalingSlope]
     failed: tuple[HealRun, ...]
     running: tuple[HealRun, ...]
@@ -155,8 +160,12 @@ class Summary:
 
     @property
     def comparisons(self) -> dict[str, ArmComparison]:
-        """Model → recovery after the last step, paired by seed."""
+        """As ``contrasts``: recovery after the last step, paired by seed."""
         return {model: found.comparison for model, found in self.contrasts.items()}
+
+    def label(self, arm: str) -> str:
+        """Of an arm, for people."""
+        return next((g.label for g in self.groups if g.arm == arm), arm)
 
 
 def _settings_order(runs: Iterable[HealRun]) -> dict[tuple[str, str, str], list[HealRun]]:
@@ -241,6 +250,8 @@ def summarize_group(
         plans=_plans(means, intervals, confidence),
         variance=variance,
         tokens_per_step=tokens_per_step(runs),
+        role=first.role,
+        label=first.label,
     )
 
 
@@ -289,7 +300,7 @@ def summarize_runs(runs: Sequence[HealRun], confidence: float, rng: np.random.Ge
     found, gaps = contrasts(grouped, 1.0 - confidence)
     slope_notes = Notes()
     slopes = _slopes(groups, confidence, slope_notes)
-    notes = [(f"{model}, HAEP against noise", n) for model, c in found.items() for n in c.notes]
+    notes = [(c.pair.title, n) for c in found.values() for n in c.notes]
     notes += [("scaling with size", n) for n in slope_notes.texts]
     return Summary(
         groups=groups,
@@ -300,7 +311,7 @@ def summarize_runs(runs: Sequence[HealRun], confidence: float, rng: np.random.Ge
         running=tuple(r for r in runs if r.running),
         repeats=repeats,
         # The sham changes nothing by design: not news.
-        undefined=tuple(r for r in finished if r.undefined_reason and r.arm != SHAM),
+        undefined=tuple(r for r in finished if r.undefined_reason and r.role != SHAM),
         notes=tuple(notes),
         confidence=confidence,
     )

@@ -1,4 +1,4 @@
-"""HAEP against noise of one model: paired recoveries, and how soon half of the damage is back."""
+"""Treatment against damage control: paired recoveries, and how soon half of the damage is back."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from healing.config.shared import CONTROL, TREATMENT
+from healing.config.arm_tags import arm_short
 from healing.measurements.diagnosis import UNTRAINED
+from healing.registry import DAMAGE_CONTROL, TREATMENT
 from healing.statistics.checkpoint_estimates import half_times
 from healing.statistics.heal_runs import HealRun, checkpoint_trajectories, tokens_per_step
 from healing.statistics.intervals import ClusterMeans, cluster_means
@@ -22,16 +23,45 @@ from healing.statistics.warning_collector import Notes
 
 
 @dataclass(frozen=True)
+class Pair:
+    """Two arms of one model, each by one of its runs."""
+
+    model: str
+    treatment: HealRun
+    control: HealRun
+
+    @property
+    def short(self) -> str:
+        """Shortest name of the control."""
+        return arm_short(self.control.arm, self.control.label)
+
+    @property
+    def title(self) -> str:
+        """``nano, HAEP against noise``."""
+        return f"{self.model}, {self.treatment.label} against {self.short}"
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Why two arms are not compared."""
+
+    pair: Pair
+    why: str
+
+
+@dataclass(frozen=True)
 class Contrast:
-    """HAEP against Gaussian noise of one model.
+    """A treatment against a damage control of one model: HAEP against Gaussian noise.
 
     Attributes:
+        pair: The arms.
         comparison: Recovery after the last step, paired by seed.
         pace: Endpoint → log-rank test of the half-recovery times of the checkpoints. Secondary: not
             adjusted, not paired, and no part of the comparison's statement.
         notes: What the data did not determine.
     """
 
+    pair: Pair
     comparison: ArmComparison
     pace: Mapping[str, LogRankTest]
     notes: tuple[str, ...]
@@ -70,15 +100,16 @@ def _obstacle(treatment: Sequence[HealRun], control: Sequence[HealRun]) -> str:
 def contrast(
     treatment: Sequence[HealRun], control: Sequence[HealRun], alpha: float
 ) -> Contrast | str:
-    """HAEP against noise, or why they cannot be compared.
+    """A treatment against a damage control, or why they cannot be compared.
 
-    Noise that was matched to other states than these attacks is left out.
+    Control runs that were matched to other states than these attacks are left out.
 
     Args:
-        treatment: HAEP's runs, all of one settings.
-        control: Noise runs, all of one settings.
+        treatment: Runs of one model, arm and settings.
+        control: Of the same model.
         alpha: Level of the tests.
     """
+    pair = Pair(treatment[0].model, treatment[0], control[0])
     attacks = {r.checkpoint for r in treatment}
     control = [r for r in control if not r.reference or r.reference in attacks]
     obstacle = _obstacle(treatment, control)
@@ -88,7 +119,7 @@ def contrast(
     differences = {e: known.call(e, _differences, treatment, control, e) for e in PRIMARY_ENDPOINTS}
     comparison = notes.call("paired differences", compare_arms, differences, alpha=alpha)
     pace = {e: _pace(notes, treatment, control, e) for e in PRIMARY_ENDPOINTS}
-    return Contrast(comparison, pace, notes.texts)
+    return Contrast(pair, comparison, pace, notes.texts)
 
 
 def _pace(
@@ -105,28 +136,57 @@ def _pace(
 
 def contrasts(
     groups: Mapping[tuple[str, str, str], list[HealRun]], alpha: float
-) -> tuple[dict[str, Contrast], dict[str, str]]:
-    """Model → contrast, and model → why there is none although both arms were run.
+) -> tuple[dict[str, Contrast], dict[str, Gap]]:
+    """Every treatment of a model against every damage control that was run on it.
 
     Args:
         groups: (model, arm, settings) → runs.
         alpha: Level of the tests.
+
+    Returns:
+        Contrasts, and why there is none although both arms were run; by model where it has one pair
+        of arms, else by model and labels.
     """
     found: dict[str, Contrast] = {}
-    gaps: dict[str, str] = {}
+    gaps: dict[str, Gap] = {}
     for model in dict.fromkeys(key[0] for key in groups):
-        arms = [
-            [runs for (m, a, _), runs in groups.items() if (m, a) == (model, arm)]
-            for arm in (TREATMENT, CONTROL)
+        arms = {
+            role: _by_arm([runs for (m, _, _), runs in groups.items() if m == model], role)
+            for role in (TREATMENT, DAMAGE_CONTROL)
+        }
+        pairs = [
+            (Pair(model, t[0][0], c[0][0]), t, c)
+            for t in arms[TREATMENT]
+            for c in arms[DAMAGE_CONTROL]
         ]
-        if not all(arms):
-            continue
-        if max(map(len, arms)) > 1:  # nothing says which pairs belong together
-            gaps[model] = "an arm has several settings (narrow the query with --filter)"
-            continue
-        result = contrast(arms[0][0], arms[1][0], alpha)
-        if isinstance(result, str):
-            gaps[model] = result
-        else:
-            found[model] = result
+        for pair, treatments, controls in pairs:
+            key = model if len(pairs) == 1 else pair.title
+            result = _contrast_of(pair, treatments, controls, alpha)
+            if isinstance(result, Gap):
+                gaps[key] = result
+            else:
+                found[key] = result
     return found, gaps
+
+
+def _by_arm(groups: Sequence[list[HealRun]], role: str) -> list[list[list[HealRun]]]:
+    """The groups of every arm of a role."""
+    arms: dict[str, list[list[HealRun]]] = {}
+    for runs in groups:
+        if runs[0].role == role:
+            arms.setdefault(runs[0].arm, []).append(runs)
+    return list(arms.values())
+
+
+def _contrast_of(
+    pair: Pair, treatments: Sequence[list[HealRun]], controls: Sequence[list[HealRun]], alpha: float
+) -> Contrast | Gap:
+    """The contrast of a pair of arms, given their groups, or why there is none."""
+    if len(controls) > 1:  # noise of another treatment is no noise of this one
+        attacks = {r.checkpoint for runs in treatments for r in runs}
+        own = [c for c in controls if any(not r.reference or r.reference in attacks for r in c)]
+        controls = own or controls
+    if max(len(treatments), len(controls)) > 1:  # nothing says which pairs belong together
+        return Gap(pair, "an arm has several settings (narrow the query with --filter)")
+    result = contrast(treatments[0], controls[0], alpha)
+    return Gap(pair, result) if isinstance(result, str) else result

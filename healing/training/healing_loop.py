@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
+from transformers import PreTrainedModel
 
 from healing.config.heal import HealConfig
 from healing.data.windows import batches
@@ -16,7 +18,7 @@ from healing.measurements.probe import Measurement, Probe
 from healing.models.loading import LoadedModel
 from healing.progress import Safe, without_safe_points
 from healing.randomness import named_generator
-from healing.training.methods.lora import adapted
+from healing.registry import METHODS
 from healing.training.nonfinite import forward_failure
 from healing.training.precision import Precision
 from healing.training.trainer import Trainer
@@ -78,6 +80,24 @@ def adapter_draws(data_order: torch.Generator) -> torch.Generator:
     return named_generator(data_order.initial_seed(), "adapters")
 
 
+def adapted(
+    model: PreTrainedModel, config: HealConfig, data_order: torch.Generator
+) -> AbstractContextManager[None]:
+    """The model prepared by the configured healing method; its plain architecture afterwards.
+
+    Args:
+        model: A causal language model, changed in place.
+        config: Says the method and its options.
+        data_order: Of the run; see :func:`adapter_draws`.
+
+    Raises:
+        ConfigError: The method, or a library that it needs, is not there.
+    """
+    method = METHODS.load(config.healing_method)
+    found: AbstractContextManager[None] = method.adapted(model, config, adapter_draws(data_order))
+    return found
+
+
 def heal(
     loaded: LoadedModel,
     config: HealConfig,
@@ -119,7 +139,7 @@ def heal_events(
     precision = Precision(config.precision, config.precision_mode)
     stream = batches(windows, int(config.batch_size), generator)
     yield HealRecord(0, 0, collapsed, headroom=precision.headroom(collapsed.peaks))
-    with adapted(model, config, adapter_draws(generator)), precision.weights(model):
+    with adapted(model, config, generator), precision.weights(model):
         trainer = Trainer(model, config)
         losses: list[float] = []
         norms: list[float] = []
@@ -180,7 +200,7 @@ def control_run(
     model = loaded.model
     stream = batches(windows, int(config.batch_size), generator)
     precision = Precision(config.precision, config.precision_mode)
-    with adapted(model, config, adapter_draws(generator)), precision.weights(model):
+    with adapted(model, config, generator), precision.weights(model):
         trainer = Trainer(model, config)
         for _ in range(steps):
             trainer.step(next(stream).to(loaded.device))

@@ -59,7 +59,9 @@ MAY_IMPORT = {
     "measurements": {*GROUND, "config", "data", "models"},
     "training": {*GROUND, "config", "data", "models", "measurements"},
     "attacks": {*GROUND, "config", "data", "curvature", "models", "measurements", "training"},
-    "statistics": {"errors", "config", "measurements.recovery", "measurements.diagnosis"},
+    "statistics": {
+        "errors", "registry", "config", "measurements.recovery", "measurements.diagnosis",
+    },
     "tracking": {"errors"},
     "reporting": {
         "errors", "registry", "config", "curvature", "measurements.diagnosis",

@@ -15,21 +15,21 @@ from healing.attacks.alignment import (
     sequence_alignment,
     sequence_loss,
 )
-from healing.attacks.arms import gaussian_noise, make_arm, mean_spectral_entropy
+from healing.attacks.arms.spectral import mean_spectral_entropy
 from healing.attacks.catalyst_search import Catalyst, propose_swaps, search_catalyst, token_gradient
+from healing.attacks.context import prepare_arm
 from healing.attacks.loop import gradient_step, run_attack
+from healing.attacks.noise import gaussian_noise
 from healing.attacks.weight_change import WeightChange
 from healing.config.attack import AttackConfig
 from healing.config.resolve import resolve
-from healing.config.shared import ARMS
 from healing.curvature.subspaces import MatrixSubspace, SingularSubspace
-from healing.errors import CheckpointError
+from healing.errors import CheckpointError, ConfigError
 from healing.measurements.probe import Probe
 from healing.models.blocks import block_matrices
 from healing.models.checkpoints import COLLAPSED_KIND, HEALED_KIND, save_checkpoint
 from healing.models.loading import LoadedModel, load_model, state_digest
 from healing.randomness import named_generator
-from healing.reporting.plots.style import ARM_STYLES
 from tests.measurements.test_covariance import reference_rank
 from tests.measurements.test_probe import hand_written_loss
 
@@ -229,7 +229,7 @@ def settings(arm: str, **changes) -> AttackConfig:
 def run(nano, corpus, probe, config):
     healthy = probe.measure(nano.model)
     change = WeightChange(nano.model)
-    made = make_arm(config, nano, corpus, change)
+    made = prepare_arm(config, nano, corpus, change)
     records = list(run_attack(nano, made.arm, config, probe, healthy, change))
     return records, change, made.catalyst
 
@@ -343,18 +343,14 @@ def test_spectral_arm_collapses_the_rank(nano, corpus, small_probe):
 def test_a_name_that_no_arm_has_is_refused_instead_of_run_as_another(nano, corpus):
     config = resolve(AttackConfig(model="nano"))
     object.__setattr__(config, "arm", "mystery")
-    with pytest.raises(ValueError, match="no arm is made under the name 'mystery'"):
-        make_arm(config, nano, corpus, WeightChange(nano.model))
-
-
-def test_every_arm_has_a_style_in_the_figures():
-    assert set(ARM_STYLES) == set(ARMS)
+    with pytest.raises(ConfigError, match="unknown arm 'mystery': choose one of haep, "):
+        prepare_arm(config, nano, corpus, WeightChange(nano.model))
 
 
 def test_attack_stops_on_a_step_that_is_not_finite(nano, corpus, small_probe):
     healthy, change = small_probe.measure(nano.model), WeightChange(nano.model)
     config = settings("random_tokens", attack_steps=10)
-    arm = make_arm(config, nano, corpus, change).arm
+    arm = prepare_arm(config, nano, corpus, change).arm
     weight = next(iter(block_matrices(nano.model).values()))
     arm.objective = lambda: (weight * math.inf).sum()  # type: ignore[attr-defined]
     records = list(run_attack(nano, arm, config, small_probe, healthy, change))
@@ -417,7 +413,7 @@ def test_padding_rows_of_the_vocabulary_are_never_fed(tiny, corpus, arm):
     loaded = LoadedModel("nano", padded, tiny.tokenizer, "digest")
     assert loaded.vocabulary == 2048
     config = resolve(AttackConfig(model="nano", arm=arm, search_steps=3, rayleigh_draws=0))
-    made = make_arm(config, loaded, corpus, WeightChange(padded))
+    made = prepare_arm(config, loaded, corpus, WeightChange(padded))
     fed = []
     padded.register_forward_pre_hook(
         lambda _module, _args, given: fed.append(int(given["input_ids"].max())), with_kwargs=True
@@ -434,7 +430,7 @@ def test_a_spectral_attack_on_what_cannot_be_computed_ends_instead_of_raising(na
     config = settings("spectral")
     probe = Probe(corpus.windows("probe", nano.tokenizer, 32)[:4])
     healthy, change = probe.measure(nano.model), WeightChange(nano.model)
-    made = make_arm(config, nano, corpus, change)
+    made = prepare_arm(config, nano, corpus, change)
     records = list(run_attack(nano, made.arm, config, probe, healthy, change))
     assert [r.step for r in records] == [0, 1]
     assert not records[-1].outcome.finite

@@ -14,8 +14,8 @@ from transformers import GPTNeoXForCausalLM
 
 from healing.attacks import clean_hessian as clean_hessian_module
 from healing.attacks.alignment import gradients_of, sequence_loss
-from healing.attacks.arms import make_arm, warmup_batches
 from healing.attacks.clean_hessian import clean_hessian, hessian_subspace, rayleigh_rank
+from healing.attacks.context import prepare_arm, warmup_batches
 from healing.attacks.loop import prime_first_moment, run_attack, warm_second_moment
 from healing.attacks.weight_change import WeightChange
 from healing.config.attack import AttackConfig
@@ -40,7 +40,7 @@ def settings(**changes) -> AttackConfig:
 def run(loaded, corpus, config):
     probe = Probe(corpus.windows("probe", loaded.tokenizer, 32)[:4])
     healthy, change = probe.measure(loaded.model), WeightChange(loaded.model)
-    made = make_arm(config, loaded, corpus, change)
+    made = prepare_arm(config, loaded, corpus, change)
     warmup = warmup_batches(config, loaded, corpus)
     records = run_attack(loaded, made.arm, config, probe, healthy, change, warmup)
     return list(records), change, made
@@ -187,7 +187,7 @@ def test_kappa_of_adams_first_step_is_that_of_the_sign(corpus):
     """AdamW's first update is lr·g/(|g| + eps·…): the sign where g is far above eps."""
     loaded = load_model("nano")
     config = settings(attack_steps=1, search_steps=0)
-    tokens = make_arm(config, loaded, corpus, WeightChange(loaded.model)).catalyst.tokens
+    tokens = prepare_arm(config, loaded, corpus, WeightChange(loaded.model)).catalyst.tokens
     gradients = gradients_of(loaded.model, sequence_loss(loaded.model, tokens))
     subspace = SingularSubspace.of(block_matrices(loaded.model), config.subspace_energy)
     signs = {n: g / (g.abs() + 1e-8) for n, g in gradients.items()}
@@ -216,7 +216,7 @@ def test_oracle_moves_within_the_subspace_alone(corpus):
     assert "kappa" not in final
     # The same catalyst as haep's of the same seed: the projection is the only difference.
     twin = load_model("nano")
-    other = make_arm(settings(arm="haep"), twin, corpus, WeightChange(twin.model))
+    other = prepare_arm(settings(arm="haep"), twin, corpus, WeightChange(twin.model))
     assert torch.equal(made.catalyst.tokens, other.catalyst.tokens)
 
 
@@ -228,8 +228,8 @@ def test_adam_leaves_the_subspace_even_with_projected_gradients(corpus):
 def test_attack_in_the_hessian_subspace_reports_its_pairs(corpus):
     config = settings(subspace="hessian", hessian_directions=2)
     records, _, made = run(load_model("nano"), corpus, config)
-    assert made.statuses["hessian_status"] in ("converged", "max_iterations", "stagnated")
-    numbers = made.numbers
+    assert made.solver_statuses["hessian_status"] in ("converged", "max_iterations", "stagnated")
+    numbers = made.curvature_metrics
     assert numbers["hessian_lambda_max"] >= numbers["hessian_lambda_k"] > 0
     assert records[0].metrics()["alignment_isotropic"] > 0.9999
     assert 0 <= numbers["rayleigh_percentile"] <= 100

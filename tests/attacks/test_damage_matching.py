@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from healing.attacks import damage_matching
-from healing.attacks.arms import NoiseArm, make_arm
+from healing.attacks.context import prepare_arm
 from healing.attacks.damage_matching import DamageTarget, match_damage, measure_state
+from healing.attacks.noise import NoiseArm
 from healing.attacks.weight_change import WeightChange
 from healing.config.attack import AttackConfig
 from healing.config.resolve import resolve
@@ -139,7 +140,7 @@ def test_noise_on_nano_reaches_the_loss_of_a_known_damage(nano, corpus, probe, t
     assert state_digest(fresh.model.state_dict()) == digest  # the healthy weights are back
     config = resolve(AttackConfig(model="nano", arm="gaussian_noise", match="loss",
                                   reference_checkpoint=str(path), sequence_length=64))  # fmt: skip
-    made = make_arm(config, fresh, corpus, change)
+    made = prepare_arm(config, fresh, corpus, change)
     assert isinstance(made.arm, NoiseArm)
     target = DamageTarget.of("loss", measured, healthy)
     *_, last = match_damage(fresh, made.arm, probe, healthy, target)

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from matplotlib import colors
 from matplotlib import pyplot as plt
 
+from healing.registry import ARMS
 from healing.reporting.plots import groups as figures
 from healing.reporting.plots import style
-from healing.reporting.plots.style import ARM_STYLES, COLUMN, PAGE, safe_text, spread, text_colour
+from healing.reporting.plots.style import COLUMN, PAGE, arm_style, safe_text, spread, text_colour
 from tests.summaries import eventful, nasty, realistic
 
 DRAW = {
@@ -125,9 +126,9 @@ def test_several_settings_of_a_size_are_not_joined(tmp_path, kept):
         (line.get_color(), line.get_linestyle()) for line in ax.lines if line.get_marker() != "None"
     }
     joined = {arm for arm in ("haep", "gaussian_noise", "random_text")
-              if (ARM_STYLES[arm][0], "-") in curves}  # fmt: skip
+              if (arm_style(arm)[0], "-") in curves}  # fmt: skip
     assert joined == set(summary.slopes) == {"haep", "gaussian_noise"}
-    assert (ARM_STYLES["random_text"][0], "None") in curves
+    assert (arm_style("random_text")[0], "None") in curves
     assert "not joined (several settings of a size): text" in [t.get_text() for t in ax.texts]
 
 
@@ -147,16 +148,16 @@ def test_differences_from_noise_are_drawn_pair_by_pair(tmp_path, kept, summary):
 
 
 def test_arms_have_their_own_colours_and_markers():
-    assert len({colour for colour, _, _ in ARM_STYLES.values()}) == len(ARM_STYLES)
-    assert len({marker for _, marker, _ in ARM_STYLES.values()}) == len(ARM_STYLES)
+    styles = [arm_style(arm) for arm in ARMS.names()]
+    assert len({colour for colour, _ in styles}) == len({marker for _, marker in styles}) == 7
 
 
-@pytest.mark.parametrize("arm", ARM_STYLES)
+@pytest.mark.parametrize("arm", ARMS.names())
 def test_small_type_has_the_contrast_that_wcag_asks_for(arm):
     def linear(c: float) -> float:
         return c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4
 
-    red, green, blue = map(linear, colors.to_rgb(text_colour(ARM_STYLES[arm][0])))
+    red, green, blue = map(linear, colors.to_rgb(text_colour(arm_style(arm)[0])))
     luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue
     assert 1.05 / (luminance + 0.05) >= 4.5
 

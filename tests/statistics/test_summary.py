@@ -116,7 +116,7 @@ def test_haep_against_noise_is_paired_by_seed():
     expected = scipy_stats.t.interval(0.95, 2, differences.mean(), scipy_stats.sem(differences))
     rank = summary.comparisons["nano"].endpoints[0].superiority.interval
     assert (rank.low, rank.high) == pytest.approx(expected)
-    assert "HAEP minus Gaussian noise" in comparison_sentence("nano", summary)
+    assert "HAEP minus Gaussian noise" in comparison_sentence(summary.contrasts["nano"])
     assert not pool([*noise, make_run(1.0, seed=9)]).comparisons
 
 

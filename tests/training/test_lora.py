@@ -21,8 +21,9 @@ from healing.models.checkpoints import read_checkpoint
 from healing.models.loading import load_model
 from healing.models.token_loss import training_loss
 from healing.randomness import named_generator
+from healing.registry import METHODS
 from healing.training.healing_loop import control_run, heal
-from healing.training.methods.lora import adapted, linear_layers, n_trainable, require
+from healing.training.methods.lora import adapted, check, linear_layers, n_trainable
 from healing.training.trainer import Trainer
 
 RANK = 3
@@ -129,7 +130,7 @@ def test_only_the_adapters_are_trained(model):
         assert not base & {id(p) for p in held}
         assert sum(p.numel() for p in held) == expected
         assert sum(p.numel() for p in model.parameters() if p.requires_grad) == expected
-    assert n_trainable(model, settings(healing_method="full")) == sum(
+    assert METHODS.load("full").n_trainable(model, config) == sum(
         p.numel() for p in model.parameters()
     )
 
@@ -284,9 +285,9 @@ def test_blocks_without_linear_layers_are_named():
 
 def test_a_missing_library_is_one_line_before_anything_is_loaded(store, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    require(settings(healing_method="full"))
+    METHODS.load("full").check(settings(healing_method="full"))
     with pytest.raises(ConfigError, match=r"pip install 'llm-healing\[lora\]'"):
-        require(settings())
+        check(settings())
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("."))
     arguments = ["--model", "nano", "--healing-method", "lora", "--arm", "none"]
     result = CliRunner().invoke(heal_command.main, arguments)

@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
+from healing.config.arm_tags import arm_short
 from healing.reporting.plots.style import (
     BLACK,
     COLUMN,
     PAGE,
     SMALL,
     VERMILION,
-    arm_label,
     arm_style,
     direct_labels,
     paper_figure,
@@ -29,13 +29,6 @@ from healing.statistics.summary import GroupSummary, sizes_of
 
 LABELS = {"rank_recovery_pct": "rank recovery (%)", "loss_recovery_pct": "loss recovery (%)"}
 GREY = "#555555"
-SHORT_NAMES = {
-    "gaussian_noise": "noise",
-    "random_tokens": "tokens",
-    "random_text": "text",
-    "haep_oracle": "oracle",
-}
-"""Arms at the ends of their lines, where every letter costs width of the axes."""
 
 
 def _groups_by_model(groups: Sequence[GroupSummary]) -> dict[str, list[GroupSummary]]:
@@ -49,7 +42,7 @@ def _settings_label(
     group: GroupSummary, groups: Sequence[GroupSummary], short: bool = False
 ) -> str:
     twins = [g for g in groups if (g.model, g.arm) == (group.model, group.arm)]
-    name = SHORT_NAMES.get(group.arm, arm_label(group.arm)) if short else arm_label(group.arm)
+    name = arm_short(group.arm, group.label) if short else group.label
     if len(twins) == 1:
         return safe_text(name, 12 if short else 22)
     mark = safe_text(f"#{group.settings[: 4 if short else 6]}")
@@ -115,7 +108,7 @@ def _draw_band(
     ax: plt.Axes, group: GroupSummary, endpoint: str, groups: Sequence[GroupSummary]
 ) -> tuple[float, str, str] | None:
     """Draw a group's mean and band; where the line ends, its name and colour."""
-    colour, marker, _ = arm_style(group.arm)
+    colour, marker = arm_style(group.arm)
     band, name = group.bands[endpoint], _settings_label(group, groups, short=True)
     points = [i.point for i in band.intervals]
     finite = [p for p in points if math.isfinite(p)]
@@ -159,7 +152,7 @@ def final_recovery(path: pathlib.Path, groups: Sequence[GroupSummary]) -> None:
 
 
 def _draw_final(ax: plt.Axes, group: GroupSummary, endpoint: str, y: int) -> None:
-    colour, marker, _ = arm_style(group.arm)
+    colour, marker = arm_style(group.arm)
     interval = group.intervals[endpoint]
     means = [m for m in group.means[endpoint].means if math.isfinite(m)]
     _draw_points(ax, means, y, colour, marker)
@@ -207,7 +200,7 @@ def recovery_against_parameters(path: pathlib.Path, groups: Sequence[GroupSummar
             _note(ax, "rank recovery undefined everywhere")
         loose = [arm for arm in arms if not sizes_of(groups, arm)[1]]
         if loose:
-            names = ", ".join(_short_name(arm) for arm in loose[:3])
+            names = ", ".join(_short_name(groups, arm) for arm in loose[:3])
             _note(ax, f"not joined (several settings of a size): {names}")
 
 
@@ -217,15 +210,16 @@ def _sized(groups: Sequence[GroupSummary], arm: str) -> list[GroupSummary]:
     return [g for g in own if math.isfinite(g.intervals["rank_recovery_pct"].point)]
 
 
-def _short_name(arm: str) -> str:
-    return safe_text(SHORT_NAMES.get(arm, arm_label(arm)), 12)
+def _short_name(groups: Sequence[GroupSummary], arm: str) -> str:
+    label = next(g.label for g in groups if g.arm == arm)
+    return safe_text(arm_short(arm, label), 12)
 
 
 def _draw_sizes(
     ax: plt.Axes, groups: Sequence[GroupSummary], arm: str, place: float
 ) -> tuple[float, str, str]:
     """Draw one arm, a little to the side so that intervals of one size do not hide one another."""
-    colour, marker, _ = arm_style(arm)
+    colour, marker = arm_style(arm)
     own, joined = _sized(groups, arm), sizes_of(groups, arm)[1]
     seen: dict[int, int] = {}
     xs = []
@@ -239,7 +233,7 @@ def _draw_sizes(
     for x, i in zip(xs, intervals, strict=True):
         if i.defined:
             ax.plot([x, x], [i.low, i.high], color=colour, linewidth=0.9)
-    return points[-1], _short_name(arm), colour
+    return points[-1], _short_name(own, arm), colour
 
 
 def half_recovery(path: pathlib.Path, groups: Sequence[GroupSummary]) -> None:
@@ -266,7 +260,7 @@ def half_recovery(path: pathlib.Path, groups: Sequence[GroupSummary]) -> None:
 def _draw_survival(
     ax: plt.Axes, group: GroupSummary, endpoint: str, groups: Sequence[GroupSummary], number: int
 ) -> tuple[float, str, str] | None:
-    colour, _, _ = arm_style(group.arm)
+    colour, _ = arm_style(group.arm)
     name = _settings_label(group, groups, short=True)
     times = [h for h in group.half_times[endpoint].times if math.isfinite(h.time)]
     if not times:
@@ -287,14 +281,22 @@ def _draw_survival(
     return ys[-1], f"{name} (n = {len(times)})", colour
 
 
-def haep_against_noise(path: pathlib.Path, comparisons: Mapping[str, ArmComparison]) -> None:
-    """HAEP minus noise: each pair's difference, their mean with its interval, the zone of ±margin.
+def haep_against_noise(
+    path: pathlib.Path,
+    comparisons: Mapping[str, ArmComparison],
+    treatment: str = "HAEP",
+    control: str = "noise",
+) -> None:
+    """Treatment minus control: each pair's difference, their mean with its interval, ±margin.
 
     Args:
         path: Without suffix; PNG and PDF are written.
         comparisons: Model → comparison, at least one.
+        treatment: Name in the axis' label.
+        control: The same.
     """
     rows = [(m, e) for m, comparison in comparisons.items() for e in comparison.endpoints]
+    names = f"{safe_text(treatment)} minus {safe_text(control)}"
     labels = [f"{safe_text(m)}  {e.endpoint.removesuffix('_recovery_pct')}" for m, e in rows]
     with paper_figure(path, 1, 1, (COLUMN + 1.1, 0.75 + 0.32 * len(rows))) as (_, (ax,)):
         margin = rows[0][1].equivalence.margin
@@ -303,7 +305,7 @@ def haep_against_noise(path: pathlib.Path, comparisons: Mapping[str, ArmComparis
         for y, (_, endpoint) in enumerate(rows):
             _draw_difference(ax, endpoint, y)
         ax.set(
-            xlabel=f"HAEP minus noise (points of recovery; grey: ±{margin:g})",
+            xlabel=f"{names} (points of recovery; grey: ±{margin:g})",
             ylim=(len(rows) - 0.5, -0.5),
         )
         low, high = ax.get_xlim()

@@ -7,8 +7,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from healing.config.arm_tags import arm_label
 from healing.reporting.plots.style import (
-    ARM_STYLES,
     BLACK,
     BLUE,
     SKY,
@@ -49,7 +49,7 @@ def rank_collapse(
     path: pathlib.Path, trajectory: Sequence[tuple[int, Mapping[str, float]]], arm: str, model: str
 ) -> None:
     """Attack: effective rank (mean and every block) and perplexity against attack steps."""
-    colour, marker, label = ARM_STYLES[arm]
+    colour, marker = arm_style(arm)
     with figure(path, 1, 2, (8.4, 3.6)) as (fig, (left, right)):
         layers = sorted(k for k in trajectory[0][1] if k.startswith("layers/effective_rank"))
         for number, name in enumerate(layers):
@@ -70,7 +70,9 @@ def rank_collapse(
         left.legend()
         right.plot(*series(trajectory, "perplexity"), color=colour, marker=marker, markersize=4)
         right.set(xlabel="attack steps", ylabel="perplexity (log scale)", yscale="log")
-        fig.suptitle(f"{label} on {model}: effective rank and perplexity on the clean probe")
+        fig.suptitle(
+            f"{arm_label(arm)} on {model}: effective rank and perplexity on the clean probe"
+        )
 
 
 def spectral_decay(
@@ -104,7 +106,7 @@ def recovery_trajectory(
     title: str,
 ) -> None:
     """Healing: effective rank with its references, and both recoveries, against steps."""
-    colour, marker, _ = arm_style(arm)
+    colour, marker = arm_style(arm)
     last = trajectory[-1][0]
     with figure(path, 1, 2, (8.8, 3.8)) as (fig, (left, right)):
         left.plot(*series(trajectory, "effective_rank"), color=colour, marker=marker, markersize=3)
@@ -141,7 +143,7 @@ def perplexity_recovery(
     title: str,
 ) -> None:
     """Healing: perplexity on a log scale against steps, with its references."""
-    colour, marker, _ = arm_style(arm)
+    colour, marker = arm_style(arm)
     last = trajectory[-1][0]
     with figure(path) as (_, (ax,)):
         ax.plot(*series(trajectory, "perplexity"), color=colour, marker=marker, markersize=3)

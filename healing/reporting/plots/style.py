@@ -18,6 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import offset_copy
 from scipy import optimize
 
+from healing.registry import ARMS
+
 matplotlib.use("Agg")
 
 # Okabe & Ito (2008): distinguishable with every common form of colour blindness.
@@ -71,16 +73,6 @@ PAPER: dict[Any, Any] = STYLE | {
 SMALL = 6.5
 """Points; notes inside paper figures."""
 
-ARM_STYLES = {
-    # Colour, marker and name of each arm, the same in every figure.
-    "haep": (VERMILION, "o", "HAEP"),
-    "haep_oracle": (PURPLE, "v", "HAEP oracle"),
-    "spectral": (BLUE, "s", "spectral"),
-    "random_tokens": (ORANGE, "^", "random tokens"),
-    "random_text": (GREEN, "D", "clean text"),
-    "gaussian_noise": (SKY, "P", "Gaussian noise"),
-    "none": (BLACK, "x", "sham"),
-}
 STATE_STYLES = {
     "healthy": (GREEN, "-"),
     "collapsed": (VERMILION, "--"),
@@ -217,14 +209,16 @@ def series(
     return finite_points([(step, values[name]) for step, values in trajectory if name in values])
 
 
-def arm_label(arm: str) -> str:
-    """Name of an arm as figures show it."""
-    return ARM_STYLES[arm][2] if arm in ARM_STYLES else arm
+UNKNOWN = "#666666", "o"
+"""Colour and marker of an arm that is not installed here, or gives none."""
 
 
-def arm_style(arm: str) -> tuple[str, str, str]:
-    """Colour, marker and name of an arm; grey for one that has none of its own."""
-    return ARM_STYLES.get(arm, ("#666666", "o", arm))
+def arm_style(arm: str) -> tuple[str, str]:
+    """Colour and marker of an arm, the same in every figure."""
+    if not ARMS.known(arm):
+        return UNKNOWN
+    facts = ARMS.facts(arm)
+    return facts.get("COLOUR", UNKNOWN[0]), facts.get("MARKER", UNKNOWN[1])
 
 
 def reference_line(ax: plt.Axes, value: float, state: str, x: float) -> None:

@@ -6,12 +6,11 @@ import pathlib
 from dataclasses import dataclass
 from typing import Any
 
-from healing.attacks.arms import NoiseArm, Preparation, make_arm, warmup_batches
-from healing.attacks.base import AttackRecord
+from healing.attacks.base import AttackRecord, Preparation
 from healing.attacks.catalyst_search import Catalyst
-from healing.attacks.damage_matching import DamageTarget, match_damage, measure_state
-from healing.attacks.loop import run_attack
+from healing.attacks.context import prepare_arm, warmup_batches
 from healing.attacks.weight_change import WeightChange
+from healing.config.arm_tags import arm_role
 from healing.config.attack import AttackConfig
 from healing.config.fingerprint import as_params, fingerprint
 from healing.config.presets import model_slug
@@ -21,6 +20,7 @@ from healing.models.checkpoints import read_checkpoint
 from healing.models.loading import LoadedModel
 from healing.progress import Safe, enter
 from healing.randomness import named_generator
+from healing.registry import ARMS, DAMAGE_CONTROL
 from healing.stages.cells.code_digest import code_digest
 from healing.stages.cells.events import Begin, Events, Record
 from healing.stages.cells.inputs import (
@@ -28,6 +28,7 @@ from healing.stages.cells.inputs import (
     few_rows_warnings,
     inputs_read,
     load_inputs,
+    measurement_modules,
     rank_and_perplexity,
 )
 
@@ -58,7 +59,7 @@ class AttackOutcome:
 
     @property
     def catalyst(self) -> Catalyst | None:
-        """Result of the search (``haep`` and ``haep_oracle``)."""
+        """The search of the tokens that the arm trains on, if there was one."""
         return self.preparation.catalyst
 
     @property
@@ -91,13 +92,21 @@ class AttackOutcome:
             "rank_standard_error": self.healthy.rank_standard_error,
             "attack_steps_done": self.last.step,
             **(self.catalyst.metrics() if self.catalyst else {}),
-            **self.preparation.numbers,
+            **self.preparation.curvature_metrics,
         }
 
 
-def attack_code() -> str:
-    """Digest of the code that makes an attack's numbers."""
-    return code_digest("healing.stages.cells.attack")
+def attack_code(config: AttackConfig) -> str:
+    """Digest of the code that makes an attack's numbers: the cell's, and that of its arm and extra
+    measurements, which are loaded by name.
+
+    Raises:
+        ConfigError: The arm or a measurement cannot be loaded.
+    """
+    ARMS.load(config.arm)
+    return code_digest(
+        "healing.stages.cells.attack", ARMS.module(config.arm), *measurement_modules(config)
+    )
 
 
 def attack_fingerprint(config: AttackConfig, identity: str, digests: dict[str, str]) -> str:
@@ -108,7 +117,7 @@ def attack_fingerprint(config: AttackConfig, identity: str, digests: dict[str, s
     if config.reference_checkpoint:
         reference = read_checkpoint(pathlib.Path(config.reference_checkpoint)).digest
     return fingerprint(
-        "attack", config, reference, identity, digests, attack_code(), device_kind(config)
+        "attack", config, reference, identity, digests, attack_code(config), device_kind(config)
     )
 
 
@@ -129,21 +138,14 @@ def attack_cell(config: AttackConfig) -> Events[AttackOutcome]:
     enter("healthy measurement")
     healthy = probe.measure(loaded.model, named_generator(config.seed, "bootstrap"))
     change = WeightChange(loaded.model)
-    made = make_arm(config, loaded, corpus, change)
-    if noise_match(config) in ("loss", "rank") and isinstance(made.arm, NoiseArm):
-        reference = read_checkpoint(pathlib.Path(config.reference_checkpoint)).state
-        damaged = measure_state(loaded, reference, change, probe)
-        target = DamageTarget.of(config.match, damaged, healthy)
-        records = match_damage(loaded, made.arm, probe, healthy, target)
-    else:
-        warmup = warmup_batches(config, loaded, corpus)
-        records = run_attack(loaded, made.arm, config, probe, healthy, change, warmup)
-    for record in records:
+    prepared = prepare_arm(config, loaded, corpus, change)
+    warmup = warmup_batches(config, loaded, corpus)
+    for record in prepared.arm.run(loaded, config, probe, healthy, change, warmup):
         metrics = record.metrics()
         yield Record(record.step, metrics, rank_and_perplexity(metrics))
         yield Safe(record.step)
     collapsed = probe.measure(loaded.model, named_generator(config.seed, "bootstrap"))
-    return AttackOutcome(config, mark, loaded, healthy, collapsed, record, made, corpus.digests)
+    return AttackOutcome(config, mark, loaded, healthy, collapsed, record, prepared, corpus.digests)
 
 
 def _reference_tags(config: AttackConfig) -> dict[str, str]:
@@ -155,10 +157,10 @@ def _reference_tags(config: AttackConfig) -> dict[str, str]:
 
 
 def noise_match(config: AttackConfig) -> str:
-    """What ``gaussian_noise`` shares with its reference: ``norm``, ``loss`` or ``rank``; without a
+    """What a damage control shares with its reference: ``norm``, ``loss`` or ``rank``; without a
     reference ``scale``; empty for other arms.
     """
-    if config.arm != "gaussian_noise":
+    if arm_role(config.arm) != DAMAGE_CONTROL:
         return ""
     return config.match if config.reference_checkpoint else "scale"
 

@@ -19,35 +19,36 @@ import torch
 import transformers
 
 from healing.config.fingerprint import fingerprint
+from healing.registry import source_file
 
 EXCLUDED = {
     "healing.config": "every value that reaches a cell is a field of its resolved configuration",
     "healing.errors": "names of failures; a cell that fails leaves no numbers",
     "healing.data.hub": "how files are fetched; what they hold is hashed as weights and texts",
+    "healing.progress": "says how far a loop is, and changes nothing in it",
+    "healing.registry": "which file a name stands for; the file in use is a root of its own",
     "healing.stages.cells.code_digest": "this module",
+    "healing.stages.cells.events": "names of what a cell says to its driver",
 }
 """What a cell reaches and its digest leaves out (with everything below it), and why."""
 
 
-def find_module(name: str) -> pathlib.Path | None:
-    """Source file of a module or package; ``None`` where there is no such module."""
-    try:
-        spec = importlib.util.find_spec(name)
-    except (ModuleNotFoundError, ValueError):
-        return None
-    if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
-        return None
-    return pathlib.Path(spec.origin)
+def imported(tree: ast.Module, package: str = "") -> Iterator[str]:
+    """Names that the source imports, at any depth: modules, and what may be modules.
 
-
-def imported(tree: ast.Module) -> Iterator[str]:
-    """Names that the source imports, at any depth: modules, and what may be modules."""
+    Args:
+        tree: Of the source.
+        package: That relative imports start from.
+    """
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            if node.level:
+                module = importlib.util.resolve_name(module, package)
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
 
 
 @functools.cache
@@ -62,15 +63,20 @@ def is_excluded(name: str) -> bool:
 
 
 def closure(*roots: str) -> dict[str, pathlib.Path]:
-    """Module → file of the roots and of every module of this project that they import."""
+    """Module → file of the roots and of what they import of this project, plug-ins also of their
+    own package.
+    """
     found: dict[str, pathlib.Path] = {}
+    followed = {"healing", *(root.partition(".")[0] for root in roots)}
     waiting = list(roots)
     while waiting:
         name = waiting.pop()
-        path = None if name in found or is_excluded(name) else find_module(name)
+        path = None if name in found or is_excluded(name) else source_file(name)
         if path is not None:
             found[name] = path
-            waiting += [n for n in imported(parsed(path)) if n.startswith("healing.")]
+            package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+            names = imported(parsed(path), package)
+            waiting += [n for n in names if n.partition(".")[0] in followed]
     return dict(sorted(found.items()))
 
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
+from healing.config.arm_tags import SHAM_ARM
 from healing.config.fingerprint import NOT_DETERMINING, NOT_SETTINGS, as_params, fingerprint
-from healing.config.heal import FULL, HealConfig
+from healing.config.heal import HealConfig
 from healing.config.presets import model_slug
-from healing.config.shared import SHAM
 from healing.data.windows import batches
 from healing.errors import CheckpointError
 from healing.measurements.diagnosis import (
@@ -38,6 +38,7 @@ from healing.models.checkpoints import (
 from healing.models.loading import LoadedModel
 from healing.progress import Safe, enter
 from healing.randomness import named_generator
+from healing.registry import METHODS
 from healing.stages.cells.code_digest import code_digest
 from healing.stages.cells.events import Begin, Events, Record
 from healing.stages.cells.inputs import (
@@ -47,12 +48,12 @@ from healing.stages.cells.inputs import (
     inputs_read,
     load_for,
     load_inputs,
+    measurement_modules,
     rank_and_perplexity,
     training_windows,
 )
 from healing.statistics.survival import half_recovery_time
-from healing.training.healing_loop import HealRecord, adapter_draws, control_run, heal_events
-from healing.training.methods.lora import adapted, n_trainable
+from healing.training.healing_loop import HealRecord, adapted, control_run, heal_events
 from healing.training.nonfinite import (
     diagnose,
     first_nonfinite_parameter,
@@ -83,7 +84,9 @@ class HealCell:
 
     def sham_cell(self) -> HealCell:
         """The healing of the healthy model that this cell is referred to."""
-        bare = replace(self.config, sham=False, arm=SHAM, collapsed_checkpoint="", attack_run_id="")
+        bare = replace(
+            self.config, sham=False, arm=SHAM_ARM, collapsed_checkpoint="", attack_run_id=""
+        )
         return HealCell(replace(bare, checkpoint_dir=""), "", self.replicate)
 
 
@@ -231,7 +234,7 @@ def sham_checkpoint(healthy_digest: str, config: HealConfig) -> Checkpoint:
         "model": config.model,
         "revision": config.revision,
         "deduped": config.deduped,
-        "arm": SHAM,
+        "arm": SHAM_ARM,
         "seed": config.seed,
         "healthy_digest": healthy_digest,
         "fingerprint": healthy_digest,
@@ -243,24 +246,26 @@ _PLAIN = HealConfig()
 
 
 def _determining(config: HealConfig) -> HealConfig:
-    """Without what has no effect: the mode of fp32, the adapters of full healing."""
+    """Without what has no effect: the mode of fp32, options of other healing methods."""
     if config.precision == "fp32":
         config = replace(config, precision_mode="autocast")
-    if config.healing_method == FULL:
-        config = replace(config, lora_rank=_PLAIN.lora_rank, lora_alpha=_PLAIN.lora_alpha)
-    return config
+    own = METHODS.facts(config.healing_method).get("OPTIONS", ())
+    others = {o for f in METHODS.all_facts() if f.built_in for o in f.get("OPTIONS", ())}
+    return replace(config, **{name: getattr(_PLAIN, name) for name in others - set(own)})
 
 
-def heal_code() -> str:
-    """Digest of the code that makes a healing run's numbers."""
-    return code_digest("healing.stages.cells.heal")
+def heal_code(config: HealConfig, *more: str) -> str:
+    """Digest of the code that makes a healing run's numbers: the cell's, that of its method, which
+    is loaded by name, and of more modules.
+    """
+    return code_digest("healing.stages.cells.heal", METHODS.module(config.healing_method), *more)
 
 
 def heal_fingerprint(
     cell: HealCell, checkpoint: Checkpoint, identity: str, digests: dict[str, str]
 ) -> str:
     """Fingerprint of a healing run; the checkpoint counts by its weights, not by its path."""
-    bare = replace(_determining(cell.config), collapsed_checkpoint="", arm="none")
+    bare = replace(_determining(cell.config), collapsed_checkpoint="", arm=SHAM_ARM)
     return fingerprint(
         "heal",
         bare,
@@ -269,7 +274,7 @@ def heal_fingerprint(
         attacked_settings(checkpoint),
         identity,
         digests,
-        heal_code(),
+        heal_code(cell.config, *measurement_modules(cell.config)),
         device_kind(cell.config),
     )
 
@@ -324,6 +329,7 @@ def heal_cell(cell: HealCell) -> Events[tuple[HealOutcome, LoadedModel]]:
     _require_collapsed(checkpoint, loaded, cell)
     mark = heal_fingerprint(cell, checkpoint, loaded.identity, corpus.digests)
     settings = settings_of(cell, checkpoint, corpus.digests)
+    method = METHODS.load(config.healing_method)
     yield Begin(
         mark,
         heal_name(cell, checkpoint, mark),
@@ -332,7 +338,7 @@ def heal_cell(cell: HealCell) -> Events[tuple[HealOutcome, LoadedModel]]:
         tags={**loaded.tags, **lineage(checkpoint), "settings": settings},
         counts={
             "n_params": loaded.n_params,
-            "n_trainable_params": n_trainable(loaded.model, config),
+            "n_trainable_params": method.n_trainable(loaded.model, config),
         },
         inputs=inputs_read(config, corpus.digests, {"train": "training", "probe": "probe"}),
         warnings=few_rows_warnings(config, loaded),
@@ -347,8 +353,8 @@ def heal_cell(cell: HealCell) -> Events[tuple[HealOutcome, LoadedModel]]:
     collapsed = probe.measure(loaded.model, named_generator(config.seed, "bootstrap"))
     if config.gradient_checkpointing:
         loaded.model.activation_checkpointing_enable()
-    # The gradients that this healing takes; for adapters, those of all weights need not fit.
-    with adapted(loaded.model, config, adapter_draws(_data_order(cell))):
+    # Probe only the gradients that will be trained: full ones may not fit beside adapters.
+    with adapted(loaded.model, config, _data_order(cell)):
         batch = _first_batch(cell, windows)
         in_float32 = failure_in_float32(loaded, collapsed, probe, batch)
     outcome = HealOutcome(
@@ -426,7 +432,7 @@ def lineage(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-SEEDED = ("seed", "collapsed_checkpoint", "arm")
+SEEDED = ("seed", "collapsed_checkpoint", "arm", "measurements")
 
 
 def attacked_settings(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -442,4 +448,4 @@ def settings_of(cell: HealCell, checkpoint: Checkpoint, digests: dict[str, str])
         if k not in (*NOT_DETERMINING, *SEEDED)
     }
     attacked = attacked_settings(checkpoint)
-    return fingerprint(healing, attacked, digests, heal_code(), device_kind(cell.config))
+    return fingerprint(healing, attacked, digests, heal_code(cell.config), device_kind(cell.config))

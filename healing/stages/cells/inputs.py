@@ -24,6 +24,7 @@ from healing.models.blocks import embedding_matrix
 from healing.models.loading import LoadedModel, load_model, resolve_device
 from healing.models.model_files import model_shape
 from healing.progress import enter
+from healing.registry import MEASUREMENTS
 from healing.stages.cells.events import Input
 
 DEFAULT_THREADS = torch.get_num_threads()
@@ -93,6 +94,18 @@ def complete(config: ConfigT) -> ConfigT:
     return dataclasses.replace(config, probe_tokens=tokens)
 
 
+def measurement_modules(config: BaseConfig) -> list[str]:
+    """Modules of a configuration's extra measurements: roots of a code digest.
+
+    Raises:
+        ConfigError: One cannot be loaded.
+    """
+    names = config.measurement_list()
+    for name in names:
+        MEASUREMENTS.load(name)
+    return [MEASUREMENTS.module(name) for name in names]
+
+
 def load_for(config: BaseConfig) -> LoadedModel:
     """The healthy model that a resolved configuration names."""
     return load_model(config.model, config.device, revision=config.revision, deduped=config.deduped)
@@ -105,7 +118,8 @@ def load_inputs(config: BaseConfig) -> tuple[Corpus, LoadedModel, Probe]:
     enter("loading model")
     loaded = load_for(config)
     enter("tokenizing")
-    probe = Probe.of(corpus, loaded, int(config.probe_tokens), config.sequence_length)
+    extra = config.measurement_list()
+    probe = Probe.of(corpus, loaded, int(config.probe_tokens), config.sequence_length, extra)
     return corpus, loaded, probe
 
 

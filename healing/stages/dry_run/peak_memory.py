@@ -17,8 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from healing.attacks import clean_hessian
-from healing.attacks.arms import make_arm
-from healing.attacks.loop import run_attack
+from healing.attacks.context import prepare_arm
 from healing.attacks.weight_change import WeightChange
 from healing.config.attack import AttackConfig
 from healing.config.heal import HealConfig
@@ -28,9 +27,9 @@ from healing.measurements.probe import Measurement, Probe
 from healing.models.blocks import embedding_matrix
 from healing.models.loading import LoadedModel
 from healing.randomness import named_generator
+from healing.registry import METHODS
 from healing.stages.dry_run.tensor_bytes import COPIES, WEIGHTS, Usage, shapes_only
-from healing.training.healing_loop import adapter_draws, heal
-from healing.training.methods.lora import adapted, n_trainable, require
+from healing.training.healing_loop import adapted, heal
 from healing.training.nonfinite import takes_a_step
 
 LOADING, PREPARING, ATTACKING, MEASURING, CHECKING, HEALING, WATCHING = (
@@ -110,7 +109,7 @@ def resident_bytes() -> int:
 
 def _base(config: BaseConfig) -> int:
     if isinstance(config, HealConfig):
-        require(config)  # what it imports is resident
+        METHODS.load(config.healing_method).check(config)  # what it imports is resident
     return resident_bytes() + BESIDE_TENSORS
 
 
@@ -172,14 +171,15 @@ def predict_healing(
         mock.patch.object(torch.amp.GradScaler, "_maybe_opt_step", _always_step),
     ):
         model, probe = _bare_model(usage, architecture, device), _probe(config)
-        count, trainable = sum(p.numel() for p in model.parameters()), n_trainable(model, config)
+        count = sum(p.numel() for p in model.parameters())
+        trainable = METHODS.load(config.healing_method).n_trainable(model, config)
         with usage.phase(MEASURING):
             collapsed = probe.measure(model, named_generator(0, "bootstrap"))
         if config.gradient_checkpointing:
             model.activation_checkpointing_enable()
         order = named_generator(0, "sft")
         windows = torch.zeros(int(config.batch_size), config.sequence_length, dtype=torch.long)
-        with usage.phase(CHECKING), adapted(model, config, adapter_draws(order)):
+        with usage.phase(CHECKING), adapted(model, config, order):
             usage.watch_gradients(model)
             takes_a_step(model, windows.to(device))
         loaded, watched = _loaded(config, model, device), _WatchedProbe(probe.windows, usage)
@@ -247,10 +247,10 @@ def predict_attack(
             healthy = probe.measure(model, named_generator(0, "bootstrap"))
         with usage.phase(PREPARING):
             change = WeightChange(model)
-            made = make_arm(config, loaded, corpus, change)
+            prepared = prepare_arm(config, loaded, corpus, change)
         usage.watch_gradients(model)
         with usage.phase(ATTACKING):
-            for _ in run_attack(loaded, made.arm, config, probe, healthy, change):
+            for _ in prepared.arm.run(loaded, config, probe, healthy, change):
                 pass
         count = sum(p.numel() for p in model.parameters())
     return Prediction(count, count, device, base, usage.peaks)

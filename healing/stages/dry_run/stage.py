@@ -9,9 +9,11 @@ from transformers import PreTrainedConfig
 
 from healing.config.attack import AttackConfig
 from healing.config.heal import HealConfig
+from healing.errors import ConfigError
 from healing.models.architectures import architecture
 from healing.models.checkpoints import read_checkpoint
 from healing.models.loading import resolve_device
+from healing.registry import ARMS, METHODS, Registry
 from healing.stages.cells.heal import decide_model
 from healing.stages.cells.inputs import complete
 from healing.stages.console import Console
@@ -60,18 +62,29 @@ def predictions(config: AttackConfig | HealConfig) -> dict[str, tuple[str, Predi
     """Stage → (model, prediction): the stage itself, and the fresh attack where one comes first.
 
     Raises:
-        ConfigError: Parameters contradict each other.
+        ConfigError: Parameters contradict each other, or an arm or method is a plug-in's.
         CheckpointError: What is to be healed cannot be read, or is of another model.
         ModelError: The model's configuration cannot be had.
     """
     if isinstance(config, AttackConfig):
+        _own_code(ARMS, config.arm)
         attack = complete(config)
         return {"attack": (attack.label, predict_attack(attack, *_place(attack)))}
+    _own_code(METHODS, config.healing_method)
     paths = find_checkpoints(config.checkpoint_dir) if config.checkpoint_dir else []
     path = paths[0] if paths else local_checkpoint(config, MlflowStore())
     healing = decide_model(config, read_checkpoint(path) if path else None, path)
     found = {} if path else predictions(fresh_attack_config(healing))
     return {**found, "heal": (healing.label, predict_healing(healing, *_place(healing)))}
+
+
+def _own_code(registry: Registry, name: str) -> None:
+    """Refuse what was never held against a measurement: code that other distributions bring."""
+    facts = registry.facts(name)
+    if not facts.built_in:
+        raise ConfigError(
+            f"memory is not predicted for plug-in {registry.kind}s: {name} is of {facts.source}"
+        )
 
 
 def _place(config: AttackConfig | HealConfig) -> tuple[PreTrainedConfig, torch.device]:

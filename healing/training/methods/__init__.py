@@ -1,1 +1,1 @@
-"""Healing methods, one file each: what is trained, and how it is put in and taken out."""
+"""What healing trains: one file per method, its first line what ``--help`` says."""

@@ -1,4 +1,6 @@
-"""Low-rank healing: frozen weights W, and for each linear layer of the blocks a change of rank r.
+"""Low-rank adapters of the linear layers inside the blocks (needs peft), merged afterwards.
+
+Low-rank healing: frozen weights W, and for each linear layer of the blocks a change of rank r.
 
 W' = W + (α/r)·BA with trained A (r, in) and B (out, r); B starts at 0, so that the adapted model
 starts as the model itself (LoRA, Hu et al. 2021, arXiv 2106.09685). The adapters are those of the
@@ -17,19 +19,25 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from healing.config.heal import LORA, HealConfig
+from healing.config.heal import HealConfig
 from healing.errors import ConfigError
 from healing.models.blocks import transformer_blocks
 
+RATE_RATIO = 10.0
+"""Learning rate of adapters over that of all weights (docs/method.md, Low-rank healing)."""
+KEEPS_WEIGHTS = True
+"""The weights themselves must not be rounded: what is trained is added to them."""
+OPTIONS = ("lora_rank", "lora_alpha")
+"""Fields of the configuration that change numbers with this method alone."""
 
-def require(config: HealConfig) -> None:
-    """Check that the library a configuration needs is there, before weights are loaded.
+
+def check(config: HealConfig) -> None:
+    """Check that the library peft is there, before weights are loaded.
 
     Raises:
-        ConfigError: ``--healing-method lora`` without ``peft``.
+        ConfigError: It is not.
     """
-    if config.healing_method == LORA:
-        _peft()
+    _peft()
 
 
 def _peft() -> Any:
@@ -37,7 +45,7 @@ def _peft() -> Any:
         import peft
     except ImportError as error:  # an optional extra, and slow to import
         raise ConfigError(
-            f"--healing-method {LORA} needs the library peft ({error}): "
+            f"--healing-method lora needs the library peft ({error}): "
             "pip install 'llm-healing[lora]'"
         ) from error
     return peft
@@ -54,14 +62,12 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear | Conv1D]:
 
 
 def n_trainable(model: nn.Module, config: HealConfig) -> int:
-    """Parameters that healing trains: all, or r·(in + out) per adapted layer.
+    """Parameters that healing trains: r·(in + out) per adapted layer.
 
     Args:
         model: Without adapters.
-        config: Says the method and r.
+        config: Says r.
     """
-    if config.healing_method != LORA:
-        return sum(p.numel() for p in model.parameters())
     return sum(config.lora_rank * sum(x.weight.shape) for x in linear_layers(model).values())
 
 
@@ -72,20 +78,16 @@ def adapted(
     """Adapters inside, which alone require gradients; merged into the weights afterwards.
 
     The model is changed in place and is its plain architecture again afterwards, with the same
-    parameter objects, even where an exception passes through. With ``healing_method="full"``
-    nothing happens.
+    parameter objects, even where an exception passes through.
 
     Args:
         model: A causal language model.
-        config: Method, rank r and α.
+        config: Rank r and α.
         generator: CPU generator that A is drawn from; torch's global one is left as it is.
 
     Raises:
         ConfigError: ``peft`` is not installed, or the blocks have no linear layer.
     """
-    if config.healing_method != LORA:
-        yield
-        return
     required = {parameter: parameter.requires_grad for parameter in model.parameters()}
     tuner = _insert(model, config, generator)
     try:
@@ -100,7 +102,7 @@ def _insert(model: PreTrainedModel, config: HealConfig, generator: torch.Generat
     peft, layers = _peft(), linear_layers(model)
     if not layers:
         raise ConfigError(
-            f"--healing-method {LORA}: the blocks of {type(model).__name__} hold no linear layer; "
+            f"--healing-method lora: the blocks of {type(model).__name__} hold no linear layer; "
             "use --healing-method full"
         )
     settings = peft.LoraConfig(

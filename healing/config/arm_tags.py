@@ -1,0 +1,52 @@
+"""What is said of an arm outside its own code: its role in the design, its label, its tags.
+
+Role and label are data of a run: a store may hold runs of an arm that is not installed where it is
+summarized.
+"""
+
+from __future__ import annotations
+
+from healing.registry import ARMS, CONTROL, ROLES, role_of
+
+SHAM_ARM = "none"
+"""Name under which the healthy model is healed."""
+
+
+def arm_role(arm: str, tag: str = "") -> str:
+    """Role of an arm: by its run's tag, else by its name; ``control`` where neither is known.
+
+    Args:
+        arm: Name.
+        tag: ``arm_role`` of a stored run; empty for one that was stored without.
+    """
+    if tag in ROLES:
+        return tag
+    return role_of(ARMS.facts(arm)) if ARMS.known(arm) else CONTROL
+
+
+def arm_label(arm: str, tag: str = "") -> str:
+    """Name of an arm for people: by its run's tag ``arm_label``, else by its file; else the name
+    itself.
+    """
+    if tag:
+        return tag
+    if not ARMS.known(arm):
+        return arm
+    return str(ARMS.facts(arm).get("LABEL", arm.replace("_", " ")))
+
+
+def arm_short(arm: str, label: str) -> str:
+    """Shortest name of an arm, for the ends of lines in figures; its label where it has none."""
+    return str(ARMS.facts(arm).get("SHORT", label)) if ARMS.known(arm) else label
+
+
+def arm_tags(arm: str) -> dict[str, str]:
+    """Tags of a run beside ``arm``; none for an arm that is not installed here."""
+    if not ARMS.known(arm):
+        return {}
+    return {"arm_role": arm_role(arm), "arm_label": arm_label(arm)}
+
+
+def arms_of(*roles: str) -> tuple[str, ...]:
+    """Names of the installed arms of some roles."""
+    return tuple(name for name in ARMS.names() if arm_role(name) in roles)

@@ -1,0 +1,1 @@
+"""Measurements on request: one file each, its first line what ``--help`` says."""
