@@ -83,7 +83,7 @@ ONLY_IN = {
     "click": (),
     "matplotlib": ("reporting.plots",),
     "jinja2": ("reporting",),
-    "peft": ("training.methods",),
+    "peft": ("training.methods", "models"),
     "tqdm": ("stages",),
     "datasets": ("data",),
     "huggingface_hub": ("data", "models"),
