@@ -19,10 +19,11 @@ import huggingface_hub
 import zstandard
 from huggingface_hub import is_offline_mode
 
+from healing.config.shared import BLANK_LINES
 from healing.data.columns import Flatten, Table, texts_of
 from healing.data.hub import CONNECTION_ERRORS, refusal
 from healing.data.local_files import text_file
-from healing.data.readers import BLANK_LINES, local_documents
+from healing.data.readers import local_documents
 from healing.data.splits import Corpus, split_documents
 from healing.errors import CorpusError
 

@@ -13,6 +13,7 @@ import pyarrow
 import pyarrow.ipc
 import pyarrow.parquet
 
+from healing.config.shared import BLANK_LINES, LINE, WHOLE_FILE
 from healing.data.columns import Flatten, Table, texts_of, wanted_columns
 from healing.data.local_files import (
     ARROW,
@@ -29,9 +30,6 @@ from healing.data.local_files import (
 )
 from healing.errors import CorpusError
 
-BLANK_LINES, WHOLE_FILE, LINE = "blank_lines", "file", "line"
-SPLIT_RULES = (BLANK_LINES, WHOLE_FILE, LINE)
-"""What parts the documents of a text file."""
 _BLANK = re.compile(r"\n[ \t]*\n")
 _PIECE = 1 << 20
 LONGEST_CELL = 2**31 - 1

@@ -82,7 +82,7 @@ ONLY_IN = {
     "mlflow": ("tracking",),
     "click": (),
     "matplotlib": ("reporting.plots",),
-    "jinja2": ("reporting",),
+    "jinja2": ("reporting", "models"),
     "peft": ("training.methods", "models"),
     "tqdm": ("stages",),
     "datasets": ("data",),
