@@ -123,3 +123,13 @@ def test_a_python_tokenizer_reads_special_tokens_as_text_too():
 
 def test_the_embedded_tokenizers_begin_with_nothing(nano):
     assert opening(nano.tokenizer) == []
+
+
+def test_tokens_beside_a_cut_are_not_used(tokenizer, monkeypatch):
+    """Wherever the cut falls, and however little more than needed comes before it."""
+    monkeypatch.setattr(windows, "CHARACTERS_PER_TOKEN", 1)
+    text = " return some_value, encoding" * 400
+    whole = tokenizer(text)["input_ids"]
+    for needed in range(1, 160):
+        found = pack([text], tokenizer, 1, needed).flatten().tolist()
+        assert found == whole[:needed], needed
