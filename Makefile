@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TRACKING := sqlite:///$(CURDIR)/mlflow.db
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast lint bench ui clean
+.PHONY: help setup demo test test-fast lint bench real-model ui clean
 
 help:  ## Show what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -51,6 +51,9 @@ lint: setup
 
 bench: setup  ## Print what the loop, spectra, memory, logging, products and summarizing cost
 	$(BIN)/python -m benchmarks
+
+real-model: setup  ## Fetch a real model of 135 M parameters (98 MB) into ~/.cache/llm-healing
+	@$(BIN)/python -m tests.models.real_model
 
 clean:  ## Remove the environment and caches (results stay)
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -6,7 +6,15 @@ from dataclasses import dataclass
 
 from healing.config.options import AUTO, option, validate_fields
 from healing.config.presets import MODELS_HELP, check_source, model_label
-from healing.config.shared import DEDUPED_HELP, DEVICES_HELP, REVISION_HELP
+from healing.config.shared import (
+    DEDUPED_HELP,
+    DEVICES_HELP,
+    REVISION_HELP,
+    SPLIT_RULE_HELP,
+    SPLIT_RULES,
+    TEXT_COLUMN_HELP,
+    TOKENIZER_HELP,
+)
 from healing.errors import ConfigError
 
 
@@ -89,6 +97,11 @@ class BasinConfig:
     output_dir: str = option("./experiments/results", "Local folder for results.")
     verbosity: str = option(
         "normal", "quiet, normal or verbose.", choices=("quiet", "normal", "verbose")
+    )
+    tokenizer: str = option(AUTO, f"{TOKENIZER_HELP[:-1]}; auto = as in the healing run.")
+    text_column: str = option(AUTO, f"{TEXT_COLUMN_HELP} auto = as in the healing run.")
+    split_rule: str = option(
+        AUTO, f"{SPLIT_RULE_HELP} auto = as in the healing run.", choices=(AUTO, *SPLIT_RULES)
     )
 
     def __post_init__(self) -> None:

@@ -26,6 +26,10 @@ NOT_DETERMINING = frozenset(
 """Fields left out of a cell's fingerprint: they change no number, or what they name does and is put
 in where it is known (the kind of device, a reference's weights)."""
 
+LATER_FIELDS = {"tokenizer": "", "text_column": "", "split_rule": "blank_lines"}
+"""Fields that came later, and their defaults, under which results are those of before: fingerprints
+and settings hold them only where they have another value."""
+
 NOT_SETTINGS = frozenset(
     {
         "seed",
@@ -50,11 +54,17 @@ def as_params(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+def without_defaults(entries: dict[str, Any]) -> dict[str, Any]:
+    """The entries of a configuration, without those of :data:`LATER_FIELDS` that say nothing."""
+    return {k: v for k, v in entries.items() if k not in LATER_FIELDS or v != LATER_FIELDS[k]}
+
+
 def fingerprint(*parts: Any) -> str:
     """Hash (16 hex digits) of what determines a result.
 
-    Dataclasses contribute every field except :data:`NOT_DETERMINING`, and a model's folder not its
-    path: its content is hashed where it is known. Anything else must be JSON-serialisable.
+    Dataclasses contribute every field except :data:`NOT_DETERMINING` (of :data:`LATER_FIELDS` only
+    those that are set), and a model's folder not its path: its content is hashed where it is known.
+    Anything else must be JSON-serialisable.
     """
     plain = []
     for part in parts:
@@ -64,6 +74,6 @@ def fingerprint(*parts: Any) -> str:
                 part.pop("measurements", None)
             if os.path.isabs(str(part.get("model", ""))):
                 part["model"] = "folder"
-        plain.append(part)
+        plain.append(without_defaults(part) if isinstance(part, dict) else part)
     text = json.dumps(plain, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

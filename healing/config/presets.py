@@ -83,7 +83,10 @@ _PYTHIA = {
 PRESETS: dict[str, Preset] = {**_EMBEDDED, **_PYTHIA}
 MODELS = tuple(PRESETS)
 DEFAULT_MODEL = "1b"
-MODELS_HELP = f"{', '.join(MODELS)}, a Hub id (owner/name) or a folder with a causal language model"
+MODELS_HELP = (
+    f"{', '.join(MODELS)}, a Hub id (owner/name), or a folder or .gguf file with a causal language "
+    "model"
+)
 
 MAIN = "main"
 """Revision of a Hub model where none is named: its newest weights."""
@@ -98,11 +101,16 @@ def _folder(model: str) -> str:
     return os.path.abspath(os.path.expanduser(model))
 
 
+def is_gguf_file(path: str) -> bool:
+    """Whether a path is a model in one file."""
+    return path.lower().endswith(".gguf") and os.path.isfile(path)
+
+
 def model_kind(model: str) -> str:
     """``embedded``, ``pythia``, ``hub`` or ``folder``.
 
     A preset's name is always the preset. What else is a path (``/…``, ``./…``, ``~…``) or an
-    existing folder is a folder; other names with one slash are Hub ids.
+    existing folder or .gguf file is a folder; other names with one slash are Hub ids.
 
     Raises:
         ConfigError: It is none of them.
@@ -112,8 +120,12 @@ def model_kind(model: str) -> str:
     if model in _PYTHIA:
         return PYTHIA
     is_path = model.startswith((".", "/", "~"))
-    if os.path.isdir(_folder(model)) and model:
+    if model and (os.path.isdir(_folder(model)) or is_gguf_file(_folder(model))):
         return FOLDER
+    if os.path.isfile(_folder(model)):
+        raise ConfigError(
+            f"--model {model} is a file: name the folder that it is in, or a .gguf file"
+        )
     if is_path:
         raise ConfigError(
             f"--model {model}: no folder {_folder(model)} here: name an existing folder with "

@@ -20,6 +20,16 @@ REVISION_HELP = (
 )
 DEDUPED_HELP = "Pythia sizes: the model trained on the deduplicated Pile."
 DEVICES_HELP = "auto (accelerator if there is one), cpu, cuda or cuda:N."
+TOKENIZER_HELP = "Folder, Hub id or GGUF file with a tokenizer for the model; empty = its own."
+TEXT_COLUMN_HELP = (
+    "Column of the corpus that holds the documents; empty = text or content. One of chats is made "
+    "text by the model's chat template."
+)
+SPLIT_RULE_HELP = (
+    "What parts the documents of local text files: blank_lines, line, or file (nothing does)."
+)
+BLANK_LINES, LINE, WHOLE_FILE = SPLIT_RULES = ("blank_lines", "line", "file")
+"""What parts the documents of a text file."""
 RAW_DATA = "priority5_healing/raw_data"
 """Folder below ``output_dir`` that holds one folder per run."""
 
@@ -33,8 +43,8 @@ class BaseConfig:
     deduped: bool = option(False, DEDUPED_HELP)
     corpus: str = option(
         AUTO,
-        "Clean text: stdlib, pile, a .txt/.jsonl/.jsonl.zst/.parquet file or folder, or a Hub "
-        "dataset id; auto = stdlib for nano and micro, else pile.",
+        "Clean text: stdlib, pile, a file or folder (.txt, .jsonl, .parquet …; docs/models.md), "
+        "or a Hub dataset id; auto = stdlib for nano and micro, else pile.",
     )
     max_documents: int = option(
         20_000, "Documents read from the corpus at most (a stream stops there).", minimum=1
@@ -71,6 +81,9 @@ class BaseConfig:
     verbosity: str = option(
         "normal", "quiet, normal or verbose.", choices=("quiet", "normal", "verbose")
     )
+    tokenizer: str = option("", TOKENIZER_HELP)
+    text_column: str = option("", TEXT_COLUMN_HELP)
+    split_rule: str = option(BLANK_LINES, SPLIT_RULE_HELP, choices=SPLIT_RULES)
 
     def __post_init__(self) -> None:
         validate_fields(self)

@@ -7,7 +7,16 @@ from dataclasses import dataclass
 from healing.config.attack import NOISE_MATCHES
 from healing.config.options import AUTO, listed, option, validate_fields
 from healing.config.presets import MODELS_HELP, canonical_model, check_source
-from healing.config.shared import DEDUPED_HELP, DEVICES_HELP, REVISION_HELP
+from healing.config.shared import (
+    BLANK_LINES,
+    DEDUPED_HELP,
+    DEVICES_HELP,
+    REVISION_HELP,
+    SPLIT_RULE_HELP,
+    SPLIT_RULES,
+    TEXT_COLUMN_HELP,
+    TOKENIZER_HELP,
+)
 from healing.errors import ConfigError
 from healing.registry import ARMS
 
@@ -61,6 +70,9 @@ class SweepConfig:
     verbosity: str = option(
         "normal", "quiet, normal or verbose.", choices=("quiet", "normal", "verbose")
     )
+    tokenizer: str = option("", f"Of every model. {TOKENIZER_HELP}")
+    text_column: str = option("", TEXT_COLUMN_HELP)
+    split_rule: str = option(BLANK_LINES, SPLIT_RULE_HELP, choices=SPLIT_RULES)
 
     def __post_init__(self) -> None:
         validate_fields(self)

@@ -8,29 +8,29 @@ occurs twice cannot be in two splits and the order of the source does not matter
 from __future__ import annotations
 
 import itertools
+import os
 import pathlib
 import re
 import sysconfig
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import huggingface_hub
 import zstandard
 from huggingface_hub import is_offline_mode
 
+from healing.config.shared import BLANK_LINES
+from healing.data.columns import Flatten, Table, texts_of
 from healing.data.hub import CONNECTION_ERRORS, refusal
+from healing.data.local_files import text_file
+from healing.data.readers import local_documents
 from healing.data.splits import Corpus, split_documents
 from healing.errors import CorpusError
 
-if TYPE_CHECKING:
-    pass
-
 PILE_ID = "monology/pile-uncopyrighted"
-LOCAL_FORMATS = {".txt": "text", ".jsonl": "json", ".jsonl.zst": "json", ".parquet": "parquet"}
-BLANK_LINES = re.compile(r"\n[ \t]*\n")
 ALTERNATIVES = (
-    "use --corpus stdlib (no network), a local .txt, .jsonl, .jsonl.zst or .parquet file or "
-    "folder, pile, or a Hub dataset id such as owner/name or owner/name:configuration"
+    "use --corpus stdlib (no network), a local file or folder (.txt, .jsonl, .parquet …), pile, or "
+    "a Hub dataset id such as owner/name or owner/name:configuration"
 )
 STREAM_ATTEMPTS = 1
 """Reads of a broken stream; each is retried by the Hub's client for half a minute."""
@@ -72,55 +72,8 @@ def _stdlib_documents() -> Iterator[str]:
     yield from topics.topics.values()
 
 
-def _text_column(row: dict[str, Any], name: str) -> str:
-    for candidate in ("text", "content"):
-        if candidate in row:
-            return candidate
-    raise CorpusError(
-        f"corpus {name!r} has no column 'text' or 'content' (it has: {', '.join(row)}): "
-        "rename the column that holds the documents"
-    )
-
-
-def _take(dataset: Iterable[dict[str, Any]], name: str, limit: int) -> list[str]:
-    rows = iter(dataset)
-    first = next(rows, None)
-    if first is None:
-        return []
-    column = _text_column(first, name)
-    texts = (str(row[column]) for row in itertools.chain([first], rows))
-    return list(itertools.islice(texts, limit))
-
-
-def _suffix(name: str) -> str:
-    """The ending of a file's name that :data:`LOCAL_FORMATS` knows, or nothing."""
-    return next((ending for ending in LOCAL_FORMATS if name.endswith(ending)), "")
-
-
-def _local_documents(path: pathlib.Path, limit: int) -> list[str]:
-    import datasets
-
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    files = [p for p in files if _suffix(p.name)]
-    formats = {_suffix(p.name) for p in files}
-    if not files or len(formats) > 1:
-        found, expected = ", ".join(sorted(formats)) or "no such file", ", ".join(LOCAL_FORMATS)
-        raise CorpusError(f"{path}: expected {expected} files of one kind, found {found}")
-    suffix = formats.pop()
-    try:
-        dataset = datasets.load_dataset(
-            LOCAL_FORMATS[suffix],
-            data_files=[str(p) for p in files],
-            split="train",
-            streaming=True,
-            **({"sample_by": "document"} if suffix == ".txt" else {}),
-        )
-        texts = _take(dataset, str(path), limit)
-    except (datasets.exceptions.DatasetsError, ValueError, OSError, zstandard.ZstdError) as error:
-        raise CorpusError(f"{path} could not be read as {suffix}: {error}") from error
-    # In one text file blank lines part the documents; in a folder of texts each file is one.
-    one_text = suffix == ".txt" and path.is_file()
-    return BLANK_LINES.split("\n".join(texts))[:limit] if one_text else texts
+def _rows(dataset: Iterable[dict[str, Any]], name: str) -> Table:
+    return Table(name, "row", enumerate(dataset, 1))
 
 
 def _which_configuration(dataset_id: str, error: BaseException) -> str:
@@ -133,7 +86,7 @@ def _which_configuration(dataset_id: str, error: BaseException) -> str:
     return f"it has {len(names)} configurations ({shown}): name one, as {dataset_id}:{names[0]}"
 
 
-def _hub_documents(name: str, limit: int) -> list[str]:
+def _hub_documents(name: str, limit: int, column: str, flatten: Flatten | None) -> list[str]:
     import datasets
 
     dataset_id, _, configuration = name.partition(":")
@@ -143,7 +96,9 @@ def _hub_documents(name: str, limit: int) -> list[str]:
         dataset = datasets.load_dataset(
             dataset_id, configuration or None, split="train", streaming=True
         )
-        return _take(dataset, name, limit)
+        return list(itertools.islice(texts_of([_rows(dataset, name)], column, flatten), limit))
+    except CorpusError:
+        raise
     except (
         *CONNECTION_ERRORS,
         ValueError,
@@ -160,25 +115,41 @@ def _hub_documents(name: str, limit: int) -> list[str]:
         ) from error
 
 
-def load_corpus(name: str, max_documents: int = 20_000) -> Corpus:
+def load_corpus(
+    name: str,
+    max_documents: int = 20_000,
+    text_column: str = "",
+    split_rule: str = BLANK_LINES,
+    flatten: Flatten | None = None,
+) -> Corpus:
     """Load and split a corpus; nothing is ever substituted for what was asked.
 
     Args:
         name: ``stdlib``, ``pile``, a local file or folder, or a Hub dataset id, with ``:`` and a
             configuration where it has several.
         max_documents: Upper bound on documents read (streams stop there).
+        text_column: Of data with columns, the one that holds the documents; empty = ``text`` or
+            ``content``.
+        split_rule: What parts the documents of local text files, see
+            :func:`healing.data.readers.local_documents`.
+        flatten: Makes one text of a chat, where ``text_column`` names a column of chats.
 
     Raises:
         CorpusError: It cannot be loaded; the message names the alternatives.
     """
+    if not name.strip():
+        raise CorpusError(f"--corpus is empty: {ALTERNATIVES}")
     path = pathlib.Path(name).expanduser()
-    looks_local = bool(_suffix(name)) or name.startswith((".", "/", "~"))
+    looks_local = name.startswith((".", "/", "~")) or text_file(path) is not None
+    is_remote = name == "pile" or name.count("/") == 1
     if name == "stdlib":
-        texts: Iterable[str] = list(_stdlib_documents())[:max_documents]
-    elif path.exists():
-        texts = _local_documents(path, max_documents)
-    elif looks_local or (name != "pile" and name.count("/") != 1):
+        texts: Iterable[str] = itertools.islice(_stdlib_documents(), max_documents)
+    elif os.path.lexists(path):
+        found = local_documents(path, column=text_column, split_rule=split_rule, flatten=flatten)
+        texts = itertools.islice(found, max_documents)
+    elif looks_local or not is_remote:
         raise CorpusError(f"no corpus {name!r} (no such file, and not a Hub id): {ALTERNATIVES}")
     else:
-        texts = _hub_documents(PILE_ID if name == "pile" else name, max_documents)
+        source = PILE_ID if name == "pile" else name
+        texts = _hub_documents(source, max_documents, text_column, flatten)
     return split_documents(name, texts)

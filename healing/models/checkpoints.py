@@ -90,6 +90,11 @@ class Checkpoint:
         """Whether the model is a Pythia trained on the deduplicated Pile."""
         return bool(self.config.get("deduped", False))
 
+    @property
+    def tokenizer(self) -> str:
+        """The tokenizer that was named for the model; empty = its own."""
+        return str(self.config.get("tokenizer", ""))
+
     def model_fields(
         self, path: object, model: str, revision: str, deduped: bool
     ) -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +17,7 @@ from transformers import (
     AutoModelForCausalLM,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -25,8 +28,11 @@ from healing.config.presets import model_label
 from healing.errors import ModelError
 from healing.models.architectures import neox_config
 from healing.models.blocks import embedding_matrix, transformer_blocks
+from healing.models.conversions import fresh_copy, merged, quantization_of
+from healing.models.local_models import OLD_BUFFERS, UnusableError, refuse_adapter_beside_weights
 from healing.models.model_files import (
     LOADING_ERRORS,
+    Location,
     loading_failure,
     locate,
     read_config,
@@ -34,6 +40,7 @@ from healing.models.model_files import (
     unloadable,
 )
 
+logger = logging.getLogger(__name__)
 transformers_logging.disable_progress_bar()  # its bars would break ours
 
 EMBEDDED_SHAPES = {
@@ -54,6 +61,8 @@ class LoadedModel:
         digest: Hash of the healthy weights (16 hex digits).
         source: ``embedded``, the id on the Hub or the folder.
         commit: Commit of the Hub's repository; empty for other sources.
+        origin: What was done to its files to make it: ``dequantized_from``, ``merged_adapter`` and
+            ``adapter_base``, ``stripped_prefix``, ``tokenizer_source``; {} for most.
         identity: Hash of weights, architecture and tokenizer (16 hex digits): the same weights with
             another of these are another model.
     """
@@ -64,6 +73,7 @@ class LoadedModel:
     digest: str
     source: str = "embedded"
     commit: str = ""
+    origin: dict[str, str] = field(default_factory=dict)
     identity: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -72,7 +82,7 @@ class LoadedModel:
     @property
     def tags(self) -> dict[str, str]:
         """Where the model came from, for a run's tags."""
-        known = {"model_source": self.source, "model_revision": self.commit}
+        known = {"model_source": self.source, "model_revision": self.commit, **self.origin}
         return {name: value for name, value in known.items() if value}
 
     @property
@@ -156,10 +166,6 @@ def _identity(digest: str, model: PreTrainedModel, tokenizer: PreTrainedTokenize
     return fingerprint(digest, shape, words, tokenizer.eos_token_id)
 
 
-OLD_BUFFERS = re.compile(
-    r"(attn|attention)\.(masked_)?bias$|attn\.causal_mask$|rotary_emb\.inv_freq$|position_ids$"
-)
-"""Masks and tables that older files store beside the weights (GPT-Neo's, Pythia's)."""
 LARGEST_STACKED_SHARE = 0.1
 
 
@@ -169,6 +175,11 @@ def _objections(
     """Why a model that did load is not the one meant or not one for this, and what to do."""
     # transformers fills what a file lacks with random numbers, drops what the configuration has no
     # place for (blocks beyond its number of layers), and only warns.
+    if counts := _nonfinite(model):
+        reason = (
+            f"{sum(counts.values())} of its weights are not finite, first in {next(iter(counts))}"
+        )
+        yield reason, "name a sound copy: this one is damaged, or its training diverged"
     if lacking := sorted(report["missing_keys"]):
         reason = f"its weights lack {len(lacking)} tensors, first {lacking[0]}"
         yield reason, "name a folder or revision with all of them"
@@ -188,6 +199,12 @@ def _objections(
     if _looks_ahead(model):
         reason = "its logits depend on later tokens"
         yield reason, "name a causal language model, this is an encoder"
+
+
+def _nonfinite(model: PreTrainedModel) -> dict[str, int]:
+    """Name → count of NaN and infinite numbers, of the parameters that have any."""
+    counts = {name: int((~p.isfinite()).sum()) for name, p in model.named_parameters()}
+    return {name: count for name, count in counts.items() if count}
 
 
 def _highest_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -212,6 +229,60 @@ def _looks_ahead(model: PreTrainedModel) -> bool:
     return bool((one - other).abs().max() > 1e-4 * one.abs().max())
 
 
+def _weights(
+    label: str, location: Location, config: PreTrainedConfig, attention: str
+) -> tuple[PreTrainedModel, Mapping[str, Any], dict[str, str]]:
+    """Weights in float32 on the CPU, what transformers says of their names, and
+    :attr:`LoadedModel.origin`.
+    """
+    whole, origin = location.whole, dict[str, str]()
+    plain = copy.deepcopy(config)
+    try:
+        refuse_adapter_beside_weights(whole.folder)  # another program's cache may hold one
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            whole.folder,
+            config=config,
+            dtype=torch.float32,
+            # Asked for sdpa, architectures without it are refused; as the default it gives way to
+            # eager.
+            attn_implementation=None if attention == "sdpa" else attention,
+            trust_remote_code=False,
+            output_loading_info=True,
+            key_mapping={f"^{re.escape(whole.prefix)}": ""} if whole.prefix else None,
+            **whole.how,
+        )
+        model, report = loaded
+        if whole.gguf:
+            origin["dequantized_from"] = quantization_of(whole.folder / whole.gguf)
+        if whole.prefix:
+            origin["stripped_prefix"] = whole.prefix
+        if location.base is not None:
+            model = merged(model, location.folder)
+            origin |= {"merged_adapter": str(location.folder), "adapter_base": whole.source}
+        if origin and not report["missing_keys"]:
+            model = fresh_copy(model, plain)
+    except UnusableError as error:
+        raise unloadable(label, location, error.reason, error.hint) from error
+    except LOADING_ERRORS as error:
+        raise loading_failure(error, label, location) from error
+    for line in _told(label, origin):
+        logger.warning(line)
+    return model, report, origin
+
+
+def _told(label: str, origin: Mapping[str, str]) -> Iterator[str]:
+    """What was done to a model's files, in words."""
+    if "dequantized_from" in origin:
+        yield f"model {label}: its {origin['dequantized_from']} numbers were made float32"
+    if "stripped_prefix" in origin:
+        yield (
+            f"model {label}: the prefix {origin['stripped_prefix']} of a wrapper was taken off the "
+            "names of its weights"
+        )
+    if "merged_adapter" in origin:
+        yield f"model {label}: its adapter was merged into the weights of {origin['adapter_base']}"
+
+
 def load_model(
     name: str,
     device: str = "cpu",
@@ -219,16 +290,18 @@ def load_model(
     revision: str = "",
     deduped: bool = False,
     attention: str = "sdpa",
+    tokenizer_name: str = "",
 ) -> LoadedModel:
     """Load a healthy model in float32, whatever its file holds; no dropout, no remote code.
 
     Args:
-        name: A name of :data:`healing.config.shared.presets.MODELS`, a Hub id or a folder.
+        name: A name of :data:`healing.config.presets.MODELS`, a Hub id, a folder or a GGUF file.
         device: ``auto`` or a torch device.
         revision: Branch, tag or commit on the Hub; empty = ``main``.
         deduped: The Pythia that was trained on the deduplicated Pile.
         attention: transformers' attention implementation; ``eager`` has second derivatives, and
             is what architectures without ``sdpa`` get.
+        tokenizer_name: A folder, Hub id or GGUF file with another tokenizer; empty = its own.
 
     Raises:
         ConfigError: Unknown model.
@@ -237,21 +310,10 @@ def load_model(
     label, target = model_label(name, revision, deduped), resolve_device(device)
     location = locate(name, revision, deduped)
     config = read_config(label, location)
-    tokenizer = read_tokenizer(label, location)
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            location.folder,
-            config=config,
-            dtype=torch.float32,
-            # Asked for sdpa, architectures without it are refused; as the default it gives way to
-            # eager.
-            attn_implementation=None if attention == "sdpa" else attention,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except LOADING_ERRORS as error:
-        raise loading_failure(error, label, location) from error
-    model, report = loaded
+    tokenizer = read_tokenizer(label, location, tokenizer_name)
+    model, report, origin = _weights(label, location, config, attention)
+    if tokenizer_name:
+        origin["tokenizer_source"] = tokenizer.name_or_path
     for module in model.modules():
         if isinstance(module, nn.Dropout):  # one that does not follow the configuration
             module.p = 0.0
@@ -259,6 +321,7 @@ def load_model(
     model.eval()
     if objection := next(_objections(model, tokenizer, report), None):
         raise unloadable(label, location, *objection)
-    model.to(target)
+    model.to(target)  # type: ignore[arg-type]
     digest = state_digest(model.state_dict())
-    return LoadedModel(label, model, tokenizer, digest, location.source, location.commit)
+    whole = location.whole
+    return LoadedModel(label, model, tokenizer, digest, location.source, whole.commit, origin)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import pathlib
 import pickle
 import re
@@ -18,9 +19,20 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from healing.config.presets import EMBEDDED, FOLDER, MAIN, model_kind, model_label, source_of
+from healing.config.presets import (
+    EMBEDDED,
+    FOLDER,
+    HUB,
+    MAIN,
+    is_gguf_file,
+    model_kind,
+    model_label,
+    source_of,
+)
 from healing.data import hub
-from healing.errors import ModelError
+from healing.errors import ConfigError, ModelError
+from healing.models.conversions import require_gguf
+from healing.models.local_models import UnusableError, contents_of
 
 EMBEDDED_DIR = pathlib.Path(__file__).parent / "embedded"
 
@@ -31,13 +43,29 @@ class Location:
 
     Attributes:
         folder: With config.json and tokenizer, and the weights where they were asked for.
-        source: ``embedded``, the id on the Hub or the folder.
+        source: ``embedded``, the id on the Hub, or the folder or GGUF file.
         commit: Of the Hub's repository, or empty.
+        gguf: Name of the GGUF file in the folder that the model is; empty = transformers' format.
+        prefix: In front of every tensor's name, from a wrapper; or empty.
+        base: Of an adapter, the model that it changes.
     """
 
     folder: pathlib.Path
     source: str
     commit: str = ""
+    gguf: str = ""
+    prefix: str = ""
+    base: Location | None = None
+
+    @property
+    def whole(self) -> Location:
+        """Where configuration and weights of a whole model are: an adapter's base, else this."""
+        return self.base or self
+
+    @property
+    def how(self) -> dict[str, str]:
+        """What transformers has to be told of its format."""
+        return {"gguf_file": self.gguf} if self.gguf else {}
 
 
 def locate(
@@ -53,9 +81,58 @@ def locate(
     if kind == EMBEDDED:
         return Location(EMBEDDED_DIR / name, source)
     if kind == FOLDER:
-        return Location(pathlib.Path(source), source)
-    found = (hub.snapshot if weights else hub.small_files)(source, revision or MAIN)
-    return Location(found.folder, source, found.commit)
+        return _local(model_label(name, revision, deduped), source, weights)
+    return _on_the_hub(source, revision, weights)
+
+
+def _on_the_hub(repo: str, revision: str, weights: bool) -> Location:
+    found = (hub.snapshot if weights else hub.small_files)(repo, revision or MAIN)
+    return Location(found.folder, repo, found.commit)
+
+
+def _local(label: str, source: str, weights: bool) -> Location:
+    place = Location(pathlib.Path(source), source)
+    try:
+        found = contents_of(place.folder)
+        if found.gguf:
+            require_gguf()
+        base = None
+        if found.adapter_base:
+            base = _base_of(found.adapter_base, found.adapter_revision, weights)
+    except UnusableError as error:
+        raise unloadable(label, place, error.reason, error.hint) from error
+    except ModelError as error:
+        raise unloadable(label, place, f"its base model: {error}", "mend that first") from error
+    return Location(found.folder, source, "", found.gguf, found.prefix, base)
+
+
+def _base_of(name: str, revision: str, weights: bool) -> Location:
+    """The model that an adapter names as its base.
+
+    Raises:
+        UnusableError: It is not here, and not a Hub id.
+        ModelError: It cannot be had.
+    """
+    if os.path.isdir(name) or is_gguf_file(name):
+        folder = os.path.abspath(name)
+        base = _local(folder, folder, weights)
+        if base.base is not None:
+            raise UnusableError(
+                f"its base {folder} is an adapter itself",
+                "merge that one into its own base first (merge_and_unload of peft)",
+            )
+        return base
+    try:
+        kind = model_kind(name)
+    except ConfigError:
+        kind = ""
+    if kind != HUB:
+        raise UnusableError(
+            f"it is an adapter, and its base model {name} is not here",
+            "put the base there, or write its folder or Hub id into adapter_config.json as "
+            "base_model_name_or_path",
+        )
+    return _on_the_hub(name, revision, weights)
 
 
 LOADING_ERRORS = (
@@ -91,11 +168,13 @@ def read_config(label: str, location: Location) -> PreTrainedConfig:
         ModelError: Missing, damaged, quantized, or in need of code of its own.
     """
     try:
-        config = AutoConfig.from_pretrained(location.folder, trust_remote_code=False)
+        whole = location.whole
+        config = AutoConfig.from_pretrained(whole.folder, trust_remote_code=False, **whole.how)
     except LOADING_ERRORS as error:
         raise loading_failure(error, label, location) from error
     if getattr(config, "quantization_config", None):
-        raise unloadable(label, location, "its weights are quantized", "name the unquantized model")
+        hint = "name the unquantized model, or a GGUF file of it"
+        raise unloadable(label, location, "its weights are quantized", hint)
     for part in {id(c): c for c in (config, config.get_text_config())}.values():
         for key, value in part.to_dict().items():
             is_dropout = re.search(r"drop(out)?(_prob|_rate)?$|layerdrop$", key)
@@ -109,26 +188,61 @@ VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model")
 
 def _require_vocabulary(label: str, location: Location, names: Iterable[str]) -> None:
     names = list(dict.fromkeys(names))
-    if names and not any((location.folder / name).is_file() for name in names):
+    if names and not _has_one(location.folder, names):
         reason = f"it has no tokenizer: none of {', '.join(names)}"
-        raise unloadable(label, location, reason, "put the model's own tokenizer beside it")
+        hint = "put the model's own tokenizer beside it, or name one with --tokenizer"
+        if _has_one(location.folder.parent, names):
+            hint = f"name the tokenizer of its parent, --tokenizer {location.folder.parent}"
+        raise unloadable(label, location, reason, hint)
 
 
-def read_tokenizer(label: str, location: Location) -> PreTrainedTokenizerBase:
-    """A model's own tokenizer.
+def _has_one(folder: pathlib.Path, names: Iterable[str]) -> bool:
+    return any((folder / name).is_file() for name in names)
+
+
+def tokenizer_location(name: str) -> Location:
+    """Where a tokenizer is that the user names as models are named.
+
+    Raises:
+        ConfigError: It is no folder, file, Hub id or preset.
+        ModelError: The Hub has none, or cannot be reached.
+    """
+    if model_kind(name) != FOLDER:
+        return locate(name, weights=False)
+    path = pathlib.Path(source_of(name))
+    if path.is_dir():  # it need hold nothing but a tokenizer
+        return Location(path, str(path))
+    return Location(path.parent, str(path), gguf=path.name)
+
+
+def read_tokenizer(label: str, location: Location, named: str = "") -> PreTrainedTokenizerBase:
+    """A model's tokenizer.
+
+    Args:
+        label: Of the model, for messages.
+        location: Of the model; an adapter's folder may have a tokenizer, else its base's is meant.
+        named: Another one that is to be used, as models are named; empty = the model's own.
 
     Raises:
         ModelError: Damaged, or without a vocabulary: transformers would make one of its special
             tokens alone.
     """
+    if named:
+        location = tokenizer_location(named)
+    elif location.base is not None and not _has_one(location.folder, VOCABULARIES):
+        location = location.base
     try:
-        tokenizer = AutoTokenizer.from_pretrained(location.folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            location.folder, trust_remote_code=False, **location.how
+        )
     except Exception as error:  # tokenizers raises this very type for a damaged tokenizer.json
-        _require_vocabulary(label, location, VOCABULARIES)
+        if not location.gguf:
+            _require_vocabulary(label, location, VOCABULARIES)
         raise loading_failure(error, label, location) from error
     names = list(type(tokenizer).vocab_files_names.values())
-    if names:  # those that read bytes have none
+    if names and not location.gguf:  # those that read bytes have none
         _require_vocabulary(label, location, [VOCABULARIES[0], *names])
+    tokenizer.name_or_path = str(location.folder / location.gguf)
     return tokenizer
 
 

@@ -223,7 +223,8 @@ def decide_model(config: HealConfig, checkpoint: Checkpoint | None, path: object
     """
     if checkpoint is not None:
         named = checkpoint.model_fields(path, config.model, config.revision, config.deduped)
-        config = replace(config, **named)
+        tokenizer = config.tokenizer or checkpoint.tokenizer
+        config = replace(config, tokenizer=tokenizer, **named)
         checkpoint.pin_commit()
     return complete(config)
 

@@ -14,13 +14,14 @@ import torch
 from healing.config.options import AUTO, flag_name
 from healing.config.presets import FOLDER, HUB, model_kind, probe_tokens_for
 from healing.config.resolve import ConfigT, resolve
-from healing.config.shared import BaseConfig
+from healing.config.shared import BLANK_LINES, BaseConfig
 from healing.data.corpora import load_corpus
 from healing.data.splits import Corpus
 from healing.errors import ConfigError, CorpusError
 from healing.measurements.probe import Probe
 from healing.measurements.spectrum import ROWS_PER_DIMENSION
 from healing.models.blocks import embedding_matrix
+from healing.models.chat import ChatTemplate
 from healing.models.loading import LoadedModel, load_model, resolve_device
 from healing.models.model_files import model_shape
 from healing.progress import enter
@@ -31,6 +32,15 @@ DEFAULT_THREADS = torch.get_num_threads()
 """What ``threads=0`` means, whatever an earlier cell of the process was given."""
 
 cached_corpus = functools.lru_cache(maxsize=4)(load_corpus)
+
+
+def corpus_for(config: BaseConfig) -> Corpus:
+    """The corpus that a resolved configuration names."""
+    plain = (config.corpus, config.max_documents)
+    if (config.text_column, config.split_rule) == ("", BLANK_LINES):
+        return cached_corpus(*plain)
+    template = ChatTemplate(config.model, config.revision, config.deduped, config.tokenizer)
+    return cached_corpus(*plain, config.text_column, config.split_rule, template)
 
 
 def training_windows(config: BaseConfig, corpus: Corpus, loaded: LoadedModel) -> torch.Tensor:
@@ -108,13 +118,19 @@ def measurement_modules(config: BaseConfig) -> list[str]:
 
 def load_for(config: BaseConfig) -> LoadedModel:
     """The healthy model that a resolved configuration names."""
-    return load_model(config.model, config.device, revision=config.revision, deduped=config.deduped)
+    return load_model(
+        config.model,
+        config.device,
+        revision=config.revision,
+        deduped=config.deduped,
+        tokenizer_name=config.tokenizer,
+    )
 
 
 def load_inputs(config: BaseConfig) -> tuple[Corpus, LoadedModel, Probe]:
     """Corpus, healthy model and probe of a resolved configuration, cheapest check first."""
     enter("reading text")
-    corpus = cached_corpus(config.corpus, config.max_documents)
+    corpus = corpus_for(config)
     enter("loading model")
     loaded = load_for(config)
     enter("tokenizing")

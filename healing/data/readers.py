@@ -1,0 +1,216 @@
+"""Documents of local files, one reader per kind of file."""
+
+from __future__ import annotations
+
+import csv
+import json
+import pathlib
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import pyarrow
+import pyarrow.ipc
+import pyarrow.parquet
+
+from healing.config.shared import BLANK_LINES, LINE, WHOLE_FILE
+from healing.data.columns import Flatten, Table, texts_of, wanted_columns
+from healing.data.local_files import (
+    ARROW,
+    JSON,
+    JSON_LINES,
+    PARQUET,
+    TABLE,
+    TEXT,
+    TextFile,
+    files_of,
+    one_file,
+    opened,
+    unreadable,
+)
+from healing.errors import CorpusError
+
+_BLANK = re.compile(r"\n[ \t]*\n")
+_PIECE = 1 << 20
+LONGEST_CELL = 2**31 - 1
+"""Characters of a cell of a table; the csv module's own limit is 131,072, which is one document."""
+
+
+def _paragraphs(pieces: Iterable[str]) -> Iterator[str]:
+    """What blank lines part, as if the pieces were one text: a separator ends with its second line
+    end, so that what is left after the last one can be joined to the next piece.
+    """
+    rest = ""
+    for piece in pieces:
+        *whole, rest = _BLANK.split(rest + piece)
+        yield from whole
+    if rest:
+        yield rest
+
+
+def _text_documents(file: TextFile, split_rule: str) -> Iterator[str]:
+    with opened(file) as stream:
+        pieces = iter(lambda: stream.read(_PIECE), "")
+        if split_rule == WHOLE_FILE:
+            documents = iter(["".join(pieces)])
+        elif split_rule == LINE:
+            documents = (line.rstrip("\n") for line in stream)
+        else:
+            documents = _paragraphs(pieces)
+        for document in documents:
+            if "\0" in document:
+                raise unreadable(file, "it holds NUL characters, so it is UTF-16 or not text")
+            yield document
+
+
+def _json_lines(file: TextFile) -> Iterator[tuple[int, Any]]:
+    with opened(file) as stream:
+        for number, line in enumerate(stream, 1):
+            if not line.strip():
+                continue
+            try:
+                yield number, json.loads(line)
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise unreadable(file, f"line {number} is not JSON: {error}") from error
+
+
+def _json(file: TextFile) -> Iterator[tuple[int, Any]]:
+    """An array of rows, one row, or (where more follows) one row per line."""
+    with opened(file) as stream:
+        text = stream.read()
+    if not text.strip():
+        return
+    try:
+        value = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        if str(error).startswith("Extra data"):
+            yield from _json_lines(file)
+            return
+        raise unreadable(file, f"it is not JSON: {error}") from error
+    yield from enumerate(value if isinstance(value, list) else [value], 1)
+
+
+def _table(file: TextFile) -> Iterator[tuple[int, Any]]:
+    csv.field_size_limit(LONGEST_CELL)
+    delimiter = "\t" if file.ending.startswith(".tsv") else ","
+    with opened(file, newline="") as stream:
+        try:
+            yield from enumerate(csv.DictReader(stream, delimiter=delimiter), 1)
+        except csv.Error as error:
+            raise unreadable(file, error) from error
+
+
+def _arrow_batches(file: TextFile, column: str) -> Iterator[pyarrow.RecordBatch]:
+    with pyarrow.OSFile(str(file.path)) as source:
+        try:
+            batches: Any = pyarrow.ipc.open_stream(source)
+        except pyarrow.ArrowInvalid:  # the other of Arrow's two file formats
+            source.seek(0)
+            reader = pyarrow.ipc.open_file(source)
+            batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+        for batch in batches:
+            yield batch.select(wanted_columns(batch.schema.names, column) or batch.schema.names)
+
+
+def _parquet_batches(file: TextFile, column: str) -> Iterator[pyarrow.RecordBatch]:
+    with pyarrow.parquet.ParquetFile(file.path) as reader:
+        names = reader.schema_arrow.names
+        yield from reader.iter_batches(1024, columns=wanted_columns(names, column) or None)
+
+
+def _columnar(file: TextFile, column: str) -> Iterator[tuple[int, Any]]:
+    """Rows with the wanted column alone, where there is one: others may be large."""
+    number = 0
+    read = _parquet_batches if file.kind == PARQUET else _arrow_batches
+    try:
+        if not file.path.stat().st_size:
+            return
+        for batch in read(file, column):
+            for row in batch.to_pylist():
+                number += 1
+                yield number, row
+    except (pyarrow.ArrowException, OSError) as error:
+        raise unreadable(file, error) from error
+
+
+def _rows(file: TextFile, column: str) -> Table:
+    path = str(file.path)
+    if file.kind == JSON_LINES:
+        return Table(path, "line", _json_lines(file), is_ragged=True)
+    if file.kind == JSON:
+        return Table(path, "row", _json(file), is_ragged=True)
+    if file.kind == TABLE:
+        return Table(path, "row", _table(file))
+    assert file.kind in (PARQUET, ARROW)
+    return Table(path, "row", _columnar(file, column))
+
+
+def _saved_data_set(folder: pathlib.Path, column: str) -> Table | None:
+    """Rows of a folder that ``datasets``' ``save_to_disk`` wrote; ``None`` = it is not one."""
+    has_splits = (folder / "dataset_dict.json").is_file()
+    is_one = (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
+    if not has_splits and not is_one:
+        return None
+    import datasets
+
+    try:
+        data = datasets.load_from_disk(str(folder))
+        if isinstance(data, datasets.DatasetDict):
+            names = list(data)
+            if "train" not in names and len(names) != 1:
+                raise CorpusError(
+                    f"{folder} holds the splits {', '.join(names)} and no train: name one of them, "
+                    f"as {folder / names[0]}"
+                )
+            data = data["train" if "train" in names else names[0]]
+        if wanted := wanted_columns(data.column_names, column):
+            data = data.select_columns(wanted)
+        return Table(str(folder), "row", enumerate(data, 1))
+    except CorpusError:
+        raise
+    except (ValueError, KeyError, OSError, pyarrow.ArrowException) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CorpusError(
+            f"{folder} could not be read as a data set saved by save_to_disk ({reason}): save it "
+            "anew"
+        ) from error
+
+
+def local_documents(
+    path: pathlib.Path,
+    *,
+    column: str = "",
+    split_rule: str = BLANK_LINES,
+    flatten: Flatten | None = None,
+) -> Iterator[str]:
+    """The documents of a file or folder, blank ones among them, in the order of the paths.
+
+    Args:
+        path: A file, a folder of files of one kind, or one that ``save_to_disk`` wrote.
+        column: Of rows, the one that holds the documents; empty = ``text`` or ``content``.
+        split_rule: What parts the documents of a text file: ``blank_lines``, ``line``, or
+            ``file`` (nothing: each file is one).
+        flatten: Makes one text of a chat, where a column of chats is named.
+
+    Raises:
+        CorpusError: Which file, where in it, why not, and what to do.
+    """
+    if path.is_dir():
+        saved = _saved_data_set(path, column)
+        if saved is not None:
+            yield from texts_of([saved], column, flatten)
+            return
+        files = files_of(path)
+    elif path.is_file():
+        files = [one_file(path)]
+    else:
+        raise CorpusError(f"{path} is neither a file nor a folder: name one of them")
+    if files[0].kind != TEXT:
+        yield from texts_of((_rows(file, column) for file in files), column, flatten)
+        return
+    if column:
+        raise CorpusError(
+            f"{path} is text without columns, and --text-column is {column}: leave it out"
+        )
+    for file in files:
+        yield from _text_documents(file, split_rule)
