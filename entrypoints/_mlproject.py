@@ -30,7 +30,7 @@ name: llm-healing
 
 conda_env: conda.yaml
 
-# Made by `python -m entrypoints._mlproject` from the classes in healing/config.py.
+# Made by `python -m entrypoints._mlproject` from the classes in healing/config/.
 entry_points:
 """
 

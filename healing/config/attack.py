@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from healing.config.options import AUTO, option
-from healing.config.shared import ARMS, OPTIMIZERS, BaseConfig
+from healing.config.shared import ARMS, OPTIMIZERS, BaseConfig, DryRunOptions
 from healing.errors import ConfigError
 
 NOISE_MATCHES = ("norm", "loss", "rank")
@@ -13,10 +13,12 @@ SUBSPACES = ("singular", "hessian")
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttackConfig(BaseConfig):
+class AttackConfig(BaseConfig, DryRunOptions):
     """One attack: a healthy model, an arm, a budget."""
 
-    arm: str = option("haep", "Way of hurting the model.", choices=ARMS)
+    order = (..., "dry_run")
+
+    arm: str = option("haep", "Attack method.", choices=ARMS)
     attack_steps: int | str = option(AUTO, "Budget in optimiser steps; auto = by model.", minimum=0)
     attack_optimizer: str = option(
         "adamw", "Optimiser of the arms that descend an objective.", choices=OPTIMIZERS
@@ -81,8 +83,11 @@ class AttackConfig(BaseConfig):
         "",
         "gaussian_noise: attack checkpoint that the noise is matched to; empty = noise_scale is "
         "used.",
+        determines=False,
     )
-    reference_run_id: str = option("", "gaussian_noise: the same, given as an MLflow attack run.")
+    reference_run_id: str = option(
+        "", "gaussian_noise: the same, given as an MLflow attack run.", determines=False
+    )
     match: str = option(
         "norm",
         "gaussian_noise with a reference: equal weight change per tensor (norm), or one scale for "
@@ -94,10 +99,6 @@ class AttackConfig(BaseConfig):
         "gaussian_noise without a reference: standard deviation of the noise over that of "
         "each tensor.",
         minimum=0,
-    )
-
-    dry_run: bool = option(
-        False, "Predict the peak memory from the model's shape, print it and load nothing."
     )
 
     def __post_init__(self) -> None:

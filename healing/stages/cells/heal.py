@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from healing.config.fingerprint import NOT_DETERMINING, NOT_SETTINGS, as_params, fingerprint
+from healing.config.fingerprint import NOT_SETTINGS, as_params, fingerprint, not_separating
 from healing.config.heal import FULL, HealConfig
 from healing.config.shared import SHAM
 from healing.data.windows import batches
@@ -372,9 +372,6 @@ def heal_cell(
     return outcome, loaded
 
 
-SEEDED = ("seed", "collapsed_checkpoint", "arm")
-
-
 def attacked_settings(checkpoint: Checkpoint) -> dict[str, Any]:
     """What made a checkpoint, seeds, paths and lineage left out."""
     return {k: v for k, v in checkpoint.config.items() if k not in NOT_SETTINGS}
@@ -382,10 +379,8 @@ def attacked_settings(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def settings_of(cell: HealCell, checkpoint: Checkpoint, digests: dict[str, str]) -> str:
     """Hash of what runs must share to be pooled: parameters without seeds or paths, texts, code."""
-    healing = {
-        k: v
-        for k, v in as_params(_determining(cell.config)).items()
-        if k not in (*NOT_DETERMINING, *SEEDED)
-    }
+    left_out = not_separating(cell.config)
+    params = as_params(_determining(cell.config))
+    healing = {k: v for k, v in params.items() if k not in left_out}
     attacked = attacked_settings(checkpoint)
     return fingerprint(healing, attacked, digests, heal_code(), device_kind(cell.config))
