@@ -19,7 +19,7 @@ import time
 from benchmarks.table import at_most, save, show
 from healing.config.attack import AttackConfig
 from healing.config.heal import HealConfig
-from healing.config.resolve import resolve
+from healing.config.resolve import resolve_from_presets
 from healing.randomness import named_generator
 from healing.stages.cells.attack import attack_cell
 from healing.stages.cells.inputs import load_inputs, training_windows, use_threads
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", default="")
     arguments = parser.parse_args()
-    config = resolve(HealConfig(model=arguments.model, healing_steps=arguments.steps))
+    config = resolve_from_presets(HealConfig(model=arguments.model, healing_steps=arguments.steps))
     use_threads(config)
     attacked = attack_cell(AttackConfig(model=arguments.model, arm="random_tokens"))
     corpus, _, probe = load_inputs(config)

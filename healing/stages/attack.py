@@ -12,7 +12,7 @@ from typing import Any
 from healing.attacks.base import AttackRecord
 from healing.config.attack import AttackConfig
 from healing.config.fingerprint import NOT_SETTINGS, as_params, fingerprint
-from healing.config.resolve import resolve
+from healing.config.resolve import resolve_from_presets
 from healing.config.shared import RAW_DATA, BaseConfig
 from healing.measurements.spectrum import ROWS_PER_DIMENSION
 from healing.models.blocks import embedding_matrix
@@ -26,7 +26,7 @@ from healing.stages.cells.attack import (
     attack_name,
     noise_match,
 )
-from healing.stages.cells.inputs import complete, use_threads
+from healing.stages.cells.inputs import resolve_from_model, use_threads
 from healing.stages.console import Console
 from healing.tracking import queries, run_logger
 from healing.tracking.run_files import JsonLines, start_folder, write_json
@@ -197,12 +197,12 @@ def attack(
         MLflow run id and the local checkpoint.
     """
     console = console or Console(config.verbosity)
-    config = with_reference(resolve(config))
+    config = with_reference(resolve_from_presets(config))
     title = f"attack {config.label} {config.arm} seed {config.seed}"
     own = {"stage": "attack", "arm": config.arm, "model": config.label}
     use_threads(config)
     with open_run(parent, title, own) as run:
-        config = complete(config)
+        config = resolve_from_model(config)
         run.params("attack", as_params(config))
         if config.reference_checkpoint:
             made = read_checkpoint(pathlib.Path(config.reference_checkpoint)).config

@@ -24,7 +24,7 @@ from healing.stages.cells.basin import (
     basin_fingerprint,
     inputs_of,
     read_states,
-    settle,
+    resolve_from_checkpoint,
 )
 from healing.stages.cells.inputs import load_inputs, use_threads
 from healing.stages.console import Console
@@ -95,7 +95,7 @@ def _states_of(run_id: str) -> tuple[pathlib.Path | None, pathlib.Path]:
 
 
 def find_cell(config: BasinConfig) -> tuple[BasinCell, Checkpoint]:
-    """What to examine, with every ``auto`` settled, and the healed checkpoint that settled it.
+    """What to examine, with every ``auto`` resolved, and the healed checkpoint that it comes from.
 
     Raises:
         ConfigError: Nothing, or too much, is named.
@@ -109,7 +109,7 @@ def find_cell(config: BasinConfig) -> tuple[BasinCell, Checkpoint]:
     else:
         collapsed, healed = _local(config.collapsed_checkpoint), _local(config.healed_checkpoint)
     checkpoint = read_checkpoint(healed)
-    settled = settle(config, checkpoint, healed)
+    settled = resolve_from_checkpoint(config, checkpoint, healed)
     return BasinCell(settled, str(collapsed or ""), str(healed)), checkpoint
 
 

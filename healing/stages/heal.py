@@ -38,9 +38,9 @@ from healing.stages.attack import (
 from healing.stages.cells.heal import (
     HealCell,
     HealOutcome,
-    decide_model,
     heal_cell,
     heal_fingerprint,
+    resolve_from_checkpoint,
     settings_of,
     sham_checkpoint,
 )
@@ -289,7 +289,7 @@ def _fresh_attack(run: RunLogger, config: HealConfig, console: Console) -> pathl
 
 
 def _cells(config: HealConfig, path: pathlib.Path, replicates: int) -> list[HealCell]:
-    resolved = decide_model(config, read_checkpoint(path), path)
+    resolved = resolve_from_checkpoint(config, read_checkpoint(path), path)
     return [HealCell(resolved, str(path), replicate) for replicate in range(replicates)]
 
 

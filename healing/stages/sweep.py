@@ -28,7 +28,7 @@ from healing.stages.attack import attack, raw_data_folder
 from healing.stages.basin import basin, stored_fingerprint
 from healing.stages.cells.attack import attack_fingerprint, attack_name
 from healing.stages.cells.heal import HealCell, heal_fingerprint, sham_checkpoint
-from healing.stages.cells.inputs import complete, input_marks
+from healing.stages.cells.inputs import input_marks, resolve_from_model
 from healing.stages.console import Console
 from healing.stages.heal import heal_one
 from healing.stages.summarize import summarize
@@ -107,7 +107,7 @@ def _shared(config: SweepConfig) -> dict[str, Any]:
 
 def attack_config(config: SweepConfig, cell: SweepCell, reference: str) -> AttackConfig:
     """Resolved configuration of a cell's attack."""
-    return complete(
+    return resolve_from_model(
         AttackConfig(
             model=cell.model,
             arm=cell.arm,
@@ -125,7 +125,7 @@ def heal_config(config: SweepConfig, cell: SweepCell) -> HealConfig:
     steps = config.healing_steps
     if steps == AUTO:
         steps = preset_for(cell.model).sweep_healing_steps
-    return complete(
+    return resolve_from_model(
         HealConfig(
             model=cell.model,
             arm=cell.arm,

@@ -20,7 +20,7 @@ from healing.attacks.catalyst_search import Catalyst, propose_swaps, search_cata
 from healing.attacks.loop import gradient_step, run_attack
 from healing.attacks.weight_change import WeightChange
 from healing.config.attack import AttackConfig
-from healing.config.resolve import resolve
+from healing.config.resolve import resolve_from_presets
 from healing.config.shared import ARMS
 from healing.curvature.subspaces import MatrixSubspace, SingularSubspace
 from healing.errors import CheckpointError
@@ -223,7 +223,7 @@ def settings(arm: str, **changes) -> AttackConfig:
     values = {"search_steps": 1, "search_candidates": 2, "baseline_draws": 3, "attack_steps": 4,
               "measurement_interval": 2, "sequence_length": 64, "batch_size": 4,
               "rayleigh_draws": 0}  # fmt: skip
-    return resolve(AttackConfig(model="nano", arm=arm, **(values | changes)))
+    return resolve_from_presets(AttackConfig(model="nano", arm=arm, **(values | changes)))
 
 
 def run(nano, corpus, probe, config):
@@ -341,7 +341,7 @@ def test_spectral_arm_collapses_the_rank(nano, corpus, small_probe):
 
 
 def test_a_name_that_no_arm_has_is_refused_instead_of_run_as_another(nano, corpus):
-    config = resolve(AttackConfig(model="nano"))
+    config = resolve_from_presets(AttackConfig(model="nano"))
     object.__setattr__(config, "arm", "mystery")
     with pytest.raises(ValueError, match="no arm is made under the name 'mystery'"):
         make_arm(config, nano, corpus, WeightChange(nano.model))
@@ -416,7 +416,9 @@ def test_padding_rows_of_the_vocabulary_are_never_fed(tiny, corpus, arm):
         padded.get_input_embeddings().weight[2048:] *= 10.0
     loaded = LoadedModel("nano", padded, tiny.tokenizer, "digest")
     assert loaded.vocabulary == 2048
-    config = resolve(AttackConfig(model="nano", arm=arm, search_steps=3, rayleigh_draws=0))
+    config = resolve_from_presets(
+        AttackConfig(model="nano", arm=arm, search_steps=3, rayleigh_draws=0)
+    )
     made = make_arm(config, loaded, corpus, WeightChange(padded))
     fed = []
     padded.register_forward_pre_hook(

@@ -8,7 +8,7 @@ import pytest
 
 from healing.config.attack import AttackConfig
 from healing.config.heal import HealConfig
-from healing.config.resolve import resolve
+from healing.config.resolve import resolve_from_presets
 from healing.models.checkpoints import save_checkpoint
 from healing.stages.cells.attack import attack_cell
 from healing.stages.cells.heal import HealCell, HealOutcome, heal_cell
@@ -39,7 +39,7 @@ def outcomes(tmp_path_factory) -> dict[str, HealOutcome]:
         attacked = attack_cell(AttackConfig(model="nano", arm=arm))
         path = folder / f"{arm}.pt"
         save_checkpoint(path, attacked.loaded.model, 0, arm, {"model": "nano", "arm": arm})
-        config = resolve(HealConfig(model="nano", healing_steps=60))
+        config = resolve_from_presets(HealConfig(model="nano", healing_steps=60))
         found[arm] = heal_cell(HealCell(config, str(path)))[0]
     return found
 
@@ -64,7 +64,7 @@ def healed(folder, name: str, steps: int, **attack) -> dict:
     attacked = attack_cell(AttackConfig(model="nano", **attack))
     path = folder / f"{name}.pt"
     save_checkpoint(path, attacked.loaded.model, 0, name, {"model": "nano"})
-    config = resolve(HealConfig(model="nano", healing_steps=steps))
+    config = resolve_from_presets(HealConfig(model="nano", healing_steps=steps))
     return heal_cell(HealCell(config, str(path)))[0].summary()
 
 

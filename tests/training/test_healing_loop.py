@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from healing.config.heal import HealConfig
-from healing.config.resolve import resolve
+from healing.config.resolve import resolve_from_presets
 from healing.data.windows import batches
 from healing.measurements.probe import Probe
 from healing.models.loading import load_model, state_digest
@@ -20,7 +20,7 @@ from healing.training.trainer import LOCKOUT_STEPS, Trainer
 def settings(**changes) -> HealConfig:
     values = {"model": "nano", "healing_steps": 5, "measurement_interval": 2, "batch_size": 4,
               "sequence_length": 64, "seed": 0}  # fmt: skip
-    return resolve(HealConfig(**(values | changes)))
+    return resolve_from_presets(HealConfig(**(values | changes)))
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from entrypoints import heal as heal_command
 from healing.config.heal import HealConfig
-from healing.config.resolve import resolve
+from healing.config.resolve import resolve_from_presets
 from healing.errors import ConfigError
 from healing.measurements.probe import Probe
 from healing.models.blocks import block_outputs
@@ -31,7 +31,7 @@ RANK = 3
 def settings(**changes) -> HealConfig:
     values = {"model": "nano", "healing_steps": 4, "measurement_interval": 2, "batch_size": 4,
               "sequence_length": 64, "healing_method": "lora", "lora_rank": RANK}  # fmt: skip
-    return resolve(HealConfig(**(values | changes)))
+    return resolve_from_presets(HealConfig(**(values | changes)))
 
 
 def draws(seed: int = 0) -> torch.Generator:
@@ -250,9 +250,12 @@ def test_autocast_trains_adapters_in_float32(nano):
 
 def test_adapters_get_ten_times_the_rate():
     for model in ("nano", "70m"):
-        full = resolve(HealConfig(model=model)).healing_lr
-        assert resolve(HealConfig(model=model, healing_method="lora")).healing_lr == 10 * full
-    given = resolve(HealConfig(model="nano", healing_method="lora", healing_lr=0.5))
+        full = resolve_from_presets(HealConfig(model=model)).healing_lr
+        assert (
+            resolve_from_presets(HealConfig(model=model, healing_method="lora")).healing_lr
+            == 10 * full
+        )
+    given = resolve_from_presets(HealConfig(model="nano", healing_method="lora", healing_lr=0.5))
     assert given.healing_lr == 0.5
 
 

@@ -10,14 +10,14 @@ import torch
 from torch import nn
 
 from healing.config.heal import HealConfig
-from healing.config.resolve import resolve
+from healing.config.resolve import resolve_from_presets
 from healing.measurements.diagnosis import GRADIENT
 from healing.measurements.probe import Probe
 from healing.models.loading import load_model
 from healing.randomness import named_generator
 from healing.stages.cells import inputs
 from healing.stages.cells.heal import failure_in_float32
-from healing.stages.cells.inputs import complete
+from healing.stages.cells.inputs import resolve_from_model
 from healing.training.healing_loop import control_run, heal
 from healing.training.nonfinite import (
     diagnose,
@@ -156,15 +156,15 @@ def test_first_nonfinite_parameter():
 def test_auto_is_bf16_on_an_accelerator_and_fp32_on_the_cpu(monkeypatch):
     config = HealConfig(model="nano")
     assert config.precision == "auto"
-    assert resolve(config).precision == complete(config).precision == "fp32"
-    assert resolve(config, accelerated=True).precision == "bf16"
+    assert resolve_from_presets(config).precision == resolve_from_model(config).precision == "fp32"
+    assert resolve_from_presets(config, accelerated=True).precision == "bf16"
     monkeypatch.setattr(inputs, "resolve_device", lambda _: torch.device("cuda"))
     for native, chosen in ((True, "bf16"), (False, "fp32")):
         # Asked with emulation every card says yes.
         has = lambda including_emulation=True, own=native: own or including_emulation  # noqa: E731
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", has)
-        assert complete(config).precision == chosen
-    assert complete(HealConfig(model="nano", precision="fp16")).precision == "fp16"
+        assert resolve_from_model(config).precision == chosen
+    assert resolve_from_model(HealConfig(model="nano", precision="fp16")).precision == "fp16"
 
 
 @pytest.mark.parametrize(("name", "largest"), [("fp16", 65504.0), ("bf16", 3.3895313892515355e38)])
@@ -239,7 +239,7 @@ def test_gradient_norm_in_half_precision_does_not_overflow():
 def settings(**changes) -> HealConfig:
     values = {"model": "nano", "healing_steps": 8, "measurement_interval": 4, "batch_size": 4,
               "sequence_length": 64}  # fmt: skip
-    return resolve(HealConfig(**(values | changes)))
+    return resolve_from_presets(HealConfig(**(values | changes)))
 
 
 @pytest.fixture

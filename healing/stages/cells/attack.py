@@ -22,7 +22,7 @@ from healing.models.checkpoints import read_checkpoint
 from healing.models.loading import LoadedModel
 from healing.randomness import named_generator
 from healing.stages.cells.code_digest import code_digest
-from healing.stages.cells.inputs import complete, device_kind, load_inputs
+from healing.stages.cells.inputs import device_kind, load_inputs, resolve_from_model
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def attack_cell(
         on_start: Called before the first record with the fingerprint, the healthy model and the
             digests of the corpus.
     """
-    config = complete(config)
+    config = resolve_from_model(config)
     corpus, loaded, probe = load_inputs(config)
     mark = attack_fingerprint(config, loaded.identity, corpus.digests)
     on_start(mark, loaded, corpus.digests)

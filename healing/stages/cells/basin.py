@@ -32,7 +32,7 @@ from healing.models.checkpoints import HEALED_KIND, Checkpoint, load_state, read
 from healing.models.loading import LoadedModel, state_digest
 from healing.randomness import named_generator
 from healing.stages.cells.code_digest import code_digest
-from healing.stages.cells.inputs import complete, device_kind, load_inputs
+from healing.stages.cells.inputs import device_kind, load_inputs, resolve_from_model
 
 STATES = ("healthy", "collapsed", "healed")
 PATHS = {
@@ -51,7 +51,7 @@ class BasinCell:
     """One landscape: everything that decides its numbers, picklable.
 
     Attributes:
-        config: Resolved configuration (:func:`settle`).
+        config: Resolved configuration (:func:`resolve_from_checkpoint`).
         collapsed: Path of the collapsed checkpoint; empty = the healthy state (a sham).
         healed: Path of the healed checkpoint.
     """
@@ -162,7 +162,7 @@ class BasinOutcome:
         return {f"{state}_is_minimum": r.statement.answer for state, r in self.states.items()}
 
 
-def settle(config: BasinConfig, healed: Checkpoint, path: object) -> BasinConfig:
+def resolve_from_checkpoint(config: BasinConfig, healed: Checkpoint, path: object) -> BasinConfig:
     """Replace every ``auto`` by what the healing run had, else by the default.
 
     Raises:
@@ -176,16 +176,16 @@ def settle(config: BasinConfig, healed: Checkpoint, path: object) -> BasinConfig
     healed.pin_commit()
     wanted = [f.name for f in fields(BaseConfig) if getattr(config, f.name, "") == AUTO]
     known = {name: healed.config[name] for name in wanted if name in healed.config}
-    base = complete(BaseConfig(**{**known, **named}))
+    base = resolve_from_model(BaseConfig(**{**known, **named}))
     wanted += list(named)
     auto = {name: getattr(base, name) for name in wanted if name != "device"}
     return replace(config, **auto)
 
 
 def inputs_of(config: BasinConfig) -> BaseConfig:
-    """The part of a settled configuration that says what is loaded."""
+    """The part of a resolved configuration that says what is loaded."""
     shared = {f.name for f in fields(BaseConfig)} & {f.name for f in fields(BasinConfig)}
-    return complete(BaseConfig(**{name: getattr(config, name) for name in shared}))
+    return resolve_from_model(BaseConfig(**{name: getattr(config, name) for name in shared}))
 
 
 def attack_split(config: BasinConfig, corpus: Corpus, loaded: LoadedModel) -> Tensor:

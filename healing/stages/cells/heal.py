@@ -39,10 +39,10 @@ from healing.randomness import named_generator
 from healing.stages.cells.attack import state_of
 from healing.stages.cells.code_digest import code_digest
 from healing.stages.cells.inputs import (
-    complete,
     device_kind,
     load_for,
     load_inputs,
+    resolve_from_model,
     training_windows,
 )
 from healing.statistics.survival import half_recovery_time
@@ -204,7 +204,9 @@ class HealOutcome:
         }
 
 
-def decide_model(config: HealConfig, checkpoint: Checkpoint | None, path: object) -> HealConfig:
+def resolve_from_checkpoint(
+    config: HealConfig, checkpoint: Checkpoint | None, path: object
+) -> HealConfig:
     """Resolve ``auto``: the checkpoint's model and revision, at the commit it was made from, unless
     the user names one.
 
@@ -216,7 +218,7 @@ def decide_model(config: HealConfig, checkpoint: Checkpoint | None, path: object
         named = checkpoint.model_fields(path, config.model, config.revision, config.deduped)
         config = replace(config, **named)
         checkpoint.pin_commit()
-    return complete(config)
+    return resolve_from_model(config)
 
 
 def sham_checkpoint(healthy_digest: str, config: HealConfig) -> Checkpoint:
