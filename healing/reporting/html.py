@@ -11,6 +11,7 @@ from typing import Any
 
 import jinja2
 
+from healing.measurements.recovery import IRREVERSIBLE_BELOW, REVERSIBLE_ABOVE
 from healing.reporting.markdown import REPEATS_NOTE, RUNNING_NOTE, all_notes
 from healing.reporting.phrases import (
     context_sentences,
@@ -39,7 +40,10 @@ from healing.statistics.summary import GroupSummary, Summary
 CSS_PIXELS_PER_INCH = 96
 MAX_WIDTH = 900
 """CSS pixels; figures as wide as the page are shown up to this."""
-ZONES = "Grey: 20 to 70 %, the zone of partial recovery; dotted: the healthy value. "
+ZONES = (
+    f"Grey: {IRREVERSIBLE_BELOW:g} to {REVERSIBLE_ABOVE:g} %, the zone of partial recovery; "
+    "dotted: the healthy value. "
+)
 CAPTIONS = {
     "mean_recovery": (
         "Mean recovery over checkpoints with its interval at every step, by model; rank left, "

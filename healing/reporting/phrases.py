@@ -6,24 +6,25 @@ import math
 from collections.abc import Sequence
 
 from healing.config.shared import TREATMENT
+from healing.measurements.recovery import (
+    DECIDED,
+    IRREVERSIBLE_BELOW,
+    REVERSIBLE_ABOVE,
+    Verdict,
+)
 from healing.reporting.plots.style import arm_label
 from healing.statistics.checkpoint_estimates import Approach, VerdictPlan
 from healing.statistics.heal_runs import UNIGRAM
-from healing.statistics.intervals import (
-    IRREVERSIBLE_BELOW,
-    MIN_CHECKPOINTS,
-    REVERSIBLE_ABOVE,
-    Interval,
-)
+from healing.statistics.intervals import MIN_CHECKPOINTS, Interval
 from healing.statistics.summary import GroupSummary, Summary
 
 RANK, LOSS = "rank_recovery_pct", "loss_recovery_pct"
 VERDICT_NAMES = {
-    "irreversible pathology": "Irreversible Pathology",
-    "acute structural failure": "Acute Structural Failure",
-    "partial": "Partial Recovery",
-    "inconclusive": "Inconclusive",
-    "undefined": "Undefined",
+    Verdict.IRREVERSIBLE: "Irreversible Pathology",
+    Verdict.REVERSIBLE: "Acute Structural Failure",
+    Verdict.PARTIAL: "Partial Recovery",
+    Verdict.INCONCLUSIVE: "Inconclusive",
+    Verdict.UNDEFINED: "Undefined",
 }
 """Verdicts as headlines and papers name them."""
 
@@ -116,14 +117,14 @@ def verdict_reason(group: GroupSummary) -> str:
     within = "" if steps is None else f" after {count_text(steps, 'healing step')}"
     estimate = estimate_text(interval, group.undefined_checkpoints(RANK))
     mean = f"mean rank recovery{within} is {estimate}"
-    if group.verdict == "irreversible pathology":
+    if group.verdict == Verdict.IRREVERSIBLE:
         return f"{mean}; its upper bound lies under {IRREVERSIBLE_BELOW:g} %"
-    if group.verdict == "acute structural failure":
+    if group.verdict == Verdict.REVERSIBLE:
         return f"{mean}; its lower bound lies over {REVERSIBLE_ABOVE:g} %: the damage heals"
-    if group.verdict == "partial":
+    if group.verdict == Verdict.PARTIAL:
         zone = f"{IRREVERSIBLE_BELOW:g} and {REVERSIBLE_ABOVE:g} %"
         return f"{mean}; the whole interval lies between {zone}"
-    if group.verdict == "undefined":
+    if group.verdict == Verdict.UNDEFINED:
         return (
             f"{group.n_undefined} of {count_text(group.n_runs, 'run')} {_has(group.n_undefined)} "
             "no defined rank recovery"
@@ -140,7 +141,7 @@ def loss_sentence(group: GroupSummary) -> str:
     interval = group.intervals[LOSS]
     if math.isnan(interval.point):
         return "Loss recovery is undefined."
-    verdict = VERDICT_NAMES.get(group.verdict_loss, group.verdict_loss).lower()
+    verdict = VERDICT_NAMES[group.verdict_loss].lower()
     estimate = estimate_text(interval, group.undefined_checkpoints(LOSS))
     text = f"The loss recovers by {estimate}, which by itself reads “{verdict}”"
     unigram = group.intervals.get(UNIGRAM)
@@ -149,8 +150,8 @@ def loss_sentence(group: GroupSummary) -> str:
             f" (a model that knows token frequencies alone would score {unigram.point:.1f} %: read "
             "the loss beside that)"
         )
-    decided = {"irreversible pathology", "acute structural failure", "partial"}
-    if {group.verdict, group.verdict_loss} <= decided and group.verdict != group.verdict_loss:
+    both = {group.verdict, group.verdict_loss}
+    if both <= set(DECIDED) and len(both) == 2:
         return f"{text}: rank and loss disagree, and the verdict is about the rank."
     return f"{text}."
 
@@ -235,8 +236,10 @@ def plan_sentence(plan: VerdictPlan) -> str:
 
 def verdict_heading(group: GroupSummary, groups: Sequence[GroupSummary]) -> str:
     """``nano, HAEP: Irreversible Pathology within this budget``."""
-    limit = " within this budget" if group.verdict == "irreversible pathology" else ""
-    return f"{group_name(group, groups)}: {VERDICT_NAMES.get(group.verdict, group.verdict)}{limit}"
+    limit = " within this budget" if group.verdict == Verdict.IRREVERSIBLE else ""
+    if group.verdict == Verdict.REVERSIBLE:
+        limit = f" ({group.verdict.meaning})"
+    return f"{group_name(group, groups)}: {VERDICT_NAMES[group.verdict]}{limit}"
 
 
 def group_name(group: GroupSummary, groups: Sequence[GroupSummary]) -> str:

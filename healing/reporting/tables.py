@@ -14,6 +14,7 @@ from healing.measurements.diagnosis import (
     NONFINITE_STEPS,
     OPTIMISER_ARTIFACT,
 )
+from healing.measurements.recovery import IRREVERSIBLE_BELOW, REVERSIBLE_ABOVE, Verdict
 from healing.reporting.escaping import one_line
 from healing.reporting.phrases import (
     approach_texts,
@@ -38,10 +39,12 @@ STATUS_LABELS = {
 }
 """What the tables say of runs that are not simply ``ok``."""
 VERDICT_MEANING = (
-    "Verdict by the interval of rank recovery: lower bound over 70 % is *acute structural failure* "
-    "(it heals), upper bound under 20 % is *irreversible pathology* within this budget, an "
-    "interval inside 20–70 % is *partial*, anything else *inconclusive*; *undefined* where the "
-    "attack did not change the rank measurably."
+    f"Verdict by the interval of rank recovery: lower bound over {REVERSIBLE_ABOVE:g} % is "
+    f"*{Verdict.REVERSIBLE}* (it heals), upper bound under {IRREVERSIBLE_BELOW:g} % is "
+    f"*{Verdict.IRREVERSIBLE}* within this budget, an interval inside "
+    f"{IRREVERSIBLE_BELOW:g}–{REVERSIBLE_ABOVE:g} % is *{Verdict.PARTIAL}*, anything else "
+    f"*{Verdict.INCONCLUSIVE}*; *{Verdict.UNDEFINED}* where the attack did not change the rank "
+    "measurably."
 )
 
 
@@ -79,7 +82,7 @@ def _main_row(group: GroupSummary, summary: Summary) -> tuple[str, ...]:
         f"{group.n_checkpoints} ({group.n_runs})",
         states,
         *(group_estimate(group, endpoint) for endpoint in PRIMARY_ENDPOINTS),
-        group.verdict,
+        group.verdict.shown,
     )
 
 
@@ -241,7 +244,7 @@ def plan_table(summary: Summary) -> Table:
             endpoint_name(endpoint),
             str(g.intervals[endpoint].n),
             "out of reach" if plan.n_checkpoints is None else str(plan.n_checkpoints),
-            plan.verdict,
+            plan.verdict.shown,
         )
         for g in summary.groups
         for endpoint, plan in g.plans.items()

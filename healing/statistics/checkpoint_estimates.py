@@ -15,10 +15,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import ArrayLike
 
+from healing.measurements.recovery import IRREVERSIBLE_BELOW, REVERSIBLE_ABOVE, Verdict
 from healing.statistics.curve_fits import Law, TrajectoryFit, fit_trajectory
 from healing.statistics.intervals import (
-    IRREVERSIBLE_BELOW,
-    REVERSIBLE_ABOVE,
     DegenerateDataWarning,
     FloatArray,
     Interval,
@@ -28,7 +27,7 @@ from healing.statistics.intervals import (
     has_no_spread,
     t_interval,
 )
-from healing.statistics.power import MAX_CHECKPOINTS, DecidedVerdict, required_checkpoints
+from healing.statistics.power import MAX_CHECKPOINTS, required_checkpoints
 from healing.statistics.survival import (
     HalfRecovery,
     SurvivalCurve,
@@ -94,7 +93,7 @@ class Approach:
 class VerdictPlan:
     """How many checkpoints would decide, if observed mean and spread were the true ones."""
 
-    verdict: DecidedVerdict
+    verdict: Verdict
     """The verdict on whose side the observed mean lies."""
     n_checkpoints: int | None
     """Checkpoints in all; ``None`` where even 100,000 would not do."""
@@ -197,9 +196,9 @@ def plan_verdict(
     return VerdictPlan(verdict, n, mean, sd, power)
 
 
-def _side(mean: float) -> DecidedVerdict | None:
+def _side(mean: float) -> Verdict | None:
     if mean < IRREVERSIBLE_BELOW:
-        return "irreversible pathology"
+        return Verdict.IRREVERSIBLE
     if mean > REVERSIBLE_ABOVE:
-        return "acute structural failure"
-    return "partial" if IRREVERSIBLE_BELOW < mean < REVERSIBLE_ABOVE else None
+        return Verdict.REVERSIBLE
+    return Verdict.PARTIAL if IRREVERSIBLE_BELOW < mean < REVERSIBLE_ABOVE else None

@@ -11,6 +11,7 @@ import numpy as np
 
 from healing.config.shared import SHAM
 from healing.measurements.diagnosis import LOCKOUT
+from healing.measurements.recovery import Verdict
 from healing.statistics.checkpoint_estimates import (
     Approach,
     HalfTimes,
@@ -101,8 +102,8 @@ class GroupSummary:
     means: Mapping[str, ClusterMeans]
     intervals: Mapping[str, Interval]
     bootstrap: Mapping[str, Interval]
-    verdict: str
-    verdict_loss: str
+    verdict: Verdict
+    verdict_loss: Verdict
     half_recovery: Mapping[str, Interval]
     bands: Mapping[str, Band]
     notes: tuple[str, ...]
@@ -184,7 +185,9 @@ def _plans(
     means: Mapping[str, ClusterMeans], intervals: Mapping[str, Interval], confidence: float
 ) -> dict[str, VerdictPlan]:
     """Plans of the endpoints whose verdict is inconclusive."""
-    open_ones = [e for e in PRIMARY_ENDPOINTS if _verdict(means, intervals, e) == "inconclusive"]
+    open_ones = [
+        e for e in PRIMARY_ENDPOINTS if _verdict(means, intervals, e) == Verdict.INCONCLUSIVE
+    ]
     plans = {e: plan_verdict(means[e].means, confidence) for e in open_ones}
     return {endpoint: plan for endpoint, plan in plans.items() if plan is not None}
 
@@ -246,7 +249,7 @@ def summarize_group(
 
 def _verdict(
     means: Mapping[str, ClusterMeans], intervals: Mapping[str, Interval], endpoint: str
-) -> str:
+) -> Verdict:
     return group_verdict(intervals[endpoint], means[endpoint].undefined_fraction)
 
 

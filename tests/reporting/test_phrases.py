@@ -45,7 +45,7 @@ def group_of(finals: list[float], loss: float = 90.0):
     ("finals", "heading", "reason"),
     [
         ([1.0, 2.0, 3.0], "Irreversible Pathology within this budget", "bound lies under 20 %"),
-        ([90.0, 91.0, 92.0], "Acute Structural Failure", "lower bound lies over 70 %: the"),
+        ([90.0, 91.0, 92.0], "Acute Structural Failure (heals)", "lower bound lies over 70 %: "),
         ([40.0, 41.0, 42.0], "Partial Recovery", "the whole interval lies between 20 and 70 %"),
         ([18.0, 20.0, 23.0], "Inconclusive", "the interval holds the threshold 20 %"),
         ([64.0, 70.0, 75.0], "Inconclusive", "the interval holds the threshold 70 %"),

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
+from healing.measurements.recovery import IRREVERSIBLE_BELOW, REVERSIBLE_ABOVE
 from healing.reporting.plots.style import (
     BLACK,
     COLUMN,
@@ -146,7 +147,7 @@ def final_recovery(path: pathlib.Path, groups: Sequence[GroupSummary]) -> None:
     labels = [f"{safe_text(g.model)}  {_settings_label(g, groups)}" for g in groups]
     with paper_figure(path, 1, 2, (PAGE, 0.7 + 0.28 * len(groups))) as (_, axes):
         for ax, endpoint in zip(axes, PRIMARY_ENDPOINTS, strict=True):
-            ax.axvspan(20, 70, color="#EEEEEE", zorder=0)
+            ax.axvspan(IRREVERSIBLE_BELOW, REVERSIBLE_ABOVE, color="#EEEEEE", zorder=0)
             ax.axvline(100, color=BLACK, linewidth=0.8, linestyle=":")
             for y, group in enumerate(groups):
                 _draw_final(ax, group, endpoint, y)

@@ -18,6 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import offset_copy
 from scipy import optimize
 
+from healing.measurements.recovery import IRREVERSIBLE_BELOW, REVERSIBLE_ABOVE
+
 matplotlib.use("Agg")
 
 # Okabe & Ito (2008): distinguishable with every common form of colour blindness.
@@ -238,5 +240,5 @@ def reference_line(ax: plt.Axes, value: float, state: str, x: float) -> None:
 
 def verdict_zones(ax: plt.Axes) -> None:
     """Shade the partial zone and mark the healthy value."""
-    ax.axhspan(20, 70, color="#EEEEEE", zorder=0)
+    ax.axhspan(IRREVERSIBLE_BELOW, REVERSIBLE_ABOVE, color="#EEEEEE", zorder=0)
     ax.axhline(100, color=BLACK, linewidth=0.8, linestyle=":")
