@@ -6,7 +6,7 @@ import math
 import pathlib
 from collections.abc import Mapping, Sequence
 
-from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from healing.measurements.recovery import IRREVERSIBLE_BELOW, REVERSIBLE_ABOVE
@@ -63,7 +63,7 @@ def _model_title(members: Sequence[GroupSummary]) -> str:
     return safe_text(first.model) + size
 
 
-def _note(ax: plt.Axes, text: str, colour: str = GREY) -> None:
+def _note(ax: Axes, text: str, colour: str = GREY) -> None:
     """A small line in the upper left corner, under those already there."""
     n = sum(note.get_gid() == "note" for note in ax.texts)
     ax.annotate(
@@ -113,7 +113,7 @@ def _visible_range(groups: Sequence[GroupSummary], endpoint: str) -> tuple[float
 
 
 def _draw_band(
-    ax: plt.Axes, group: GroupSummary, endpoint: str, groups: Sequence[GroupSummary]
+    ax: Axes, group: GroupSummary, endpoint: str, groups: Sequence[GroupSummary]
 ) -> tuple[float, str, str] | None:
     """Draw a group's mean and band; where the line ends, its name and colour."""
     colour, marker, _ = arm_style(group.arm)
@@ -159,7 +159,7 @@ def final_recovery(path: pathlib.Path, groups: Sequence[GroupSummary]) -> None:
             ax.tick_params(axis="y", length=0)
 
 
-def _draw_final(ax: plt.Axes, group: GroupSummary, endpoint: str, y: int) -> None:
+def _draw_final(ax: Axes, group: GroupSummary, endpoint: str, y: int) -> None:
     colour, marker, _ = arm_style(group.arm)
     interval = group.intervals[endpoint]
     means = [m for m in group.means[endpoint].means if math.isfinite(m)]
@@ -178,12 +178,12 @@ def _draw_final(ax: plt.Axes, group: GroupSummary, endpoint: str, y: int) -> Non
     _draw_interval(ax, interval, y, colour)
 
 
-def _draw_points(ax: plt.Axes, values: Sequence[float], y: int, colour: str, marker: str) -> None:
+def _draw_points(ax: Axes, values: Sequence[float], y: int, colour: str, marker: str) -> None:
     heights = [y - 0.18] * len(values)
     ax.plot(values, heights, marker, color=colour, markersize=3.5, markeredgewidth=0.8, alpha=0.7)
 
 
-def _draw_interval(ax: plt.Axes, interval: Interval, y: int, colour: str) -> None:
+def _draw_interval(ax: Axes, interval: Interval, y: int, colour: str) -> None:
     height = y + 0.14
     if interval.defined:
         ax.plot([interval.low, interval.high], [height, height], color=colour, linewidth=1.6)
@@ -223,7 +223,7 @@ def _short_name(arm: str) -> str:
 
 
 def _draw_sizes(
-    ax: plt.Axes, groups: Sequence[GroupSummary], arm: str, place: float
+    ax: Axes, groups: Sequence[GroupSummary], arm: str, place: float
 ) -> tuple[float, str, str]:
     """Draw one arm, a little to the side so that intervals of one size do not hide one another."""
     colour, marker, _ = arm_style(arm)
@@ -265,7 +265,7 @@ def half_recovery(path: pathlib.Path, groups: Sequence[GroupSummary]) -> None:
 
 
 def _draw_survival(
-    ax: plt.Axes, group: GroupSummary, endpoint: str, groups: Sequence[GroupSummary], number: int
+    ax: Axes, group: GroupSummary, endpoint: str, groups: Sequence[GroupSummary], number: int
 ) -> tuple[float, str, str] | None:
     colour, _, _ = arm_style(group.arm)
     name = _settings_label(group, groups, short=True)
@@ -314,7 +314,7 @@ def haep_against_noise(path: pathlib.Path, comparisons: Mapping[str, ArmComparis
         ax.tick_params(axis="y", length=0)
 
 
-def _draw_difference(ax: plt.Axes, endpoint: EndpointComparison, y: int) -> None:
+def _draw_difference(ax: Axes, endpoint: EndpointComparison, y: int) -> None:
     interval = endpoint.superiority.interval
     _draw_points(ax, [d for d in endpoint.differences if math.isfinite(d)], y, VERMILION, "o")
     ax.annotate(
