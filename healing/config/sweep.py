@@ -77,7 +77,7 @@ class SweepConfig(TrainingOptions, DeviceOptions, OutputOptions):
 
     def model_list(self) -> tuple[str, ...]:
         """Model names in the order given, folders as absolute paths."""
-        models = tuple(canonical_model(m) for m in _listed(self.models, "--models", None))
+        models = tuple(canonical_model(m) for m in _parse_list(self.models, "--models", None))
         for model in models:
             check_source(model, self.revision, self.deduped)
         if len(set(models)) < len(models):
@@ -86,11 +86,11 @@ class SweepConfig(TrainingOptions, DeviceOptions, OutputOptions):
 
     def arm_list(self) -> tuple[str, ...]:
         """Arms in the order given."""
-        return _listed(self.arms, "--arms", ARMS)
+        return _parse_list(self.arms, "--arms", ARMS)
 
     def seed_list(self) -> tuple[int, ...]:
         """Seeds in the order given."""
-        items = _listed(self.seeds, "--seeds", None)
+        items = _parse_list(self.seeds, "--seeds", None)
         if not all(item.isdecimal() for item in items):
             raise ConfigError(
                 f"--seeds must be whole numbers from 0, as in 0,1,2; got {self.seeds!r}"
@@ -98,7 +98,7 @@ class SweepConfig(TrainingOptions, DeviceOptions, OutputOptions):
         return tuple(int(item) for item in items)
 
 
-def _listed(text: str, flag: str, admissible: tuple[str, ...] | None) -> tuple[str, ...]:
+def _parse_list(text: str, flag: str, admissible: tuple[str, ...] | None) -> tuple[str, ...]:
     items = tuple(item.strip() for item in text.split(",") if item.strip())
     if not items:
         raise ConfigError(f"{flag} is empty: name at least one")

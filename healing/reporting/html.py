@@ -25,11 +25,11 @@ from healing.reporting.phrases import (
 from healing.reporting.plots.style import arm_label
 from healing.reporting.tables import (
     Table,
+    asymptote_table,
     bootstrap_table,
     half_table,
     main_table,
     plan_table,
-    prospect_table,
     sham_table,
     variance_table,
 )
@@ -153,7 +153,7 @@ def _alt(key: str, summary: Summary) -> str:
 _RANK, _LOSS = "rank_recovery_pct", "loss_recovery_pct"
 
 
-def _listed(runs: Iterable[tuple[HealRun, str]]) -> list[tuple[str, str, str]]:
+def _run_rows(runs: Iterable[tuple[HealRun, str]]) -> list[tuple[str, str, str]]:
     return [(run.name, run.run_id, why) for run, why in runs]
 
 
@@ -202,19 +202,19 @@ def render(summary: Summary, figures: Mapping[str, pathlib.Path]) -> str:
             half=half_table(summary),
             bootstrap=bootstrap_table(summary),
             variance=variance_table(summary),
-            prospects=prospect_table(summary),
+            prospects=asymptote_table(summary),
             plans=plan_table(summary),
             figures={
                 key: embed(path, CAPTIONS[key], _alt(key, summary)) for key, path in figures.items()
             },
             slopes=_slope_lines(summary),
             methods=METHODS,
-            failed=_listed((r, r.failure) for r in summary.failed),
-            running=_listed((r, "") for r in summary.running),
+            failed=_run_rows((r, r.failure) for r in summary.failed),
+            running=_run_rows((r, "") for r in summary.running),
             running_note=RUNNING_NOTE,
-            repeats=_listed((r.run, r.why) for r in summary.repeats),
+            repeats=_run_rows((r.run, r.why) for r in summary.repeats),
             repeats_note=REPEATS_NOTE,
-            undefined=_listed((r, r.undefined_reason) for r in summary.undefined),
+            undefined=_run_rows((r, r.undefined_reason) for r in summary.undefined),
             notes=all_notes(summary),
         )
     )

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from healing.measurements.recovery import IRREVERSIBLE_BELOW, REVERSIBLE_ABOVE, Verdict
-from healing.reporting.latex import Macros, bounds, escape, number, spelled
+from healing.reporting.latex import Macros, bounds, escape, number, spell_out
 from healing.reporting.phrases import (
     LOSS,
     RANK,
@@ -28,7 +28,7 @@ from healing.reporting.treatment_against_control import (
     comparison_gaps,
     comparison_sentence,
     contrast_sentences,
-    pace_sentence,
+    half_recovery_sentence,
     unfinished_sentences,
 )
 from healing.statistics.intervals import Interval
@@ -88,7 +88,7 @@ def _fit_values(group: GroupSummary) -> dict[str, str]:
         values[f"{name}VarianceBetween"] = number(variance.between)
         values[f"{name}VarianceWithin"] = number(variance.within)
         values[f"{name}Icc"] = number(variance.icc, 2)
-    for endpoint, found in group.approaches.items():
+    for endpoint, found in group.asymptotes.items():
         name = _endpoint(endpoint)
         fits = {"Asymptote": found.asymptote, "HalfLife": found.half_life}
         for key, interval in fits.items():
@@ -105,13 +105,13 @@ def _contrast_values(model: str, found: Contrast, summary: Summary) -> dict[str,
     values = {
         "Statement": found.comparison.statement,
         "Sentence": escape(comparison_sentence(model, summary)),
-        "PaceSentence": escape(pace_sentence(model, summary)),
+        "PaceSentence": escape(half_recovery_sentence(model, summary)),
     }
     for endpoint in found.comparison.endpoints:
         name, interval = _endpoint(endpoint.endpoint), endpoint.superiority.interval
         values |= _estimate(name, interval)
         values |= {f"{name}Pairs": str(interval.n), f"{name}P": number(endpoint.p_adjusted, 3)}
-    for key, test in found.pace.items():
+    for key, test in found.half_recovery_test.items():
         name = f"{_endpoint(key)}LogRank"
         values |= {f"{name}Z": number(test.statistic, 2), f"{name}P": number(test.p_value, 3)}
     return values
@@ -119,14 +119,14 @@ def _contrast_values(model: str, found: Contrast, summary: Summary) -> dict[str,
 
 def _endpoint(name: str) -> str:
     """``rank_recovery_pct`` → ``Rank``, ``ppl_improvement_pct`` → ``PplImprovement``."""
-    return spelled(name.removesuffix("_pct").replace("_recovery", ""))
+    return spell_out(name.removesuffix("_pct").replace("_recovery", ""))
 
 
 def group_stem(group: GroupSummary, groups: Sequence[GroupSummary]) -> str:
     """Model and arm in letters, with the settings' hash where an arm has several settings."""
     label = shown_label(group, groups)
     settings = label.rpartition(" #")[2] if " #" in label else ""
-    return spelled(group.model) + spelled(group.arm) + spelled(settings)
+    return spell_out(group.model) + spell_out(group.arm) + spell_out(settings)
 
 
 def macros(summary: Summary) -> Macros:
@@ -143,9 +143,9 @@ def macros(summary: Summary) -> Macros:
     for group in summary.groups:
         found.add(group_stem(group, summary.groups), _group_values(group, summary))
     for model, own in summary.contrasts.items():
-        found.add(f"{spelled(model)}HaepMinusNoise", _contrast_values(model, own, summary))
+        found.add(f"{spell_out(model)}HaepMinusNoise", _contrast_values(model, own, summary))
     for arm, slope in summary.slopes.items():
-        found.add(f"Scaling{spelled(arm)}", _estimate("Slope", slope.slope))
+        found.add(f"Scaling{spell_out(arm)}", _estimate("Slope", slope.slope))
     return found
 
 

@@ -13,7 +13,7 @@ from healing.measurements.recovery import (
     Verdict,
 )
 from healing.reporting.plots.style import arm_label
-from healing.statistics.checkpoint_estimates import Approach, VerdictPlan
+from healing.statistics.checkpoint_estimates import Asymptotes, VerdictPlan
 from healing.statistics.heal_runs import UNIGRAM
 from healing.statistics.intervals import MIN_CHECKPOINTS, Interval
 from healing.statistics.summary import GroupSummary, Summary
@@ -204,20 +204,20 @@ def median_text(interval: Interval, unit: str = "") -> str:
     return time_text(interval, unit)
 
 
-def approach_texts(approach: Approach) -> tuple[str, str]:
+def asymptote_texts(found: Asymptotes) -> tuple[str, str]:
     """Fitted asymptote and half-life, or ``not converged`` with the number of fits that did."""
-    if approach.n_checkpoints == 0:
+    if found.n_checkpoints == 0:
         return "undefined", "undefined"
-    if not approach.converged:
-        reasons = "; ".join(approach.reasons)
-        lost = approach.n_checkpoints - len(approach.laws)
-        return f"not converged in {lost} of {approach.n_checkpoints} ({reasons})", "not converged"
-    return f"{interval_text(approach.asymptote)} %", steps_text(approach.half_life)
+    if not found.converged:
+        reasons = "; ".join(found.reasons)
+        lost = found.n_checkpoints - len(found.laws)
+        return f"not converged in {lost} of {found.n_checkpoints} ({reasons})", "not converged"
+    return f"{interval_text(found.asymptote)} %", steps_text(found.half_life)
 
 
-def laws_text(approach: Approach) -> str:
+def laws_text(found: Asymptotes) -> str:
     """How often AICc chose which law: ``exponential 2, power law 1``."""
-    counts = {law: approach.laws.count(law) for law in dict.fromkeys(approach.laws)}
+    counts = {law: found.laws.count(law) for law in dict.fromkeys(found.laws)}
     return ", ".join(f"{law} {n}" for law, n in counts.items()) or "–"
 
 

@@ -55,7 +55,7 @@ def p_text(p: float) -> str:
     return "p < 0.001" if p < 0.001 else f"p = {p:.2g}" if p < 0.1 else f"p = {p:.2f}"
 
 
-def _pace(endpoint: str, test: LogRankTest) -> str:
+def _half_recovery_test(endpoint: str, test: LogRankTest) -> str:
     counts = f"{test.n[0]} and {test.n[1]} checkpoints"
     if math.isnan(test.p_value):
         return f"{SHORT[endpoint]} undefined ({counts} with a time)"
@@ -67,10 +67,10 @@ def _pace(endpoint: str, test: LogRankTest) -> str:
     )
 
 
-def pace_sentence(model: str, summary: Summary) -> str:
+def half_recovery_sentence(model: str, summary: Summary) -> str:
     """Log-rank tests of the half-recovery times of one model, in one line."""
-    tests = summary.contrasts[model].pace
-    said = "; ".join(_pace(endpoint, test) for endpoint, test in tests.items())
+    tests = summary.contrasts[model].half_recovery_test
+    said = "; ".join(_half_recovery_test(endpoint, test) for endpoint, test in tests.items())
     return f"{model}: time until half is back after HAEP and after noise, log-rank test: {said}."
 
 
@@ -79,7 +79,7 @@ def contrast_sentences(summary: Summary) -> list[str]:
     return [
         sentence(model, summary)
         for model in summary.contrasts
-        for sentence in (comparison_sentence, pace_sentence)
+        for sentence in (comparison_sentence, half_recovery_sentence)
     ]
 
 

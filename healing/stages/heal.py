@@ -44,7 +44,7 @@ from healing.stages.cells.heal import (
     settings_of,
     sham_checkpoint,
 )
-from healing.stages.cells.inputs import input_marks, use_threads
+from healing.stages.cells.inputs import input_digests, use_threads
 from healing.stages.console import Console
 from healing.stages.heal_inputs import find_checkpoints, fresh_attack_config, local_checkpoint
 from healing.tracking import queries, run_logger
@@ -168,7 +168,7 @@ def sham_trajectory(
     It is healed once per store, seed, replicate and settings; a finished one is found again.
     """
     unit = cell.sham_cell()
-    marks = input_marks(unit.config)
+    marks = input_digests(unit.config)
     healthy = sham_checkpoint(marks.healthy_digest, unit.config)
     mark = heal_fingerprint(unit, healthy, marks.identity, marks.corpus_digests)
     done = queries.find_finished(parent.experiment_id, mark)

@@ -28,7 +28,7 @@ from healing.stages.attack import attack, raw_data_folder
 from healing.stages.basin import basin, stored_fingerprint
 from healing.stages.cells.attack import attack_fingerprint, attack_name
 from healing.stages.cells.heal import HealCell, heal_fingerprint, sham_checkpoint
-from healing.stages.cells.inputs import input_marks, resolve_from_model
+from healing.stages.cells.inputs import input_digests, resolve_from_model
 from healing.stages.console import Console
 from healing.stages.heal import heal_one
 from healing.stages.summarize import summarize
@@ -159,7 +159,7 @@ class Sweep:
 
     def _attack(self, cell: SweepCell, reference: str) -> pathlib.Path:
         settings = attack_config(self.config, cell, reference)
-        marks = input_marks(settings)
+        marks = input_digests(settings)
         mark = attack_fingerprint(settings, marks.identity, marks.corpus_digests)
         done = queries.find_finished(self.run.experiment_id, mark)
         if done is None:
@@ -172,7 +172,7 @@ class Sweep:
 
     def _heal(self, cell: SweepCell, path: pathlib.Path | None) -> tuple[RunView, bool]:
         unit = HealCell(heal_config(self.config, cell), "" if path is None else str(path))
-        marks = input_marks(unit.config)
+        marks = input_digests(unit.config)
         if path is None:
             start = sham_checkpoint(marks.healthy_digest, unit.config)
         else:

@@ -1,4 +1,4 @@
-"""What the checkpoints of a group foretell: where recovery is heading, and what would decide.
+"""Estimates per checkpoint: half-recovery time, fitted asymptote, number of checkpoints needed.
 
 Fits and half-recovery times are made per checkpoint, the independent unit, and then pooled; a
 trajectory is the mean over the defined replicates of one checkpoint. Nothing here changes a
@@ -67,8 +67,8 @@ class HalfTimes:
 
 
 @dataclass(frozen=True)
-class Approach:
-    """Fitted limit and pace of recovery, over the checkpoints of a group.
+class Asymptotes:
+    """Fitted limit (asymptote) and half-life of recovery, over the checkpoints of a group.
 
     ``asymptote`` (points) and ``half_life`` (steps, log scale) are Student t intervals over
     checkpoints. Both are NaN unless every checkpoint's fit converged: those that did would be a
@@ -126,7 +126,7 @@ def half_times(trajectories: Sequence[CheckpointTrajectory], confidence: float) 
     return HalfTimes(tuple(found), curve, mean)
 
 
-def approach(trajectories: Sequence[CheckpointTrajectory], confidence: float) -> Approach:
+def fit_asymptotes(trajectories: Sequence[CheckpointTrajectory], confidence: float) -> Asymptotes:
     """Fit every checkpoint's mean trajectory, then pool asymptotes and half-lives.
 
     Args:
@@ -147,7 +147,7 @@ def approach(trajectories: Sequence[CheckpointTrajectory], confidence: float) ->
         log_half_lives = [math.log(fit.half_life.point) for fit in fits] if every else []
         asymptote = t_interval(asymptotes, confidence)
         half_life = exp_interval(t_interval(log_half_lives, confidence))
-    return Approach(
+    return Asymptotes(
         asymptote=asymptote,
         half_life=replace(half_life, method="log-scale Student t"),
         laws=tuple(fit.law for fit in fits if fit.converged and fit.law),

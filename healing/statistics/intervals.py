@@ -170,7 +170,7 @@ def exp_interval(log_interval: Interval) -> Interval:
     return replace(log_interval, low=float(low), point=float(point), high=float(high))
 
 
-def scaled(interval: Interval, factor: float) -> Interval:
+def scale_interval(interval: Interval, factor: float) -> Interval:
     """An interval in another unit: steps times tokens per step are tokens. NaN and ∞ stay."""
     low, point, high = (factor * x for x in (interval.low, interval.point, interval.high))
     return replace(interval, low=low, point=point, high=high)

@@ -21,7 +21,7 @@ from healing.models.checkpoints import read_checkpoint
 from healing.models.loading import load_model
 from healing.models.token_loss import training_loss
 from healing.randomness import named_generator
-from healing.training.healing_loop import control_run, heal
+from healing.training.healing_loop import heal, replay_healthy
 from healing.training.methods.lora import adapted, linear_layers, n_trainable, require
 from healing.training.trainer import Trainer
 
@@ -234,7 +234,7 @@ def test_the_method_does_not_change_the_data_order(windows, small_probe):
 
 def test_the_control_takes_the_same_method(nano, windows):
     before = copy_of(nano.model)
-    control_run(nano, settings(), windows, named_generator(0, "sft"), 2)
+    replay_healthy(nano, settings(), windows, named_generator(0, "sft"), 2)
     changed = {k for k, v in nano.model.state_dict().items() if not torch.equal(v, before[k])}
     assert changed == {f"{name}.weight" for name in linear_layers(nano.model)}
 

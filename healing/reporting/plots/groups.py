@@ -196,7 +196,9 @@ def recovery_against_parameters(path: pathlib.Path, groups: Sequence[GroupSummar
     The points of an arm with several settings of one size are not joined, by the rule of the
     scaling slope: nothing says which of them belong on one line.
     """
-    arms = [arm for arm in dict.fromkeys(g.arm for g in groups) if _sized(groups, arm)]
+    arms = [
+        arm for arm in dict.fromkeys(g.arm for g in groups) if _groups_of_known_size(groups, arm)
+    ]
     with paper_figure(path, 1, 1, (COLUMN, 2.3)) as (_, (ax,)):
         verdict_zones(ax)
         ends = [_draw_sizes(ax, groups, arm, n - (len(arms) - 1) / 2) for n, arm in enumerate(arms)]
@@ -212,7 +214,7 @@ def recovery_against_parameters(path: pathlib.Path, groups: Sequence[GroupSummar
             _note(ax, f"not joined (several settings of a size): {names}")
 
 
-def _sized(groups: Sequence[GroupSummary], arm: str) -> list[GroupSummary]:
+def _groups_of_known_size(groups: Sequence[GroupSummary], arm: str) -> list[GroupSummary]:
     """Groups of an arm with a known size and a defined recovery."""
     own, _ = sizes_of(groups, arm)
     return [g for g in own if math.isfinite(g.intervals["rank_recovery_pct"].point)]
@@ -227,7 +229,7 @@ def _draw_sizes(
 ) -> tuple[float, str, str]:
     """Draw one arm, a little to the side so that intervals of one size do not hide one another."""
     colour, marker, _ = arm_style(arm)
-    own, joined = _sized(groups, arm), sizes_of(groups, arm)[1]
+    own, joined = _groups_of_known_size(groups, arm), sizes_of(groups, arm)[1]
     seen: dict[int, int] = {}
     xs = []
     for group in own:

@@ -92,7 +92,7 @@ STATE_STYLES = {
 
 
 @contextlib.contextmanager
-def _drawn(
+def _styled_figure(
     style: Mapping[Any, Any], rows: int, columns: int, size: tuple[float, float]
 ) -> Iterator[Figure]:
     with _SETTINGS, rc_context(dict(style)):
@@ -112,7 +112,7 @@ def figure(
         The figure and its axes as a flat list.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _drawn(STYLE, rows, columns, size) as fig:
+    with _styled_figure(STYLE, rows, columns, size) as fig:
         yield fig, fig.axes
         # Not constrained_layout: it costs five times the drawing itself.
         fig.tight_layout()
@@ -135,7 +135,7 @@ def paper_figure(
         The figure and its axes as a flat list.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _drawn(PAPER, rows, columns, size) as fig:
+    with _styled_figure(PAPER, rows, columns, size) as fig:
         yield fig, fig.axes
         fig.tight_layout(pad=0.3, w_pad=1.0, h_pad=0.8)
         fig.savefig(path.with_name(path.name + ".png"))

@@ -345,10 +345,16 @@ def basin_fingerprint(
 ) -> str:
     """Fingerprint of a landscape; states count by their weights, not by their paths or runs."""
     bare = replace(cell.config, heal_run_id="", collapsed_checkpoint="", healed_checkpoint="")
-    marks = {name: state_digest({name: vector}) for name, vector in weights.items()}
+    state_digests = {name: state_digest({name: vector}) for name, vector in weights.items()}
     kind = device_kind(inputs_of(cell.config))
     return fingerprint(
-        "basin", bare, marks, identity, digests, code_digest("healing.stages.cells.basin"), kind
+        "basin",
+        bare,
+        state_digests,
+        identity,
+        digests,
+        code_digest("healing.stages.cells.basin"),
+        kind,
     )
 
 
@@ -366,7 +372,7 @@ def basin_cell(cell: BasinCell, on_step: Callable[[str], None] = lambda _: None)
     corpus, loaded, probe = load_inputs(inputs_of(cell.config))
     windows = attack_split(cell.config, corpus, loaded)
     weights, healed = read_states(cell, loaded)
-    mark = basin_fingerprint(cell, weights, loaded.identity, corpus.digests)
+    run_fingerprint = basin_fingerprint(cell, weights, loaded.identity, corpus.digests)
     states = {}
     for name in STATES:
         put_weights(loaded.model, weights[name])
@@ -383,5 +389,5 @@ def basin_cell(cell: BasinCell, on_step: Callable[[str], None] = lambda _: None)
         on_step(name)
     apart = displacement(weights["healthy"], weights["collapsed"], weights["healed"])
     return BasinOutcome(
-        cell, mark, healed.config, loaded.n_params, corpus.digests, states, paths, apart
+        cell, run_fingerprint, healed.config, loaded.n_params, corpus.digests, states, paths, apart
     )

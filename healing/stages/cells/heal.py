@@ -16,12 +16,12 @@ from healing.config.shared import SHAM
 from healing.data.windows import batches
 from healing.errors import CheckpointError
 from healing.measurements.diagnosis import (
-    CONTROL_STEPS,
     FORWARD,
+    MAX_REPLAY_STEPS,
     WEIGHTS,
-    Control,
     Diagnosis,
     Failure,
+    HealthyReplay,
 )
 from healing.measurements.probe import Measurement, Probe
 from healing.measurements.recovery import Damage, State, recovery_pct, verdict_of
@@ -46,7 +46,7 @@ from healing.stages.cells.inputs import (
     training_windows,
 )
 from healing.statistics.survival import half_recovery_time
-from healing.training.healing_loop import HealRecord, adapter_draws, control_run
+from healing.training.healing_loop import HealRecord, adapter_draws, replay_healthy
 from healing.training.healing_loop import heal as heal_steps
 from healing.training.methods.lora import adapted
 from healing.training.nonfinite import (
@@ -94,7 +94,7 @@ class HealOutcome:
         records: The trajectory, from step 0.
         digests: Corpus digests by split.
         in_float32: What the collapsed model cannot compute in float32 before any step, if so.
-        control: The healthy model through the same first steps, where the run stalled.
+        healthy_replay: The healthy model through the same first steps, where the run stalled.
         unigram_loss: Of token frequencies alone on the probe, nats per token: a collapsed model may
             be worse than knowing nothing, and most of its loss comes back without any knowledge.
     """
@@ -107,7 +107,7 @@ class HealOutcome:
     records: tuple[HealRecord, ...]
     digests: dict[str, str]
     in_float32: Failure | None = None
-    control: Control | None = None
+    healthy_replay: HealthyReplay | None = None
     unigram_loss: float = math.nan
 
     @property
@@ -124,7 +124,7 @@ class HealOutcome:
             self.in_float32,
             last.failure,
             last.stalled,
-            self.control,
+            self.healthy_replay,
             last.nonfinite_steps,
             last.scaler_skipped_steps,
             last.step,
@@ -150,7 +150,7 @@ class HealOutcome:
 
     @property
     def _not_computing(self) -> str:
-        """Why there is no recovery to speak of; known before the control has run."""
+        """Why there is no recovery to speak of; known before the healthy model has been tried."""
         if not (self.in_float32 or self.records[-1].stalled):
             return ""
         return self.diagnosis.sentence
@@ -223,7 +223,7 @@ def resolve_from_checkpoint(
 
 def sham_checkpoint(healthy_digest: str, config: HealConfig) -> Checkpoint:
     """The healthy model in a checkpoint's place; its weights stay where they are."""
-    made = {
+    origin = {
         "model": config.model,
         "revision": config.revision,
         "deduped": config.deduped,
@@ -232,7 +232,7 @@ def sham_checkpoint(healthy_digest: str, config: HealConfig) -> Checkpoint:
         "healthy_digest": healthy_digest,
         "fingerprint": healthy_digest,
     }
-    return Checkpoint(0, {}, "healthy model", made, known_digest=healthy_digest)
+    return Checkpoint(0, {}, "healthy model", origin, known_digest=healthy_digest)
 
 
 _PLAIN = HealConfig()
@@ -297,14 +297,14 @@ def failure_in_float32(
     return Failure(0, WEIGHTS, broken) if broken else None
 
 
-def _control(cell: HealCell, failure: Failure, windows: torch.Tensor) -> Control:
+def _replay_healthy(cell: HealCell, failure: Failure, windows: torch.Tensor) -> HealthyReplay:
     """A failed run's first steps on a fresh healthy model: a second model in memory meanwhile."""
     healthy = load_for(cell.config)
     if cell.config.gradient_checkpointing:
         healthy.model.activation_checkpointing_enable()
-    # As long as the run took to the failures that ended it, at most CONTROL_STEPS.
-    steps = min(failure.step, CONTROL_STEPS)
-    return control_run(healthy, cell.config, windows, _data_order(cell), steps)
+    # As long as the run took to the failures that ended it, at most MAX_REPLAY_STEPS.
+    steps = min(failure.step, MAX_REPLAY_STEPS)
+    return replay_healthy(healthy, cell.config, windows, _data_order(cell), steps)
 
 
 def heal_cell(
@@ -340,7 +340,7 @@ def heal_cell(
             f"{cell.checkpoint} was made from other weights of {config.label} than the ones here: "
             "its healthy reference is not this model; run the attack again"
         )
-    mark = heal_fingerprint(cell, checkpoint, loaded.identity, corpus.digests)
+    run_fingerprint = heal_fingerprint(cell, checkpoint, loaded.identity, corpus.digests)
     if cell.checkpoint:
         load_state(loaded, checkpoint, cell.checkpoint)
     checkpoint = checkpoint.without_tensors()
@@ -348,13 +348,14 @@ def heal_cell(
     collapsed = probe.measure(loaded.model, named_generator(config.seed, "bootstrap"))
     if config.gradient_checkpointing:
         loaded.model.activation_checkpointing_enable()
-    # The gradients that this healing takes; for adapters, those of all weights need not fit.
+    # Probe only the gradients that will be trained: with adapters, full gradients may not fit in
+    # memory.
     with adapted(loaded.model, config, adapter_draws(_data_order(cell))):
         batch = _first_batch(cell, windows)
         in_float32 = failure_in_float32(loaded, collapsed, probe, batch)
     outcome = HealOutcome(
         cell,
-        mark,
+        run_fingerprint,
         checkpoint,
         loaded.digest,
         healthy,
@@ -370,7 +371,7 @@ def heal_cell(
         on_record(outcome, record)
     last = outcome.records[-1]
     if last.stalled and last.failure and not outcome.in_float32:
-        outcome = replace(outcome, control=_control(cell, last.failure, windows))
+        outcome = replace(outcome, healthy_replay=_replay_healthy(cell, last.failure, windows))
     return outcome, loaded
 
 

@@ -93,8 +93,8 @@ def load_for(config: BaseConfig) -> LoadedModel:
 
 
 @dataclasses.dataclass(frozen=True)
-class InputMarks:
-    """What tells the inputs of a configuration apart.
+class InputDigests:
+    """Digests of what a configuration loads.
 
     Attributes:
         healthy_digest: Of the model's weights.
@@ -107,12 +107,12 @@ class InputMarks:
     corpus_digests: dict[str, str]
 
 
-def input_marks(config: BaseConfig) -> InputMarks:
-    """Marks of a resolved configuration's inputs; the model is let go again, so that whatever is
+def input_digests(config: BaseConfig) -> InputDigests:
+    """Digests of a resolved configuration's inputs; the model is let go again, so that whatever is
     run next is alone in memory.
     """
     corpus, loaded, _ = load_inputs(config)
-    return InputMarks(loaded.digest, loaded.identity, corpus.digests)
+    return InputDigests(loaded.digest, loaded.identity, corpus.digests)
 
 
 def load_inputs(config: BaseConfig) -> tuple[Corpus, LoadedModel, Probe]:
