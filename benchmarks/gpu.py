@@ -39,7 +39,7 @@ from healing.attacks.objective import ObjectiveArm
 from healing.attacks.weight_change import WeightChange
 from healing.config.attack import AttackConfig
 from healing.config.heal import HealConfig
-from healing.config.resolve import resolve
+from healing.config.resolve import resolve_from_presets
 from healing.curvature import lanczos as lanczos_module
 from healing.curvature.hessian import HessianOperator
 from healing.curvature.subspaces import LowCurvatureSubspace, MatrixSubspace
@@ -203,7 +203,9 @@ def configurations(name: str, steps: int, device: torch.device) -> tuple[HealCon
         **shared,
     )
     accelerated = device.type != "cpu"
-    return resolve(heals, accelerated=accelerated), resolve(attacks, accelerated=accelerated)
+    return resolve_from_presets(heals, accelerated=accelerated), resolve_from_presets(
+        attacks, accelerated=accelerated
+    )
 
 
 def benchmark(name: str, steps: int, device: torch.device, folder: pathlib.Path) -> Numbers:

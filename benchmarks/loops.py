@@ -32,7 +32,7 @@ from torch.utils.data import Dataset
 from benchmarks.shapes import loaded_model
 from benchmarks.table import at_least, ratios, rounds, save, show
 from healing.config.heal import HealConfig
-from healing.config.resolve import resolve
+from healing.config.resolve import resolve_from_presets
 from healing.data.windows import batches
 from healing.measurements.probe import Probe
 from healing.models.loading import LoadedModel
@@ -181,7 +181,7 @@ def main() -> None:
     options = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     # The rate is tiny: a random model must not diverge while it is timed.
-    config = resolve(
+    config = resolve_from_presets(
         HealConfig(
             model=options.model,
             corpus="stdlib",

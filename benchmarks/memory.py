@@ -50,12 +50,12 @@ def make_folder(size: str, folder: pathlib.Path) -> None:
 def settings(model: str, way: str):
     import healing.stages.heal  # noqa: F401 (what the stage imports is resident there too)
     from healing.config.heal import HealConfig
-    from healing.stages.cells.inputs import complete
+    from healing.stages.cells.inputs import resolve_from_model
 
     config = HealConfig(
         model=model, corpus="stdlib", healing_steps=3, measurement_interval=3, **WAYS[way]
     )
-    return complete(config)
+    return resolve_from_model(config)
 
 
 def measure(model: str, way: str) -> dict[str, float]:

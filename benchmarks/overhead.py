@@ -19,11 +19,16 @@ import time
 from benchmarks.table import at_most, save, show
 from healing.config.attack import AttackConfig
 from healing.config.heal import HealConfig
-from healing.config.resolve import resolve
+from healing.config.resolve import resolve_from_presets
 from healing.randomness import named_generator
 from healing.stages.cells.attack import attack_cell
 from healing.stages.cells.events import outcome_of
-from healing.stages.cells.inputs import complete, load_inputs, training_windows, use_threads
+from healing.stages.cells.inputs import (
+    load_inputs,
+    resolve_from_model,
+    training_windows,
+    use_threads,
+)
 from healing.tracking import run_logger
 from healing.training.healing_loop import heal
 
@@ -57,10 +62,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", default="")
     arguments = parser.parse_args()
-    config = resolve(HealConfig(model=arguments.model, healing_steps=arguments.steps))
+    config = resolve_from_presets(HealConfig(model=arguments.model, healing_steps=arguments.steps))
     use_threads(config)
     attacked = outcome_of(
-        attack_cell(complete(AttackConfig(model=arguments.model, arm="random_tokens")))
+        attack_cell(resolve_from_model(AttackConfig(model=arguments.model, arm="random_tokens")))
     )
     corpus, _, probe = load_inputs(config)
     windows = training_windows(config, corpus, attacked.loaded)

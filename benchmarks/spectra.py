@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.shapes import loaded_model
 from benchmarks.table import Row, at_most, ratios, rounds, save, show
-from healing.config.resolve import resolve
+from healing.config.resolve import resolve_from_presets
 from healing.config.shared import BaseConfig
 from healing.measurements.covariance import MomentAccumulator
 from healing.measurements.probe import TOKENS_PER_FORWARD, Probe
@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", default="")
     options = parser.parse_args()
-    config = resolve(BaseConfig(model=options.model, corpus="stdlib"))
+    config = resolve_from_presets(BaseConfig(model=options.model, corpus="stdlib"))
     use_threads(config)
     loaded = loaded_model(options.model)
     corpus = cached_corpus("stdlib", config.max_documents)

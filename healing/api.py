@@ -257,13 +257,13 @@ def measure(
         ConfigError: A loaded model without a probe: which text it reads is not known.
     """
     from healing.config.shared import BaseConfig
-    from healing.stages.cells.inputs import complete, load_inputs
+    from healing.stages.cells.inputs import load_inputs, resolve_from_model
 
     if not isinstance(model, str):
         if probe is None:
             raise ConfigError("a loaded model needs probe=Probe(windows): token ids it can read")
         return probe.measure(model)
-    _, loaded, own = load_inputs(complete(BaseConfig(model=model, device=device)))
+    _, loaded, own = load_inputs(resolve_from_model(BaseConfig(model=model, device=device)))
     return (probe or own).measure(loaded.model)
 
 

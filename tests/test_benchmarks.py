@@ -240,11 +240,11 @@ def test_all_loops_see_the_same_batches_from_the_same_weights(corpus, nano, prob
 
     from benchmarks import loops
     from healing.config.heal import HealConfig
-    from healing.config.resolve import resolve
+    from healing.config.resolve import resolve_from_presets
 
     transformers.utils.logging.set_verbosity_error()
     settings = {"healing_steps": 3, "healing_lr": 1e-2, "measurement_interval": 2}
-    config = resolve(HealConfig(model="nano", corpus="stdlib", **settings))
+    config = resolve_from_presets(HealConfig(model="nano", corpus="stdlib", **settings))
     windows = corpus.windows("train", nano.tokenizer, config.sequence_length)
     drawn = loops.same_batches(config, windows)
     run = SimpleNamespace(metrics=lambda *_: None, flush=lambda: None)

@@ -12,7 +12,7 @@ from healing import registry
 from healing.config.arm_tags import SHAM_ARM, arm_label, arm_role, arm_tags, arms_of
 from healing.config.attack import AttackConfig
 from healing.config.heal import HealConfig
-from healing.config.resolve import resolve
+from healing.config.resolve import resolve_from_presets
 from healing.config.sweep import SweepConfig
 from healing.errors import ConfigError
 from healing.registry import ARMS, MEASUREMENTS, METHODS, ROLES, Registry
@@ -215,9 +215,15 @@ def test_the_package_of_a_plug_in_counts_with_it(tmp_path, monkeypatch):
 
 def test_the_learning_rate_of_a_method_is_its_ratio(plug_ins):
     plug_ins("slow", '"""X."""\nRATE_RATIO = 0.5\nKEEPS_WEIGHTS = True\n', "llm_healing.methods")
-    rate = resolve(HealConfig(model="nano")).healing_lr
-    assert resolve(HealConfig(model="nano", healing_method="lora")).healing_lr == 10.0 * rate
-    assert resolve(HealConfig(model="nano", healing_method="slow")).healing_lr == 0.5 * rate
+    rate = resolve_from_presets(HealConfig(model="nano")).healing_lr
+    assert (
+        resolve_from_presets(HealConfig(model="nano", healing_method="lora")).healing_lr
+        == 10.0 * rate
+    )
+    assert (
+        resolve_from_presets(HealConfig(model="nano", healing_method="slow")).healing_lr
+        == 0.5 * rate
+    )
     with pytest.raises(ConfigError, match="--healing-method slow keeps the weights"):
         HealConfig(healing_method="slow", precision="bf16", precision_mode="pure")
     with pytest.raises(ConfigError, match="AdamW's for --healing-method slow: give a number"):

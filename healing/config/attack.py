@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from healing.config.arm_tags import arm_role, arms_of
 from healing.config.options import AUTO, option
-from healing.config.shared import OPTIMIZERS, BaseConfig
+from healing.config.shared import OPTIMIZERS, BaseConfig, DryRunOptions
 from healing.errors import ConfigError
 from healing.registry import ARMS, DAMAGE_CONTROL
 
@@ -15,8 +15,10 @@ SUBSPACES = ("singular", "hessian")
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttackConfig(BaseConfig):
+class AttackConfig(BaseConfig, DryRunOptions):
     """One attack: a healthy model, an arm, a budget."""
+
+    order = (..., "dry_run")
 
     arm: str = option("haep", lambda: f"Attack method. {ARMS.describe()}.", choices=ARMS.names)
     attack_steps: int | str = option(AUTO, "Budget in optimiser steps; auto = by model.", minimum=0)
@@ -83,8 +85,11 @@ class AttackConfig(BaseConfig):
         "",
         "gaussian_noise: attack checkpoint that the noise is matched to; empty = noise_scale is "
         "used.",
+        determines=False,
     )
-    reference_run_id: str = option("", "gaussian_noise: the same, given as an MLflow attack run.")
+    reference_run_id: str = option(
+        "", "gaussian_noise: the same, given as an MLflow attack run.", determines=False
+    )
     match: str = option(
         "norm",
         "gaussian_noise with a reference: equal weight change per tensor (norm), or one scale for "
@@ -96,10 +101,6 @@ class AttackConfig(BaseConfig):
         "gaussian_noise without a reference: standard deviation of the noise over that of "
         "each tensor.",
         minimum=0,
-    )
-
-    dry_run: bool = option(
-        False, "Predict the peak memory from the model's shape, print it and load nothing."
     )
 
     def __post_init__(self) -> None:

@@ -4,23 +4,37 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from healing.config.options import AUTO, option, validate_fields
-from healing.config.presets import MODELS_HELP, check_source, model_label
+from healing.config.options import AUTO, option
+from healing.config.presets import MODELS_HELP
 from healing.config.shared import (
     DEDUPED_HELP,
-    DEVICES_HELP,
     REVISION_HELP,
     SPLIT_RULE_HELP,
     SPLIT_RULES,
     TEXT_COLUMN_HELP,
     TOKENIZER_HELP,
+    DeviceOptions,
+    ModelOptions,
+    OutputOptions,
+    ThreadOptions,
 )
 from healing.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
-class BasinConfig:
+class BasinConfig(ModelOptions, ThreadOptions, DeviceOptions, OutputOptions):
     """The loss landscape around and between the three states of one healing run."""
+
+    order = (
+        "heal_run_id",
+        "collapsed_checkpoint",
+        "healed_checkpoint",
+        ...,
+        "threads",
+        "device",
+        "output_dir",
+        "verbosity",
+    )
 
     heal_run_id: str = option("", "MLflow healing run whose three states are examined.")
     collapsed_checkpoint: str = option(
@@ -41,6 +55,7 @@ class BasinConfig:
         "Seed of the start vectors and perturbations; auto = the healing run's.",
         minimum=0,
         maximum=2**31 - 1,
+        separates=False,
     )
     sequence_length: int | str = option(
         AUTO, "Tokens per window; auto = as in the healing run.", minimum=8, maximum=2048
@@ -92,12 +107,6 @@ class BasinConfig:
     escape_steps: int = option(
         10, "Gradient-descent steps (size 1/largest eigenvalue) after a perturbation.", minimum=1
     )
-    threads: int | str = option(AUTO, "CPU threads of torch (see attack --threads).", minimum=0)
-    device: str = option(AUTO, DEVICES_HELP)
-    output_dir: str = option("./experiments/results", "Local folder for results.")
-    verbosity: str = option(
-        "normal", "quiet, normal or verbose.", choices=("quiet", "normal", "verbose")
-    )
     tokenizer: str = option(AUTO, f"{TOKENIZER_HELP[:-1]}; auto = as in the healing run.")
     text_column: str = option(AUTO, f"{TEXT_COLUMN_HELP} auto = as in the healing run.")
     split_rule: str = option(
@@ -105,9 +114,7 @@ class BasinConfig:
     )
 
     def __post_init__(self) -> None:
-        validate_fields(self)
-        if self.model != AUTO:
-            check_source(self.model, self.revision, self.deduped)
+        super().__post_init__()
         if 100 % (self.path_points - 1):
             raise ConfigError(
                 f"--path-points must be 21, 26, 51 or 101 (whole percents apart), got "
@@ -118,11 +125,6 @@ class BasinConfig:
                 f"--lanczos-iterations must be at least twice --eigenvalues "
                 f"({2 * self.eigenvalues}), got {self.lanczos_iterations}"
             )
-
-    @property
-    def label(self) -> str:
-        """The model with its revision and training set, for titles and tags."""
-        return model_label(self.model, self.revision, self.deduped)
 
     def require_source(self) -> None:
         """Check that the states to examine are named, and named once.

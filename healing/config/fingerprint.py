@@ -8,50 +8,54 @@ import json
 import os
 from typing import Any
 
-NOT_DETERMINING = frozenset(
-    {
-        "device",
-        "output_dir",
-        "verbosity",
-        "num_runs",
-        "runs_per_checkpoint",
-        "checkpoint_dir",
-        "attack_run_id",
-        "reference_checkpoint",
-        "reference_run_id",
-        "save_healed",
-        "dry_run",
-    }
-)
-"""Fields left out of a cell's fingerprint: they change no number, or what they name does and is put
-in where it is known (the kind of device, a reference's weights)."""
+from healing.config.attack import AttackConfig
+from healing.config.heal import HealConfig
+from healing.config.options import ordered_names
 
-LATER_FIELDS = {"tokenizer": "", "text_column": "", "split_rule": "blank_lines"}
-"""Fields that came later, and their defaults, under which results are those of before: fingerprints
-and settings hold them only where they have another value."""
+LINEAGE = ("fingerprint", "attack_run_id", "model_commit", "reference_fingerprint")
+"""Entries of a checkpoint's configuration that are no fields and say where it comes from: the run
+and the weights themselves, which differ from seed to seed."""
 
-NOT_SETTINGS = frozenset(
-    {
-        "seed",
-        "measurements",
-        "fingerprint",
-        "attack_run_id",
-        "reference_checkpoint",
-        "reference_run_id",
-        "reference_fingerprint",
-        "model_commit",
-        "output_dir",
-        "verbosity",
-        "device",
-        "dry_run",
-    }
-)
+
+def _names_without(cls: type, property_name: str) -> frozenset[str]:
+    fields = dataclasses.fields(cls)
+    return frozenset(f.name for f in fields if not f.metadata.get(property_name, True))
+
+
+def not_determining(config: Any) -> frozenset[str]:
+    """Fields of a configuration (or class) that are left out of fingerprints.
+
+    See ``determines`` of :func:`healing.config.options.option`.
+    """
+    return _names_without(config if isinstance(config, type) else type(config), "determines")
+
+
+def not_separating(config: Any) -> frozenset[str]:
+    """Fields of a configuration (or class) that pooled runs may differ in.
+
+    See ``separates`` of :func:`healing.config.options.option`.
+    """
+    return _names_without(config if isinstance(config, type) else type(config), "separates")
+
+
+NOT_SETTINGS = not_separating(AttackConfig) | set(LINEAGE)
 """Entries of a checkpoint's configuration that runs may differ in and still be pooled."""
 
 
 def as_params(config: Any) -> dict[str, Any]:
-    """The fields of a configuration as a flat dictionary, in declaration order."""
-    return dataclasses.asdict(config)
+    """The fields of a configuration as a flat dictionary, in their order."""
+    values = dataclasses.asdict(config)
+    return {name: values[name] for name in ordered_names(type(config))}
+
+
+LATER_FIELDS = {
+    field.name: field.default
+    for kind in (AttackConfig, HealConfig)
+    for field in dataclasses.fields(kind)
+    if field.metadata.get("later")
+}
+"""Fields that came later, and their defaults (see ``later`` of
+:func:`healing.config.options.option`)."""
 
 
 def without_defaults(entries: dict[str, Any]) -> dict[str, Any]:
@@ -62,16 +66,15 @@ def without_defaults(entries: dict[str, Any]) -> dict[str, Any]:
 def fingerprint(*parts: Any) -> str:
     """Hash (16 hex digits) of what determines a result.
 
-    Dataclasses contribute every field except :data:`NOT_DETERMINING` (of :data:`LATER_FIELDS` only
-    those that are set), and a model's folder not its path: its content is hashed where it is known.
-    Anything else must be JSON-serialisable.
+    Configurations contribute every field that determines results (:func:`not_determining`), and a
+    model's folder not its path: its content is hashed where it is known. Anything else must be
+    JSON-serialisable.
     """
     plain = []
     for part in parts:
         if dataclasses.is_dataclass(part) and not isinstance(part, type):
-            part = {k: v for k, v in as_params(part).items() if k not in NOT_DETERMINING}
-            if not part.get("measurements"):  # none: as before there were any
-                part.pop("measurements", None)
+            left_out = not_determining(part)
+            part = {k: v for k, v in as_params(part).items() if k not in left_out}
             if os.path.isabs(str(part.get("model", ""))):
                 part["model"] = "folder"
         plain.append(without_defaults(part) if isinstance(part, dict) else part)

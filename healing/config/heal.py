@@ -9,7 +9,13 @@ from healing.config.presets import (
     DEFAULT_MODEL,
     MODELS_HELP,
 )
-from healing.config.shared import DEDUPED_HELP, OPTIMIZERS, REVISION_HELP, BaseConfig
+from healing.config.shared import (
+    DEDUPED_HELP,
+    OPTIMIZERS,
+    REVISION_HELP,
+    BaseConfig,
+    DryRunOptions,
+)
 from healing.errors import ConfigError
 from healing.registry import ARMS, METHODS, Facts
 
@@ -28,8 +34,10 @@ def _ratios() -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class HealConfig(BaseConfig):
+class HealConfig(BaseConfig, DryRunOptions):
     """Healing of one checkpoint, of a folder of checkpoints, or of a fresh attack."""
+
+    order = (..., "dry_run")
 
     model: str = option(
         AUTO,
@@ -37,17 +45,32 @@ class HealConfig(BaseConfig):
     )
     revision: str = option("", f"{REVISION_HELP} A checkpoint brings its own.")
     deduped: bool = option(False, f"{DEDUPED_HELP} A checkpoint brings its own.")
-    collapsed_checkpoint: str = option("", "Checkpoint file to heal (a path or an MLflow URI).")
-    attack_run_id: str = option("", "MLflow attack run whose checkpoint is healed.")
+    collapsed_checkpoint: str = option(
+        "", "Checkpoint file to heal (a path or an MLflow URI).", separates=False
+    )
+    attack_run_id: str = option(
+        "", "MLflow attack run whose checkpoint is healed.", determines=False
+    )
     checkpoint_dir: str = option(
-        "", "Folder searched for checkpoint_post_treatment.pt; each is healed."
+        "",
+        "Folder searched for checkpoint_post_treatment.pt; each is healed.",
+        determines=False,
     )
     runs_per_checkpoint: int = option(
-        1, "Healing runs per checkpoint found in --checkpoint-dir.", minimum=1, maximum=3
+        1,
+        "Healing runs per checkpoint found in --checkpoint-dir.",
+        minimum=1,
+        maximum=3,
+        determines=False,
     )
-    num_runs: int = option(1, "Healing runs (replicates) per checkpoint otherwise.", minimum=1)
+    num_runs: int = option(
+        1, "Healing runs (replicates) per checkpoint otherwise.", minimum=1, determines=False
+    )
     arm: str = option(
-        "haep", "Arm of the fresh attack, where no checkpoint is given.", choices=ARMS.names
+        "haep",
+        "Arm of the fresh attack, where no checkpoint is given.",
+        choices=ARMS.names,
+        separates=False,
     )
     healing_steps: int = option(500, "Fine-tuning steps on clean text.", minimum=0)
     healing_lr: float | str = option(
@@ -69,13 +92,15 @@ class HealConfig(BaseConfig):
     )
     sham: bool = option(
         False,
-        "Also refer recovery to the sham: the healthy model through the same fine-tuning (healed "
-        "once per seed and replicate, and found again in the store).",
+        "Also report recovery relative to a sham run (the healthy model, fine-tuned the same way; "
+        "made once per seed and replicate, and found again in the store).",
     )
     gradient_checkpointing: bool = option(False, "Recompute activations to save memory.")
     gradient_clip: float = option(0.0, "Largest gradient norm; 0 = no clipping.", minimum=0)
     save_healed: bool = option(
-        True, "Store the healed weights, which basin needs (4 bytes per parameter)."
+        True,
+        "Store the healed weights, which basin needs (4 bytes per parameter).",
+        determines=False,
     )
     precision: str = option(
         AUTO,
@@ -87,10 +112,6 @@ class HealConfig(BaseConfig):
         "bf16, fp16: autocast (fp32 master weights) or pure (weights, gradients and optimiser "
         "state in the low format); of no effect for fp32.",
         choices=PRECISION_MODES,
-    )
-
-    dry_run: bool = option(
-        False, "Predict the peak memory from the model's shape, print it and load nothing."
     )
 
     def __post_init__(self) -> None:

@@ -1,8 +1,9 @@
 """Typed, documented, range-checked dataclass fields: the one place a parameter is declared.
 
-A configuration is a frozen dataclass whose fields are made by :func:`option`. The field carries
-its default, its help text and its admissible values; the command line, the ``MLproject`` file and
-the logged parameters are all derived from (or tested against) these fields.
+A configuration is a frozen dataclass, derived from :class:`Options`, whose fields are made by
+:func:`option`. The field carries its default, its help text, its admissible values, and whether
+results depend on it; the command line, the ``MLproject`` file, the logged parameters and the
+fingerprints are all derived from (or tested against) these fields.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import dataclasses
 import types
 import typing
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from healing.errors import ConfigError
 
@@ -27,6 +29,9 @@ def option(
     minimum: float | None = None,
     maximum: float | None = None,
     exclusive_minimum: bool = False,
+    determines: bool = True,
+    separates: bool = True,
+    later: bool = False,
 ) -> Any:
     """A dataclass field with its documentation and admissible values.
 
@@ -39,6 +44,13 @@ def option(
         minimum: Smallest admissible number.
         maximum: Largest admissible number.
         exclusive_minimum: The minimum itself is not admissible.
+        determines: A result's numbers depend on it: it is part of fingerprints. ``False`` also
+            where what the field names does determine them and is hashed itself (the kind of
+            device, a checkpoint's weights).
+        separates: Runs that differ in it are not pooled in a summary. What determines no number
+            separates no runs, whatever is said here.
+        later: The field came later, and with its default results are those of before: fingerprints
+            and settings hold it only where it has another value.
     """
     return dataclasses.field(
         default=default,
@@ -48,6 +60,9 @@ def option(
             "minimum": minimum,
             "maximum": maximum,
             "exclusive_minimum": exclusive_minimum,
+            "determines": determines,
+            "separates": determines and separates,
+            "later": later,
         },
     )
 
@@ -64,6 +79,42 @@ def choices_of(field: dataclasses.Field[Any]) -> tuple[str, ...] | None:
     return tuple(choices()) if callable(choices) else choices
 
 
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Base of every configuration: fields are checked when it is made, and have one order.
+
+    The order, in ``--help``, ``MLproject`` and the logged parameters, is that of the base classes
+    as they are written, each in its own order, then the class's own fields; ``order`` then moves
+    the fields it names to the front (before its ``...``) or to the end (after it).
+    """
+
+    order: ClassVar[tuple[Any, ...]] = (...,)
+
+    def __post_init__(self) -> None:
+        validate_fields(self)
+
+
+def ordered_names(cls: type) -> list[str]:
+    """Names of a configuration's fields in their order (see :class:`Options`).
+
+    Raises:
+        ValueError: ``order`` names what is no field, or has no ``...``.
+    """
+    names = [name for base in cls.__bases__ for name in _names_of_base(base)]
+    names += [field.name for field in dataclasses.fields(cls)]
+    names = list(dict.fromkeys(names))
+    order = cls.__dict__.get("order", (...,))
+    rest = order.index(...)
+    front, end = order[:rest], order[rest + 1 :]
+    for name in (*front, *end):
+        names.remove(name)
+    return [*front, *names, *end]
+
+
+def _names_of_base(base: type) -> list[str]:
+    return ordered_names(base) if dataclasses.is_dataclass(base) else []
+
+
 def flag_name(field_name: str) -> str:
     """The command-line spelling of a field: ``healing_lr`` → ``--healing-lr``."""
     return "--" + field_name.replace("_", "-")
@@ -78,10 +129,11 @@ def scalar_type(annotation: Any) -> type:
 
 
 def fields_of(config: Any) -> Iterator[tuple[dataclasses.Field[Any], type, bool]]:
-    """Yield (field, scalar type, may be ``auto``) of a configuration class or object."""
+    """Yield (field, scalar type, may be ``auto``) of a configuration class or object, in order."""
     cls = config if isinstance(config, type) else type(config)
     hints = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for field in map(fields.__getitem__, ordered_names(cls)):
         annotation = hints[field.name]
         yield field, scalar_type(annotation), isinstance(annotation, types.UnionType)
 

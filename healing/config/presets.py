@@ -43,7 +43,7 @@ class Preset:
     threads: int
 
 
-def _pretrained(source: str, probe_tokens: int | str) -> Preset:
+def _pretrained_preset(source: str, probe_tokens: int | str) -> Preset:
     """A model trained elsewhere: Pythia's rates."""
     return Preset(source, "pile", probe_tokens, 8, 1e-3, 1e-1, 100, 1e-4, 500, 0)
 
@@ -77,7 +77,7 @@ PYTHIA_HIDDEN = {
     "2.8b": 2560,
 }
 _PYTHIA = {
-    size: _pretrained(f"EleutherAI/pythia-{size}", probe_tokens_for(hidden, 128))
+    size: _pretrained_preset(f"EleutherAI/pythia-{size}", probe_tokens_for(hidden, 128))
     for size, hidden in PYTHIA_HIDDEN.items()
 }
 PRESETS: dict[str, Preset] = {**_EMBEDDED, **_PYTHIA}
@@ -145,7 +145,7 @@ def preset_for(model: str) -> Preset:
     kind = model_kind(model)
     if kind in (EMBEDDED, PYTHIA):
         return PRESETS[model]
-    return _pretrained(_folder(model) if kind == FOLDER else model, AUTO)
+    return _pretrained_preset(_folder(model) if kind == FOLDER else model, AUTO)
 
 
 def canonical_model(model: str) -> str:

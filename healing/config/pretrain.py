@@ -4,22 +4,37 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from healing.config.options import option, validate_fields
+from healing.config.options import option
+from healing.config.shared import OutputOptions, TextOptions, ThreadOptions, TrainingOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig:
+class PretrainConfig(TextOptions, TrainingOptions, ThreadOptions, OutputOptions):
     """Training of an embedded model from nothing."""
+
+    order = (
+        "model",
+        "corpus",
+        "max_documents",
+        "tokens_per_parameter",
+        "vocab_size",
+        "batch_size",
+        "sequence_length",
+        ...,
+        "measurement_interval",
+        "seed",
+        "threads",
+        "output_dir",
+        "verbosity",
+    )
 
     model: str = option("nano", "Embedded model to train.", choices=("nano", "micro"))
     corpus: str = option("stdlib", "Text to train on (see attack --corpus).")
-    max_documents: int = option(20_000, "Documents read from the corpus at most.", minimum=1)
     tokens_per_parameter: float = option(
         20.5, "Training tokens over parameters.", minimum=0, exclusive_minimum=True
     )
     vocab_size: int = option(2048, "Entries of the byte-level BPE.", minimum=300, maximum=65_536)
     batch_size: int = option(16, "Windows per optimiser step.", minimum=1)
-    sequence_length: int = option(128, "Tokens per window.", minimum=8, maximum=2048)
     learning_rate: float = option(
         4e-3,
         "Peak AdamW learning rate (linear warm-up, cosine decay).",
@@ -31,12 +46,7 @@ class PretrainConfig:
     measurement_interval: int = option(
         250, "Optimiser steps between held-out evaluations.", minimum=1
     )
-    seed: int = option(0, "Seed of every named random stream.", minimum=0, maximum=2**31 - 1)
     threads: int = option(0, "CPU threads; 0 = torch's default.", minimum=0)
-    output_dir: str = option("./experiments/pretrained", "Folder the model is written to.")
-    verbosity: str = option(
-        "normal", "quiet, normal or verbose.", choices=("quiet", "normal", "verbose")
+    output_dir: str = option(
+        "./experiments/pretrained", "Folder the model is written to.", determines=False
     )
-
-    def __post_init__(self) -> None:
-        validate_fields(self)

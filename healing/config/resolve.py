@@ -24,12 +24,12 @@ from healing.registry import METHODS
 ConfigT = TypeVar("ConfigT", bound=BaseConfig)
 
 
-def resolve(config: ConfigT, *, accelerated: bool = False) -> ConfigT:
+def resolve_from_presets(config: ConfigT, *, accelerated: bool = False) -> ConfigT:
     """Replace every ``auto`` by the preset of the configuration's model.
 
     The device stays ``auto``: which accelerator exists is not a property of the experiment. So does
     the probe's size where only the model's own files tell its hidden size
-    (:func:`healing.stages.cells.inputs.complete`).
+    (:func:`healing.stages.cells.inputs.resolve_from_model`).
 
     Args:
         config: Of any stage that loads a model.

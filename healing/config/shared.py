@@ -1,10 +1,17 @@
-"""What the configurations of several stages share: fields, names, sentences."""
+"""What the configurations of several stages share: fields, names, sentences.
+
+A field that may be ``auto`` is resolved once, in this order: what the user gives, else what the
+checkpoint or healing run names (``resolve_from_checkpoint``, for heal and basin), else the preset
+of the model (``resolve_from_presets``), else what the model's own files tell
+(``resolve_from_model``, which includes the presets).
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
-from healing.config.options import AUTO, listed, option, validate_fields
+from healing.config.options import AUTO, Options, listed, option
 from healing.config.presets import (
     DEFAULT_MODEL,
     MODELS_HELP,
@@ -19,7 +26,6 @@ REVISION_HELP = (
     "step0, step1, step2, step4 ... step512, step1000, step2000 ... step143000."
 )
 DEDUPED_HELP = "Pythia sizes: the model trained on the deduplicated Pile."
-DEVICES_HELP = "auto (accelerator if there is one), cpu, cuda or cuda:N."
 TOKENIZER_HELP = "Folder, Hub id or GGUF file with a tokenizer for the model; empty = its own."
 TEXT_COLUMN_HELP = (
     "Column of the corpus that holds the documents; empty = text or content. One of chats is made "
@@ -35,12 +41,29 @@ RAW_DATA = "priority5_healing/raw_data"
 
 
 @dataclass(frozen=True, kw_only=True)
-class BaseConfig:
-    """What every stage that loads a model shares."""
+class ModelOptions(Options):
+    """Which model."""
 
     model: str = option(DEFAULT_MODEL, f"Model: {MODELS_HELP}.")
     revision: str = option("", REVISION_HELP)
     deduped: bool = option(False, DEDUPED_HELP)
+    tokenizer: str = option("", TOKENIZER_HELP, later=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.model != AUTO:
+            check_source(self.model, self.revision, self.deduped)
+
+    @property
+    def label(self) -> str:
+        """The model with its revision and training set, for titles, tags and groups."""
+        return model_label(self.model, self.revision, self.deduped)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextOptions(Options):
+    """Which text, and how it is drawn from."""
+
     corpus: str = option(
         AUTO,
         "Clean text: stdlib, pile, a file or folder (.txt, .jsonl, .parquet …; docs/models.md), "
@@ -49,54 +72,109 @@ class BaseConfig:
     max_documents: int = option(
         20_000, "Documents read from the corpus at most (a stream stops there).", minimum=1
     )
-    seed: int = option(0, "Seed of every named random stream.", minimum=0, maximum=2**31 - 1)
+    text_column: str = option("", TEXT_COLUMN_HELP, later=True)
+    split_rule: str = option(BLANK_LINES, SPLIT_RULE_HELP, choices=SPLIT_RULES, later=True)
+    seed: int = option(
+        0, "Seed of every named random stream.", minimum=0, maximum=2**31 - 1, separates=False
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions(Options):
+    """How text becomes steps, and which of them are measured."""
+
     batch_size: int | str = option(
         AUTO, "Windows per optimiser step; auto = by model (8).", minimum=1
     )
     sequence_length: int = option(
         128, "Tokens per window, in training and on the probe.", minimum=8, maximum=2048
     )
-    probe_tokens: int | str = option(
-        AUTO,
-        "Tokens of the frozen probe; auto = by model: 4096 for nano and micro, else 8192 or what "
-        "gives 4 rows per hidden dimension.",
-        minimum=64,
-    )
     measurement_interval: int = option(10, "Optimiser steps between measurements.", minimum=1)
-    measurements: str = option(
-        "",
-        lambda: (
-            "Comma-separated extra measurements of every measured state, logged as extra/…; no "
-            f"part of any verdict. {MEASUREMENTS.describe()}."
-        ),
-    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThreadOptions(Options):
+    """How many CPU threads."""
+
     threads: int | str = option(
         AUTO,
         "CPU threads of torch; 0 = torch's default, auto = 1 for nano and micro (reproducible on "
         "any number of cores), else 0.",
         minimum=0,
     )
-    device: str = option(AUTO, DEVICES_HELP)
-    output_dir: str = option("./experiments/results", "Local folder for results.")
-    verbosity: str = option(
-        "normal", "quiet, normal or verbose.", choices=("quiet", "normal", "verbose")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceOptions(Options):
+    """Where it runs."""
+
+    device: str = option(
+        AUTO, "auto (accelerator if there is one), cpu, cuda or cuda:N.", determines=False
     )
-    tokenizer: str = option("", TOKENIZER_HELP)
-    text_column: str = option("", TEXT_COLUMN_HELP)
-    split_rule: str = option(BLANK_LINES, SPLIT_RULE_HELP, choices=SPLIT_RULES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputOptions(Options):
+    """What is written where, and how much is said."""
+
+    output_dir: str = option("./experiments/results", "Local folder for results.", determines=False)
+    verbosity: str = option(
+        "normal",
+        "quiet, normal or verbose.",
+        choices=("quiet", "normal", "verbose"),
+        determines=False,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DryRunOptions(Options):
+    """Whether it runs at all."""
+
+    dry_run: bool = option(
+        False,
+        "Predict the peak memory from the model's shape, print it and load nothing.",
+        determines=False,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseConfig(
+    ModelOptions, TextOptions, TrainingOptions, ThreadOptions, DeviceOptions, OutputOptions
+):
+    """What every stage that loads a model and measures it on the probe shares."""
+
+    order: ClassVar[tuple[Any, ...]] = (
+        ...,
+        "probe_tokens",
+        "measurement_interval",
+        "measurements",
+        "threads",
+        "device",
+        "output_dir",
+        "verbosity",
+    )
+
+    probe_tokens: int | str = option(
+        AUTO,
+        "Tokens of the frozen probe; auto = by model: 4096 for nano and micro, else 8192 or what "
+        "gives 4 rows per hidden dimension.",
+        minimum=64,
+    )
+    measurements: str = option(
+        "",
+        lambda: (
+            "Comma-separated extra measurements of every measured state, logged as extra/…; no "
+            f"part of any verdict. {MEASUREMENTS.describe()}."
+        ),
+        separates=False,
+        later=True,
+    )
 
     def __post_init__(self) -> None:
-        validate_fields(self)
-        if self.model != AUTO:
-            check_source(self.model, self.revision, self.deduped)
+        super().__post_init__()
         for name in self.measurement_list():
             MEASUREMENTS.check(name)
 
     def measurement_list(self) -> tuple[str, ...]:
         """Names of the extra measurements in the order given."""
         return listed(self.measurements, "--measurements", MEASUREMENTS.names(), empty=True)
-
-    @property
-    def label(self) -> str:
-        """The model with its revision and training set, for titles, tags and groups."""
-        return model_label(self.model, self.revision, self.deduped)

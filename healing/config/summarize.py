@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from healing.config.options import option, validate_fields
+from healing.config.options import option
+from healing.config.shared import OutputOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class SummarizeConfig:
+class SummarizeConfig(OutputOptions):
     """Which healing runs to pool, and how."""
+
+    order = (..., "output_dir", "verbosity")
 
     experiment: str = option(
         "", "MLflow experiment (name or id) that holds the healing runs; empty = the current one."
@@ -23,10 +26,3 @@ class SummarizeConfig:
     confidence: float = option(
         0.95, "Confidence level of the intervals.", minimum=0.5, maximum=0.999
     )
-    output_dir: str = option("./experiments/results", "Local folder for results.")
-    verbosity: str = option(
-        "normal", "quiet, normal or verbose.", choices=("quiet", "normal", "verbose")
-    )
-
-    def __post_init__(self) -> None:
-        validate_fields(self)

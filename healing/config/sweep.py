@@ -5,25 +5,38 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from healing.config.attack import NOISE_MATCHES
-from healing.config.options import AUTO, listed, option, validate_fields
+from healing.config.options import AUTO, listed, option
 from healing.config.presets import MODELS_HELP, canonical_model, check_source
 from healing.config.shared import (
     BLANK_LINES,
     DEDUPED_HELP,
-    DEVICES_HELP,
     REVISION_HELP,
     SPLIT_RULE_HELP,
     SPLIT_RULES,
     TEXT_COLUMN_HELP,
     TOKENIZER_HELP,
+    DeviceOptions,
+    OutputOptions,
+    TrainingOptions,
 )
 from healing.errors import ConfigError
 from healing.registry import ARMS
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepConfig:
+class SweepConfig(TrainingOptions, DeviceOptions, OutputOptions):
     """Models x arms x seeds: attack and heal each, then summarize."""
+
+    order = (
+        ...,
+        "batch_size",
+        "sequence_length",
+        "measurement_interval",
+        "workers",
+        "device",
+        "output_dir",
+        "verbosity",
+    )
 
     models: str = option("nano,micro", f"Comma-separated models: {MODELS_HELP}.")
     revision: str = option("", f"Of every model. {REVISION_HELP}")
@@ -39,7 +52,9 @@ class SweepConfig:
         choices=NOISE_MATCHES,
     )
     sham: bool = option(
-        True, "Heal the healthy model too, and refer every recovery to it beside the plain formula."
+        True,
+        "Heal the healthy model too, and report every recovery also relative to it (see heal "
+        "--sham).",
     )
     basin: bool = option(
         False,
@@ -56,26 +71,18 @@ class SweepConfig:
     )
     attack_steps: int | str = option(AUTO, "Attack budget; auto = by model.", minimum=0)
     corpus: str = option(AUTO, "Clean text (see attack --corpus); auto = by model.")
-    batch_size: int | str = option(AUTO, "Windows per step; auto = by model.", minimum=1)
-    sequence_length: int = option(128, "Tokens per window.", minimum=8, maximum=2048)
-    measurement_interval: int = option(10, "Optimiser steps between measurements.", minimum=1)
     workers: int | str = option(
         AUTO,
         "Cells run at a time, in threads; auto = one per CPU core (at most 4) for nano and micro "
         "on the CPU, else 1.",
         minimum=1,
     )
-    device: str = option(AUTO, DEVICES_HELP)
-    output_dir: str = option("./experiments/results", "Local folder for results.")
-    verbosity: str = option(
-        "normal", "quiet, normal or verbose.", choices=("quiet", "normal", "verbose")
-    )
     tokenizer: str = option("", f"Of every model. {TOKENIZER_HELP}")
     text_column: str = option("", TEXT_COLUMN_HELP)
     split_rule: str = option(BLANK_LINES, SPLIT_RULE_HELP, choices=SPLIT_RULES)
 
     def __post_init__(self) -> None:
-        validate_fields(self)
+        super().__post_init__()
         self.model_list(), self.arm_list(), self.seed_list()
 
     def model_list(self) -> tuple[str, ...]:

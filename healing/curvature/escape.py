@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from healing.curvature.flat_weights import put_weights, weights_kept, weights_of
+from healing.curvature.flat_weights import put_weights, restoring_weights, weights_of
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def escape(
         radius: Norm of a perturbation relative to the weights'.
         perturbations: How many.
     """
-    with weights_kept(model) as centre:
+    with restoring_weights(model) as centre:
         level, heldout = loss(), heldout_loss()
         if not (math.isfinite(step_size) and step_size > 0):
             reason = "no positive curvature to take the step size from"

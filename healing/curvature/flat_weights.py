@@ -29,7 +29,7 @@ def put_weights(model: nn.Module, vector: Tensor) -> None:
 
 
 @contextmanager
-def weights_kept(model: nn.Module) -> Iterator[Tensor]:
+def restoring_weights(model: nn.Module) -> Iterator[Tensor]:
     """Yield the current weights, `(n,)`, and put them back, bit by bit, at exit."""
     saved = weights_of(model)
     try:

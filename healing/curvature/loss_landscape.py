@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from healing.curvature.flat_weights import put_weights, weights_kept
+from healing.curvature.flat_weights import put_weights, restoring_weights
 
 
 @dataclass(frozen=True)
@@ -95,14 +95,14 @@ def loss_path(
         raise ValueError(f"a path needs at least three points, got {points}")
     positions = tuple(index / (points - 1) for index in range(points))
     losses = []
-    with weights_kept(model):
+    with restoring_weights(model):
         for alpha in positions:
-            put_weights(model, _between(start, end, alpha))
+            put_weights(model, _interpolate(start, end, alpha))
             losses.append(loss())
     return LossPath(positions, tuple(losses))
 
 
-def _between(start: Tensor, end: Tensor, alpha: float) -> Tensor:
+def _interpolate(start: Tensor, end: Tensor, alpha: float) -> Tensor:
     if alpha in (0.0, 1.0):  # 0·∞ would be NaN
         return start if alpha == 0.0 else end
     return ((1 - alpha) * start.double() + alpha * end.double()).to(start.dtype)

@@ -25,8 +25,8 @@ OK, NONFINITE_STEPS, LOCKOUT, FORMAT_OVERFLOW, OPTIMISER_ARTIFACT, DIVERGED = (
 UNTRAINED = (LOCKOUT, FORMAT_OVERFLOW, OPTIMISER_ARTIFACT, DIVERGED)
 """Statuses of runs that have no recovery to speak of, whatever they measured before they failed."""
 
-CONTROL_STEPS = 20
-"""Steps that the healthy model takes at most in the control of a run that failed."""
+MAX_REPLAY_STEPS = 20
+"""Steps that the healthy model takes at most in the replay of a run that failed."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Failure:
 
 
 @dataclass(frozen=True)
-class Control:
+class HealthyReplay:
     """The healthy model through the same first steps: batches, precision and optimiser.
 
     Attributes:
@@ -83,7 +83,7 @@ class Diagnosis:
         in_float32: What the collapsed model cannot compute in float32 before any step, if so.
         failure: First step of the run that could not be taken, if any.
         stalled: Training could not go on.
-        control: Only where the run stalled and the collapsed model computes in float32.
+        healthy_replay: Only where the run stalled and the collapsed model computes in float32.
         nonfinite_steps: Steps that were not taken since loss or gradient was not finite.
         scaler_skipped_steps: Steps that the gradient scaler skipped while it looked for its scale.
         steps: Steps tried.
@@ -93,7 +93,7 @@ class Diagnosis:
     in_float32: Failure | None
     failure: Failure | None
     stalled: bool
-    control: Control | None
+    healthy_replay: HealthyReplay | None
     nonfinite_steps: int
     scaler_skipped_steps: int
     steps: int
@@ -110,7 +110,8 @@ class Diagnosis:
             return LOCKOUT
         if not self.stalled:
             return NONFINITE_STEPS if self.nonfinite_steps else OK
-        if self.failure and self.control and self.control.origin == self.failure.origin:
+        replay = self.healthy_replay
+        if self.failure and replay and replay.origin == self.failure.origin:
             return OPTIMISER_ARTIFACT
         return DIVERGED if self.precision == "fp32" else FORMAT_OVERFLOW
 
@@ -127,7 +128,7 @@ class Diagnosis:
         if self.stalled and self.failure:
             return (
                 f"The collapsed model computes in fp32, but {self.precision} training could not "
-                f"go on: at step {self.failure.step} {self.failure}; {self._control_words()}."
+                f"go on: at step {self.failure.step} {self.failure}; {self._replay_words()}."
             )
         sentence = f"{self.steps - self.nonfinite_steps - self.scaler_skipped_steps} of "
         sentence += f"{self.steps} steps were taken"
@@ -142,20 +143,20 @@ class Diagnosis:
             )
         return sentence + "."
 
-    def _control_words(self) -> str:
-        if self.control is None:
+    def _replay_words(self) -> str:
+        if self.healthy_replay is None:
             return "the healthy model was not tried"
-        if self.control.failure is None:
-            short = self.failure is not None and self.control.steps < self.failure.step
+        if self.healthy_replay.failure is None:
+            short = self.failure is not None and self.healthy_replay.steps < self.failure.step
             limit = ", and further it was not tried" if short else ""
-            return f"the healthy model takes the same {self.control.steps} steps{limit}"
-        at = self.control.failure
+            return f"the healthy model takes the same {self.healthy_replay.steps} steps{limit}"
+        at = self.healthy_replay.failure
         alike = "the same way" if self.status == OPTIMISER_ARTIFACT else "differently"
         return f"the healthy model fails {alike}: at step {at.step} {at}"
 
     def summary(self) -> dict[str, object]:
         """As stored in ``healing_summary.json``; an empty text and NaN stand for *none*."""
-        first, control = self.first, self.control
+        first, replay = self.first, self.healthy_replay
         missing = float("nan")
         return {
             "status": self.status,
@@ -163,10 +164,10 @@ class Diagnosis:
             "nonfinite_origin": first.origin if first else NONE,
             "nonfinite_module": first.module if first else "",
             "nonfinite_step": first.step if first else missing,
-            "control_steps": control.steps if control else missing,
-            "control_origin": control.origin if control else "",
-            "control_module": control.failure.module if control and control.failure else "",
-            "control_step": control.failure.step if control and control.failure else missing,
+            "control_steps": replay.steps if replay else missing,
+            "control_origin": replay.origin if replay else "",
+            "control_module": replay.failure.module if replay and replay.failure else "",
+            "control_step": replay.failure.step if replay and replay.failure else missing,
             "nonfinite_steps": self.nonfinite_steps,
             "scaler_skipped_steps": self.scaler_skipped_steps,
         }

@@ -4,15 +4,41 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from enum import StrEnum
 
-IRREVERSIBLE, REVERSIBLE, PARTIAL, UNDEFINED = (
-    "irreversible pathology",
-    "acute structural failure",
-    "partial",
-    "undefined",
-)
 IRREVERSIBLE_BELOW, REVERSIBLE_ABOVE = 20.0, 70.0
-"""Recovery in percent that separates the verdicts."""
+"""Recovery in percent that separates the verdicts: of a run by its recovery, of a group by the
+interval of its mean. Every text and figure takes them from here."""
+
+
+class Verdict(StrEnum):
+    """What recovery says of the damage; the values are what runs and summaries store."""
+
+    IRREVERSIBLE = "irreversible pathology"
+    REVERSIBLE = "acute structural failure"
+    PARTIAL = "partial"
+    INCONCLUSIVE = "inconclusive"
+    UNDEFINED = "undefined"
+
+    @property
+    def meaning(self) -> str:
+        """The same in plain words."""
+        return {
+            Verdict.IRREVERSIBLE: "does not heal within this budget",
+            Verdict.REVERSIBLE: "heals",
+            Verdict.PARTIAL: "heals in part",
+            Verdict.INCONCLUSIVE: "the interval allows more than one verdict, or there is none",
+            Verdict.UNDEFINED: "the attack did not change the measure, so nothing can recover",
+        }[self]
+
+    @property
+    def shown(self) -> str:
+        """As people read it: with its meaning where the name alone suggests the opposite."""
+        return f"{self.value} ({self.meaning})" if self is Verdict.REVERSIBLE else self.value
+
+
+DECIDED = (Verdict.REVERSIBLE, Verdict.IRREVERSIBLE, Verdict.PARTIAL)
+"""Verdicts that say something about the damage."""
 
 RELATIVE_CHANGE = 0.05
 """What the attack changed by less than this share of its healthy value has no recovery."""
@@ -55,13 +81,15 @@ def ppl_improvement_pct(now: float, collapsed: float) -> float:
     return 100.0 * (collapsed - now) / collapsed
 
 
-def verdict_of(recovery: float) -> str:
-    """< 20 % irreversible, > 70 % reversible, between partial; NaN undefined."""
+def verdict_of(recovery: float) -> Verdict:
+    """Irreversible below :data:`IRREVERSIBLE_BELOW`, reversible above :data:`REVERSIBLE_ABOVE`,
+    partial between and on them; undefined for NaN.
+    """
     if math.isnan(recovery):
-        return UNDEFINED
+        return Verdict.UNDEFINED
     if recovery < IRREVERSIBLE_BELOW:
-        return IRREVERSIBLE
-    return REVERSIBLE if recovery > REVERSIBLE_ABOVE else PARTIAL
+        return Verdict.IRREVERSIBLE
+    return Verdict.REVERSIBLE if recovery > REVERSIBLE_ABOVE else Verdict.PARTIAL
 
 
 @dataclass(frozen=True)
@@ -106,7 +134,7 @@ class Damage:
         """``collapsed``, ``inflated`` (the rank rose), ``unchanged``, or ``undefined``."""
         change = self.collapsed.effective_rank - self.healthy.effective_rank
         if math.isnan(change):
-            return UNDEFINED
+            return "undefined"
         if abs(change) < self.rank_threshold:
             return "unchanged"
         return "collapsed" if change < 0 else "inflated"

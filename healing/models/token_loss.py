@@ -2,8 +2,8 @@
 
 Where a model's logits are its output matrix times its last hidden state, the product and the cross
 entropy are taken together, a few hundred tokens at a time (``linear_cross_entropy`` of torch).
-Architectures that do more to their logits (a soft cap, a scale) are told apart by trying, and are
-asked for whole logits instead.
+Whether that holds is tried once per model; architectures that do more to their logits (a soft cap,
+a scale) are asked for whole logits instead.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _TRIAL_LOGITS = 100.0
 """Size of the logits tried: large, since a soft cap leaves small ones nearly as they are."""
 
 
-def _only_multiplies(model: PreTrainedModel, head: nn.Linear) -> bool:
+def _logits_are_head_times_hidden(model: PreTrainedModel, head: nn.Linear) -> bool:
     """Whether the model's logits are exactly its head applied to its body's output, tried with
     large inputs of the head.
     """
@@ -66,7 +66,7 @@ def plain_head(model: nn.Module) -> nn.Linear | None:
     if not isinstance(head, nn.Linear):
         return None
     if model not in _TRIED:
-        _TRIED[model] = _only_multiplies(model, head)
+        _TRIED[model] = _logits_are_head_times_hidden(model, head)
     return head if _TRIED[model] else None
 
 
@@ -77,7 +77,7 @@ def _rows(model: PreTrainedModel, windows: torch.Tensor) -> tuple[torch.Tensor, 
     return hidden[:, :-1].flatten(0, 1), windows[:, 1:].flatten()
 
 
-def _fused(
+def _fused_loss(
     model: PreTrainedModel, head: nn.Linear, windows: torch.Tensor, reduction: str
 ) -> torch.Tensor:
     rows, targets = _rows(model, windows)
@@ -92,18 +92,20 @@ def _fused(
     ).float()
 
 
-def _summed(
+def _sum_of_losses(
     rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
 ) -> torch.Tensor:
     logits = F.linear(rows, weight, bias)
     return F.cross_entropy(logits.float(), targets, reduction="sum")
 
 
-def _recomputed(model: PreTrainedModel, head: nn.Linear, windows: torch.Tensor) -> torch.Tensor:
+def _recomputing_loss(
+    model: PreTrainedModel, head: nn.Linear, windows: torch.Tensor
+) -> torch.Tensor:
     rows, targets = _rows(model, windows)
     sums = [
         checkpoint(
-            _summed,
+            _sum_of_losses,
             some_rows,
             head.weight,
             head.bias,
@@ -131,7 +133,7 @@ def token_losses(model: nn.Module, windows: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         head = plain_head(model)
         if head is not None:
-            return _fused(model, head, windows, "none")  # type: ignore[arg-type]
+            return _fused_loss(model, head, windows, "none")  # type: ignore[arg-type]
         logits = model(input_ids=windows).logits[:, :-1].flatten(0, 1)
         targets = windows[:, 1:].flatten()
         parts = zip(logits.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True)
@@ -159,5 +161,5 @@ def training_loss(model: nn.Module, windows: torch.Tensor) -> torch.Tensor:
     if head is None or head.weight.dtype != torch.float32:
         return next_token_loss(model, windows)
     if torch.is_autocast_enabled(windows.device.type):
-        return _recomputed(model, head, windows)  # type: ignore[arg-type]
-    return _fused(model, head, windows, "mean")  # type: ignore[arg-type]
+        return _recomputing_loss(model, head, windows)  # type: ignore[arg-type]
+    return _fused_loss(model, head, windows, "mean")  # type: ignore[arg-type]

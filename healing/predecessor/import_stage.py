@@ -38,7 +38,7 @@ class Imported:
     skipped: tuple[str, ...]
 
 
-def derived(run: LegacyRun) -> dict[str, float]:
+def derive_numbers(run: LegacyRun) -> dict[str, float]:
     """Numbers of a run that follow from its records, logged once under their own names."""
     damage = run.damage
     numbers = {
@@ -127,7 +127,7 @@ def import_run(parent: RunLogger, run: LegacyRun) -> None:
             for p in run.points
         ]
         last = max(p.step for p in run.points)
-        logger.recorded([*points, (last, run.end_ms, derived(run))])
+        logger.recorded([*points, (last, run.end_ms, derive_numbers(run))])
         logger.describe(describe(run))
         for name in (legacy.CONFIG, legacy.METRICS, legacy.SUMMARY):
             if (run.folder / name).is_file():

@@ -33,7 +33,7 @@ class LegacyResult:
         name: Study and folder.
         kind: ``attack`` or ``heal``.
         model: Size.
-        arm: Way of hurting.
+        arm: Attack method (arm).
         optimizer: Of the attack.
         precision: Of the weights.
         results: Equal for runs that record the same numbers.
@@ -69,7 +69,7 @@ class LegacyGroup:
 
     Attributes:
         model: Size.
-        arm: Way of hurting.
+        arm: Attack method (arm).
         optimizer: Of the attack.
         precision: Of the weights.
         n_recorded: Runs.

@@ -1,4 +1,4 @@
-"""Text that others wrote (names, tags, reasons) where it would be taken for markup or a formula.
+"""Escapes names, tags and reasons for Markdown, CSV and the terminal.
 
 One function per target: :func:`markdown` and :func:`csv_cell` here, ``latex.escape`` for
 LaTeX, Jinja's automatic escaping for HTML, ``plots.style.safe_text`` for figures.
@@ -33,11 +33,11 @@ def markdown(text: str) -> str:
     line = one_line(text)
     block = _BLOCK.match(line)
     mark = block.group() if block else ""
-    rest = _MARKUP.sub(_escaped, line[len(mark) :])
+    rest = _MARKUP.sub(_escape_match, line[len(mark) :])
     return f"{mark}\\{rest}" if mark.isdigit() else ("\\" if mark else "") + mark + rest
 
 
-def _escaped(found: re.Match[str]) -> str:
+def _escape_match(found: re.Match[str]) -> str:
     text = found.group()
     if found.group("kept"):
         return text

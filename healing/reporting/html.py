@@ -11,6 +11,7 @@ from typing import Any
 
 import jinja2
 
+from healing.measurements.recovery import IRREVERSIBLE_BELOW, REVERSIBLE_ABOVE
 from healing.reporting.markdown import REPEATS_NOTE, RUNNING_NOTE, all_notes
 from healing.reporting.phrases import (
     context_sentences,
@@ -23,11 +24,11 @@ from healing.reporting.phrases import (
 )
 from healing.reporting.tables import (
     Table,
+    asymptote_table,
     bootstrap_table,
     half_table,
     main_table,
     plan_table,
-    prospect_table,
     sham_table,
     variance_table,
 )
@@ -42,7 +43,10 @@ from healing.statistics.summary import GroupSummary, Summary
 CSS_PIXELS_PER_INCH = 96
 MAX_WIDTH = 900
 """CSS pixels; figures as wide as the page are shown up to this."""
-ZONES = "Grey: 20 to 70 %, the zone of partial recovery; dotted: the healthy value. "
+ZONES = (
+    f"Grey: {IRREVERSIBLE_BELOW:g} to {REVERSIBLE_ABOVE:g} %, the zone of partial recovery; "
+    "dotted: the healthy value. "
+)
 CAPTIONS = {
     "mean_recovery": (
         "Mean recovery over checkpoints with its interval at every step, by model; rank left, "
@@ -152,7 +156,7 @@ def _alt(key: str, summary: Summary) -> str:
 _RANK, _LOSS = "rank_recovery_pct", "loss_recovery_pct"
 
 
-def _listed(runs: Iterable[tuple[HealRun, str]]) -> list[tuple[str, str, str]]:
+def _run_rows(runs: Iterable[tuple[HealRun, str]]) -> list[tuple[str, str, str]]:
     return [(run.name, run.run_id, why) for run, why in runs]
 
 
@@ -201,7 +205,7 @@ def render(summary: Summary, figures: Mapping[str, pathlib.Path]) -> str:
             half=half_table(summary),
             bootstrap=bootstrap_table(summary),
             variance=variance_table(summary),
-            prospects=prospect_table(summary),
+            prospects=asymptote_table(summary),
             plans=plan_table(summary),
             figures={
                 key: embed(path, CAPTIONS[key].format(*names), _alt(key, summary))
@@ -210,12 +214,12 @@ def render(summary: Summary, figures: Mapping[str, pathlib.Path]) -> str:
             slopes=_slope_lines(summary),
             pair=" against ".join(names),
             methods=[text.format(*names) for text in METHODS],
-            failed=_listed((r, r.failure) for r in summary.failed),
-            running=_listed((r, "") for r in summary.running),
+            failed=_run_rows((r, r.failure) for r in summary.failed),
+            running=_run_rows((r, "") for r in summary.running),
             running_note=RUNNING_NOTE,
-            repeats=_listed((r.run, r.why) for r in summary.repeats),
+            repeats=_run_rows((r.run, r.why) for r in summary.repeats),
             repeats_note=REPEATS_NOTE,
-            undefined=_listed((r, r.undefined_reason) for r in summary.undefined),
+            undefined=_run_rows((r, r.undefined_reason) for r in summary.undefined),
             notes=all_notes(summary),
         )
     )

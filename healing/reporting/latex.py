@@ -76,7 +76,7 @@ def bounds(interval: Interval, digits: int = 1) -> str:
     return f"[{number(interval.low, digits)}, {number(interval.high, digits)}]"
 
 
-def spelled(name: str) -> str:
+def spell_out(name: str) -> str:
     """Letters that stand for a name in a macro: ``410m`` → ``FourOneZeroM``, ``1.4b`` →
     ``OnePointFourB``. A point is spelled, other signs part words, other letters are numbered.
     """
@@ -115,6 +115,6 @@ class Macros:
         number, free = 1, f"Recovery{stem}"
         while any(free + key in self.values for key in values):
             number += 1
-            free = f"Recovery{stem}{spelled(str(number))}"
+            free = f"Recovery{stem}{spell_out(str(number))}"
         self.values |= {free + key: value for key, value in values.items()}
         return free

@@ -14,9 +14,9 @@ from healing.reporting.treatment_against_control import (
     contrast_sentences,
     pair_title,
 )
-from healing.statistics.checkpoint_estimates import Approach, HalfTimes
+from healing.statistics.checkpoint_estimates import Asymptotes, HalfTimes
 from healing.statistics.heal_runs import HealRun
-from healing.statistics.intervals import Interval, scaled
+from healing.statistics.intervals import Interval, scale_interval
 from healing.statistics.summary import Band, GroupSummary, Summary
 from healing.statistics.treatment_against_control import Contrast
 
@@ -179,13 +179,13 @@ def _half_times(half: HalfTimes, tokens_per_step: int) -> dict[str, Any]:
         "geometric_mean_steps": dataclasses.asdict(half.geometric_mean),
     }
     if tokens_per_step:
-        mean = scaled(half.geometric_mean, tokens_per_step)
+        mean = scale_interval(half.geometric_mean, tokens_per_step)
         record["tokens"] = [h.time * tokens_per_step for h in half.times]
         record["geometric_mean_tokens"] = dataclasses.asdict(mean)
     return record
 
 
-def _approach(found: Approach) -> dict[str, Any]:
+def _asymptotes(found: Asymptotes) -> dict[str, Any]:
     return {"converged": found.converged, **dataclasses.asdict(found)}
 
 
@@ -207,22 +207,24 @@ def _group_json(group: GroupSummary) -> dict[str, Any]:
         "half_recovery_steps": _intervals(group.half_recovery),
         "half_recovery_tokens": _intervals(group.half_recovery_tokens),
         "half_times": {e: _half_times(half, per_step) for e, half in group.half_times.items()},
-        "approach": {e: _approach(found) for e, found in group.approaches.items()},
+        "approach": {e: _asymptotes(found) for e, found in group.asymptotes.items()},
         "required_checkpoints": {e: dataclasses.asdict(p) for e, p in group.plans.items()},
         "trajectory": {endpoint: _trajectory(band) for endpoint, band in group.bands.items()},
     }
 
 
 def _contrast_json(found: Contrast) -> dict[str, Any]:
-    pace = {endpoint: dataclasses.asdict(test) for endpoint, test in found.pace.items()}
+    half_recovery_test = {
+        endpoint: dataclasses.asdict(test) for endpoint, test in found.half_recovery_test.items()
+    }
     return {
         **dataclasses.asdict(found.comparison),
-        "half_recovery_logrank": pace,
+        "half_recovery_logrank": half_recovery_test,
         "notes": found.notes,
     }
 
 
-def _listed(runs: Iterable[tuple[HealRun, str]]) -> list[dict[str, str]]:
+def _run_records(runs: Iterable[tuple[HealRun, str]]) -> list[dict[str, str]]:
     return [{"run_id": run.run_id, "name": run.name, "why": why} for run, why in runs]
 
 
@@ -234,14 +236,14 @@ def as_json(summary: Summary) -> dict[str, Any]:
         "haep_minus_gaussian_noise": {m: _contrast_json(c) for m, c in summary.contrasts.items()},
         "not_compared": {m: gap.why for m, gap in summary.gaps.items()},
         "scaling": {arm: dataclasses.asdict(s) for arm, s in summary.slopes.items()},
-        "failed": _listed((r, r.failure) for r in summary.failed),
-        "running": _listed((r, "no end is stored") for r in summary.running),
+        "failed": _run_records((r, r.failure) for r in summary.failed),
+        "running": _run_records((r, "no end is stored") for r in summary.running),
         "repeats": [
             {**entry, "counted_run_id": r.kept.run_id}
             for entry, r in zip(
-                _listed((r.run, r.why) for r in summary.repeats), summary.repeats, strict=True
+                _run_records((r.run, r.why) for r in summary.repeats), summary.repeats, strict=True
             )
         ],
-        "undefined": _listed((r, r.undefined_reason) for r in summary.undefined),
+        "undefined": _run_records((r, r.undefined_reason) for r in summary.undefined),
         "notes": [{"of": where, "note": note} for where, note in all_notes(summary)],
     }

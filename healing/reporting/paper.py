@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from healing.reporting.latex import Macros, bounds, escape, number, spelled
+from healing.measurements.recovery import IRREVERSIBLE_BELOW, REVERSIBLE_ABOVE, Verdict
+from healing.reporting.latex import Macros, bounds, escape, number, spell_out
 from healing.reporting.phrases import (
     LOSS,
     RANK,
@@ -27,7 +28,7 @@ from healing.reporting.treatment_against_control import (
     comparison_gaps,
     comparison_sentence,
     contrast_sentences,
-    pace_sentence,
+    half_recovery_sentence,
     pair_names,
     unfinished_sentences,
 )
@@ -49,7 +50,7 @@ def _estimate(prefix: str, interval: Interval) -> dict[str, str]:
 def _group_values(group: GroupSummary, summary: Summary) -> dict[str, str]:
     steps = budget(group)
     values = {
-        "Verdict": VERDICT_NAMES.get(group.verdict, group.verdict),
+        "Verdict": VERDICT_NAMES[group.verdict],
         "VerdictLoss": VERDICT_NAMES.get(group.verdict_loss, group.verdict_loss),
         "Sentence": escape(verdict_text(group, summary.groups)),
         "Checkpoints": str(group.n_checkpoints),
@@ -88,7 +89,7 @@ def _fit_values(group: GroupSummary) -> dict[str, str]:
         values[f"{name}VarianceBetween"] = number(variance.between)
         values[f"{name}VarianceWithin"] = number(variance.within)
         values[f"{name}Icc"] = number(variance.icc, 2)
-    for endpoint, found in group.approaches.items():
+    for endpoint, found in group.asymptotes.items():
         name = _endpoint(endpoint)
         fits = {"Asymptote": found.asymptote, "HalfLife": found.half_life}
         for key, interval in fits.items():
@@ -105,13 +106,13 @@ def _contrast_values(found: Contrast) -> dict[str, str]:
     values = {
         "Statement": found.comparison.statement,
         "Sentence": escape(comparison_sentence(found)),
-        "PaceSentence": escape(pace_sentence(found)),
+        "PaceSentence": escape(half_recovery_sentence(found)),
     }
     for endpoint in found.comparison.endpoints:
         name, interval = _endpoint(endpoint.endpoint), endpoint.superiority.interval
         values |= _estimate(name, interval)
         values |= {f"{name}Pairs": str(interval.n), f"{name}P": number(endpoint.p_adjusted, 3)}
-    for key, test in found.pace.items():
+    for key, test in found.half_recovery_test.items():
         name = f"{_endpoint(key)}LogRank"
         values |= {f"{name}Z": number(test.statistic, 2), f"{name}P": number(test.p_value, 3)}
     return values
@@ -119,14 +120,14 @@ def _contrast_values(found: Contrast) -> dict[str, str]:
 
 def _endpoint(name: str) -> str:
     """``rank_recovery_pct`` → ``Rank``, ``ppl_improvement_pct`` → ``PplImprovement``."""
-    return spelled(name.removesuffix("_pct").replace("_recovery", ""))
+    return spell_out(name.removesuffix("_pct").replace("_recovery", ""))
 
 
 def group_stem(group: GroupSummary, groups: Sequence[GroupSummary]) -> str:
     """Model and arm in letters, with the settings' hash where an arm has several settings."""
     label = shown_label(group, groups)
     settings = label.rpartition(" #")[2] if " #" in label else ""
-    return spelled(group.model) + spelled(group.arm) + spelled(settings)
+    return spell_out(group.model) + spell_out(group.arm) + spell_out(settings)
 
 
 def macros(summary: Summary) -> Macros:
@@ -144,10 +145,10 @@ def macros(summary: Summary) -> Macros:
         found.add(group_stem(group, summary.groups), _group_values(group, summary))
     for own in summary.contrasts.values():
         pair = own.pair
-        stem = f"{spelled(pair.model)}{spelled(pair.treatment.arm)}Minus{spelled(pair.short)}"
+        stem = f"{spell_out(pair.model)}{spell_out(pair.treatment.arm)}Minus{spell_out(pair.short)}"
         found.add(stem, _contrast_values(own))
     for arm, slope in summary.slopes.items():
-        found.add(f"Scaling{spelled(arm)}", _estimate("Slope", slope.slope))
+        found.add(f"Scaling{spell_out(arm)}", _estimate("Slope", slope.slope))
     return found
 
 
@@ -168,7 +169,7 @@ def _row(group: GroupSummary, summary: Summary) -> str:
             _table_estimate(interval),
             f"{interval.n} ({undefined})" if undefined else f"{interval.n}",
         ]
-    cells.append(r"\raggedright " + VERDICT_NAMES.get(group.verdict, group.verdict).lower())
+    cells.append(r"\raggedright " + VERDICT_NAMES[group.verdict].lower())
     return " & ".join(cells) + r" \tabularnewline"
 
 
@@ -217,21 +218,21 @@ def left_out_sentences(summary: Summary) -> str:
 
 
 CLAIMS = {
-    "irreversible pathology": (
+    Verdict.IRREVERSIBLE: (
         r"The collapse meets our criterion of an \emph{Irreversible Pathology} within this budget"
     ),
-    "acute structural failure": (
+    Verdict.REVERSIBLE: (
         r"The collapse is an \emph{Acute Structural Failure}: it heals, and the claim of an "
         r"irreversible state is not supported"
     ),
-    "partial": (
+    Verdict.PARTIAL: (
         r"Recovery is \emph{partial}: the collapse is neither irreversible within this budget nor "
         r"does it heal"
     ),
-    "inconclusive": (
+    Verdict.INCONCLUSIVE: (
         r"The data are \emph{inconclusive}: neither irreversibility nor healing is established"
     ),
-    "undefined": (
+    Verdict.UNDEFINED: (
         r"Rank recovery is \emph{undefined}, so that nothing can be said about irreversibility"
     ),
 }
@@ -239,7 +240,7 @@ CLAIMS = {
 
 def _claim(group: GroupSummary, summary: Summary) -> str:
     """A paragraph on one group, worded by its verdict."""
-    claim = CLAIMS.get(group.verdict, CLAIMS["inconclusive"])
+    claim = CLAIMS[group.verdict]
     rest = escape(" ".join([f"{verdict_reason(group)}.", *context_sentences(group)]))
     return rf"\paragraph{{{escape(group_name(group, summary.groups))}.}} {claim}: {rest}"
 
@@ -248,9 +249,9 @@ def _others(summary: Summary, shown: Sequence[GroupSummary]) -> Iterable[str]:
     """One sentence per group that is not the question's own."""
     for group in summary.groups:
         if group not in shown:
-            name = VERDICT_NAMES.get(group.verdict, group.verdict).lower()
+            name = VERDICT_NAMES[group.verdict].lower()
             why = f"rank {group_estimate(group, RANK)} %"
-            if group.verdict == "undefined":
+            if group.verdict == Verdict.UNDEFINED:
                 why = verdict_reason(group)
             yield escape(f"{group_name(group, summary.groups)}: {name} ({why}).")
 
@@ -263,9 +264,9 @@ def _limits(summary: Summary) -> str:
         span = f"{steps[0]} to {steps[-1]} healing steps"
     text = (
         f"All statements hold within the budget of {span} and for the probe text used; a longer "
-        "or different fine-tuning may recover more. An upper bound under 20 % after this budget "
-        "does not show that the collapsed state is a stable minimum: that takes its gradient, "
-        "curvature and barrier."
+        "or different fine-tuning may recover more. An upper bound under "
+        f"{IRREVERSIBLE_BELOW:g} % after this budget does not show that the collapsed state is a "
+        "stable minimum: that takes its gradient, curvature and barrier."
     )
     n = len(summary.undefined)
     if n:
@@ -280,8 +281,8 @@ _QUESTION = r"""Does a collapsed model heal if it is fine-tuned on clean text, a
 otherwise than a model hurt by noise? We follow the effective rank of the hidden states and the loss
 on held-out text (Figure~\ref{fig:recovery}, Table~\ref{tab:recovery}) and read a verdict from the
 \RecoveryConfidence{} interval of mean rank recovery over independent checkpoints:
-\emph{Irreversible Pathology} where its upper bound lies under 20\,\%, \emph{Acute Structural
-Failure} where its lower bound lies over 70\,\%, \emph{partial} where the whole interval lies
+\emph{Irreversible Pathology} where its upper bound lies under LOWER\,\%, \emph{Acute Structural
+Failure} where its lower bound lies over UPPER\,\%, \emph{partial} where the whole interval lies
 between, \emph{inconclusive} otherwise.
 """
 _FIGURE = r"""\begin{figure}[t]
@@ -289,10 +290,16 @@ _FIGURE = r"""\begin{figure}[t]
 \includegraphics{\RecoveryPath fig_recovery}
 \caption{Recovery under clean fine-tuning of rank (left) and loss (right): mean over checkpoints
 and its \RecoveryConfidence{} interval. 0\,\% is the collapsed state, 100\,\% (dotted) the healthy
-model; grey: the zone of partial recovery, 20 to 70\,\%.}
+model; grey: the zone of partial recovery, LOWER to UPPER\,\%.}
 \label{fig:recovery}
 \end{figure}
 """
+
+
+def _with_bounds(text: str) -> str:
+    """A text with the verdict's bounds in it."""
+    upper = f"{REVERSIBLE_ABOVE:g}"
+    return text.replace("LOWER", f"{IRREVERSIBLE_BELOW:g}").replace("UPPER", upper)
 
 
 def subsection_file(summary: Summary) -> str:
@@ -302,7 +309,12 @@ def subsection_file(summary: Summary) -> str:
     if not summary.groups:
         nothing = "No healing run finished, so that nothing can be said."
         return "\n".join([*lines, nothing + left_out_sentences(summary), ""])
-    lines += [_QUESTION, _FIGURE, r"\input{\RecoveryPath recovery_table}", ""]
+    lines += [
+        _with_bounds(_QUESTION),
+        _with_bounds(_FIGURE),
+        r"\input{\RecoveryPath recovery_table}",
+        "",
+    ]
     shown = headline_groups(summary)
     for group in shown:
         lines += [_claim(group, summary), ""]

@@ -5,24 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from healing.registry import TREATMENT
-from healing.statistics.checkpoint_estimates import Approach, VerdictPlan
-from healing.statistics.heal_runs import UNIGRAM
-from healing.statistics.intervals import (
+from healing.measurements.recovery import (
+    DECIDED,
     IRREVERSIBLE_BELOW,
-    MIN_CHECKPOINTS,
     REVERSIBLE_ABOVE,
-    Interval,
+    Verdict,
 )
+from healing.registry import TREATMENT
+from healing.statistics.checkpoint_estimates import Asymptotes, VerdictPlan
+from healing.statistics.heal_runs import UNIGRAM
+from healing.statistics.intervals import MIN_CHECKPOINTS, Interval
 from healing.statistics.summary import GroupSummary, Summary
 
 RANK, LOSS = "rank_recovery_pct", "loss_recovery_pct"
 VERDICT_NAMES = {
-    "irreversible pathology": "Irreversible Pathology",
-    "acute structural failure": "Acute Structural Failure",
-    "partial": "Partial Recovery",
-    "inconclusive": "Inconclusive",
-    "undefined": "Undefined",
+    Verdict.IRREVERSIBLE: "Irreversible Pathology",
+    Verdict.REVERSIBLE: "Acute Structural Failure",
+    Verdict.PARTIAL: "Partial Recovery",
+    Verdict.INCONCLUSIVE: "Inconclusive",
+    Verdict.UNDEFINED: "Undefined",
 }
 """Verdicts as headlines and papers name them."""
 
@@ -115,14 +116,14 @@ def verdict_reason(group: GroupSummary) -> str:
     within = "" if steps is None else f" after {count_text(steps, 'healing step')}"
     estimate = estimate_text(interval, group.undefined_checkpoints(RANK))
     mean = f"mean rank recovery{within} is {estimate}"
-    if group.verdict == "irreversible pathology":
+    if group.verdict == Verdict.IRREVERSIBLE:
         return f"{mean}; its upper bound lies under {IRREVERSIBLE_BELOW:g} %"
-    if group.verdict == "acute structural failure":
+    if group.verdict == Verdict.REVERSIBLE:
         return f"{mean}; its lower bound lies over {REVERSIBLE_ABOVE:g} %: the damage heals"
-    if group.verdict == "partial":
+    if group.verdict == Verdict.PARTIAL:
         zone = f"{IRREVERSIBLE_BELOW:g} and {REVERSIBLE_ABOVE:g} %"
         return f"{mean}; the whole interval lies between {zone}"
-    if group.verdict == "undefined":
+    if group.verdict == Verdict.UNDEFINED:
         return (
             f"{group.n_undefined} of {count_text(group.n_runs, 'run')} {_has(group.n_undefined)} "
             "no defined rank recovery"
@@ -139,7 +140,7 @@ def loss_sentence(group: GroupSummary) -> str:
     interval = group.intervals[LOSS]
     if math.isnan(interval.point):
         return "Loss recovery is undefined."
-    verdict = VERDICT_NAMES.get(group.verdict_loss, group.verdict_loss).lower()
+    verdict = VERDICT_NAMES[group.verdict_loss].lower()
     estimate = estimate_text(interval, group.undefined_checkpoints(LOSS))
     text = f"The loss recovers by {estimate}, which by itself reads “{verdict}”"
     unigram = group.intervals.get(UNIGRAM)
@@ -148,8 +149,8 @@ def loss_sentence(group: GroupSummary) -> str:
             f" (a model that knows token frequencies alone would score {unigram.point:.1f} %: read "
             "the loss beside that)"
         )
-    decided = {"irreversible pathology", "acute structural failure", "partial"}
-    if {group.verdict, group.verdict_loss} <= decided and group.verdict != group.verdict_loss:
+    both = {group.verdict, group.verdict_loss}
+    if both <= set(DECIDED) and len(both) == 2:
         return f"{text}: rank and loss disagree, and the verdict is about the rank."
     return f"{text}."
 
@@ -202,20 +203,20 @@ def median_text(interval: Interval, unit: str = "") -> str:
     return time_text(interval, unit)
 
 
-def approach_texts(approach: Approach) -> tuple[str, str]:
+def asymptote_texts(found: Asymptotes) -> tuple[str, str]:
     """Fitted asymptote and half-life, or ``not converged`` with the number of fits that did."""
-    if approach.n_checkpoints == 0:
+    if found.n_checkpoints == 0:
         return "undefined", "undefined"
-    if not approach.converged:
-        reasons = "; ".join(approach.reasons)
-        lost = approach.n_checkpoints - len(approach.laws)
-        return f"not converged in {lost} of {approach.n_checkpoints} ({reasons})", "not converged"
-    return f"{interval_text(approach.asymptote)} %", steps_text(approach.half_life)
+    if not found.converged:
+        reasons = "; ".join(found.reasons)
+        lost = found.n_checkpoints - len(found.laws)
+        return f"not converged in {lost} of {found.n_checkpoints} ({reasons})", "not converged"
+    return f"{interval_text(found.asymptote)} %", steps_text(found.half_life)
 
 
-def laws_text(approach: Approach) -> str:
+def laws_text(found: Asymptotes) -> str:
     """How often AICc chose which law: ``exponential 2, power law 1``."""
-    counts = {law: approach.laws.count(law) for law in dict.fromkeys(approach.laws)}
+    counts = {law: found.laws.count(law) for law in dict.fromkeys(found.laws)}
     return ", ".join(f"{law} {n}" for law, n in counts.items()) or "–"
 
 
@@ -234,8 +235,10 @@ def plan_sentence(plan: VerdictPlan) -> str:
 
 def verdict_heading(group: GroupSummary, groups: Sequence[GroupSummary]) -> str:
     """``nano, HAEP: Irreversible Pathology within this budget``."""
-    limit = " within this budget" if group.verdict == "irreversible pathology" else ""
-    return f"{group_name(group, groups)}: {VERDICT_NAMES.get(group.verdict, group.verdict)}{limit}"
+    limit = " within this budget" if group.verdict == Verdict.IRREVERSIBLE else ""
+    if group.verdict == Verdict.REVERSIBLE:
+        limit = f" ({group.verdict.meaning})"
+    return f"{group_name(group, groups)}: {VERDICT_NAMES[group.verdict]}{limit}"
 
 
 def group_name(group: GroupSummary, groups: Sequence[GroupSummary]) -> str:

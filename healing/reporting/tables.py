@@ -13,10 +13,11 @@ from healing.measurements.diagnosis import (
     NONFINITE_STEPS,
     OPTIMISER_ARTIFACT,
 )
+from healing.measurements.recovery import IRREVERSIBLE_BELOW, REVERSIBLE_ABOVE, Verdict
 from healing.registry import SHAM
 from healing.reporting.escaping import one_line
 from healing.reporting.phrases import (
-    approach_texts,
+    asymptote_texts,
     group_estimate,
     group_label,
     interval_text,
@@ -38,10 +39,12 @@ STATUS_LABELS = {
 }
 """What the tables say of runs that are not simply ``ok``."""
 VERDICT_MEANING = (
-    "Verdict by the interval of rank recovery: lower bound over 70 % is *acute structural failure* "
-    "(it heals), upper bound under 20 % is *irreversible pathology* within this budget, an "
-    "interval inside 20–70 % is *partial*, anything else *inconclusive*; *undefined* where the "
-    "attack did not change the rank measurably."
+    f"Verdict by the interval of rank recovery: lower bound over {REVERSIBLE_ABOVE:g} % is "
+    f"*{Verdict.REVERSIBLE}* (it heals), upper bound under {IRREVERSIBLE_BELOW:g} % is "
+    f"*{Verdict.IRREVERSIBLE}* within this budget, an interval inside "
+    f"{IRREVERSIBLE_BELOW:g}–{REVERSIBLE_ABOVE:g} % is *{Verdict.PARTIAL}*, anything else "
+    f"*{Verdict.INCONCLUSIVE}*; *{Verdict.UNDEFINED}* where the attack did not change the rank "
+    "measurably."
 )
 
 
@@ -60,7 +63,7 @@ def endpoint_name(endpoint: str) -> str:
     return endpoint.removesuffix("_pct").replace("_recovery", "").replace("_", " ")
 
 
-def _named(group: GroupSummary, summary: Summary, *cells: str) -> tuple[str, ...]:
+def _row(group: GroupSummary, summary: Summary, *cells: str) -> tuple[str, ...]:
     return (group.model, group_label(group, summary.groups), *cells)
 
 
@@ -73,13 +76,13 @@ def _main_row(group: GroupSummary, summary: Summary) -> tuple[str, ...]:
     unwell = [f"{group.statuses[s]} {t}" for s, t in STATUS_LABELS.items() if s in group.statuses]
     if unwell:
         states += f" ({', '.join(unwell)})"
-    return _named(
+    return _row(
         group,
         summary,
         f"{group.n_checkpoints} ({group.n_runs})",
         states,
         *(group_estimate(group, endpoint) for endpoint in PRIMARY_ENDPOINTS),
-        group.verdict,
+        group.verdict.shown,
     )
 
 
@@ -110,7 +113,7 @@ def sham_table(summary: Summary) -> Table:
     """Recoveries referred to the sham."""
     header = ("model", "arm", *(f"{_against_sham(e)} (%)" for e in SHAM_ENDPOINTS))
     rows = tuple(
-        _named(g, summary, *(group_estimate(g, e) for e in SHAM_ENDPOINTS))
+        _row(g, summary, *(group_estimate(g, e) for e in SHAM_ENDPOINTS))
         for g in summary.groups
         if set(SHAM_ENDPOINTS) <= g.intervals.keys()
     )
@@ -130,7 +133,7 @@ def bootstrap_table(summary: Summary) -> Table:
     level = _level(summary)
     header = ("model", "arm", "endpoint", "n", f"Student t {level}", f"BCa bootstrap {level}")
     rows = tuple(
-        _named(
+        _row(
             g,
             summary,
             endpoint_name(endpoint),
@@ -155,7 +158,7 @@ def _half_row(group: GroupSummary, endpoint: str, summary: Summary) -> tuple[str
     tokens = group.half_recovery_tokens.get(endpoint)
     mean = half.geometric_mean
     reached = f"{half.curve.n - half.curve.n_censored} of {half.curve.n}"
-    return _named(
+    return _row(
         group,
         summary,
         endpoint_name(endpoint),
@@ -192,7 +195,7 @@ def variance_table(summary: Summary) -> Table:
         "variance within", "ICC",
     )  # fmt: skip
     rows = tuple(
-        _named(
+        _row(
             g,
             summary,
             endpoint_name(endpoint),
@@ -214,13 +217,13 @@ def variance_table(summary: Summary) -> Table:
     return Table("Where the variance comes from", header, rows, note)
 
 
-def prospect_table(summary: Summary) -> Table:
+def asymptote_table(summary: Summary) -> Table:
     """Fitted asymptotes and half-lives."""
     header = ("model", "arm", "endpoint", "asymptote", "half-life", "law (checkpoints)")
     rows = tuple(
-        _named(g, summary, endpoint_name(e), *approach_texts(found), laws_text(found))
+        _row(g, summary, endpoint_name(e), *asymptote_texts(found), laws_text(found))
         for g in summary.groups
-        for e, found in g.approaches.items()
+        for e, found in g.asymptotes.items()
     )
     note = (
         "Each checkpoint's mean trajectory (over its replicates with a defined recovery) is fitted "
@@ -235,13 +238,13 @@ def plan_table(summary: Summary) -> Table:
     """Checkpoints that inconclusive verdicts need."""
     header = ("model", "arm", "endpoint", "checkpoints now", "needed in all", "for the verdict")
     rows = tuple(
-        _named(
+        _row(
             g,
             summary,
             endpoint_name(endpoint),
             str(g.intervals[endpoint].n),
             "out of reach" if plan.n_checkpoints is None else str(plan.n_checkpoints),
-            plan.verdict,
+            plan.verdict.shown,
         )
         for g in summary.groups
         for endpoint, plan in g.plans.items()
@@ -257,6 +260,6 @@ def plan_table(summary: Summary) -> Table:
 def secondary_tables(summary: Summary) -> Sequence[Table]:
     """All tables after the main one that have rows, in the order of the report."""
     made = (
-        sham_table, half_table, bootstrap_table, variance_table, prospect_table, plan_table,
+        sham_table, half_table, bootstrap_table, variance_table, asymptote_table, plan_table,
     )  # fmt: skip
     return [table for table in (make(summary) for make in made) if table.rows]

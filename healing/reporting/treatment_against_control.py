@@ -73,7 +73,7 @@ def p_text(p: float) -> str:
     return "p < 0.001" if p < 0.001 else f"p = {p:.2g}" if p < 0.1 else f"p = {p:.2f}"
 
 
-def _pace(endpoint: str, test: LogRankTest, pair: Pair) -> str:
+def _half_recovery_test(endpoint: str, test: LogRankTest, pair: Pair) -> str:
     counts = f"{test.n[0]} and {test.n[1]} checkpoints"
     if math.isnan(test.p_value):
         return f"{SHORT[endpoint]} undefined ({counts} with a time)"
@@ -85,10 +85,13 @@ def _pace(endpoint: str, test: LogRankTest, pair: Pair) -> str:
     )
 
 
-def pace_sentence(found: Contrast) -> str:
+def half_recovery_sentence(found: Contrast) -> str:
     """Log-rank tests of the half-recovery times, in one line."""
     pair = found.pair
-    said = "; ".join(_pace(endpoint, test, pair) for endpoint, test in found.pace.items())
+    said = "; ".join(
+        _half_recovery_test(endpoint, test, pair)
+        for endpoint, test in found.half_recovery_test.items()
+    )
     return (
         f"{pair.model}: time until half is back after {pair.treatment.label} and after "
         f"{pair.short}, log-rank test: {said}."
@@ -100,7 +103,7 @@ def contrast_sentences(summary: Summary) -> list[str]:
     return [
         sentence(found)
         for found in summary.contrasts.values()
-        for sentence in (comparison_sentence, pace_sentence)
+        for sentence in (comparison_sentence, half_recovery_sentence)
     ]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from healing.config.arm_tags import arm_tags
 from healing.config.attack import AttackConfig
 from healing.config.fingerprint import NOT_SETTINGS, as_params, fingerprint
-from healing.config.resolve import resolve
+from healing.config.resolve import resolve_from_presets
 from healing.models.checkpoints import CHECKPOINT_NAME, read_checkpoint, save_checkpoint
 from healing.reporting.plots import runs as figures
 from healing.stages.cells.attack import (
@@ -20,7 +20,7 @@ from healing.stages.cells.attack import (
     noise_match,
 )
 from healing.stages.cells.events import Record
-from healing.stages.cells.inputs import complete, use_threads
+from healing.stages.cells.inputs import resolve_from_model, use_threads
 from healing.stages.console import Console
 from healing.stages.driver import Driver
 from healing.stages.stage import Done, Report, StageDefaults, Tools, points_of
@@ -145,7 +145,7 @@ class AttackStage(StageDefaults):
 
     def prepare(self, config: AttackConfig, tools: Tools) -> AttackConfig:
         """Fetch the reference's checkpoint and replace every ``auto``."""
-        config = complete(with_reference(resolve(config), tools.store))
+        config = resolve_from_model(with_reference(resolve_from_presets(config), tools.store))
         use_threads(config)
         return config
 

@@ -20,7 +20,7 @@ from healing.stages.cells.basin import (
     BasinOutcome,
     basin_cell,
     inputs_of,
-    settle,
+    resolve_from_checkpoint,
 )
 from healing.stages.cells.events import Record
 from healing.stages.cells.inputs import use_threads
@@ -107,7 +107,7 @@ def find_cell(config: BasinConfig, store: Store) -> BasinCell:
     else:
         collapsed = _local(config.collapsed_checkpoint, store)
         healed = _local(config.healed_checkpoint, store)
-    settled = settle(config, read_checkpoint(healed), healed)
+    settled = resolve_from_checkpoint(config, read_checkpoint(healed), healed)
     return BasinCell(settled, str(collapsed or ""), str(healed))
 
 

@@ -31,8 +31,8 @@ from healing.stages.cells.events import Record
 from healing.stages.cells.heal import (
     HealCell,
     HealOutcome,
-    decide_model,
     heal_cell,
+    resolve_from_checkpoint,
     stored_config,
 )
 from healing.stages.cells.inputs import use_threads
@@ -179,7 +179,9 @@ class HealStage(StageDefaults):
         The sham is healed once per store, seed, replicate and settings; a finished one is found.
         """
         checkpoint = _checkpoint_of(cell)
-        cell = replace(cell, config=decide_model(cell.config, checkpoint, cell.checkpoint))
+        cell = replace(
+            cell, config=resolve_from_checkpoint(cell.config, checkpoint, cell.checkpoint)
+        )
         use_threads(cell.config)
         if not cell.config.sham:
             return cell

@@ -8,7 +8,7 @@ from healing.config.attack import AttackConfig
 from healing.config.heal import HealConfig
 from healing.errors import CheckpointError
 from healing.models.checkpoints import CHECKPOINT_NAME
-from healing.stages.cells.heal import decide_model
+from healing.stages.cells.heal import resolve_from_checkpoint
 from healing.tracking.store import Store
 
 
@@ -47,7 +47,7 @@ def local_checkpoint(config: HealConfig, store: Store) -> pathlib.Path | None:
 
 def fresh_attack_config(config: HealConfig) -> AttackConfig:
     """The attack that comes first where nothing is named to heal."""
-    resolved = decide_model(config, None, "")
+    resolved = resolve_from_checkpoint(config, None, "")
     shared = {
         name: getattr(resolved, name)
         for name in (

@@ -28,7 +28,7 @@ from healing.stages.attack import ATTACK, checkpoint_of
 from healing.stages.basin import BASIN
 from healing.stages.cells.basin import BasinCell
 from healing.stages.cells.heal import HealCell
-from healing.stages.cells.inputs import complete
+from healing.stages.cells.inputs import resolve_from_model
 from healing.stages.console import Cells, Console
 from healing.stages.driver import Driver
 from healing.stages.heal import HEAL
@@ -136,7 +136,7 @@ def _shared(config: SweepConfig) -> dict[str, Any]:
 
 def attack_config(config: SweepConfig, cell: SweepCell, reference: str) -> AttackConfig:
     """Resolved configuration of a cell's attack."""
-    return complete(
+    return resolve_from_model(
         AttackConfig(
             model=cell.model,
             arm=cell.arm,
@@ -154,7 +154,7 @@ def heal_config(config: SweepConfig, cell: SweepCell) -> HealConfig:
     steps = config.healing_steps
     if steps == AUTO:
         steps = preset_for(cell.model).sweep_healing_steps
-    return complete(
+    return resolve_from_model(
         HealConfig(
             model=cell.model,
             arm=cell.arm,

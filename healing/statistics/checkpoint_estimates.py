@@ -1,4 +1,4 @@
-"""What the checkpoints of a group foretell: where recovery is heading, and what would decide.
+"""Estimates per checkpoint: half-recovery time, fitted asymptote, number of checkpoints needed.
 
 Fits and half-recovery times are made per checkpoint, the independent unit, and then pooled; a
 trajectory is the mean over the defined replicates of one checkpoint. Nothing here changes a
@@ -15,10 +15,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import ArrayLike
 
+from healing.measurements.recovery import IRREVERSIBLE_BELOW, REVERSIBLE_ABOVE, Verdict
 from healing.statistics.curve_fits import Law, TrajectoryFit, fit_trajectory
 from healing.statistics.intervals import (
-    IRREVERSIBLE_BELOW,
-    REVERSIBLE_ABOVE,
     DegenerateDataWarning,
     FloatArray,
     Interval,
@@ -28,7 +27,7 @@ from healing.statistics.intervals import (
     has_no_spread,
     t_interval,
 )
-from healing.statistics.power import MAX_CHECKPOINTS, DecidedVerdict, required_checkpoints
+from healing.statistics.power import MAX_CHECKPOINTS, required_checkpoints
 from healing.statistics.survival import (
     HalfRecovery,
     SurvivalCurve,
@@ -68,8 +67,8 @@ class HalfTimes:
 
 
 @dataclass(frozen=True)
-class Approach:
-    """Fitted limit and pace of recovery, over the checkpoints of a group.
+class Asymptotes:
+    """Fitted limit (asymptote) and half-life of recovery, over the checkpoints of a group.
 
     ``asymptote`` (points) and ``half_life`` (steps, log scale) are Student t intervals over
     checkpoints. Both are NaN unless every checkpoint's fit converged: those that did would be a
@@ -94,7 +93,7 @@ class Approach:
 class VerdictPlan:
     """How many checkpoints would decide, if observed mean and spread were the true ones."""
 
-    verdict: DecidedVerdict
+    verdict: Verdict
     """The verdict on whose side the observed mean lies."""
     n_checkpoints: int | None
     """Checkpoints in all; ``None`` where even 100,000 would not do."""
@@ -127,7 +126,7 @@ def half_times(trajectories: Sequence[CheckpointTrajectory], confidence: float) 
     return HalfTimes(tuple(found), curve, mean)
 
 
-def approach(trajectories: Sequence[CheckpointTrajectory], confidence: float) -> Approach:
+def fit_asymptotes(trajectories: Sequence[CheckpointTrajectory], confidence: float) -> Asymptotes:
     """Fit every checkpoint's mean trajectory, then pool asymptotes and half-lives.
 
     Args:
@@ -148,7 +147,7 @@ def approach(trajectories: Sequence[CheckpointTrajectory], confidence: float) ->
         log_half_lives = [math.log(fit.half_life.point) for fit in fits] if every else []
         asymptote = t_interval(asymptotes, confidence)
         half_life = exp_interval(t_interval(log_half_lives, confidence))
-    return Approach(
+    return Asymptotes(
         asymptote=asymptote,
         half_life=replace(half_life, method="log-scale Student t"),
         laws=tuple(fit.law for fit in fits if fit.converged and fit.law),
@@ -197,9 +196,9 @@ def plan_verdict(
     return VerdictPlan(verdict, n, mean, sd, power)
 
 
-def _side(mean: float) -> DecidedVerdict | None:
+def _side(mean: float) -> Verdict | None:
     if mean < IRREVERSIBLE_BELOW:
-        return "irreversible pathology"
+        return Verdict.IRREVERSIBLE
     if mean > REVERSIBLE_ABOVE:
-        return "acute structural failure"
-    return "partial" if IRREVERSIBLE_BELOW < mean < REVERSIBLE_ABOVE else None
+        return Verdict.REVERSIBLE
+    return Verdict.PARTIAL if IRREVERSIBLE_BELOW < mean < REVERSIBLE_ABOVE else None

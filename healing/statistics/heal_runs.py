@@ -31,7 +31,7 @@ class HealRun:
         name: What a person calls it.
         finished: Whether it ended well; otherwise it is ``running`` or ``failure`` says why not.
         model: Model size.
-        arm: Attack method.
+        arm: Attack method (arm).
         settings: Hash of everything but seed and replicate; runs of other settings are not pooled.
         checkpoint: The collapsed state: the independent unit.
         seed: Of the attack; pairs the arms.

@@ -14,21 +14,15 @@ import math
 import warnings
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special, stats
 
-FloatArray = NDArray[np.float64]
-GroupVerdict = Literal[
-    "acute structural failure", "irreversible pathology", "partial", "undefined", "inconclusive"
-]
+from healing.measurements.recovery import IRREVERSIBLE_BELOW, REVERSIBLE_ABOVE, Verdict
 
-REVERSIBLE_ABOVE = 70.0
-"""A group recovers ("acute structural failure") where the lower bound exceeds this percentage."""
-IRREVERSIBLE_BELOW = 20.0
-"""A group is an "irreversible pathology" where the upper bound is below this percentage."""
+FloatArray = NDArray[np.float64]
+
 MAX_UNDEFINED_FRACTION = 0.5
 """A group is "undefined" where more than this fraction of its runs is."""
 MIN_CHECKPOINTS = 3
@@ -176,7 +170,7 @@ def exp_interval(log_interval: Interval) -> Interval:
     return replace(log_interval, low=float(low), point=float(point), high=float(high))
 
 
-def scaled(interval: Interval, factor: float) -> Interval:
+def scale_interval(interval: Interval, factor: float) -> Interval:
     """An interval in another unit: steps times tokens per step are tokens. NaN and ∞ stay."""
     low, point, high = (factor * x for x in (interval.low, interval.point, interval.high))
     return replace(interval, low=low, point=point, high=high)
@@ -293,13 +287,13 @@ def group_verdict(
     undefined_fraction: float,
     reversible_above: float = REVERSIBLE_ABOVE,
     irreversible_below: float = IRREVERSIBLE_BELOW,
-) -> GroupVerdict:
+) -> Verdict:
     """Verdict of a group of runs, read from the confidence interval of its mean recovery.
 
-    Most runs undefined: "undefined". Lower bound above ``reversible_above``: "acute structural
-    failure" (it heals). Upper bound under ``irreversible_below``: "irreversible pathology" (within
-    this budget). Interval inside both thresholds: "partial". Otherwise, or without an interval:
-    "inconclusive".
+    Most runs undefined: ``UNDEFINED``. Lower bound above ``reversible_above``: ``REVERSIBLE`` (it
+    heals). Upper bound under ``irreversible_below``: ``IRREVERSIBLE`` (within this budget).
+    Interval inside both thresholds: ``PARTIAL``. Otherwise, or without an interval:
+    ``INCONCLUSIVE``.
 
     Raises:
         ValueError: undefined_fraction outside [0, 1], or thresholds in the wrong order.
@@ -308,16 +302,16 @@ def group_verdict(
         raise ValueError(f"undefined_fraction is {undefined_fraction}; pass a share in [0, 1]")
     require_ordered_thresholds(irreversible_below, reversible_above)
     if undefined_fraction > MAX_UNDEFINED_FRACTION:
-        return "undefined"
+        return Verdict.UNDEFINED
     if interval is None or not interval.defined:
-        return "inconclusive"
+        return Verdict.INCONCLUSIVE
     if interval.low > reversible_above:
-        return "acute structural failure"
+        return Verdict.REVERSIBLE
     if interval.high < irreversible_below:
-        return "irreversible pathology"
+        return Verdict.IRREVERSIBLE
     if interval.low >= irreversible_below and interval.high <= reversible_above:
-        return "partial"
-    return "inconclusive"
+        return Verdict.PARTIAL
+    return Verdict.INCONCLUSIVE
 
 
 def require_ordered_thresholds(irreversible_below: float, reversible_above: float) -> None:

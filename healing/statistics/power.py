@@ -7,20 +7,21 @@ example from a pilot run; the verdict is the one of ``healing.statistics.interva
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
 
 import numpy as np
 from scipy import integrate, special, stats
 
-from healing.statistics.intervals import (
+from healing.measurements.recovery import (
+    DECIDED,
     IRREVERSIBLE_BELOW,
-    MIN_CHECKPOINTS,
     REVERSIBLE_ABOVE,
+    Verdict,
+)
+from healing.statistics.intervals import (
+    MIN_CHECKPOINTS,
     require_open_unit,
     require_ordered_thresholds,
 )
-
-DecidedVerdict = Literal["acute structural failure", "irreversible pathology", "partial"]
 
 MAX_CHECKPOINTS = 100_000
 """A verdict that needs more is out of reach."""
@@ -32,7 +33,7 @@ def verdict_power(
     n: int,
     mean: float,
     sd: float,
-    verdict: DecidedVerdict,
+    verdict: Verdict,
     *,
     confidence: float = 0.95,
     reversible_above: float = REVERSIBLE_ABOVE,
@@ -41,9 +42,9 @@ def verdict_power(
     """Probability that n checkpoints give this verdict.
 
     With δ = (mean − threshold)√n/sd and T noncentral t on n − 1 degrees of freedom:
-    P(T(δ) > t) for "acute structural failure", P(T(δ) < −t) for "irreversible pathology"; for
-    "partial" both bounds must hold, which is Owen's Q (Owen 1965; Phillips 1990), integrated here
-    over the distribution of the standard deviation.
+    P(T(δ) > t) for ``REVERSIBLE``, P(T(δ) < −t) for ``IRREVERSIBLE``; for ``PARTIAL`` both bounds
+    must hold, which is Owen's Q (Owen 1965; Phillips 1990), integrated here over the distribution
+    of the standard deviation.
 
     Args:
         n: checkpoints, at least 3.
@@ -66,9 +67,9 @@ def verdict_power(
     t = float(special.stdtrit(df, (1.0 + confidence) / 2.0))
     above_lower = (mean - irreversible_below) / standard_error
     above_upper = (mean - reversible_above) / standard_error
-    if verdict == "acute structural failure":
+    if verdict == Verdict.REVERSIBLE:
         return float(stats.nct.sf(t, df, above_upper))
-    if verdict == "irreversible pathology":
+    if verdict == Verdict.IRREVERSIBLE:
         return float(stats.nct.sf(t, df, -above_lower))
     return _probability_inside(t, df, above_lower, -above_upper)
 
@@ -93,7 +94,7 @@ def _probability_inside(t: float, df: int, above_lower: float, below_upper: floa
 def required_checkpoints(
     mean: float,
     sd: float,
-    verdict: DecidedVerdict,
+    verdict: Verdict,
     power: float = 0.8,
     *,
     confidence: float = 0.95,
@@ -119,12 +120,12 @@ def required_checkpoints(
     _require_plan(mean, sd, verdict, confidence)
     require_ordered_thresholds(irreversible_below, reversible_above)
     reachable = {
-        "acute structural failure": mean > reversible_above,
-        "irreversible pathology": mean < irreversible_below,
-        "partial": irreversible_below < mean < reversible_above,
+        Verdict.REVERSIBLE: mean > reversible_above,
+        Verdict.IRREVERSIBLE: mean < irreversible_below,
+        Verdict.PARTIAL: irreversible_below < mean < reversible_above,
     }
     if not reachable[verdict]:
-        raise ValueError(f"mean {mean} never gives {verdict!r}; pass a mean beyond its threshold")
+        raise ValueError(f"mean {mean} never gives '{verdict}'; pass a mean beyond its threshold")
 
     def enough(n: int) -> bool:
         return power <= verdict_power(
@@ -155,5 +156,5 @@ def _require_plan(mean: float, sd: float, verdict: str, confidence: float) -> No
         raise ValueError(f"mean is {mean}; pass an expected recovery in per cent")
     if not 0.0 < sd < math.inf:
         raise ValueError(f"sd is {sd}; pass a positive number of points")
-    if verdict not in get_args(DecidedVerdict):
-        raise ValueError(f"verdict is {verdict!r}; pass one of {get_args(DecidedVerdict)}")
+    if verdict not in DECIDED:
+        raise ValueError(f"verdict is '{verdict}'; pass one of {', '.join(DECIDED)}")

@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from healing.measurements.diagnosis import LOCKOUT
+from healing.measurements.recovery import Verdict
 from healing.registry import SHAM
 from healing.statistics.checkpoint_estimates import (
-    Approach,
+    Asymptotes,
     HalfTimes,
     VerdictPlan,
-    approach,
+    fit_asymptotes,
     half_times,
     plan_verdict,
 )
@@ -39,14 +40,14 @@ from healing.statistics.intervals import (
     bca_interval,
     cluster_means,
     group_verdict,
-    scaled,
+    scale_interval,
     t_interval,
 )
 from healing.statistics.paired_tests import PRIMARY_ENDPOINTS, ArmComparison
 from healing.statistics.size_trend import ScalingSlope, scaling_slope
 from healing.statistics.treatment_against_control import Contrast, Gap, contrasts
 from healing.statistics.variance_components import VarianceComponents, variance_components
-from healing.statistics.warning_collector import Notes
+from healing.statistics.warning_collector import WarningCollector
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class GroupSummary:
 
     Attributes:
         model: Model size.
-        arm: Attack method.
+        arm: Attack method (arm).
         settings: Hash that parts otherwise equal groups.
         noise_match: What noise shares with the attack of its seed; empty for other arms.
         n_params: Parameters of the model.
@@ -82,7 +83,7 @@ class GroupSummary:
         notes: What the data did not determine.
         statuses: Status → number of runs.
         half_times: Endpoint → steps to 50 % of every checkpoint, and their Kaplan–Meier curve.
-        approaches: Endpoint → fitted asymptote and half-life.
+        asymptotes: Endpoint → fitted asymptotes and half-lives.
         plans: Endpoint with an inconclusive verdict → checkpoints that would decide it.
         variance: Endpoint → variance between and within checkpoints.
         tokens_per_step: Training tokens of one healing step; 0 where unknown.
@@ -103,14 +104,14 @@ class GroupSummary:
     means: Mapping[str, ClusterMeans]
     intervals: Mapping[str, Interval]
     bootstrap: Mapping[str, Interval]
-    verdict: str
-    verdict_loss: str
+    verdict: Verdict
+    verdict_loss: Verdict
     half_recovery: Mapping[str, Interval]
     bands: Mapping[str, Band]
     notes: tuple[str, ...]
     statuses: Mapping[str, int] = field(default_factory=dict)
     half_times: Mapping[str, HalfTimes] = field(default_factory=dict)
-    approaches: Mapping[str, Approach] = field(default_factory=dict)
+    asymptotes: Mapping[str, Asymptotes] = field(default_factory=dict)
     plans: Mapping[str, VerdictPlan] = field(default_factory=dict)
     variance: Mapping[str, VarianceComponents] = field(default_factory=dict)
     tokens_per_step: int = 0
@@ -122,7 +123,7 @@ class GroupSummary:
         """As ``half_recovery`` in training tokens; empty where tokens per step are unknown."""
         if not self.tokens_per_step:
             return {}
-        return {e: scaled(i, self.tokens_per_step) for e, i in self.half_recovery.items()}
+        return {e: scale_interval(i, self.tokens_per_step) for e, i in self.half_recovery.items()}
 
     def undefined_checkpoints(self, endpoint: str) -> int:
         """Checkpoints without a defined recovery: those that the endpoint's n does not count."""
@@ -193,7 +194,9 @@ def _plans(
     means: Mapping[str, ClusterMeans], intervals: Mapping[str, Interval], confidence: float
 ) -> dict[str, VerdictPlan]:
     """Plans of the endpoints whose verdict is inconclusive."""
-    open_ones = [e for e in PRIMARY_ENDPOINTS if _verdict(means, intervals, e) == "inconclusive"]
+    open_ones = [
+        e for e in PRIMARY_ENDPOINTS if _verdict(means, intervals, e) == Verdict.INCONCLUSIVE
+    ]
     plans = {e: plan_verdict(means[e].means, confidence) for e in open_ones}
     return {endpoint: plan for endpoint, plan in plans.items() if plan is not None}
 
@@ -208,7 +211,7 @@ def summarize_group(
         confidence: Level of the intervals.
         rng: Draws the bootstrap.
     """
-    first, notes = runs[0], Notes()
+    first, notes = runs[0], WarningCollector()
     checkpoints = [r.checkpoint for r in runs]
     measured = [e for e in ENDPOINTS if any(e in r.final for r in runs)]
     finals = {e: [r.final.get(e, math.nan) for r in runs] for e in measured}
@@ -246,7 +249,7 @@ def summarize_group(
         notes=notes.texts,
         statuses={s: statuses.count(s) for s in sorted(set(statuses))},
         half_times=half,
-        approaches={e: approach(p, confidence) for e, p in paths.items()},
+        asymptotes={e: fit_asymptotes(p, confidence) for e, p in paths.items()},
         plans=_plans(means, intervals, confidence),
         variance=variance,
         tokens_per_step=tokens_per_step(runs),
@@ -257,7 +260,7 @@ def summarize_group(
 
 def _verdict(
     means: Mapping[str, ClusterMeans], intervals: Mapping[str, Interval], endpoint: str
-) -> str:
+) -> Verdict:
     return group_verdict(intervals[endpoint], means[endpoint].undefined_fraction)
 
 
@@ -270,7 +273,7 @@ def sizes_of(groups: Sequence[GroupSummary], arm: str) -> tuple[list[GroupSummar
 
 
 def _slopes(
-    groups: Sequence[GroupSummary], confidence: float, notes: Notes
+    groups: Sequence[GroupSummary], confidence: float, notes: WarningCollector
 ) -> dict[str, ScalingSlope]:
     slopes = {}
     for arm in dict.fromkeys(g.arm for g in groups):
@@ -298,7 +301,7 @@ def summarize_runs(runs: Sequence[HealRun], confidence: float, rng: np.random.Ge
     grouped = _settings_order(finished)
     groups = tuple(summarize_group(members, confidence, rng) for members in grouped.values())
     found, gaps = contrasts(grouped, 1.0 - confidence)
-    slope_notes = Notes()
+    slope_notes = WarningCollector()
     slopes = _slopes(groups, confidence, slope_notes)
     notes = [(c.pair.title, n) for c in found.values() for n in c.notes]
     notes += [("scaling with size", n) for n in slope_notes.texts]

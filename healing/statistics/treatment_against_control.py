@@ -1,4 +1,6 @@
-"""Treatment against damage control: paired recoveries, and how soon half of the damage is back."""
+"""Treatment against damage control: paired recoveries, and the time until half of the damage is
+repaired (half-recovery time).
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ from healing.statistics.paired_tests import (
     paired_differences,
 )
 from healing.statistics.survival import LogRankTest, logrank_test
-from healing.statistics.warning_collector import Notes
+from healing.statistics.warning_collector import WarningCollector
 
 
 @dataclass(frozen=True)
@@ -56,14 +58,15 @@ class Contrast:
     Attributes:
         pair: The arms.
         comparison: Recovery after the last step, paired by seed.
-        pace: Endpoint → log-rank test of the half-recovery times of the checkpoints. Secondary: not
-            adjusted, not paired, and no part of the comparison's statement.
+        half_recovery_test: Endpoint → log-rank test of the half-recovery times of the
+            checkpoints. Secondary: not adjusted, not paired, and no part of the comparison's
+            statement.
         notes: What the data did not determine.
     """
 
     pair: Pair
     comparison: ArmComparison
-    pace: Mapping[str, LogRankTest]
+    half_recovery_test: Mapping[str, LogRankTest]
     notes: tuple[str, ...]
 
 
@@ -115,19 +118,25 @@ def contrast(
     obstacle = _obstacle(treatment, control)
     if obstacle:
         return obstacle
-    notes, known = Notes(), Notes()  # an arm without defined values is noted with its own group
-    differences = {e: known.call(e, _differences, treatment, control, e) for e in PRIMARY_ENDPOINTS}
+    notes = WarningCollector()
+    # An arm without defined values is reported with its own group.
+    already_reported = WarningCollector()
+    differences = {
+        e: already_reported.call(e, _differences, treatment, control, e) for e in PRIMARY_ENDPOINTS
+    }
     comparison = notes.call("paired differences", compare_arms, differences, alpha=alpha)
-    pace = {e: _pace(notes, treatment, control, e) for e in PRIMARY_ENDPOINTS}
-    return Contrast(pair, comparison, pace, notes.texts)
+    tests = {e: _half_recovery_test(notes, treatment, control, e) for e in PRIMARY_ENDPOINTS}
+    return Contrast(pair, comparison, tests, notes.texts)
 
 
-def _pace(
-    notes: Notes, treatment: Sequence[HealRun], control: Sequence[HealRun], endpoint: str
+def _half_recovery_test(
+    notes: WarningCollector, treatment: Sequence[HealRun], control: Sequence[HealRun], endpoint: str
 ) -> LogRankTest:
-    known = Notes()  # what the times themselves warn of is noted with their group
+    already_reported = WarningCollector()  # what the times warn of stands with their group
     sides = [
-        known.call(endpoint, half_times, checkpoint_trajectories(r, endpoint), 0.95).times
+        already_reported.call(
+            endpoint, half_times, checkpoint_trajectories(r, endpoint), 0.95
+        ).times
         for r in (treatment, control)
     ]
     columns = [([h.time for h in side], [h.censored for h in side]) for side in sides]

@@ -11,7 +11,7 @@ from healing.statistics.intervals import DegenerateDataWarning
 T = TypeVar("T")
 
 
-class Notes:
+class WarningCollector:
     """Warnings about degenerate data, each once, with what they are about."""
 
     def __init__(self) -> None:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from healing.config.heal import HealConfig
 from healing.data.windows import batches
-from healing.measurements.diagnosis import FORWARD, Control, Failure
+from healing.measurements.diagnosis import FORWARD, Failure, HealthyReplay
 from healing.measurements.probe import Measurement, Probe
 from healing.models.loading import LoadedModel
 from healing.progress import Safe, without_safe_points
@@ -41,8 +41,9 @@ class HealRecord:
         headroom: Per block, max|h| over the largest finite number of the run's format: from 1 on
             the format cannot hold the block's output; what is inside it may overflow before.
         failure: First step that could not be taken, or whose update broke the weights.
-        stalled: Training cannot go on: the weights are not finite, :data:`LOCKOUT_STEPS` steps in a
-            row could not be taken, none could so far, or the final model is not finite.
+        stalled: Training cannot go on: the weights are not finite,
+            :data:`MAX_CONSECUTIVE_NONFINITE_STEPS` steps in a row could not be taken, none could so
+            far, or the final model is not finite.
     """
 
     step: int
@@ -132,8 +133,8 @@ def heal_events(
         collapsed: Measurement of the model as it comes.
         generator: Draws the data order.
 
-    Ends early after :data:`LOCKOUT_STEPS` consecutive steps that are not finite, and at once where
-    an update leaves weights that are not.
+    Ends early after :data:`MAX_CONSECUTIVE_NONFINITE_STEPS` consecutive steps that are not finite,
+    and at once where an update leaves weights that are not.
     """
     model, total = loaded.model, config.healing_steps
     precision = Precision(config.precision, config.precision_mode)
@@ -181,13 +182,13 @@ def heal_events(
                 return
 
 
-def control_run(
+def replay_healthy(
     loaded: LoadedModel,
     config: HealConfig,
     windows: torch.Tensor,
     generator: torch.Generator,
     steps: int,
-) -> Control:
+) -> HealthyReplay:
     """The first steps of :func:`heal` on another model, changed in place, up to its first failure.
 
     Args:
@@ -206,4 +207,4 @@ def control_run(
             trainer.step(next(stream).to(loaded.device))
             if trainer.failure:
                 break
-        return Control(steps, trainer.first_failure)
+        return HealthyReplay(steps, trainer.first_failure)

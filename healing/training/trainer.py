@@ -14,7 +14,7 @@ from healing.training.nonfinite import diagnose, first_nonfinite_parameter
 from healing.training.optimizers import make_optimizer
 from healing.training.precision import Precision, gradient_norm
 
-LOCKOUT_STEPS = 10
+MAX_CONSECUTIVE_NONFINITE_STEPS = 10
 """Consecutive steps without a finite loss and gradient after which healing ends."""
 
 
@@ -60,7 +60,7 @@ class Trainer:
     @property
     def must_stop(self) -> bool:
         """No further step makes sense."""
-        return self._broken or self._in_a_row == LOCKOUT_STEPS
+        return self._broken or self._in_a_row == MAX_CONSECUTIVE_NONFINITE_STEPS
 
     @property
     def stalled(self) -> bool:

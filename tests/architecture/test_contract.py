@@ -28,7 +28,7 @@ from healing.config.import_results import ImportConfig
 from healing.config.options import fields_of, flag_name
 from healing.config.presets import MODELS, preset_for
 from healing.config.pretrain import PretrainConfig
-from healing.config.resolve import resolve
+from healing.config.resolve import resolve_from_presets
 from healing.config.summarize import SummarizeConfig
 from healing.config.sweep import SweepConfig
 from healing.errors import ConfigError
@@ -316,30 +316,32 @@ def test_nothing_catches_everything():
 def test_resolving_leaves_no_auto_but_the_device():
     for model in MODELS:
         for config in (AttackConfig(model=model), HealConfig(model=model)):
-            left = {k for k, v in as_params(resolve(config)).items() if v == "auto"}
+            left = {k for k, v in as_params(resolve_from_presets(config)).items() if v == "auto"}
             assert left <= {"device"}
 
 
 def test_what_the_user_passes_wins():
-    config = resolve(HealConfig(model="nano", healing_lr=0.5, batch_size=3))
+    config = resolve_from_presets(HealConfig(model="nano", healing_lr=0.5, batch_size=3))
     assert (config.healing_lr, config.batch_size) == (0.5, 3)
-    assert resolve(HealConfig(model="nano")).healing_lr == preset_for("nano").healing_lr
-    assert resolve(HealConfig(model="1b")).healing_lr == 1e-4
+    assert (
+        resolve_from_presets(HealConfig(model="nano")).healing_lr == preset_for("nano").healing_lr
+    )
+    assert resolve_from_presets(HealConfig(model="1b")).healing_lr == 1e-4
 
 
 def test_the_attack_rate_follows_the_optimiser():
     for model in ("nano", "70m"):
         preset = preset_for(model)
-        assert resolve(AttackConfig(model=model)).attack_lr == preset.attack_lr
-        sgd = resolve(AttackConfig(model=model, attack_optimizer="sgd"))
+        assert resolve_from_presets(AttackConfig(model=model)).attack_lr == preset.attack_lr
+        sgd = resolve_from_presets(AttackConfig(model=model, attack_optimizer="sgd"))
         assert sgd.attack_lr == preset.attack_sgd_lr != preset.attack_lr
     given = AttackConfig(model="nano", attack_optimizer="sgd", attack_lr=0.5)
-    assert resolve(given).attack_lr == 0.5
+    assert resolve_from_presets(given).attack_lr == 0.5
 
 
 def test_heal_defaults_of_the_experiment():
     config = HealConfig()
-    assert resolve(config).model == "1b"
+    assert resolve_from_presets(config).model == "1b"
     assert (config.healing_steps, config.measurement_interval, config.num_runs) == (500, 10, 1)
     assert (config.healing_optimizer, config.gradient_checkpointing) == ("adamw", False)
     assert (config.gradient_clip, config.device) == (0, "auto")
@@ -356,10 +358,14 @@ def test_probe_presets_have_four_rows_per_dimension():
 
 
 def test_fingerprint_follows_results_not_places():
-    config = resolve(HealConfig(model="nano"))
-    same = resolve(HealConfig(model="nano", output_dir="/elsewhere", verbosity="quiet"))
+    config = resolve_from_presets(HealConfig(model="nano"))
+    same = resolve_from_presets(
+        HealConfig(model="nano", output_dir="/elsewhere", verbosity="quiet")
+    )
     assert fingerprint(config) == fingerprint(same)
-    assert fingerprint(config) != fingerprint(resolve(HealConfig(model="nano", seed=1)))
+    assert fingerprint(config) != fingerprint(
+        resolve_from_presets(HealConfig(model="nano", seed=1))
+    )
     assert json.loads(json.dumps(as_params(config))) == as_params(config)
 
 
@@ -400,7 +406,7 @@ def test_fingerprint_follows_results_not_places():
         (lambda: SweepConfig(arms=""), "--arms is empty"),
         (lambda: SweepConfig(seeds="0,x"), "--seeds must be whole numbers"),
         (lambda: SweepConfig(seeds="1,1"), "--seeds names one entry twice"),
-        (lambda: resolve(HealConfig(model="big")), "unknown model 'big'"),
+        (lambda: resolve_from_presets(HealConfig(model="big")), "unknown model 'big'"),
     ],
 )
 def test_bad_parameters_are_named(make, message):

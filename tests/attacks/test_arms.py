@@ -22,7 +22,7 @@ from healing.attacks.loop import gradient_step, run_attack
 from healing.attacks.noise import gaussian_noise
 from healing.attacks.weight_change import WeightChange
 from healing.config.attack import AttackConfig
-from healing.config.resolve import resolve
+from healing.config.resolve import resolve_from_presets
 from healing.curvature.subspaces import MatrixSubspace, SingularSubspace
 from healing.errors import CheckpointError, ConfigError
 from healing.measurements.probe import Probe
@@ -223,7 +223,7 @@ def settings(arm: str, **changes) -> AttackConfig:
     values = {"search_steps": 1, "search_candidates": 2, "baseline_draws": 3, "attack_steps": 4,
               "measurement_interval": 2, "sequence_length": 64, "batch_size": 4,
               "rayleigh_draws": 0}  # fmt: skip
-    return resolve(AttackConfig(model="nano", arm=arm, **(values | changes)))
+    return resolve_from_presets(AttackConfig(model="nano", arm=arm, **(values | changes)))
 
 
 def run(nano, corpus, probe, config):
@@ -341,7 +341,7 @@ def test_spectral_arm_collapses_the_rank(nano, corpus, small_probe):
 
 
 def test_a_name_that_no_arm_has_is_refused_instead_of_run_as_another(nano, corpus):
-    config = resolve(AttackConfig(model="nano"))
+    config = resolve_from_presets(AttackConfig(model="nano"))
     object.__setattr__(config, "arm", "mystery")
     with pytest.raises(ConfigError, match="unknown arm 'mystery': choose one of haep, "):
         prepare_arm(config, nano, corpus, WeightChange(nano.model))
@@ -412,7 +412,9 @@ def test_padding_rows_of_the_vocabulary_are_never_fed(tiny, corpus, arm):
         padded.get_input_embeddings().weight[2048:] *= 10.0
     loaded = LoadedModel("nano", padded, tiny.tokenizer, "digest")
     assert loaded.vocabulary == 2048
-    config = resolve(AttackConfig(model="nano", arm=arm, search_steps=3, rayleigh_draws=0))
+    config = resolve_from_presets(
+        AttackConfig(model="nano", arm=arm, search_steps=3, rayleigh_draws=0)
+    )
     made = prepare_arm(config, loaded, corpus, WeightChange(padded))
     fed = []
     padded.register_forward_pre_hook(

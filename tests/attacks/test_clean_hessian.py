@@ -19,7 +19,7 @@ from healing.attacks.context import prepare_arm, warmup_batches
 from healing.attacks.loop import prime_first_moment, run_attack, warm_second_moment
 from healing.attacks.weight_change import WeightChange
 from healing.config.attack import AttackConfig
-from healing.config.resolve import resolve
+from healing.config.resolve import resolve_from_presets
 from healing.curvature.subspaces import SingularSubspace
 from healing.errors import ConfigError
 from healing.measurements.probe import Probe
@@ -34,7 +34,7 @@ SMALL = {"search_steps": 1, "search_candidates": 2, "baseline_draws": 3, "attack
 
 
 def settings(**changes) -> AttackConfig:
-    return resolve(AttackConfig(model="nano", **({**SMALL} | changes)))
+    return resolve_from_presets(AttackConfig(model="nano", **({**SMALL} | changes)))
 
 
 def run(loaded, corpus, config):

@@ -14,7 +14,7 @@ from healing.attacks.damage_matching import DamageTarget, match_damage, measure_
 from healing.attacks.noise import NoiseArm
 from healing.attacks.weight_change import WeightChange
 from healing.config.attack import AttackConfig
-from healing.config.resolve import resolve
+from healing.config.resolve import resolve_from_presets
 from healing.errors import MatchError
 from healing.models.checkpoints import save_checkpoint
 from healing.models.loading import load_model, state_digest
@@ -138,7 +138,7 @@ def test_noise_on_nano_reaches_the_loss_of_a_known_damage(nano, corpus, probe, t
     measured = measure_state(fresh, damaged, change, probe)
     assert measured.loss == expected.loss
     assert state_digest(fresh.model.state_dict()) == digest  # the healthy weights are back
-    config = resolve(AttackConfig(model="nano", arm="gaussian_noise", match="loss",
+    config = resolve_from_presets(AttackConfig(model="nano", arm="gaussian_noise", match="loss",
                                   reference_checkpoint=str(path), sequence_length=64))  # fmt: skip
     made = prepare_arm(config, fresh, corpus, change)
     assert isinstance(made.arm, NoiseArm)

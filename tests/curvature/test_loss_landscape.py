@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from healing.curvature.escape import Descent, Escape, escape, perturbation
-from healing.curvature.flat_weights import put_weights, weights_kept, weights_of
+from healing.curvature.flat_weights import put_weights, restoring_weights, weights_of
 from healing.curvature.gradient_noise import gradient_statistics
 from healing.curvature.loss_landscape import LossPath, displacement, loss_path
 from healing.measurements.probe import Probe
@@ -166,7 +166,7 @@ def test_weights_come_back_bitwise_also_after_an_error(nano, probe):
     assert torch.equal(seen[0], start)
     assert torch.equal(seen[-1], start * 0.5)
     assert torch.equal(seen[2], start * 0.75)
-    with pytest.raises(ValueError, match="expected shape"), weights_kept(nano.model):
+    with pytest.raises(ValueError, match="expected shape"), restoring_weights(nano.model):
         put_weights(nano.model, torch.cat([start * 3, start]))
     with pytest.raises(ZeroDivisionError):
         loss_path(nano.model, start, start * 0.5, 5, lambda: 1 / 0)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from healing.measurements.diagnosis import Control, Diagnosis, Failure
+from healing.measurements.diagnosis import Diagnosis, Failure, HealthyReplay
 
 FINE = Diagnosis("fp32", None, None, False, None, 0, 0, 20)
 UPDATE = Failure(1, "update", "embed.weight")
@@ -25,31 +25,37 @@ BROKEN = Failure(0, "forward", "head")
         # Whatever the run and a control say: a model that cannot compute in fp32 is locked out.
         (
             {"in_float32": BROKEN, "failure": UPDATE, "stalled": True, "precision": "pure fp16",
-             "control": Control(1, UPDATE)},
+             "healthy_replay": HealthyReplay(1, UPDATE)},
             "lockout",
         ),
         (
             {"failure": UPDATE, "stalled": True, "precision": "pure fp16",
-             "control": Control(1, Failure(1, "update", "another.weight"))},
+             "healthy_replay": HealthyReplay(1, Failure(1, "update", "another.weight"))},
             "optimiser_artifact",
         ),
         (
-            {"failure": UPDATE, "stalled": True, "control": Control(1, UPDATE)},
+            {"failure": UPDATE, "stalled": True, "healthy_replay": HealthyReplay(1, UPDATE)},
             "optimiser_artifact",
         ),
         (
             {"failure": OVERFLOW, "stalled": True, "precision": "fp16 autocast",
-             "control": Control(3, None)},
+             "healthy_replay": HealthyReplay(3, None)},
             "format_overflow",
         ),
         # A healthy model that fails in another way does not explain this failure.
         (
             {"failure": OVERFLOW, "stalled": True, "precision": "pure fp16",
-             "control": Control(3, UPDATE)},
+             "healthy_replay": HealthyReplay(3, UPDATE)},
             "format_overflow",
         ),
-        ({"failure": OVERFLOW, "stalled": True, "control": Control(3, None)}, "diverged"),
-        ({"failure": OVERFLOW, "stalled": True, "control": Control(3, UPDATE)}, "diverged"),
+        (
+            {"failure": OVERFLOW, "stalled": True, "healthy_replay": HealthyReplay(3, None)},
+            "diverged",
+        ),
+        (
+            {"failure": OVERFLOW, "stalled": True, "healthy_replay": HealthyReplay(3, UPDATE)},
+            "diverged",
+        ),
     ],
 )  # fmt: skip
 def test_status(changes, status):
@@ -76,15 +82,18 @@ def test_sentences_say_what_failed_and_what_the_control_did():
         "embed.weight after the update is not finite; "
     )
     ends = {
-        Control(1, None): "the healthy model takes the same 1 steps.",
-        Control(1, UPDATE): "the healthy model fails the same way: at step 1 embed.weight after "
+        HealthyReplay(1, None): "the healthy model takes the same 1 steps.",
+        HealthyReplay(
+            1, UPDATE
+        ): "the healthy model fails the same way: at step 1 embed.weight after "
         "the update is not finite.",
-        Control(1, Failure(1, "gradient", "w")): "the healthy model fails differently: at step 1 "
-        "the gradient of w is not finite.",
+        HealthyReplay(
+            1, Failure(1, "gradient", "w")
+        ): "the healthy model fails differently: at step 1 the gradient of w is not finite.",
         None: "the healthy model was not tried.",
     }
     for control, end in ends.items():
-        assert replace(stalled, control=control).sentence == start + end
+        assert replace(stalled, healthy_replay=control).sentence == start + end
 
 
 def test_summary_names_the_failure_that_decides():
@@ -96,9 +105,13 @@ def test_summary_names_the_failure_that_decides():
     assert (both["status"], both["nonfinite_module"], both["nonfinite_step"]) == (
         "lockout", "head", 0,
     )  # fmt: skip
-    controlled = replace(FINE, failure=OVERFLOW, stalled=True, control=Control(3, UPDATE)).summary()
+    controlled = replace(
+        FINE, failure=OVERFLOW, stalled=True, healthy_replay=HealthyReplay(3, UPDATE)
+    ).summary()
     assert (controlled["nonfinite_origin"], controlled["nonfinite_step"]) == ("forward", 3)
     assert (controlled["control_steps"], controlled["control_origin"]) == (3, "update")
     assert (controlled["control_module"], controlled["control_step"]) == ("embed.weight", 1)
-    passed = replace(FINE, failure=OVERFLOW, stalled=True, control=Control(3, None)).summary()
+    passed = replace(
+        FINE, failure=OVERFLOW, stalled=True, healthy_replay=HealthyReplay(3, None)
+    ).summary()
     assert passed["control_origin"] == "none"

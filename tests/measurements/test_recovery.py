@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from healing.measurements.recovery import (
+    IRREVERSIBLE_BELOW,
+    REVERSIBLE_ABOVE,
     Damage,
     State,
+    Verdict,
     ppl_improvement_pct,
     recovery_pct,
     verdict_of,
 )
+from tests.conftest import ROOT
 
 FINITE = st.floats(-1e6, 1e6)
 
@@ -131,3 +137,35 @@ def test_sham_recovery_by_hand():
     # A sham that itself ends where the collapsed model is leaves nothing to recover.
     assert math.isnan(damage.sham_recovery(now, State(20.5, 13.1, 5e5))["rank_recovery_sham_pct"])
     assert math.isnan(damage.sham_recovery(now, State(20.5, 13.1, 5e5))["loss_recovery_sham_pct"])
+
+
+def test_stored_names_of_verdicts_and_what_people_read():
+    """The stored names are those of the runs of today; the best one sounds worst, so it is
+    explained.
+    """
+    assert [str(v) for v in Verdict] == [
+        "irreversible pathology", "acute structural failure", "partial", "inconclusive",
+        "undefined",
+    ]  # fmt: skip
+    assert json.dumps({"verdict": Verdict.PARTIAL}) == '{"verdict": "partial"}'
+    assert Verdict("acute structural failure").shown == "acute structural failure (heals)"
+    assert Verdict.IRREVERSIBLE.shown == "irreversible pathology"
+    assert Verdict.IRREVERSIBLE.meaning == "does not heal within this budget"
+
+
+def test_the_bounds_of_verdicts_are_spelled_in_one_file():
+    """A change of one copy once left the figures wrong."""
+    spelled = re.compile(r"\b(20|70)(\.0)?( %|\\,\\%|–70|, 70\b| to 70)|\b70\.0\b")
+    users = {
+        path.name
+        for path in sorted((ROOT / "healing").rglob("*"))
+        if path.suffix in (".py", ".html", ".css") and spelled.search(path.read_text())
+    }
+    assert users == {"recovery.py"}
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/report.md"])
+def test_documents_name_the_bounds_that_hold(name):
+    words = " ".join((ROOT / name).read_text().split())
+    assert f"under {IRREVERSIBLE_BELOW:g} %" in words
+    assert f"over {REVERSIBLE_ABOVE:g} %" in words

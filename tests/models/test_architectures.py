@@ -41,10 +41,15 @@ from healing.models.checkpoints import (
 from healing.models.loading import load_model, state_digest
 from healing.models.model_files import EMBEDDED_DIR, model_shape
 from healing.stages.cells.attack import attack_cell
-from healing.stages.cells.basin import settle
+from healing.stages.cells.basin import resolve_from_checkpoint as resolve_basin
 from healing.stages.cells.events import outcome_of
-from healing.stages.cells.heal import HealCell, attacked_settings, decide_model, heal_cell
-from healing.stages.cells.inputs import complete, load_inputs
+from healing.stages.cells.heal import (
+    HealCell,
+    attacked_settings,
+    heal_cell,
+    resolve_from_checkpoint,
+)
+from healing.stages.cells.inputs import load_inputs, resolve_from_model
 from healing.stages.sweep import attack_config, heal_config, plan
 
 COMMON = {"vocab_size": 2060, "bos_token_id": 0, "eos_token_id": 0}  # 12 rows beyond the tokenizer
@@ -137,7 +142,7 @@ def test_block_outputs_are_the_hidden_states_of_transformers(folders, kind):
 
 
 def test_attack_and_heal_end_to_end(folders, kind, tmp_path):
-    attacked = outcome_of(attack_cell(complete(small_attack(folders[kind]))))
+    attacked = outcome_of(attack_cell(resolve_from_model(small_attack(folders[kind]))))
     assert attacked.last.step > 0
     assert 0 < attacked.catalyst.alignment < 1
     assert math.isfinite(attacked.summary()["rayleigh_quotient"])
@@ -149,7 +154,7 @@ def test_attack_and_heal_end_to_end(folders, kind, tmp_path):
         corpus="stdlib", sequence_length=48, probe_tokens=960, batch_size=2, healing_steps=4,
         measurement_interval=2, healing_lr=1e-3, device="cpu", threads=1,
     )  # fmt: skip
-    config = decide_model(wanted, read_checkpoint(path), path)
+    config = resolve_from_checkpoint(wanted, read_checkpoint(path), path)
     assert config.model == str(folders[kind])
     healed = outcome_of(heal_cell(HealCell(config, str(path))))[0]
     assert healed.status == "ok"
@@ -327,13 +332,15 @@ def test_ids_that_text_gives_are_what_must_fit(folders, tmp_path):
 
 @pytest.mark.parametrize("arm", ["haep_oracle", "spectral", "gaussian_noise", "random_tokens"])
 def test_every_arm_attacks_convolution_style_matrices(folders, arm):
-    outcome = outcome_of(attack_cell(complete(small_attack(folders["gpt2"], arm=arm))))
+    outcome = outcome_of(attack_cell(resolve_from_model(small_attack(folders["gpt2"], arm=arm))))
     assert outcome.status == "ok"
     assert outcome.last.weight_change > 0
 
 
 def test_hessian_subspace_of_grouped_queries_and_tied_embeddings(folders):
-    outcome = outcome_of(attack_cell(complete(small_attack(folders["qwen2"], subspace="hessian"))))
+    outcome = outcome_of(
+        attack_cell(resolve_from_model(small_attack(folders["qwen2"], subspace="hessian")))
+    )
     assert outcome.preparation.statuses["hessian_status"]
     assert 0 < outcome.catalyst.alignment <= 1
 
@@ -385,7 +392,7 @@ def test_dropout_is_off_in_training_mode(folders, tmp_path, name):
 
 
 def test_sizes_come_from_the_models_own_configuration(folders, kind):
-    settled = complete(AttackConfig(model=str(folders[kind]), sequence_length=64))
+    settled = resolve_from_model(AttackConfig(model=str(folders[kind]), sequence_length=64))
     shape = model_shape(str(folders[kind]))
     assert (shape.hidden_size, shape.max_positions) == (32, 96)
     assert settled.probe_tokens == 8192
@@ -403,16 +410,18 @@ def test_wide_models_get_four_rows_per_dimension():
 
 def test_windows_longer_than_the_model_can_read(folders):
     with pytest.raises(ConfigError, match=r"--sequence-length 128 is more than the 96 positions"):
-        complete(HealConfig(model=str(folders["gpt2"])))
+        resolve_from_model(HealConfig(model=str(folders["gpt2"])))
     with pytest.raises(ConfigError, match=r"--catalyst-length 97 is more than the 96 positions"):
-        complete(AttackConfig(model=str(folders["llama"]), sequence_length=64, catalyst_length=97))
+        resolve_from_model(
+            AttackConfig(model=str(folders["llama"]), sequence_length=64, catalyst_length=97)
+        )
 
 
 def test_same_model_elsewhere_is_the_same_experiment(folders, tmp_path):
     copy = shutil.copytree(folders["llama"], tmp_path / "copy")
     one, other = load_model(str(folders["llama"])), load_model(str(copy))
     assert one.identity == other.identity
-    configs = [complete(small_attack(f)) for f in (folders["llama"], copy)]
+    configs = [resolve_from_model(small_attack(f)) for f in (folders["llama"], copy)]
     assert fingerprint(configs[0]) == fingerprint(configs[1])
     assert len({model_slug(c.label) for c in configs}) == 2
     text = (copy / "config.json").read_text()
@@ -435,9 +444,9 @@ def test_checkpoint_of_a_folder_that_moved(folders, tmp_path):
     save_checkpoint(path, loaded.model, 0, "", {"model": "/gone/llama"})
     base = HealConfig(sequence_length=48)
     with pytest.raises(ConfigError, match="no folder /gone/llama here"):
-        decide_model(base, read_checkpoint(path), path)
+        resolve_from_checkpoint(base, read_checkpoint(path), path)
     named = dataclasses.replace(base, model=str(moved))
-    assert decide_model(named, read_checkpoint(path), path).model == str(moved)
+    assert resolve_from_checkpoint(named, read_checkpoint(path), path).model == str(moved)
 
 
 def test_weights_that_lack_tensors_are_not_filled_with_noise(folders, tmp_path):
@@ -556,7 +565,7 @@ def test_embedded_models_have_their_identity():
 
 
 def test_inputs_of_a_folder(folders):
-    config = complete(small_attack(folders["qwen2"]))
+    config = resolve_from_model(small_attack(folders["qwen2"]))
     _, loaded, probe = load_inputs(config)
     assert probe.windows.shape == (20, 48)
     assert loaded.name == config.label
@@ -569,15 +578,15 @@ def checkpoint_of(**made: object) -> Checkpoint:
 
 def test_a_checkpoint_brings_its_model_revision_and_training_set():
     made = checkpoint_of(model="70m", revision="step1000", deduped=True)
-    config = decide_model(HealConfig(), made, "c.pt")
+    config = resolve_from_checkpoint(HealConfig(), made, "c.pt")
     assert config.label == "70m-deduped@step1000"
     same = HealConfig(model="70m", revision="step1000", deduped=True)
-    assert decide_model(same, made, "c.pt").label == config.label
+    assert resolve_from_checkpoint(same, made, "c.pt").label == config.label
     older = checkpoint_of(model="70m")  # written before revisions were recorded
-    assert decide_model(HealConfig(revision="main"), older, "c.pt").revision == "main"
-    assert decide_model(HealConfig(model="160m", revision="step1"), checkpoint_of(), "c").label == (
-        "160m@step1"
-    )
+    assert resolve_from_checkpoint(HealConfig(revision="main"), older, "c.pt").revision == "main"
+    assert resolve_from_checkpoint(
+        HealConfig(model="160m", revision="step1"), checkpoint_of(), "c"
+    ).label == ("160m@step1")
 
 
 def test_the_commit_of_a_checkpoint_is_what_its_revision_means(monkeypatch):
@@ -587,14 +596,14 @@ def test_the_commit_of_a_checkpoint_is_what_its_revision_means(monkeypatch):
     made = checkpoint_of(model="70m", revision="main", model_commit=commit)
     for revision in ("", "main", commit):
         pinned.clear()
-        config = decide_model(HealConfig(revision=revision), made, "c.pt")
+        config = resolve_from_checkpoint(HealConfig(revision=revision), made, "c.pt")
         assert (config.revision, config.label) == ("main", "70m")  # pooled with the others of main
         assert pinned == {("EleutherAI/pythia-70m", "main"): commit}
     with pytest.raises(CheckpointError, match=f"of revision main of .* says {'d' * 40}"):
-        decide_model(HealConfig(revision="d" * 40), made, "c.pt")
+        resolve_from_checkpoint(HealConfig(revision="d" * 40), made, "c.pt")
     pinned.clear()
     for older in (checkpoint_of(model="70m"), checkpoint_of(model="nano", model_commit="")):
-        decide_model(HealConfig(), older, "c.pt")
+        resolve_from_checkpoint(HealConfig(), older, "c.pt")
     assert not pinned
     one, other = (checkpoint_of(model="70m", model_commit=c * 40) for c in "ab")
     assert attacked_settings(one) == attacked_settings(other)
@@ -612,16 +621,16 @@ def test_the_commit_of_a_checkpoint_is_what_its_revision_means(monkeypatch):
 )
 def test_what_contradicts_the_checkpoint_is_refused(wanted, message):
     with pytest.raises(CheckpointError, match=message):
-        decide_model(wanted, checkpoint_of(model="70m", revision="step1"), "c.pt")
+        resolve_from_checkpoint(wanted, checkpoint_of(model="70m", revision="step1"), "c.pt")
 
 
 def test_the_landscape_takes_the_model_from_its_checkpoint():
     made = checkpoint_of(model="70m", revision="step1", deduped=True, sequence_length=64)
-    settled = settle(BasinConfig(), made, "h.pt")
+    settled = resolve_basin(BasinConfig(), made, "h.pt")
     assert (settled.label, settled.sequence_length) == ("70m-deduped@step1", 64)
-    assert settle(settled, made, "h.pt") == settled
+    assert resolve_basin(settled, made, "h.pt") == settled
     with pytest.raises(CheckpointError, match="--revision says step4"):
-        settle(BasinConfig(revision="step4"), made, "h.pt")
+        resolve_basin(BasinConfig(revision="step4"), made, "h.pt")
 
 
 def test_a_sweep_takes_any_model_at_one_revision(folders):

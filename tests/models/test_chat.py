@@ -21,8 +21,7 @@ from healing.errors import ModelError
 from healing.models.chat import ChatTemplate
 from healing.models.checkpoints import Checkpoint
 from healing.models.model_files import EMBEDDED_DIR
-from healing.stages.cells.basin import settle
-from healing.stages.cells.heal import decide_model
+from healing.stages.cells.heal import resolve_from_checkpoint
 from healing.stages.cells.inputs import corpus_for, load_for
 from healing.stages.heal_inputs import fresh_attack_config
 from healing.stages.sweep import attack_config, heal_config, plan
@@ -102,16 +101,16 @@ def test_the_options_go_from_a_sweep_to_its_cells():
 
 def test_what_is_healed_brings_its_tokenizer():
     made = Checkpoint(1, {}, "", {"model": "nano", "tokenizer": "micro"})
-    assert decide_model(HealConfig(), made, "c.pt").tokenizer == "micro"
-    assert decide_model(HealConfig(tokenizer="nano"), made, "c.pt").tokenizer == "nano"
+    assert resolve_from_checkpoint(HealConfig(), made, "c.pt").tokenizer == "micro"
+    assert resolve_from_checkpoint(HealConfig(tokenizer="nano"), made, "c.pt").tokenizer == "nano"
     older = Checkpoint(1, {}, "", {"model": "nano"})
-    assert decide_model(HealConfig(), older, "c.pt").tokenizer == ""
+    assert resolve_from_checkpoint(HealConfig(), older, "c.pt").tokenizer == ""
 
 
 def test_the_landscape_takes_the_options_of_its_healing_run():
     healed = Checkpoint(1, {}, "", {"model": "nano", **OPTIONS})
-    settled = settle(BasinConfig(), healed, "h.pt")
+    settled = resolve_from_checkpoint(BasinConfig(), healed, "h.pt")
     assert {name: getattr(settled, name) for name in OPTIONS} == OPTIONS
-    assert settle(BasinConfig(split_rule="file"), healed, "h.pt").split_rule == "file"
-    older = settle(BasinConfig(), Checkpoint(1, {}, "", {"model": "nano"}), "h.pt")
+    assert resolve_basin(BasinConfig(split_rule="file"), healed, "h.pt").split_rule == "file"
+    older = resolve_basin(BasinConfig(), Checkpoint(1, {}, "", {"model": "nano"}), "h.pt")
     assert (older.tokenizer, older.text_column, older.split_rule) == ("", "", BLANK_LINES)

@@ -25,7 +25,7 @@ from safetensors.torch import load, load_file, save
 from healing.config.attack import AttackConfig
 from healing.config.heal import HealConfig
 from healing.config.presets import PYTHIA_STEPS, source_of
-from healing.config.resolve import resolve
+from healing.config.resolve import resolve_from_presets
 from healing.data.hub import _fetch
 from healing.errors import ConfigError, ModelError
 from healing.models.checkpoints import CHECKPOINT_NAME, HEALED_NAME, read_checkpoint
@@ -427,7 +427,7 @@ def test_attack_and_heal_of_a_training_checkpoint_from_the_command_line(hub, tmp
         (lambda: AttackConfig(model="giga"), "unknown model 'giga': choose one of nano, micro"),
         (lambda: AttackConfig(model="a/b/c"), "unknown model 'a/b/c'.*a Hub id"),
         (lambda: AttackConfig(model=""), "unknown model ''"),
-        (lambda: resolve(HealConfig(revision="step7")), "the nearest is step8"),
+        (lambda: resolve_from_presets(HealConfig(revision="step7")), "the nearest is step8"),
     ],
 )
 def test_what_can_be_refused_without_the_network(make, message):
@@ -439,9 +439,11 @@ def test_revisions_and_sources():
     assert len(set(PYTHIA_STEPS)) == 154
     assert (PYTHIA_STEPS[0], PYTHIA_STEPS[-1], 512 in PYTHIA_STEPS) == (0, 143_000, True)
     for revision in ("main", "step512", "step143000", "0" * 40):
-        assert resolve(AttackConfig(model="2.8b", revision=revision)).revision == revision
-    assert resolve(AttackConfig(model="70m")).revision == "main"
-    assert resolve(AttackConfig(model="nano")).revision == ""
+        assert (
+            resolve_from_presets(AttackConfig(model="2.8b", revision=revision)).revision == revision
+        )
+    assert resolve_from_presets(AttackConfig(model="70m")).revision == "main"
+    assert resolve_from_presets(AttackConfig(model="nano")).revision == ""
     assert source_of("1.4b", True) == "EleutherAI/pythia-1.4b-deduped"
     assert source_of("own/model") == "own/model"
     assert AttackConfig(model="own/model", revision="v1.0/x").label == "own/model@v1.0/x"

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib import colors
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
 from healing.registry import ARMS
 from healing.reporting.plots import groups as figures
@@ -42,13 +42,15 @@ def draw(name: str, path, summary) -> None:
 
 @pytest.fixture
 def kept(monkeypatch):
-    """Figures stay open for inspection."""
+    """Figures for inspection, as they are made."""
     found = []
-    monkeypatch.setattr(style.plt, "close", found.append)
-    yield found
-    monkeypatch.undo()
-    for fig in found:
-        plt.close(fig)
+
+    def made(**settings):
+        found.append(Figure(**settings))
+        return found[-1]
+
+    monkeypatch.setattr(style, "Figure", made)
+    return found
 
 
 @pytest.mark.parametrize("name", ["column", "haep_against_noise", *DRAW])

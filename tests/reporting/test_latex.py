@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from healing.reporting.latex import Macros, bounds, escape, number, spelled
+from healing.reporting.latex import Macros, bounds, escape, number, spell_out
 from healing.reporting.paper import macros, macros_file, subsection_file, table_file
 from healing.stages.summarize import write_summary
 from healing.statistics.intervals import Interval
@@ -78,12 +78,12 @@ def test_numbers() -> None:
     ],
 )  # fmt: skip
 def test_spelled_names(name, letters) -> None:
-    assert spelled(name).lower() == letters.lower()
+    assert spell_out(name).lower() == letters.lower()
 
 
 @given(st.text())
 def test_macro_names_are_letters(name) -> None:
-    assert re.fullmatch("[A-Za-z]*", spelled(name))
+    assert re.fullmatch("[A-Za-z]*", spell_out(name))
 
 
 def test_blocks_of_macros_never_meet() -> None:
@@ -133,10 +133,10 @@ def test_pace_variance_bootstrap_and_tokens_have_macros() -> None:
     summary = eventful()
     values = macros(summary).values
     group = next(g for g in summary.groups if (g.model, g.arm) == ("nano", "haep"))
-    pace = summary.contrasts["nano"].pace["loss_recovery_pct"]
+    test = summary.contrasts["nano"].half_recovery_test["loss_recovery_pct"]
     half = group.half_recovery["rank_recovery_pct"].point
-    assert values["RecoveryNanoHaepMinusNoiseLossLogRankP"] == f"{pace.p_value:.3f}"
-    assert values["RecoveryNanoHaepMinusNoiseLossLogRankZ"].endswith(f"{abs(pace.statistic):.2f}")
+    assert values["RecoveryNanoHaepMinusNoiseLossLogRankP"] == f"{test.p_value:.3f}"
+    assert values["RecoveryNanoHaepMinusNoiseLossLogRankZ"].endswith(f"{abs(test.statistic):.2f}")
     assert values["RecoveryMicroHaepMinusNoiseRankLogRankP"] == "undefined"
     assert values["RecoveryNanoHaepLossIcc"] == f"{group.variance['loss_recovery_pct'].icc:.2f}"
     assert values["RecoveryNanoHaepHalfRankTokens"] == f"{1024 * half:.0f}"
@@ -219,7 +219,7 @@ def compile_article(folder: pathlib.Path, prefix: str = "") -> tuple[str, str]:
     """Log and text of an article that reads all files (text empty without pdftotext)."""
     path = rf"\newcommand{{\RecoveryPath}}{{{prefix}}}" if prefix else ""
     (folder / "main.tex").write_text(ARTICLE % (path, prefix, prefix))
-    for _ in range(2):  # references settle in the second pass
+    for _ in range(2):  # references resolve_from_checkpoint in the second pass
         done = subprocess.run(
             [str(PDFLATEX), "-interaction=nonstopmode", "-halt-on-error", "main.tex"],
             cwd=folder, capture_output=True, timeout=120, check=False,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from healing.reporting.phrases import (
-    approach_texts,
+    asymptote_texts,
     context_sentences,
     count_text,
     estimate_text,
@@ -24,7 +24,7 @@ from healing.reporting.phrases import (
     verdict_reason,
     verdict_text,
 )
-from healing.reporting.tables import plan_table, prospect_table
+from healing.reporting.tables import asymptote_table, plan_table
 from healing.reporting.treatment_against_control import p_text
 from healing.statistics.intervals import Interval
 from tests.summaries import STEPS, degenerate, pool, realistic, simulated_run
@@ -45,7 +45,7 @@ def group_of(finals: list[float], loss: float = 90.0):
     ("finals", "heading", "reason"),
     [
         ([1.0, 2.0, 3.0], "Irreversible Pathology within this budget", "bound lies under 20 %"),
-        ([90.0, 91.0, 92.0], "Acute Structural Failure", "lower bound lies over 70 %: the"),
+        ([90.0, 91.0, 92.0], "Acute Structural Failure (heals)", "lower bound lies over 70 %: "),
         ([40.0, 41.0, 42.0], "Partial Recovery", "the whole interval lies between 20 and 70 %"),
         ([18.0, 20.0, 23.0], "Inconclusive", "the interval holds the threshold 20 %"),
         ([64.0, 70.0, 75.0], "Inconclusive", "the interval holds the threshold 70 %"),
@@ -101,15 +101,15 @@ def test_an_inconclusive_verdict_says_what_would_decide() -> None:
 
 
 def test_fits_in_words() -> None:
-    found = group_of([math.nan]).approaches["rank_recovery_pct"]
-    assert approach_texts(found) == ("undefined", "undefined")
+    found = group_of([math.nan]).asymptotes["rank_recovery_pct"]
+    assert asymptote_texts(found) == ("undefined", "undefined")
     groups = realistic().groups
-    texts = {approach_texts(g.approaches["rank_recovery_pct"])[0].split(" in ")[0] for g in groups}
+    texts = {asymptote_texts(g.asymptotes["rank_recovery_pct"])[0].split(" in ")[0] for g in groups}
     assert "not converged" in texts
     nano_haep = next(g for g in groups if (g.model, g.arm) == ("nano", "haep"))
     # The simulated half-life is 20 ln 2 = 13.9 steps.
-    assert approach_texts(nano_haep.approaches["rank_recovery_pct"])[1].startswith("1")
-    assert all(len(row) == 6 for row in prospect_table(realistic()).rows)
+    assert asymptote_texts(nano_haep.asymptotes["rank_recovery_pct"])[1].startswith("1")
+    assert all(len(row) == 6 for row in asymptote_table(realistic()).rows)
 
 
 def test_headlines_are_haeps_or_all() -> None:

@@ -43,7 +43,7 @@ from healing.stages.cells.basin import (
     gradient_batches,
 )
 from healing.stages.cells.events import Begin, outcome_of
-from healing.stages.cells.heal import HealCell, decide_model, settings_of
+from healing.stages.cells.heal import HealCell, resolve_from_checkpoint, settings_of
 from healing.stages.cells.inputs import cached_corpus
 from healing.stages.heal import heal
 from healing.stages.heal_inputs import find_checkpoints
@@ -132,7 +132,7 @@ def test_saving_the_healed_state_changes_no_number_and_can_be_left_out(store):
     found = []
     for save in (True, False):
         config = HealConfig(**SMALL, save_healed=save)
-        cell = HealCell(decide_model(config, read_checkpoint(path), path), str(path))
+        cell = HealCell(resolve_from_checkpoint(config, read_checkpoint(path), path), str(path))
         found.append((fingerprint(cell.config), settings_of(cell, read_checkpoint(path), {})))
     assert found[0] == found[1]
 

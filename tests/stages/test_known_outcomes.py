@@ -8,12 +8,12 @@ import pytest
 
 from healing.config.attack import AttackConfig
 from healing.config.heal import HealConfig
-from healing.config.resolve import resolve
+from healing.config.resolve import resolve_from_presets
 from healing.models.checkpoints import save_checkpoint
 from healing.stages.cells.attack import attack_cell
 from healing.stages.cells.events import outcome_of
 from healing.stages.cells.heal import HealCell, HealOutcome, heal_cell
-from healing.stages.cells.inputs import complete
+from healing.stages.cells.inputs import resolve_from_model
 
 pytestmark = pytest.mark.slow
 
@@ -21,7 +21,9 @@ pytestmark = pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("model", ["nano", "micro"])
 def test_haep_collapses_the_embedded_models(model, seed):
-    outcome = outcome_of(attack_cell(complete(AttackConfig(model=model, arm="haep", seed=seed))))
+    outcome = outcome_of(
+        attack_cell(resolve_from_model(AttackConfig(model=model, arm="haep", seed=seed)))
+    )
     summary = outcome.summary()
     assert summary["rank_reduction_pct"] >= 30
     assert summary["perplexity_ratio"] >= 10
@@ -38,10 +40,10 @@ def outcomes(tmp_path_factory) -> dict[str, HealOutcome]:
     folder = tmp_path_factory.mktemp("checkpoints")
     found = {}
     for arm in ("haep", "spectral", "none"):
-        attacked = outcome_of(attack_cell(complete(AttackConfig(model="nano", arm=arm))))
+        attacked = outcome_of(attack_cell(resolve_from_model(AttackConfig(model="nano", arm=arm))))
         path = folder / f"{arm}.pt"
         save_checkpoint(path, attacked.loaded.model, 0, arm, {"model": "nano", "arm": arm})
-        config = resolve(HealConfig(model="nano", healing_steps=60))
+        config = resolve_from_presets(HealConfig(model="nano", healing_steps=60))
         found[arm] = outcome_of(heal_cell(HealCell(config, str(path))))[0]
     return found
 
@@ -63,10 +65,10 @@ def test_healing_lowers_the_perplexity_of_every_collapsed_model(outcomes):
 
 def healed(folder, name: str, steps: int, **attack) -> dict:
     """Summary of healing nano after an attack of the given settings."""
-    attacked = outcome_of(attack_cell(complete(AttackConfig(model="nano", **attack))))
+    attacked = outcome_of(attack_cell(resolve_from_model(AttackConfig(model="nano", **attack))))
     path = folder / f"{name}.pt"
     save_checkpoint(path, attacked.loaded.model, 0, name, {"model": "nano"})
-    config = resolve(HealConfig(model="nano", healing_steps=steps))
+    config = resolve_from_presets(HealConfig(model="nano", healing_steps=steps))
     return outcome_of(heal_cell(HealCell(config, str(path))))[0].summary()
 
 

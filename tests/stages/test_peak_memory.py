@@ -16,7 +16,7 @@ from entrypoints.heal import main as heal_command
 from healing.attacks import clean_hessian
 from healing.config.attack import AttackConfig
 from healing.config.heal import HealConfig
-from healing.config.resolve import resolve
+from healing.config.resolve import resolve_from_presets
 from healing.models.architectures import pythia_config
 from healing.stages.dry_run.peak_memory import (
     ATTACKING,
@@ -47,7 +47,7 @@ def count(architecture: GPTNeoXConfig = SHAPE) -> tuple[int, int]:
 
 def predicted(architecture: GPTNeoXConfig = SHAPE, **changes) -> Prediction:
     settings = {"model": "nano", "probe_tokens": 1024, **changes}
-    return predict_healing(resolve(HealConfig(**settings)), architecture, CPU)
+    return predict_healing(resolve_from_presets(HealConfig(**settings)), architecture, CPU)
 
 
 def test_a_storage_counts_from_its_birth_to_its_end_once():
@@ -120,7 +120,9 @@ def test_the_first_check_holds_no_more_than_a_step():
 
 def test_attack_keeps_the_healthy_weights():
     n, _ = count()
-    config = resolve(AttackConfig(model="nano", arm="random_tokens", probe_tokens=1024))
+    config = resolve_from_presets(
+        AttackConfig(model="nano", arm="random_tokens", probe_tokens=1024)
+    )
     found = predict_attack(config, SHAPE, CPU).phases[ATTACKING]
     assert 8 * n <= found["optimiser"] <= 8 * n + 4 * 100
     assert found["activations"] >= 4 * n  # the snapshot that ‖ΔW‖ is taken from
@@ -135,7 +137,7 @@ def test_an_attack_forms_nothing_else_of_the_models_size():
     n, buffers = count(shape)
     matrices = 4 * 12 * 256**2
     directions = 4 * (254 * (768 + 256 + 2 * 1024) + 2 * 4 * 256)
-    config = resolve(
+    config = resolve_from_presets(
         AttackConfig(
             model="nano", arm="haep", probe_tokens=64, sequence_length=32, rayleigh_draws=0
         )
@@ -157,7 +159,7 @@ def test_a_prediction_is_made_where_the_attack_itself_would_be_refused(monkeypat
     monkeypatch.setattr(clean_hessian.psutil, "virtual_memory", lambda: nothing)
     config = AttackConfig(model="nano", arm="random_tokens", subspace="hessian",
         hessian_directions=2, curvature_tokens=64, probe_tokens=64, sequence_length=32)  # fmt: skip
-    found = predict_attack(resolve(config), SHAPE, CPU)
+    found = predict_attack(resolve_from_presets(config), SHAPE, CPU)
     basis = 2 * (6 * 2 + 40) * 3 * 12 * 64**2
     assert sum(found.phases[PREPARING].values()) > basis
 
@@ -171,7 +173,11 @@ def test_an_accelerators_memory_does_not_hold_what_the_host_keeps():
     config = AttackConfig(model="nano", arm="random_tokens", attack_optimizer="sgd",
         probe_tokens=64, sequence_length=32)  # fmt: skip
     on_cpu, beside = (
-        sum(predict_attack(resolve(config), SHAPE, torch.device(d)).phases[ATTACKING].values())
+        sum(
+            predict_attack(resolve_from_presets(config), SHAPE, torch.device(d))
+            .phases[ATTACKING]
+            .values()
+        )
         for d in ("cpu", "meta")
     )
     assert on_cpu - beside == pytest.approx(4 * (n + matrices), rel=0.2)
@@ -195,7 +201,7 @@ def test_shapes_of_pythia_have_its_published_parameters(size, parameters):
 
 
 def test_full_healing_of_1b_fits_in_20_gigabytes():
-    found = predict_healing(resolve(HealConfig(model="1b")), pythia_config("1b"), CPU)
+    found = predict_healing(resolve_from_presets(HealConfig(model="1b")), pythia_config("1b"), CPU)
     assert 16.18e9 < found.tensor_bytes < 18e9  # 16 bytes per parameter are 16.19
     assert found.peak_bytes < 20e9
 

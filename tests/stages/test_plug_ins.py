@@ -20,7 +20,7 @@ from healing.models.checkpoints import read_checkpoint
 from healing.reporting.plots.style import UNKNOWN, arm_style
 from healing.stages.attack import attack
 from healing.stages.cells.attack import attack_fingerprint
-from healing.stages.cells.inputs import complete
+from healing.stages.cells.inputs import resolve_from_model
 from healing.stages.dry_run.stage import predictions
 from healing.stages.heal import heal
 from healing.stages.summarize import summarize
@@ -80,7 +80,7 @@ def test_a_plug_in_arm_is_attacked_healed_summarized_and_still_known_when_it_is_
 
 def test_a_changed_plug_in_is_another_experiment(plug_ins):
     path = plug_ins("pruning", PRUNING)
-    own, other = (complete(AttackConfig(arm=arm, **SMALL)) for arm in ("pruning", "haep"))
+    own, other = (resolve_from_model(AttackConfig(arm=arm, **SMALL)) for arm in ("pruning", "haep"))
     before = [attack_fingerprint(config, "model", {}) for config in (own, other)]
     path.write_text(path.read_text().replace("zero, in", "nought, in"))
     forget_plug_ins()

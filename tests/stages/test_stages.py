@@ -14,7 +14,7 @@ from mlflow.tracking import MlflowClient
 
 from healing.config.attack import AttackConfig
 from healing.config.heal import HealConfig
-from healing.config.resolve import resolve
+from healing.config.resolve import resolve_from_presets
 from healing.config.summarize import SummarizeConfig
 from healing.config.sweep import SweepConfig
 from healing.errors import CheckpointError, MatchError, SweepError, TrackingError
@@ -26,9 +26,9 @@ from healing.stages.attack import AttackStage, attack
 from healing.stages.cells.events import outcome_of
 from healing.stages.cells.heal import (
     HealCell,
-    decide_model,
     heal_cell,
     heal_fingerprint,
+    resolve_from_checkpoint,
     settings_of,
 )
 from healing.stages.heal import heal
@@ -227,9 +227,9 @@ def test_sham_is_undefined(store):
 
 def test_the_checkpoint_decides_the_model(store, checkpoint):
     loaded = read_checkpoint(checkpoint)
-    assert decide_model(heal_config(model="auto"), loaded, checkpoint).model == "nano"
+    assert resolve_from_checkpoint(heal_config(model="auto"), loaded, checkpoint).model == "nano"
     with pytest.raises(CheckpointError, match="checkpoint of model nano, --model says micro"):
-        decide_model(heal_config(model="micro"), loaded, checkpoint)
+        resolve_from_checkpoint(heal_config(model="micro"), loaded, checkpoint)
 
 
 def test_a_checkpoint_that_names_no_model_is_matched_strictly(store, checkpoint):
@@ -243,7 +243,7 @@ def test_a_checkpoint_that_names_no_model_is_matched_strictly(store, checkpoint)
 
 
 def test_cells_are_pure_functions_of_picklable_configurations(store, checkpoint):
-    config = decide_model(heal_config(), read_checkpoint(checkpoint), checkpoint)
+    config = resolve_from_checkpoint(heal_config(), read_checkpoint(checkpoint), checkpoint)
     cell = pickle.loads(pickle.dumps(HealCell(config, str(checkpoint))))
     before = sorted(store.rglob("*"))
     first, again = outcome_of(heal_cell(cell))[0], outcome_of(heal_cell(cell))[0]
@@ -256,7 +256,7 @@ def test_settings_part_budgets_but_not_seeds(store, checkpoint):
     loaded = read_checkpoint(checkpoint)
 
     def settings(match: str = "", **changes) -> str:
-        config = decide_model(heal_config(**changes), loaded, checkpoint)
+        config = resolve_from_checkpoint(heal_config(**changes), loaded, checkpoint)
         made = replace(loaded, config={**loaded.config, "noise_match": match})
         return settings_of(HealCell(config, str(checkpoint)), made, {"train": "d"})
 
@@ -284,7 +284,9 @@ def altered(checkpoint: pathlib.Path, name: str, change) -> str:
 
 def cell_of(path: object, **changes) -> HealCell:
     config = heal_config(**({"healing_steps": 3, "probe_tokens": 512} | changes))
-    return HealCell(decide_model(config, read_checkpoint(pathlib.Path(str(path))), path), str(path))
+    return HealCell(
+        resolve_from_checkpoint(config, read_checkpoint(pathlib.Path(str(path))), path), str(path)
+    )
 
 
 UP, DOWN = (f"gpt_neox.layers.1.mlp.dense_{name}.weight" for name in ("h_to_4h", "4h_to_h"))
@@ -588,7 +590,9 @@ def test_the_sham_takes_the_same_batches(store, checkpoint):
     """A sham of a checkpoint that holds the healthy weights is that checkpoint's own healing."""
     _, path = make_attack("none")
     (own,) = heal(heal_config(collapsed_checkpoint=str(path)))
-    config = decide_model(heal_config(sham=True), read_checkpoint(checkpoint), checkpoint)
+    config = resolve_from_checkpoint(
+        heal_config(sham=True), read_checkpoint(checkpoint), checkpoint
+    )
     sham = outcome_of(heal_cell(HealCell(config, str(checkpoint)).sham_cell()))[0]
     assert [r.measurement.loss for r in sham.records] == [r.measurement.loss for r in own.records]
 
@@ -635,8 +639,8 @@ def test_jsonl_round_trip_keeps_nan_and_infinity(tmp_path):
 
 def test_gradient_checkpointing_recomputes_and_changes_nothing_else(store, checkpoint):
     path = str(checkpoint)
-    plain_run, _ = outcome_of(heal_cell(HealCell(resolve(heal_config()), path)))
-    saving = resolve(heal_config(gradient_checkpointing=True))
+    plain_run, _ = outcome_of(heal_cell(HealCell(resolve_from_presets(heal_config()), path)))
+    saving = resolve_from_presets(heal_config(gradient_checkpointing=True))
     saved, healed = outcome_of(heal_cell(HealCell(saving, path)))
     finals = [r.records[-1].measurement.loss for r in (plain_run, saved)]
     assert finals[1] == pytest.approx(finals[0], rel=1e-5)
@@ -645,7 +649,7 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing_else(store, check
     block = transformer_blocks(model)[0]
     handle = block.attention.register_forward_pre_hook(lambda *_: calls.append(1))
     ids = torch.zeros(1, 8, dtype=torch.int64)
-    Trainer(model, resolve(heal_config(healing_lr=1e-9))).step(ids)
+    Trainer(model, resolve_from_presets(heal_config(healing_lr=1e-9))).step(ids)
     handle.remove()
     assert len(calls) == 2  # once forward, once again in the backward pass
 

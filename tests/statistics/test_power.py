@@ -7,11 +7,12 @@ import math
 import numpy as np
 import pytest
 
+from healing.measurements.recovery import Verdict
 from healing.statistics.intervals import group_verdict, t_interval
-from healing.statistics.power import DecidedVerdict, required_checkpoints, verdict_power
+from healing.statistics.power import required_checkpoints, verdict_power
 
-HEALS: DecidedVerdict = "acute structural failure"
-STAYS: DecidedVerdict = "irreversible pathology"
+HEALS: Verdict = Verdict.REVERSIBLE
+STAYS: Verdict = Verdict.IRREVERSIBLE
 
 
 def test_published_one_sample_size() -> None:
@@ -41,7 +42,7 @@ def test_published_equivalence_power() -> None:
     [(85.0, 10.0, HEALS), (5.0, 12.0, STAYS), (45.0, 12.0, "partial"), (62.0, 8.0, "partial")],
 )
 def test_required_checkpoints_decide_by_simulation(
-    mean: float, sd: float, verdict: DecidedVerdict
+    mean: float, sd: float, verdict: Verdict
 ) -> None:
     n, rng = required_checkpoints(mean, sd, verdict), np.random.default_rng(0)
     predicted = verdict_power(n, mean, sd, verdict)
@@ -87,7 +88,7 @@ def test_a_sure_verdict_takes_three_checkpoints() -> None:
     ],
 )
 def test_bad_plans_are_rejected(
-    mean: float, sd: float, verdict: DecidedVerdict, power: float, message: str
+    mean: float, sd: float, verdict: Verdict, power: float, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         required_checkpoints(mean, sd, verdict, power)

@@ -18,7 +18,7 @@ from healing.stages.summarize import description
 from healing.statistics.heal_runs import HealRun
 from healing.statistics.intervals import Interval, cluster_means, t_interval
 from healing.statistics.summary import _slopes, summarize_runs
-from healing.statistics.warning_collector import Notes
+from healing.statistics.warning_collector import WarningCollector
 from healing.tracking.run_files import plain
 
 
@@ -193,7 +193,7 @@ def test_slope_covers_although_sizes_deviate_from_the_line():
             means = {"rank_recovery_pct": cluster_means(values, range(3))}
             change = {"model": f"{size}", "n_params": 10**size}
             groups.append(replace(template, **change, intervals=rank, means=means))
-        slope = _slopes(groups, 0.95, Notes())["haep"].slope
+        slope = _slopes(groups, 0.95, WarningCollector())["haep"].slope
         covered += slope.low <= -5 <= slope.high
     # Binomial standard error 0.7 %; with one point per checkpoint 64 % would be covered.
     assert 0.92 < covered / 1000 < 0.98

@@ -11,7 +11,7 @@ from scipy import stats as scipy_stats
 
 from healing.reporting.markdown import as_json, group_rows, markdown
 from healing.reporting.tables import text_table
-from healing.reporting.treatment_against_control import comparison_gaps, pace_sentence
+from healing.reporting.treatment_against_control import comparison_gaps, half_recovery_sentence
 from healing.statistics.heal_runs import HealRun
 from healing.tracking.run_files import plain
 from tests.statistics.test_summary import make_run, pool
@@ -70,13 +70,13 @@ def test_log_rank_is_scipys_and_exact_where_there_are_few_splits():
     runs = [make_run(1.0, seed=i, **half_at(t)) for i, t in enumerate(haep)]
     runs += [make_run(1.0, seed=i, arm="gaussian_noise", **half_at(t)) for i, t in enumerate(noise)]
     summary = pool(runs)
-    found = summary.contrasts["nano"].pace["rank_recovery_pct"]
+    found = summary.contrasts["nano"].half_recovery_test["rank_recovery_pct"]
     sides = [scipy_stats.CensoredData(uncensored=t[:3], right=[20.0]) for t in (haep, noise)]
     theirs = scipy_stats.logrank(*sides)
     assert found.statistic == pytest.approx(theirs.statistic)
     assert found.p_asymptotic == pytest.approx(theirs.pvalue)
     assert (found.n, found.n_events, found.method) == ((4, 4), (3, 3), "exact permutation")
-    for text in (markdown(summary), pace_sentence(summary.contrasts["nano"])):
+    for text in (markdown(summary), half_recovery_sentence(summary.contrasts["nano"])):
         assert f"rank z = {theirs.statistic:.2f}, exact p = {found.p_value:.2f}" in text
         assert "HAEP sooner; 4 and 4 checkpoints, 3 and 3 of them got there" in text
     stored = as_json(summary)["haep_minus_gaussian_noise"]["nano"]["half_recovery_logrank"]
@@ -93,14 +93,17 @@ def test_log_rank_counts_checkpoints_not_runs_and_only_matched_noise():
     twice = [*haep, *(replace(r, run_id=r.run_id + "b") for r in haep), *noise, stranger]
     alone, more = pool([*haep, *noise]), pool(twice)
     for endpoint in ("rank_recovery_pct", "loss_recovery_pct"):
-        assert more.contrasts["nano"].pace[endpoint] == alone.contrasts["nano"].pace[endpoint]
+        assert (
+            more.contrasts["nano"].half_recovery_test[endpoint]
+            == alone.contrasts["nano"].half_recovery_test[endpoint]
+        )
 
 
 def test_an_undetermined_log_rank_is_nan_with_its_named_warning():
     haep = [make_run(30.0 + i, seed=i) for i in range(3)]  # never half of the rank
     noise = [make_run(40.0 + i, seed=i, arm="gaussian_noise") for i in range(3)]
     summary = pool([*haep, *noise])
-    found = summary.contrasts["nano"].pace["rank_recovery_pct"]
+    found = summary.contrasts["nano"].half_recovery_test["rank_recovery_pct"]
     assert math.isnan(found.p_value)
     assert math.isnan(found.statistic)
     assert "rank undefined (3 and 3 checkpoints with a time)" in markdown(summary)
@@ -231,9 +234,9 @@ def test_one_undefined_replicate_leaves_its_checkpoint_in_the_fits():
     broken = (0.0, *(math.nan for _ in steps[1:]))
     twin = make_run(math.nan, seed=0, run_id="twin", **path(broken))
     (alone,), (group,) = pool(runs).groups, pool([*runs, twin]).groups
-    fitted = group.approaches["rank_recovery_pct"]
+    fitted = group.asymptotes["rank_recovery_pct"]
     assert fitted.n_checkpoints == 3
-    assert fitted.asymptote == alone.approaches["rank_recovery_pct"].asymptote
+    assert fitted.asymptote == alone.asymptotes["rank_recovery_pct"].asymptote
     assert group.half_recovery == alone.half_recovery
     assert group.bands["rank_recovery_pct"] == alone.bands["rank_recovery_pct"]
 

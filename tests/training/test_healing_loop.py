@@ -8,19 +8,19 @@ import pytest
 import torch
 
 from healing.config.heal import HealConfig
-from healing.config.resolve import resolve
+from healing.config.resolve import resolve_from_presets
 from healing.data.windows import batches
 from healing.measurements.probe import Probe
 from healing.models.loading import load_model, state_digest
 from healing.randomness import named_generator
 from healing.training.healing_loop import heal
-from healing.training.trainer import LOCKOUT_STEPS, Trainer
+from healing.training.trainer import MAX_CONSECUTIVE_NONFINITE_STEPS, Trainer
 
 
 def settings(**changes) -> HealConfig:
     values = {"model": "nano", "healing_steps": 5, "measurement_interval": 2, "batch_size": 4,
               "sequence_length": 64, "seed": 0}  # fmt: skip
-    return resolve(HealConfig(**(values | changes)))
+    return resolve_from_presets(HealConfig(**(values | changes)))
 
 
 @pytest.fixture
@@ -112,6 +112,6 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(nano, windows,
     digest = state_digest(nano.model.state_dict())
     records = run(nano, windows, small_probe, settings(healing_steps=50, measurement_interval=20))
     assert state_digest(nano.model.state_dict()) == digest
-    assert records[-1].step == records[-1].nonfinite_steps == LOCKOUT_STEPS
+    assert records[-1].step == records[-1].nonfinite_steps == MAX_CONSECUTIVE_NONFINITE_STEPS
     assert math.isnan(records[-1].train_loss)
     assert math.isnan(records[-1].measurement.loss)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from entrypoints import heal as heal_command
 from healing.config.heal import HealConfig
-from healing.config.resolve import resolve
+from healing.config.resolve import resolve_from_presets
 from healing.errors import ConfigError
 from healing.measurements.probe import Probe
 from healing.models.blocks import block_outputs
@@ -22,7 +22,7 @@ from healing.models.loading import load_model
 from healing.models.token_loss import training_loss
 from healing.randomness import named_generator
 from healing.registry import METHODS
-from healing.training.healing_loop import control_run, heal
+from healing.training.healing_loop import heal, replay_healthy
 from healing.training.methods.lora import adapted, check, linear_layers, n_trainable
 from healing.training.trainer import Trainer
 
@@ -32,7 +32,7 @@ RANK = 3
 def settings(**changes) -> HealConfig:
     values = {"model": "nano", "healing_steps": 4, "measurement_interval": 2, "batch_size": 4,
               "sequence_length": 64, "healing_method": "lora", "lora_rank": RANK}  # fmt: skip
-    return resolve(HealConfig(**(values | changes)))
+    return resolve_from_presets(HealConfig(**(values | changes)))
 
 
 def draws(seed: int = 0) -> torch.Generator:
@@ -235,7 +235,7 @@ def test_the_method_does_not_change_the_data_order(windows, small_probe):
 
 def test_the_control_takes_the_same_method(nano, windows):
     before = copy_of(nano.model)
-    control_run(nano, settings(), windows, named_generator(0, "sft"), 2)
+    replay_healthy(nano, settings(), windows, named_generator(0, "sft"), 2)
     changed = {k for k, v in nano.model.state_dict().items() if not torch.equal(v, before[k])}
     assert changed == {f"{name}.weight" for name in linear_layers(nano.model)}
 
@@ -251,9 +251,12 @@ def test_autocast_trains_adapters_in_float32(nano):
 
 def test_adapters_get_ten_times_the_rate():
     for model in ("nano", "70m"):
-        full = resolve(HealConfig(model=model)).healing_lr
-        assert resolve(HealConfig(model=model, healing_method="lora")).healing_lr == 10 * full
-    given = resolve(HealConfig(model="nano", healing_method="lora", healing_lr=0.5))
+        full = resolve_from_presets(HealConfig(model=model)).healing_lr
+        assert (
+            resolve_from_presets(HealConfig(model=model, healing_method="lora")).healing_lr
+            == 10 * full
+        )
+    given = resolve_from_presets(HealConfig(model="nano", healing_method="lora", healing_lr=0.5))
     assert given.healing_lr == 0.5
 
 

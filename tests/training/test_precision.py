@@ -10,15 +10,15 @@ import torch
 from torch import nn
 
 from healing.config.heal import HealConfig
-from healing.config.resolve import resolve
+from healing.config.resolve import resolve_from_presets
 from healing.measurements.diagnosis import GRADIENT
 from healing.measurements.probe import Probe
 from healing.models.loading import load_model
 from healing.randomness import named_generator
 from healing.stages.cells import inputs
 from healing.stages.cells.heal import failure_in_float32
-from healing.stages.cells.inputs import complete
-from healing.training.healing_loop import control_run, heal
+from healing.stages.cells.inputs import resolve_from_model
+from healing.training.healing_loop import heal, replay_healthy
 from healing.training.nonfinite import (
     diagnose,
     first_nonfinite_parameter,
@@ -27,7 +27,7 @@ from healing.training.nonfinite import (
     nonfinite_outputs,
 )
 from healing.training.precision import Precision, gradient_norm
-from healing.training.trainer import LOCKOUT_STEPS, Trainer
+from healing.training.trainer import MAX_CONSECUTIVE_NONFINITE_STEPS, Trainer
 
 IDS = torch.zeros(1, 4, dtype=torch.int64)
 
@@ -156,15 +156,15 @@ def test_first_nonfinite_parameter():
 def test_auto_is_bf16_on_an_accelerator_and_fp32_on_the_cpu(monkeypatch):
     config = HealConfig(model="nano")
     assert config.precision == "auto"
-    assert resolve(config).precision == complete(config).precision == "fp32"
-    assert resolve(config, accelerated=True).precision == "bf16"
+    assert resolve_from_presets(config).precision == resolve_from_model(config).precision == "fp32"
+    assert resolve_from_presets(config, accelerated=True).precision == "bf16"
     monkeypatch.setattr(inputs, "resolve_device", lambda _: torch.device("cuda"))
     for native, chosen in ((True, "bf16"), (False, "fp32")):
         # Asked with emulation every card says yes.
         has = lambda including_emulation=True, own=native: own or including_emulation  # noqa: E731
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", has)
-        assert complete(config).precision == chosen
-    assert complete(HealConfig(model="nano", precision="fp16")).precision == "fp16"
+        assert resolve_from_model(config).precision == chosen
+    assert resolve_from_model(HealConfig(model="nano", precision="fp16")).precision == "fp16"
 
 
 @pytest.mark.parametrize(("name", "largest"), [("fp16", 65504.0), ("bf16", 3.3895313892515355e38)])
@@ -239,7 +239,7 @@ def test_gradient_norm_in_half_precision_does_not_overflow():
 def settings(**changes) -> HealConfig:
     values = {"model": "nano", "healing_steps": 8, "measurement_interval": 4, "batch_size": 4,
               "sequence_length": 64}  # fmt: skip
-    return resolve(HealConfig(**(values | changes)))
+    return resolve_from_presets(HealConfig(**(values | changes)))
 
 
 @pytest.fixture
@@ -352,9 +352,9 @@ def test_steps_that_the_scaler_skips_are_counted_and_change_nothing(nano, window
     trainer = Trainer(nano.model, settings(precision="fp16"))
     trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120)
     before = [p.clone() for p in nano.model.parameters()]
-    for _ in range(LOCKOUT_STEPS + 2):
+    for _ in range(MAX_CONSECUTIVE_NONFINITE_STEPS + 2):
         trainer.step(windows[:2])
-    assert trainer.scaler_skipped == LOCKOUT_STEPS + 2
+    assert trainer.scaler_skipped == MAX_CONSECUTIVE_NONFINITE_STEPS + 2
     assert trainer.nonfinite == trainer.taken == 0
     assert all(map(torch.equal, before, nano.model.parameters()))
     assert not trainer.must_stop  # the scale is still being looked for
@@ -386,11 +386,11 @@ def test_a_gradient_that_overflows_at_scale_one_is_not_the_scalers_matter():
     model = Steep()
     trainer = Trainer(model, settings(precision="fp16"))
     trainer.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    for _ in range(2 + LOCKOUT_STEPS):
+    for _ in range(2 + MAX_CONSECUTIVE_NONFINITE_STEPS):
         assert not trainer.must_stop
         trainer.step(IDS)
     assert trainer.scaler_skipped == 2  # at 4 and 2
-    assert trainer.nonfinite == LOCKOUT_STEPS
+    assert trainer.nonfinite == MAX_CONSECUTIVE_NONFINITE_STEPS
     assert trainer.must_stop
     assert (trainer.failure.step, trainer.failure.module) == (3, "layer.weight")
     assert diagnose(Steep(), IDS, step=1) is None  # in fp32 there is nothing wrong
@@ -399,10 +399,10 @@ def test_a_gradient_that_overflows_at_scale_one_is_not_the_scalers_matter():
 def test_control_stops_at_its_first_failure(nano, windows, monkeypatch):
     config, calls, step = settings(precision="fp16", precision_mode="pure"), [], Trainer.step
     monkeypatch.setattr(Trainer, "step", lambda self, ids: (calls.append(1), step(self, ids))[1])
-    control = control_run(nano, config, windows, named_generator(0, "sft"), 5)
+    control = replay_healthy(nano, config, windows, named_generator(0, "sft"), 5)
     assert len(calls) == 1
     assert (control.steps, control.failure.step, control.origin) == (5, 1, "update")
-    fine = control_run(load_model("nano"), settings(), windows, named_generator(0, "sft"), 2)
+    fine = replay_healthy(load_model("nano"), settings(), windows, named_generator(0, "sft"), 2)
     assert (fine.steps, fine.failure, fine.origin) == (2, None, "none")
 
 

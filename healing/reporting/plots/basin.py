@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 
 from healing.curvature.loss_landscape import LossPath
 from healing.curvature.minimum import Evidence
@@ -35,7 +35,7 @@ def loss_barriers(path: pathlib.Path, paths: Mapping[str, LossPath], title: str)
         fig.suptitle(title)
 
 
-def _path_panel(ax: plt.Axes, walked: LossPath, start: str, end: str) -> None:
+def _path_panel(ax: Axes, walked: LossPath, start: str, end: str) -> None:
     percent = [100 * p for p in walked.positions]
     first, last = walked.losses[0], walked.losses[-1]
     ax.plot([0, 100], [first, last], color="#999999", linestyle=":", linewidth=1.2)
@@ -102,7 +102,7 @@ def spectral_density(
             ax.legend(loc="upper left")
 
 
-def _eigenvalue_ticks(ax: plt.Axes, scale: float, reach: float) -> None:
+def _eigenvalue_ticks(ax: Axes, scale: float, reach: float) -> None:
     """Decades of the eigenvalue as ticks of the asinh axis, zero in the middle."""
     largest = math.floor(math.log10(scale * math.sinh(reach)))
     decades = [10.0**k for k in range(math.ceil(math.log10(scale)), largest + 1)]
@@ -144,7 +144,7 @@ def gradient_and_eigenvalues(
         fig.suptitle(title)
 
 
-def _symlog(ax: plt.Axes, values: Sequence[float], threshold: float) -> None:
+def _symlog(ax: Axes, values: Sequence[float], threshold: float) -> None:
     """Symmetric log axis with room beyond the outermost values."""
     known = [v for v in values if math.isfinite(v)]
     ax.set_yscale("symlog", linthresh=threshold)
@@ -152,14 +152,14 @@ def _symlog(ax: plt.Axes, values: Sequence[float], threshold: float) -> None:
     ax.set_ylim(3 * low - threshold, 3 * high + threshold)
 
 
-def _state_axis(ax: plt.Axes, names: Sequence[str], notes: Sequence[str]) -> None:
+def _state_axis(ax: Axes, names: Sequence[str], notes: Sequence[str]) -> None:
     ax.set_xticks(range(len(names)))
     ax.set_xticklabels([f"{name}\n{note}" for name, note in zip(names, notes, strict=True)])
     ax.set_xlim(-0.6, len(names) - 0.4)
 
 
 def _whiskers(
-    ax: plt.Axes,
+    ax: Axes,
     x: float,
     values: Sequence[float],
     residuals: Sequence[float],

@@ -6,10 +6,11 @@ import math
 import pathlib
 from collections.abc import Mapping, Sequence
 
-from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from healing.config.arm_tags import arm_short
+from healing.measurements.recovery import IRREVERSIBLE_BELOW, REVERSIBLE_ABOVE
 from healing.reporting.plots.style import (
     BLACK,
     COLUMN,
@@ -55,7 +56,7 @@ def _model_title(members: Sequence[GroupSummary]) -> str:
     return safe_text(first.model) + size
 
 
-def _note(ax: plt.Axes, text: str, colour: str = GREY) -> None:
+def _note(ax: Axes, text: str, colour: str = GREY) -> None:
     """A small line in the upper left corner, under those already there."""
     n = sum(note.get_gid() == "note" for note in ax.texts)
     ax.annotate(
@@ -105,7 +106,7 @@ def _visible_range(groups: Sequence[GroupSummary], endpoint: str) -> tuple[float
 
 
 def _draw_band(
-    ax: plt.Axes, group: GroupSummary, endpoint: str, groups: Sequence[GroupSummary]
+    ax: Axes, group: GroupSummary, endpoint: str, groups: Sequence[GroupSummary]
 ) -> tuple[float, str, str] | None:
     """Draw a group's mean and band; where the line ends, its name and colour."""
     colour, marker = arm_style(group.arm)
@@ -139,7 +140,7 @@ def final_recovery(path: pathlib.Path, groups: Sequence[GroupSummary]) -> None:
     labels = [f"{safe_text(g.model)}  {_settings_label(g, groups)}" for g in groups]
     with paper_figure(path, 1, 2, (PAGE, 0.7 + 0.28 * len(groups))) as (_, axes):
         for ax, endpoint in zip(axes, PRIMARY_ENDPOINTS, strict=True):
-            ax.axvspan(20, 70, color="#EEEEEE", zorder=0)
+            ax.axvspan(IRREVERSIBLE_BELOW, REVERSIBLE_ABOVE, color="#EEEEEE", zorder=0)
             ax.axvline(100, color=BLACK, linewidth=0.8, linestyle=":")
             for y, group in enumerate(groups):
                 _draw_final(ax, group, endpoint, y)
@@ -151,7 +152,7 @@ def final_recovery(path: pathlib.Path, groups: Sequence[GroupSummary]) -> None:
             ax.tick_params(axis="y", length=0)
 
 
-def _draw_final(ax: plt.Axes, group: GroupSummary, endpoint: str, y: int) -> None:
+def _draw_final(ax: Axes, group: GroupSummary, endpoint: str, y: int) -> None:
     colour, marker = arm_style(group.arm)
     interval = group.intervals[endpoint]
     means = [m for m in group.means[endpoint].means if math.isfinite(m)]
@@ -170,12 +171,12 @@ def _draw_final(ax: plt.Axes, group: GroupSummary, endpoint: str, y: int) -> Non
     _draw_interval(ax, interval, y, colour)
 
 
-def _draw_points(ax: plt.Axes, values: Sequence[float], y: int, colour: str, marker: str) -> None:
+def _draw_points(ax: Axes, values: Sequence[float], y: int, colour: str, marker: str) -> None:
     heights = [y - 0.18] * len(values)
     ax.plot(values, heights, marker, color=colour, markersize=3.5, markeredgewidth=0.8, alpha=0.7)
 
 
-def _draw_interval(ax: plt.Axes, interval: Interval, y: int, colour: str) -> None:
+def _draw_interval(ax: Axes, interval: Interval, y: int, colour: str) -> None:
     height = y + 0.14
     if interval.defined:
         ax.plot([interval.low, interval.high], [height, height], color=colour, linewidth=1.6)
@@ -188,7 +189,9 @@ def recovery_against_parameters(path: pathlib.Path, groups: Sequence[GroupSummar
     The points of an arm with several settings of one size are not joined, by the rule of the
     scaling slope: nothing says which of them belong on one line.
     """
-    arms = [arm for arm in dict.fromkeys(g.arm for g in groups) if _sized(groups, arm)]
+    arms = [
+        arm for arm in dict.fromkeys(g.arm for g in groups) if _groups_of_known_size(groups, arm)
+    ]
     with paper_figure(path, 1, 1, (COLUMN, 2.3)) as (_, (ax,)):
         verdict_zones(ax)
         ends = [_draw_sizes(ax, groups, arm, n - (len(arms) - 1) / 2) for n, arm in enumerate(arms)]
@@ -204,7 +207,7 @@ def recovery_against_parameters(path: pathlib.Path, groups: Sequence[GroupSummar
             _note(ax, f"not joined (several settings of a size): {names}")
 
 
-def _sized(groups: Sequence[GroupSummary], arm: str) -> list[GroupSummary]:
+def _groups_of_known_size(groups: Sequence[GroupSummary], arm: str) -> list[GroupSummary]:
     """Groups of an arm with a known size and a defined recovery."""
     own, _ = sizes_of(groups, arm)
     return [g for g in own if math.isfinite(g.intervals["rank_recovery_pct"].point)]
@@ -216,11 +219,11 @@ def _short_name(groups: Sequence[GroupSummary], arm: str) -> str:
 
 
 def _draw_sizes(
-    ax: plt.Axes, groups: Sequence[GroupSummary], arm: str, place: float
+    ax: Axes, groups: Sequence[GroupSummary], arm: str, place: float
 ) -> tuple[float, str, str]:
     """Draw one arm, a little to the side so that intervals of one size do not hide one another."""
     colour, marker = arm_style(arm)
-    own, joined = _sized(groups, arm), sizes_of(groups, arm)[1]
+    own, joined = _groups_of_known_size(groups, arm), sizes_of(groups, arm)[1]
     seen: dict[int, int] = {}
     xs = []
     for group in own:
@@ -258,7 +261,7 @@ def half_recovery(path: pathlib.Path, groups: Sequence[GroupSummary]) -> None:
 
 
 def _draw_survival(
-    ax: plt.Axes, group: GroupSummary, endpoint: str, groups: Sequence[GroupSummary], number: int
+    ax: Axes, group: GroupSummary, endpoint: str, groups: Sequence[GroupSummary], number: int
 ) -> tuple[float, str, str] | None:
     colour, _ = arm_style(group.arm)
     name = _settings_label(group, groups, short=True)
@@ -315,7 +318,7 @@ def haep_against_noise(
         ax.tick_params(axis="y", length=0)
 
 
-def _draw_difference(ax: plt.Axes, endpoint: EndpointComparison, y: int) -> None:
+def _draw_difference(ax: Axes, endpoint: EndpointComparison, y: int) -> None:
     interval = endpoint.superiority.interval
     _draw_points(ax, [d for d in endpoint.differences if math.isfinite(d)], y, VERMILION, "o")
     ax.annotate(

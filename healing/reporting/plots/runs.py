@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from healing.config.arm_tags import arm_label
+from healing.measurements.recovery import IRREVERSIBLE_BELOW, REVERSIBLE_ABOVE
 from healing.reporting.plots.style import (
     BLACK,
     BLUE,
@@ -121,10 +122,10 @@ def recovery_trajectory(
             xs, ys = series(trajectory, name)
             if ys:
                 right.plot(xs, ys, line, color=shade, label=f"{label} recovery")
-        right.axhspan(20, 70, color="#EEEEEE", zorder=0)
+        right.axhspan(IRREVERSIBLE_BELOW, REVERSIBLE_ABOVE, color="#EEEEEE", zorder=0)
         for value, text, side in (
-            (70, "reversible above 70 %", "bottom"),
-            (20, "irreversible below 20 %", "top"),
+            (REVERSIBLE_ABOVE, f"reversible above {REVERSIBLE_ABOVE:g} %", "bottom"),
+            (IRREVERSIBLE_BELOW, f"irreversible below {IRREVERSIBLE_BELOW:g} %", "top"),
         ):
             right.annotate(text, (last, value), ha="right", va=side, fontsize=8, color="#555555")
         if summary["rank_undefined_reason"]:

@@ -1,4 +1,7 @@
-"""The shared style of all figures: colours, sizes, arms and states, reference lines."""
+"""The shared style of all figures: colours, sizes, arms and states, reference lines.
+
+Figures are drawn without pyplot, so that a notebook's backend and its settings stay what they are.
+"""
 
 from __future__ import annotations
 
@@ -10,31 +13,30 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib import colors, font_manager, ft2font
-from matplotlib import pyplot as plt
+from matplotlib import colors, font_manager, ft2font, rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.transforms import offset_copy
 from scipy import optimize
 
+from healing.measurements.recovery import IRREVERSIBLE_BELOW, REVERSIBLE_ABOVE
 from healing.registry import ARMS
 
-matplotlib.use("Agg")
-
 # Okabe & Ito (2008): distinguishable with every common form of colour blindness.
-BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
+BLACK, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE = (
     "#000000",
     "#E69F00",
     "#56B4E9",
     "#009E73",
-    "#F0E442",
     "#0072B2",
     "#D55E00",
     "#CC79A7",
 )
-_PYPLOT = threading.RLock()
-"""pyplot's settings and figure list are global: one thread draws at a time."""
+_SETTINGS = threading.RLock()
+"""matplotlib's settings are global, also while they are changed for one figure: one thread draws
+at a time."""
 
 STYLE: dict[Any, Any] = {
     "figure.dpi": 100,
@@ -81,28 +83,27 @@ STATE_STYLES = {
 
 
 @contextlib.contextmanager
-def _drawn(
+def _styled_figure(
     style: Mapping[Any, Any], rows: int, columns: int, size: tuple[float, float]
 ) -> Iterator[Figure]:
-    with _PYPLOT, plt.rc_context(dict(style)):
-        fig, _ = plt.subplots(rows, columns, figsize=size, squeeze=False)
-        try:
-            yield fig
-        finally:
-            plt.close(fig)
+    with _SETTINGS, rc_context(dict(style)):
+        fig = Figure(figsize=size)
+        FigureCanvasAgg(fig)
+        fig.subplots(rows, columns)
+        yield fig
 
 
 @contextlib.contextmanager
 def figure(
     path: pathlib.Path, rows: int = 1, columns: int = 1, size: tuple[float, float] = (6.4, 4.0)
-) -> Iterator[tuple[Figure, Sequence[plt.Axes]]]:
-    """A styled figure that is written to ``path`` and closed when the block ends well.
+) -> Iterator[tuple[Figure, Sequence[Axes]]]:
+    """A styled figure that is written to ``path`` when the block ends well.
 
     Yields:
         The figure and its axes as a flat list.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _drawn(STYLE, rows, columns, size) as fig:
+    with _styled_figure(STYLE, rows, columns, size) as fig:
         yield fig, fig.axes
         # Not constrained_layout: it costs five times the drawing itself.
         fig.tight_layout()
@@ -112,7 +113,7 @@ def figure(
 @contextlib.contextmanager
 def paper_figure(
     path: pathlib.Path, rows: int, columns: int, size: tuple[float, float]
-) -> Iterator[tuple[Figure, Sequence[plt.Axes]]]:
+) -> Iterator[tuple[Figure, Sequence[Axes]]]:
     """A figure at print size, written as PNG and PDF without dates: same input, same bytes.
 
     Args:
@@ -125,7 +126,7 @@ def paper_figure(
         The figure and its axes as a flat list.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _drawn(PAPER, rows, columns, size) as fig:
+    with _styled_figure(PAPER, rows, columns, size) as fig:
         yield fig, fig.axes
         fig.tight_layout(pad=0.3, w_pad=1.0, h_pad=0.8)
         fig.savefig(path.with_name(path.name + ".png"))
@@ -169,7 +170,7 @@ def spread(values: Sequence[float], gap: float, low: float, high: float) -> list
     return [float(p) for p in placed]
 
 
-def direct_labels(ax: plt.Axes, ends: Sequence[tuple[float, str, str]]) -> None:
+def direct_labels(ax: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
     """Names to the right of the axes, at the height where each line ends.
 
     Args:
@@ -178,9 +179,11 @@ def direct_labels(ax: plt.Axes, ends: Sequence[tuple[float, str, str]]) -> None:
     """
     bottom, top = ax.get_ylim()
     heights = [min(1.0, max(0.0, (y - bottom) / (top - bottom))) for y, _, _ in ends]
-    points = 72.0 * ax.get_position().height * plt.gcf().get_size_inches()[1]
+    fig = ax.get_figure(root=True)
+    assert fig is not None
+    points = 72.0 * ax.get_position().height * fig.get_size_inches()[1]
     places = spread(heights, 1.25 * SMALL / points, 0.0, 1.0)
-    near, far = (offset_copy(ax.transAxes, plt.gcf(), x=x, units="points") for x in (1, 7))
+    near, far = (offset_copy(ax.transAxes, fig, x=x, units="points") for x in (1, 7))
     for height, place, (_, text, colour) in zip(heights, places, ends, strict=True):
         ax.annotate(
             text,
@@ -221,7 +224,7 @@ def arm_style(arm: str) -> tuple[str, str]:
     return facts.get("COLOUR", UNKNOWN[0]), facts.get("MARKER", UNKNOWN[1])
 
 
-def reference_line(ax: plt.Axes, value: float, state: str, x: float) -> None:
+def reference_line(ax: Axes, value: float, state: str, x: float) -> None:
     """Horizontal line at a state's value, labelled directly."""
     colour, line = STATE_STYLES[state]
     ax.axhline(value, color=colour, linestyle=line, linewidth=1)
@@ -230,7 +233,7 @@ def reference_line(ax: plt.Axes, value: float, state: str, x: float) -> None:
     )
 
 
-def verdict_zones(ax: plt.Axes) -> None:
+def verdict_zones(ax: Axes) -> None:
     """Shade the partial zone and mark the healthy value."""
-    ax.axhspan(20, 70, color="#EEEEEE", zorder=0)
+    ax.axhspan(IRREVERSIBLE_BELOW, REVERSIBLE_ABOVE, color="#EEEEEE", zorder=0)
     ax.axhline(100, color=BLACK, linewidth=0.8, linestyle=":")

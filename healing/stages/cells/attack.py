@@ -124,10 +124,10 @@ def attack_fingerprint(config: AttackConfig, identity: str, digests: dict[str, s
 def attack_cell(config: AttackConfig) -> Events[AttackOutcome]:
     """One attack as a function of its resolved configuration; files and MLflow are not touched."""
     corpus, loaded, probe = load_inputs(config)
-    mark = attack_fingerprint(config, loaded.identity, corpus.digests)
+    run_fingerprint = attack_fingerprint(config, loaded.identity, corpus.digests)
     yield Begin(
-        mark,
-        attack_name(config, mark),
+        run_fingerprint,
+        attack_name(config, run_fingerprint),
         as_params(config),
         int(config.attack_steps),
         tags={**loaded.tags, **_reference_tags(config)},
@@ -145,7 +145,9 @@ def attack_cell(config: AttackConfig) -> Events[AttackOutcome]:
         yield Record(record.step, metrics, rank_and_perplexity(metrics))
         yield Safe(record.step)
     collapsed = probe.measure(loaded.model, named_generator(config.seed, "bootstrap"))
-    return AttackOutcome(config, mark, loaded, healthy, collapsed, record, prepared, corpus.digests)
+    return AttackOutcome(
+        config, run_fingerprint, loaded, healthy, collapsed, record, prepared, corpus.digests
+    )
 
 
 def _reference_tags(config: AttackConfig) -> dict[str, str]:
@@ -165,7 +167,7 @@ def noise_match(config: AttackConfig) -> str:
     return config.match if config.reference_checkpoint else "scale"
 
 
-def attack_name(config: AttackConfig, mark: str) -> str:
+def attack_name(config: AttackConfig, run_fingerprint: str) -> str:
     """Folder and run name of an attack."""
     slug = model_slug(config.label)
-    return f"{slug}_{config.arm}_seed{config.seed}_attack_{mark[:8]}"
+    return f"{slug}_{config.arm}_seed{config.seed}_attack_{run_fingerprint[:8]}"

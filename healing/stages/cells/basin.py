@@ -36,7 +36,7 @@ from healing.progress import Safe
 from healing.randomness import named_generator
 from healing.stages.cells.code_digest import code_digest
 from healing.stages.cells.events import Begin, Events
-from healing.stages.cells.inputs import complete, device_kind, inputs_read, load_inputs
+from healing.stages.cells.inputs import device_kind, inputs_read, load_inputs, resolve_from_model
 
 STATES = ("healthy", "collapsed", "healed")
 PATHS = {
@@ -59,7 +59,7 @@ class BasinCell:
     """One landscape: everything that decides its numbers, picklable.
 
     Attributes:
-        config: Resolved configuration (:func:`settle`).
+        config: Resolved configuration (:func:`resolve_from_checkpoint`).
         collapsed: Path of the collapsed checkpoint; empty = the healthy state (a sham).
         healed: Path of the healed checkpoint.
 
@@ -177,7 +177,7 @@ class BasinOutcome:
         return {f"{state}_is_minimum": r.statement.answer for state, r in self.states.items()}
 
 
-def settle(config: BasinConfig, healed: Checkpoint, path: object) -> BasinConfig:
+def resolve_from_checkpoint(config: BasinConfig, healed: Checkpoint, path: object) -> BasinConfig:
     """Replace every ``auto`` by what the healing run had, else by the default.
 
     Raises:
@@ -191,16 +191,16 @@ def settle(config: BasinConfig, healed: Checkpoint, path: object) -> BasinConfig
     healed.pin_commit()
     wanted = [f.name for f in fields(BaseConfig) if getattr(config, f.name, "") == AUTO]
     known = {name: healed.config[name] for name in wanted if name in healed.config}
-    base = complete(BaseConfig(**{**known, **named}))
+    base = resolve_from_model(BaseConfig(**{**known, **named}))
     wanted += list(named)
     auto = {name: getattr(base, name) for name in wanted if name != "device"}
     return replace(config, **auto)
 
 
 def inputs_of(config: BasinConfig) -> BaseConfig:
-    """The part of a settled configuration that says what is loaded."""
+    """The part of a resolved configuration that says what is loaded."""
     shared = {f.name for f in fields(BaseConfig)} & {f.name for f in fields(BasinConfig)}
-    return complete(BaseConfig(**{name: getattr(config, name) for name in shared}))
+    return resolve_from_model(BaseConfig(**{name: getattr(config, name) for name in shared}))
 
 
 def attack_split(config: BasinConfig, corpus: Corpus, loaded: LoadedModel) -> Tensor:
@@ -360,10 +360,16 @@ def basin_fingerprint(
 ) -> str:
     """Fingerprint of a landscape; states count by their weights, not by their paths or runs."""
     bare = replace(cell.config, heal_run_id="", collapsed_checkpoint="", healed_checkpoint="")
-    marks = {name: state_digest({name: vector}) for name, vector in weights.items()}
+    state_digests = {name: state_digest({name: vector}) for name, vector in weights.items()}
     kind = device_kind(inputs_of(cell.config))
     return fingerprint(
-        "basin", bare, marks, identity, digests, code_digest("healing.stages.cells.basin"), kind
+        "basin",
+        bare,
+        state_digests,
+        identity,
+        digests,
+        code_digest("healing.stages.cells.basin"),
+        kind,
     )
 
 
@@ -374,15 +380,15 @@ def basin_cell(cell: BasinCell) -> Events[BasinOutcome]:
     corpus, loaded, probe = load_inputs(inputs)
     windows = attack_split(config, corpus, loaded)
     weights, healed = read_states(cell, loaded)
-    mark = basin_fingerprint(cell, weights, loaded.identity, corpus.digests)
+    run_fingerprint = basin_fingerprint(cell, weights, loaded.identity, corpus.digests)
     yield Begin(
-        mark,
-        f"{model_slug(config.label)}_{cell.arm}_seed{config.seed}_basin_{mark[:8]}",
+        run_fingerprint,
+        f"{model_slug(config.label)}_{cell.arm}_seed{config.seed}_basin_{run_fingerprint[:8]}",
         {
             **as_params(config),
             "collapsed": cell.collapsed,
             "healed": cell.healed,
-            "fingerprint": mark,
+            "fingerprint": run_fingerprint,
         },
         STEPS,
         "part",
@@ -411,7 +417,7 @@ def basin_cell(cell: BasinCell) -> Events[BasinOutcome]:
         yield part(name)
     apart = displacement(weights["healthy"], weights["collapsed"], weights["healed"])
     return BasinOutcome(
-        cell, mark, healed.config, loaded.n_params, corpus.digests, states, paths, apart
+        cell, run_fingerprint, healed.config, loaded.n_params, corpus.digests, states, paths, apart
     )
 
 

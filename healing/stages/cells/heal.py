@@ -11,18 +11,18 @@ from typing import Any
 import torch
 
 from healing.config.arm_tags import SHAM_ARM
-from healing.config.fingerprint import NOT_DETERMINING, NOT_SETTINGS, as_params, fingerprint
+from healing.config.fingerprint import NOT_SETTINGS, as_params, fingerprint, not_separating
 from healing.config.heal import HealConfig
 from healing.config.presets import model_slug
 from healing.data.windows import batches
 from healing.errors import CheckpointError
 from healing.measurements.diagnosis import (
-    CONTROL_STEPS,
     FORWARD,
+    MAX_REPLAY_STEPS,
     WEIGHTS,
-    Control,
     Diagnosis,
     Failure,
+    HealthyReplay,
 )
 from healing.measurements.probe import Measurement, Probe
 from healing.measurements.recovery import Damage, State, recovery_pct, verdict_of
@@ -42,7 +42,6 @@ from healing.registry import METHODS
 from healing.stages.cells.code_digest import code_digest
 from healing.stages.cells.events import Begin, Events, Record
 from healing.stages.cells.inputs import (
-    complete,
     device_kind,
     few_rows_warnings,
     inputs_read,
@@ -50,10 +49,11 @@ from healing.stages.cells.inputs import (
     load_inputs,
     measurement_modules,
     rank_and_perplexity,
+    resolve_from_model,
     training_windows,
 )
 from healing.statistics.survival import half_recovery_time
-from healing.training.healing_loop import HealRecord, adapted, control_run, heal_events
+from healing.training.healing_loop import HealRecord, adapted, heal_events, replay_healthy
 from healing.training.nonfinite import (
     diagnose,
     first_nonfinite_parameter,
@@ -103,7 +103,7 @@ class HealOutcome:
         records: The trajectory, from step 0.
         digests: Corpus digests by split.
         in_float32: What the collapsed model cannot compute in float32 before any step, if so.
-        control: The healthy model through the same first steps, where the run stalled.
+        healthy_replay: The healthy model through the same first steps, where the run stalled.
         unigram_loss: Of token frequencies alone on the probe, nats per token: a collapsed model may
             be worse than knowing nothing, and most of its loss comes back without any knowledge.
     """
@@ -116,7 +116,7 @@ class HealOutcome:
     records: tuple[HealRecord, ...]
     digests: dict[str, str]
     in_float32: Failure | None = None
-    control: Control | None = None
+    healthy_replay: HealthyReplay | None = None
     unigram_loss: float = math.nan
 
     @property
@@ -133,7 +133,7 @@ class HealOutcome:
             self.in_float32,
             last.failure,
             last.stalled,
-            self.control,
+            self.healthy_replay,
             last.nonfinite_steps,
             last.scaler_skipped_steps,
             last.step,
@@ -159,7 +159,7 @@ class HealOutcome:
 
     @property
     def _not_computing(self) -> str:
-        """Why there is no recovery to speak of; known before the control has run."""
+        """Why there is no recovery to speak of; known before the healthy model has been tried."""
         if not (self.in_float32 or self.records[-1].stalled):
             return ""
         return self.diagnosis.sentence
@@ -213,7 +213,9 @@ class HealOutcome:
         }
 
 
-def decide_model(config: HealConfig, checkpoint: Checkpoint | None, path: object) -> HealConfig:
+def resolve_from_checkpoint(
+    config: HealConfig, checkpoint: Checkpoint | None, path: object
+) -> HealConfig:
     """Resolve ``auto``: the checkpoint's model and revision, at the commit it was made from, unless
     the user names one.
 
@@ -226,12 +228,12 @@ def decide_model(config: HealConfig, checkpoint: Checkpoint | None, path: object
         tokenizer = config.tokenizer or checkpoint.tokenizer
         config = replace(config, tokenizer=tokenizer, **named)
         checkpoint.pin_commit()
-    return complete(config)
+    return resolve_from_model(config)
 
 
 def sham_checkpoint(healthy_digest: str, config: HealConfig) -> Checkpoint:
     """The healthy model in a checkpoint's place; its weights stay where they are."""
-    made = {
+    origin = {
         "model": config.model,
         "revision": config.revision,
         "deduped": config.deduped,
@@ -240,7 +242,7 @@ def sham_checkpoint(healthy_digest: str, config: HealConfig) -> Checkpoint:
         "healthy_digest": healthy_digest,
         "fingerprint": healthy_digest,
     }
-    return Checkpoint(0, {}, "healthy model", made, known_digest=healthy_digest)
+    return Checkpoint(0, {}, "healthy model", origin, known_digest=healthy_digest)
 
 
 _PLAIN = HealConfig()
@@ -307,14 +309,14 @@ def failure_in_float32(
     return Failure(0, WEIGHTS, broken) if broken else None
 
 
-def _control(cell: HealCell, failure: Failure, windows: torch.Tensor) -> Control:
+def _replay_healthy(cell: HealCell, failure: Failure, windows: torch.Tensor) -> HealthyReplay:
     """A failed run's first steps on a fresh healthy model: a second model in memory meanwhile."""
     healthy = load_for(cell.config)
     if cell.config.gradient_checkpointing:
         healthy.model.activation_checkpointing_enable()
-    # As long as the run took to the failures that ended it, at most CONTROL_STEPS.
-    steps = min(failure.step, CONTROL_STEPS)
-    return control_run(healthy, cell.config, windows, _data_order(cell), steps)
+    # As long as the run took to the failures that ended it, at most MAX_REPLAY_STEPS.
+    steps = min(failure.step, MAX_REPLAY_STEPS)
+    return replay_healthy(healthy, cell.config, windows, _data_order(cell), steps)
 
 
 def heal_cell(cell: HealCell) -> Events[tuple[HealOutcome, LoadedModel]]:
@@ -328,13 +330,13 @@ def heal_cell(cell: HealCell) -> Events[tuple[HealOutcome, LoadedModel]]:
     corpus, loaded, probe = load_inputs(config)
     checkpoint = checkpoint or sham_checkpoint(loaded.digest, config)
     _require_collapsed(checkpoint, loaded, cell)
-    mark = heal_fingerprint(cell, checkpoint, loaded.identity, corpus.digests)
+    run_fingerprint = heal_fingerprint(cell, checkpoint, loaded.identity, corpus.digests)
     settings = settings_of(cell, checkpoint, corpus.digests)
     method = METHODS.load(config.healing_method)
     yield Begin(
-        mark,
-        heal_name(cell, checkpoint, mark),
-        stored_config(cell, checkpoint, mark),
+        run_fingerprint,
+        heal_name(cell, checkpoint, run_fingerprint),
+        stored_config(cell, checkpoint, run_fingerprint),
         config.healing_steps,
         tags={**loaded.tags, **lineage(checkpoint), "settings": settings},
         counts={
@@ -360,7 +362,7 @@ def heal_cell(cell: HealCell) -> Events[tuple[HealOutcome, LoadedModel]]:
         in_float32 = failure_in_float32(loaded, collapsed, probe, batch)
     outcome = HealOutcome(
         cell,
-        mark,
+        run_fingerprint,
         checkpoint,
         loaded.digest,
         healthy,
@@ -380,7 +382,7 @@ def heal_cell(cell: HealCell) -> Events[tuple[HealOutcome, LoadedModel]]:
     last = outcome.records[-1]
     if last.stalled and last.failure and not outcome.in_float32:
         enter("the healthy model through the same steps")
-        outcome = replace(outcome, control=_control(cell, last.failure, windows))
+        outcome = replace(outcome, healthy_replay=_replay_healthy(cell, last.failure, windows))
     return outcome, loaded
 
 
@@ -403,20 +405,20 @@ def _require_collapsed(checkpoint: Checkpoint, loaded: LoadedModel, cell: HealCe
         )
 
 
-def heal_name(cell: HealCell, checkpoint: Checkpoint, mark: str) -> str:
+def heal_name(cell: HealCell, checkpoint: Checkpoint, run_fingerprint: str) -> str:
     """Name of a healing run's folder."""
     config, arm = cell.config, checkpoint.config.get("arm", "unknown")
     slug = model_slug(config.label)
-    return f"{slug}_{arm}_seed{config.seed}_run{cell.replicate + 1:02d}_{mark[:8]}"
+    return f"{slug}_{arm}_seed{config.seed}_run{cell.replicate + 1:02d}_{run_fingerprint[:8]}"
 
 
-def stored_config(cell: HealCell, checkpoint: Checkpoint, mark: str) -> dict[str, Any]:
+def stored_config(cell: HealCell, checkpoint: Checkpoint, run_fingerprint: str) -> dict[str, Any]:
     """Content of ``config.json``: the configuration, the checkpoint and what made it."""
     return {
         **as_params(cell.config),
         "checkpoint": cell.checkpoint,
         "replicate": cell.replicate,
-        "fingerprint": mark,
+        "fingerprint": run_fingerprint,
         "attack": checkpoint.config,
     }
 
@@ -433,9 +435,6 @@ def lineage(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-SEEDED = ("seed", "collapsed_checkpoint", "arm", "measurements")
-
-
 def attacked_settings(checkpoint: Checkpoint) -> dict[str, Any]:
     """What made a checkpoint, seeds, paths and lineage left out."""
     return {k: v for k, v in checkpoint.config.items() if k not in NOT_SETTINGS}
@@ -443,10 +442,8 @@ def attacked_settings(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def settings_of(cell: HealCell, checkpoint: Checkpoint, digests: dict[str, str]) -> str:
     """Hash of what runs must share to be pooled: parameters without seeds or paths, texts, code."""
-    healing = {
-        k: v
-        for k, v in as_params(_determining(cell.config)).items()
-        if k not in (*NOT_DETERMINING, *SEEDED)
-    }
+    left_out = not_separating(cell.config)
+    params = as_params(_determining(cell.config))
+    healing = {k: v for k, v in params.items() if k not in left_out}
     attacked = attacked_settings(checkpoint)
     return fingerprint(healing, attacked, digests, heal_code(cell.config), device_kind(cell.config))

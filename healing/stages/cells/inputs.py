@@ -13,7 +13,7 @@ import torch
 
 from healing.config.options import AUTO, flag_name
 from healing.config.presets import FOLDER, HUB, model_kind, probe_tokens_for
-from healing.config.resolve import ConfigT, resolve
+from healing.config.resolve import ConfigT, resolve_from_presets
 from healing.config.shared import BLANK_LINES, BaseConfig
 from healing.data.corpora import load_corpus
 from healing.data.splits import Corpus
@@ -80,14 +80,14 @@ def computes_in_bfloat16(config: BaseConfig) -> bool:
     return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def complete(config: ConfigT) -> ConfigT:
+def resolve_from_model(config: ConfigT) -> ConfigT:
     """Replace every ``auto`` but the device's, also what only the model's own files tell.
 
     Raises:
         ConfigError: Unknown model, or windows longer than it can read.
         ModelError: Its files cannot be had, or there is no such device.
     """
-    config = resolve(config, accelerated=computes_in_bfloat16(config))
+    config = resolve_from_presets(config, accelerated=computes_in_bfloat16(config))
     if model_kind(config.model) not in (HUB, FOLDER):
         return config  # the presets know their sizes, and read windows of any admissible length
     shape = model_shape(config.model, config.revision, config.deduped)

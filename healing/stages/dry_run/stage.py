@@ -14,8 +14,8 @@ from healing.models.architectures import architecture
 from healing.models.checkpoints import read_checkpoint
 from healing.models.loading import resolve_device
 from healing.registry import ARMS, METHODS, Registry
-from healing.stages.cells.heal import decide_model
-from healing.stages.cells.inputs import complete
+from healing.stages.cells.heal import resolve_from_checkpoint
+from healing.stages.cells.inputs import resolve_from_model
 from healing.stages.console import Console
 from healing.stages.dry_run.peak_memory import Prediction, predict_attack, predict_healing
 from healing.stages.dry_run.tensor_bytes import KINDS
@@ -68,12 +68,12 @@ def predictions(config: AttackConfig | HealConfig) -> dict[str, tuple[str, Predi
     """
     if isinstance(config, AttackConfig):
         _own_code(ARMS, config.arm)
-        attack = complete(config)
+        attack = resolve_from_model(config)
         return {"attack": (attack.label, predict_attack(attack, *_place(attack)))}
     _own_code(METHODS, config.healing_method)
     paths = find_checkpoints(config.checkpoint_dir) if config.checkpoint_dir else []
     path = paths[0] if paths else local_checkpoint(config, MlflowStore())
-    healing = decide_model(config, read_checkpoint(path) if path else None, path)
+    healing = resolve_from_checkpoint(config, read_checkpoint(path) if path else None, path)
     found = {} if path else predictions(fresh_attack_config(healing))
     return {**found, "heal": (healing.label, predict_healing(healing, *_place(healing)))}
 

@@ -1,0 +1,151 @@
+"""Fields of the configurations: their order, and which of them decide what is one experiment."""
+
+from __future__ import annotations
+
+import pathlib
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pytest
+
+from entrypoints._mlproject import STAGES
+from healing.config.attack import AttackConfig
+from healing.config.fingerprint import (
+    LINEAGE,
+    NOT_SETTINGS,
+    as_params,
+    fingerprint,
+    not_determining,
+    not_separating,
+)
+from healing.config.heal import HealConfig
+from healing.config.options import Options, option, ordered_names
+
+# Stage → every field, each with its answer: "name" determines numbers and separates runs in a
+# summary; "~name" determines numbers, but runs that differ in it are pooled; "-name" does neither.
+ANSWERS = {
+    "main": "models revision deduped arms seeds noise_match sham basin healing_steps healing_lr "
+    "attack_steps corpus batch_size sequence_length measurement_interval workers -device "
+    "-output_dir -verbosity",
+    "attack": "model revision deduped corpus max_documents ~seed batch_size sequence_length "
+    "probe_tokens measurement_interval threads -device -output_dir -verbosity arm attack_steps "
+    "attack_optimizer attack_lr warmup_steps target_rank_reduction catalyst_length search_steps "
+    "search_candidates baseline_draws subspace subspace_energy hessian_directions "
+    "curvature_tokens rayleigh_draws -reference_checkpoint -reference_run_id match noise_scale "
+    "-dry_run",
+    "heal": "model revision deduped corpus max_documents ~seed batch_size sequence_length "
+    "probe_tokens measurement_interval threads -device -output_dir -verbosity "
+    "~collapsed_checkpoint -attack_run_id -checkpoint_dir -runs_per_checkpoint -num_runs ~arm "
+    "healing_steps healing_lr healing_optimizer healing_method lora_rank lora_alpha sham "
+    "gradient_checkpointing gradient_clip -save_healed precision precision_mode -dry_run",
+    "summarize": "experiment filter legacy confidence -output_dir -verbosity",
+    "import_results": "folder -output_dir -verbosity",
+    "pretrain": "model corpus max_documents tokens_per_parameter vocab_size batch_size "
+    "sequence_length learning_rate weight_decay gradient_clip measurement_interval ~seed threads "
+    "-output_dir -verbosity",
+    "basin": "heal_run_id collapsed_checkpoint healed_checkpoint model revision deduped corpus "
+    "max_documents ~seed sequence_length probe_tokens curvature_tokens gradient_batches "
+    "eigenvalues lanczos_iterations curvature_tolerance density_probes density_iterations "
+    "path_points perturbations perturbation_radius escape_steps threads -device -output_dir "
+    "-verbosity",
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_field_says_whether_it_determines_and_separates(stage):
+    cls = STAGES[stage]
+    found = []
+    for name in ordered_names(cls):
+        sign = "-" if name in not_determining(cls) else "~" if name in not_separating(cls) else ""
+        found.append(sign + name)
+    assert found == ANSWERS[stage].split()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_parameters_are_logged_in_the_order_of_the_options(stage):
+    cls = STAGES[stage]
+    assert list(as_params(cls())) == ordered_names(cls)
+
+
+def changed(config: Any, name: str) -> Any:
+    """The configuration with another value in one text field."""
+    values = as_params(config) | {name: "other"}
+    if name.startswith("reference"):
+        values["arm"] = "gaussian_noise"
+    return type(config)(**values)
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "same"),
+    [
+        (HealConfig(), "output_dir", True),
+        (HealConfig(), "attack_run_id", True),
+        (HealConfig(), "collapsed_checkpoint", False),
+        (HealConfig(), "corpus", False),
+        (AttackConfig(arm="gaussian_noise"), "reference_run_id", True),
+        (AttackConfig(), "corpus", False),
+    ],
+)
+def test_a_fingerprint_holds_what_determines(config, name, same):
+    assert (fingerprint(config) == fingerprint(changed(config, name))) is same
+
+
+def test_entries_of_a_checkpoint_that_separate_no_runs():
+    """Written down from the list that stored checkpoints were pooled by."""
+    assert set(NOT_SETTINGS) == {
+        "seed", "fingerprint", "attack_run_id", "reference_checkpoint", "reference_run_id",
+        "reference_fingerprint", "model_commit", "output_dir", "verbosity", "device", "dry_run",
+    }  # fmt: skip
+    # What is named beside the fields is a field of no attack: else it would have two answers.
+    assert not set(LINEAGE) & set(ordered_names(AttackConfig))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place(Options):
+    where: str = option("here", "Where.")
+    when: str = option("now", "When.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size(Options):
+    size: int = option(1, "How large.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Both(Size, Place):
+    """Overrides a field of the second base and moves one to the end."""
+
+    order: ClassVar[tuple[Any, ...]] = ("last", ..., "size")
+    where: str = option("there", "Elsewhere.")
+    last: int = option(0, "Own.")
+
+
+def test_fields_stand_in_the_order_of_the_bases_unless_moved():
+    assert ordered_names(Place) == ["where", "when"]
+    assert ordered_names(Both) == ["last", "where", "when", "size"]
+
+    @dataclass(frozen=True, kw_only=True)
+    class Further(Both, Place):
+        """Inherits no ``order``: that of a base has been applied to the base."""
+
+        more: int = option(0, "More.")
+
+    assert ordered_names(Further) == ["last", "where", "when", "size", "more"]
+
+
+@pytest.mark.parametrize("order", [("nothing", ...), ("where",)])
+def test_an_order_that_cannot_be_followed_is_refused(order):
+    @dataclass(frozen=True, kw_only=True)
+    class Wrong(Place):
+        pass
+
+    Wrong.order = order
+    with pytest.raises(ValueError, match=r"not in (list|tuple)"):
+        ordered_names(Wrong)
+
+
+def test_shared_fields_are_declared_once():
+    """output_dir and verbosity were once typed out in six files."""
+    root = pathlib.Path(__file__).parents[2] / "healing" / "config"
+    users = [p.name for p in sorted(root.glob("*.py")) if "verbosity: str" in p.read_text()]
+    assert users == ["shared.py"]
