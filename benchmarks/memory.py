@@ -61,7 +61,8 @@ def settings(model: str, way: str):
 def measure(model: str, way: str) -> dict[str, float]:
     """Heal, and say how much memory the process took at most."""
     from healing.stages.cells.events import outcome_of
-    from healing.stages.cells.heal import HealCell, heal_cell
+    from healing.stages.cells.heal import heal_cell
+    from healing.stages.cells.heal_outcome import HealCell
     from healing.stages.cells.inputs import use_threads
 
     config = settings(model, way)

@@ -139,7 +139,7 @@ def heal(
     Raises:
         HealingError: What is wrong and how to mend it.
     """
-    from healing.stages.cells.heal import HealCell
+    from healing.stages.cells.heal_outcome import HealCell
     from healing.stages.heal import HEAL
     from healing.stages.heal_inputs import local_checkpoint
 
@@ -181,7 +181,7 @@ def landscape(
         HealingError: What is wrong and how to mend it.
     """
     from healing.stages.basin import BASIN
-    from healing.stages.cells.basin import BasinCell
+    from healing.stages.cells.basin_outcome import BasinCell
 
     driver, named = _driver(track, progress), {"heal_run_id": str(healed)}
     if isinstance(healed, HealResult):

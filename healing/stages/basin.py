@@ -14,14 +14,8 @@ from healing.config.fingerprint import as_params
 from healing.errors import CheckpointError, TrackingError
 from healing.models.checkpoints import CHECKPOINT_NAME, HEALED_NAME, read_checkpoint
 from healing.reporting.plots import basin as figures
-from healing.stages.cells.basin import (
-    STATES,
-    BasinCell,
-    BasinOutcome,
-    basin_cell,
-    inputs_of,
-    resolve_from_checkpoint,
-)
+from healing.stages.cells.basin import STATES, basin_cell, inputs_of, resolve_from_checkpoint
+from healing.stages.cells.basin_outcome import BasinCell, BasinOutcome
 from healing.stages.cells.events import Record
 from healing.stages.cells.inputs import use_threads
 from healing.stages.console import Console

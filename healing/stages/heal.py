@@ -28,13 +28,8 @@ from healing.reporting.phrases import percent_text
 from healing.reporting.plots import runs as figures
 from healing.stages.attack import ATTACK, checkpoint_of
 from healing.stages.cells.events import Record
-from healing.stages.cells.heal import (
-    HealCell,
-    HealOutcome,
-    heal_cell,
-    resolve_from_checkpoint,
-    stored_config,
-)
+from healing.stages.cells.heal import heal_cell, resolve_from_checkpoint, stored_config
+from healing.stages.cells.heal_outcome import HealCell, HealOutcome
 from healing.stages.cells.inputs import use_threads
 from healing.stages.console import Console
 from healing.stages.driver import Driver

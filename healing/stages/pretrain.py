@@ -48,7 +48,7 @@ class PretrainOutcome:
 def pretrain_cell(config: PretrainConfig) -> Events[PretrainOutcome]:
     """One training; the model is saved at every record, so that what is interrupted is usable."""
     enter("reading text")
-    corpus = load_corpus(config.corpus, config.max_documents)
+    corpus = load_corpus(config.corpus, config.max_documents, config.text_column, config.split_rule)
     enter("training the tokenizer")
     training = Pretraining.prepare(config, corpus)
     unigram = unigram_perplexity(training.train, training.heldout, config.vocab_size)

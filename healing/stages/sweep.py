@@ -26,8 +26,8 @@ from healing.registry import DAMAGE_CONTROL, SHAM, TREATMENT
 from healing.reporting.markdown import markdown
 from healing.stages.attack import ATTACK, checkpoint_of
 from healing.stages.basin import BASIN
-from healing.stages.cells.basin import BasinCell
-from healing.stages.cells.heal import HealCell
+from healing.stages.cells.basin_outcome import BasinCell
+from healing.stages.cells.heal_outcome import HealCell
 from healing.stages.cells.inputs import resolve_from_model
 from healing.stages.console import Cells, Console
 from healing.stages.driver import Driver

@@ -25,35 +25,37 @@ from healing.config.options import Options, option, ordered_names
 # summary; "~name" determines numbers, but runs that differ in it are pooled; "-name" does neither.
 ANSWERS = {
     "main": "models revision deduped arms seeds noise_match sham basin healing_steps healing_lr "
-    "attack_steps corpus batch_size sequence_length measurement_interval workers -device "
-    "-output_dir -verbosity",
-    "attack": "model revision deduped corpus max_documents ~seed batch_size sequence_length "
-    "probe_tokens measurement_interval threads -device -output_dir -verbosity arm attack_steps "
-    "attack_optimizer attack_lr warmup_steps target_rank_reduction catalyst_length search_steps "
-    "search_candidates baseline_draws subspace subspace_energy hessian_directions "
-    "curvature_tokens rayleigh_draws -reference_checkpoint -reference_run_id match noise_scale "
-    "-dry_run",
-    "heal": "model revision deduped corpus max_documents ~seed batch_size sequence_length "
-    "probe_tokens measurement_interval threads -device -output_dir -verbosity "
-    "~collapsed_checkpoint -attack_run_id -checkpoint_dir -runs_per_checkpoint -num_runs ~arm "
-    "healing_steps healing_lr healing_optimizer healing_method lora_rank lora_alpha sham "
-    "gradient_checkpointing gradient_clip -save_healed precision precision_mode -dry_run",
+    "attack_steps corpus tokenizer text_column split_rule batch_size sequence_length "
+    "measurement_interval workers -device -output_dir -verbosity",
+    "attack": "model revision deduped tokenizer corpus max_documents text_column split_rule ~seed "
+    "batch_size sequence_length probe_tokens measurement_interval ~measurements threads "
+    "-device -output_dir -verbosity arm attack_steps attack_optimizer attack_lr "
+    "warmup_steps target_rank_reduction catalyst_length search_steps search_candidates "
+    "baseline_draws subspace subspace_energy hessian_directions curvature_tokens "
+    "rayleigh_draws -reference_checkpoint -reference_run_id match noise_scale -dry_run",
+    "heal": "model revision deduped tokenizer corpus max_documents text_column split_rule ~seed "
+    "batch_size sequence_length probe_tokens measurement_interval ~measurements threads "
+    "-device -output_dir -verbosity ~collapsed_checkpoint -attack_run_id -checkpoint_dir "
+    "-runs_per_checkpoint -num_runs ~arm healing_steps healing_lr healing_optimizer "
+    "healing_method lora_rank lora_alpha sham gradient_checkpointing gradient_clip "
+    "-save_healed precision precision_mode -dry_run",
     "summarize": "experiment filter legacy confidence -output_dir -verbosity",
     "import_results": "folder -output_dir -verbosity",
     "pretrain": "model corpus max_documents tokens_per_parameter vocab_size batch_size "
-    "sequence_length learning_rate weight_decay gradient_clip measurement_interval ~seed threads "
-    "-output_dir -verbosity",
-    "basin": "heal_run_id collapsed_checkpoint healed_checkpoint model revision deduped corpus "
-    "max_documents ~seed sequence_length probe_tokens curvature_tokens gradient_batches "
-    "eigenvalues lanczos_iterations curvature_tolerance density_probes density_iterations "
-    "path_points perturbations perturbation_radius escape_steps threads -device -output_dir "
-    "-verbosity",
+    "sequence_length "
+    "text_column split_rule learning_rate weight_decay gradient_clip measurement_interval "
+    "~seed threads -output_dir -verbosity",
+    "basin": "heal_run_id collapsed_checkpoint healed_checkpoint model revision deduped tokenizer "
+    "corpus max_documents ~seed sequence_length probe_tokens curvature_tokens "
+    "gradient_batches eigenvalues lanczos_iterations curvature_tolerance density_probes "
+    "density_iterations path_points perturbations perturbation_radius escape_steps "
+    "text_column split_rule threads -device -output_dir -verbosity",
 }
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_field_says_whether_it_determines_and_separates(stage):
-    cls = STAGES[stage]
+    cls = STAGES[stage].config
     found = []
     for name in ordered_names(cls):
         sign = "-" if name in not_determining(cls) else "~" if name in not_separating(cls) else ""
@@ -63,7 +65,7 @@ def test_every_field_says_whether_it_determines_and_separates(stage):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_parameters_are_logged_in_the_order_of_the_options(stage):
-    cls = STAGES[stage]
+    cls = STAGES[stage].config
     assert list(as_params(cls())) == ordered_names(cls)
 
 
@@ -95,6 +97,7 @@ def test_entries_of_a_checkpoint_that_separate_no_runs():
     assert set(NOT_SETTINGS) == {
         "seed", "fingerprint", "attack_run_id", "reference_checkpoint", "reference_run_id",
         "reference_fingerprint", "model_commit", "output_dir", "verbosity", "device", "dry_run",
+        "measurements",
     }  # fmt: skip
     # What is named beside the fields is a field of no attack: else it would have two answers.
     assert not set(LINEAGE) & set(ordered_names(AttackConfig))

@@ -94,7 +94,12 @@ def test_no_extra_measurement_leaves_fingerprints_as_they_were():
 def _without(config, name: str):
     """The same configuration, of a class that never had the field."""
     kept = [f for f in dataclasses.fields(config) if f.name != name]
-    made = dataclasses.make_dataclass("Older", [(f.name, f.type) for f in kept], frozen=True)
+    made = dataclasses.make_dataclass(
+        "Older",
+        [(f.name, f.type, dataclasses.field(metadata=f.metadata)) for f in kept],
+        frozen=True,
+        kw_only=True,
+    )
     return made(**{f.name: getattr(config, f.name) for f in kept})
 
 

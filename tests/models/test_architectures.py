@@ -43,12 +43,8 @@ from healing.models.model_files import EMBEDDED_DIR, model_shape
 from healing.stages.cells.attack import attack_cell
 from healing.stages.cells.basin import resolve_from_checkpoint as resolve_basin
 from healing.stages.cells.events import outcome_of
-from healing.stages.cells.heal import (
-    HealCell,
-    attacked_settings,
-    heal_cell,
-    resolve_from_checkpoint,
-)
+from healing.stages.cells.heal import attacked_settings, heal_cell, resolve_from_checkpoint
+from healing.stages.cells.heal_outcome import HealCell
 from healing.stages.cells.inputs import load_inputs, resolve_from_model
 from healing.stages.sweep import attack_config, heal_config, plan
 

@@ -21,6 +21,7 @@ from healing.errors import ModelError
 from healing.models.chat import ChatTemplate
 from healing.models.checkpoints import Checkpoint
 from healing.models.model_files import EMBEDDED_DIR
+from healing.stages.cells.basin import resolve_from_checkpoint as resolve_basin
 from healing.stages.cells.heal import resolve_from_checkpoint
 from healing.stages.cells.inputs import corpus_for, load_for
 from healing.stages.heal_inputs import fresh_attack_config
@@ -109,7 +110,7 @@ def test_what_is_healed_brings_its_tokenizer():
 
 def test_the_landscape_takes_the_options_of_its_healing_run():
     healed = Checkpoint(1, {}, "", {"model": "nano", **OPTIONS})
-    settled = resolve_from_checkpoint(BasinConfig(), healed, "h.pt")
+    settled = resolve_basin(BasinConfig(), healed, "h.pt")
     assert {name: getattr(settled, name) for name in OPTIONS} == OPTIONS
     assert resolve_basin(BasinConfig(split_rule="file"), healed, "h.pt").split_rule == "file"
     older = resolve_basin(BasinConfig(), Checkpoint(1, {}, "", {"model": "nano"}), "h.pt")

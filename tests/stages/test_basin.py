@@ -34,16 +34,11 @@ from healing.randomness import named_generator
 from healing.reporting.plots import basin as figures
 from healing.stages.attack import attack
 from healing.stages.basin import basin, find_cell
-from healing.stages.cells.basin import (
-    STEPS,
-    BasinCell,
-    BasinOutcome,
-    basin_cell,
-    curvature_batch,
-    gradient_batches,
-)
+from healing.stages.cells.basin import STEPS, basin_cell, curvature_batch, gradient_batches
+from healing.stages.cells.basin_outcome import BasinCell, BasinOutcome
 from healing.stages.cells.events import Begin, outcome_of
-from healing.stages.cells.heal import HealCell, resolve_from_checkpoint, settings_of
+from healing.stages.cells.heal import resolve_from_checkpoint, settings_of
+from healing.stages.cells.heal_outcome import HealCell
 from healing.stages.cells.inputs import cached_corpus
 from healing.stages.heal import heal
 from healing.stages.heal_inputs import find_checkpoints

@@ -12,7 +12,8 @@ from healing.config.resolve import resolve_from_presets
 from healing.models.checkpoints import save_checkpoint
 from healing.stages.cells.attack import attack_cell
 from healing.stages.cells.events import outcome_of
-from healing.stages.cells.heal import HealCell, HealOutcome, heal_cell
+from healing.stages.cells.heal import heal_cell
+from healing.stages.cells.heal_outcome import HealCell, HealOutcome
 from healing.stages.cells.inputs import resolve_from_model
 
 pytestmark = pytest.mark.slow

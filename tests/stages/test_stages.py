@@ -25,12 +25,12 @@ from healing.models.loading import load_model
 from healing.stages.attack import AttackStage, attack
 from healing.stages.cells.events import outcome_of
 from healing.stages.cells.heal import (
-    HealCell,
     heal_cell,
     heal_fingerprint,
     resolve_from_checkpoint,
     settings_of,
 )
+from healing.stages.cells.heal_outcome import HealCell
 from healing.stages.heal import heal
 from healing.stages.summarize import summarize
 from healing.stages.summarize_inputs import read_runs

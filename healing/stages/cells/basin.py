@@ -7,8 +7,7 @@ import itertools
 import math
 import pathlib
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
@@ -23,8 +22,8 @@ from healing.curvature.flat_weights import put_weights, weights_of
 from healing.curvature.gradient_noise import gradient_statistics
 from healing.curvature.hessian import HessianOperator
 from healing.curvature.lanczos import lanczos
-from healing.curvature.loss_landscape import Displacement, LossPath, displacement, loss_path
-from healing.curvature.minimum import Curvature, Evidence, Statement, is_minimum
+from healing.curvature.loss_landscape import displacement, loss_path
+from healing.curvature.minimum import Curvature, Evidence, is_minimum
 from healing.curvature.stochastic_lanczos import SpectralDensity, lanczos_quadrature
 from healing.data.splits import Corpus
 from healing.errors import CheckpointError, ConfigError, CorpusError
@@ -34,6 +33,7 @@ from healing.models.checkpoints import HEALED_KIND, Checkpoint, load_state, read
 from healing.models.loading import LoadedModel, state_digest
 from healing.progress import Safe
 from healing.randomness import named_generator
+from healing.stages.cells.basin_outcome import BasinCell, BasinOutcome, StateReport
 from healing.stages.cells.code_digest import code_digest
 from healing.stages.cells.events import Begin, Events
 from healing.stages.cells.inputs import device_kind, inputs_read, load_inputs, resolve_from_model
@@ -52,129 +52,6 @@ TOKENS_PER_PASS = 512
 
 Part = Callable[[str], Safe]
 """Name of a part that is done → the safe point after it."""
-
-
-@dataclass(frozen=True)
-class BasinCell:
-    """One landscape: everything that decides its numbers, picklable.
-
-    Attributes:
-        config: Resolved configuration (:func:`resolve_from_checkpoint`).
-        collapsed: Path of the collapsed checkpoint; empty = the healthy state (a sham).
-        healed: Path of the healed checkpoint.
-
-    Where nothing is settled yet, both are empty and the configuration says what is meant.
-    """
-
-    config: BasinConfig
-    collapsed: str = ""
-    healed: str = ""
-
-    @property
-    def arm(self) -> str:
-        """The arm whose damage was healed."""
-        return str(read_checkpoint(pathlib.Path(self.healed)).config.get("arm", "unknown"))
-
-
-@dataclass(frozen=True)
-class StateReport:
-    """What one state shows.
-
-    Attributes:
-        evidence: Gradient, curvature, escape.
-        statement: Whether it is a minimum.
-        density: Quadrature of the Hessian's spectral density.
-    """
-
-    evidence: Evidence
-    statement: Statement
-    density: SpectralDensity
-
-    @property
-    def trace(self) -> tuple[float, float]:
-        """Of the Hessian, with its standard error over probes (NaN for one)."""
-        mean, error = self.density.moment(1)
-        return mean * self.density.dimension, error * self.density.dimension
-
-    def metrics(self) -> dict[str, float]:
-        """Numbers by name, without the state."""
-        g, c, e = self.evidence.gradient, self.evidence.curvature, self.evidence.escape
-        further = {f"lambda_max_{i}": v for i, v in enumerate(c.largest[1:], start=2)}
-        further |= {f"lambda_min_{i}": v for i, v in enumerate(c.smallest[1:], start=2)}
-        return {
-            "loss": e.heldout_loss,
-            "curvature_batch_loss": e.loss,
-            "gradient_norm": g.norm,
-            "gradient_squared_norm": g.squared_norm,
-            "gradient_squared_norm_error": g.standard_error,
-            "gradient_snr": g.snr,
-            "lambda_max": c.largest[0],
-            "lambda_max_residual": c.largest_residuals[0],
-            "lambda_min": c.smallest[0],
-            "lambda_min_residual": c.smallest_residuals[0],
-            **further,
-            "trace": self.trace[0],
-            "trace_error": self.trace[1],
-            "escaped": float(e.escaped) if e.finite else math.nan,
-            "escape_loss_drop": e.loss_drop,
-            "escape_probe_loss_drop": e.heldout_loss_drop,
-            "escape_distance_ratio": e.distance_ratio,
-            "descent_loss_drop": e.loss - e.unperturbed.final_loss if e.unperturbed else math.nan,
-            "descent_distance": e.unperturbed.final_distance if e.unperturbed else math.nan,
-        }
-
-
-@dataclass(frozen=True)
-class BasinOutcome:
-    """What a basin cell leaves.
-
-    Attributes:
-        cell: What was run.
-        fingerprint: Hash of what determined the result.
-        made: Configuration stored with the healed checkpoint: arm, lineage.
-        n_params: Size of the model.
-        digests: Corpus digests by split.
-        states: By name, in the order of :data:`STATES`.
-        paths: By name, in the order of :data:`PATHS`.
-        displacement: Distances and return angle.
-    """
-
-    cell: BasinCell
-    fingerprint: str
-    made: dict[str, Any]
-    n_params: int
-    digests: dict[str, str]
-    states: dict[str, StateReport]
-    paths: dict[str, LossPath]
-    displacement: Displacement
-
-    def metrics(self) -> dict[str, float]:
-        """All final numbers under their MLflow names."""
-        d = self.displacement
-        found = {
-            f"basin/{state}/{name}": value
-            for state, report in self.states.items()
-            for name, value in report.metrics().items()
-        }
-        for name, path in self.paths.items():
-            found[f"basin/barrier/{name}"] = path.barrier
-            found[f"basin/barrier_position/{name}"] = 100 * path.barrier_position
-            found[f"basin/climb/{name}"] = path.climb
-        return found | {
-            "basin/healthy_norm": d.healthy_norm,
-            "basin/attack_norm": d.attack_norm,
-            "basin/healing_norm": d.healing_norm,
-            "basin/remaining_norm": d.remaining_norm,
-            "basin/relative_attack_norm": d.attack_norm / d.healthy_norm,
-            "basin/relative_healing_norm": d.healing_norm / d.healthy_norm,
-            "basin/relative_remaining_norm": d.remaining_norm / d.healthy_norm,
-            "basin/return_cosine": d.return_cosine,
-            "basin/return_share": d.return_share,
-        }
-
-    def statements(self) -> dict[str, str]:
-        """``collapsed_is_minimum`` and so on: yes, no or undetermined."""
-        return {f"{state}_is_minimum": r.statement.answer for state, r in self.states.items()}
 
 
 def resolve_from_checkpoint(config: BasinConfig, healed: Checkpoint, path: object) -> BasinConfig:

@@ -1,0 +1,174 @@
+"""What a healing run is and what it leaves, apart from the model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from healing.config.arm_tags import SHAM_ARM
+from healing.config.heal import HealConfig
+from healing.measurements.diagnosis import (
+    Diagnosis,
+    Failure,
+    HealthyReplay,
+)
+from healing.measurements.probe import Measurement
+from healing.measurements.recovery import Damage, State, recovery_pct, verdict_of
+from healing.models.checkpoints import (
+    Checkpoint,
+)
+from healing.statistics.survival import half_recovery_time
+from healing.training.healing_loop import HealRecord
+from healing.training.precision import Precision
+
+
+@dataclass(frozen=True)
+class HealCell:
+    """One healing run: everything that decides its numbers, picklable.
+
+    Attributes:
+        config: Resolved configuration.
+        checkpoint: Path of the collapsed checkpoint; empty for the sham, which heals the healthy
+            model.
+        replicate: Number of the run among those of the same checkpoint and seed.
+        sham: Trajectory of the sham of the same seed, replicate and settings: step → state.
+        sham_run_id: Run of that sham; empty without one.
+    """
+
+    config: HealConfig
+    checkpoint: str
+    replicate: int = 0
+    sham: Mapping[int, State] = field(default_factory=dict, compare=False)
+    sham_run_id: str = field(default="", compare=False)
+
+    def sham_cell(self) -> HealCell:
+        """The healing of the healthy model that this cell is referred to."""
+        bare = replace(
+            self.config, sham=False, arm=SHAM_ARM, collapsed_checkpoint="", attack_run_id=""
+        )
+        return HealCell(replace(bare, checkpoint_dir=""), "", self.replicate)
+
+
+@dataclass(frozen=True)
+class HealOutcome:
+    """What a healing cell leaves beside the healed model, which is too large to keep for each run.
+
+    Attributes:
+        cell: What was run.
+        fingerprint: Hash of what determined the result.
+        checkpoint: The collapsed state it started from, without its tensors.
+        healthy_digest: Of the untouched model's weights.
+        healthy: Measurement of the untouched model.
+        records: The trajectory, from step 0.
+        digests: Corpus digests by split.
+        in_float32: What the collapsed model cannot compute in float32 before any step, if so.
+        healthy_replay: The healthy model through the same first steps, where the run stalled.
+        unigram_loss: Of token frequencies alone on the probe, nats per token: a collapsed model may
+            be worse than knowing nothing, and most of its loss comes back without any knowledge.
+    """
+
+    cell: HealCell
+    fingerprint: str
+    checkpoint: Checkpoint
+    healthy_digest: str
+    healthy: Measurement
+    records: tuple[HealRecord, ...]
+    digests: dict[str, str]
+    in_float32: Failure | None = None
+    healthy_replay: HealthyReplay | None = None
+    unigram_loss: float = math.nan
+
+    @property
+    def damage(self) -> Damage:
+        """Healthy and collapsed state."""
+        return Damage(self.healthy.state, self.records[0].measurement.state)
+
+    @property
+    def diagnosis(self) -> Diagnosis:
+        """What the status rests on."""
+        config, last = self.cell.config, self.records[-1]
+        return Diagnosis(
+            str(Precision(config.precision, config.precision_mode)),
+            self.in_float32,
+            last.failure,
+            last.stalled,
+            self.healthy_replay,
+            last.nonfinite_steps,
+            last.scaler_skipped_steps,
+            last.step,
+        )
+
+    @property
+    def status(self) -> str:
+        """As :attr:`healing.measurements.diagnosis.Diagnosis.status`."""
+        return self.diagnosis.status
+
+    def recovery(self, record: HealRecord) -> dict[str, float]:
+        """Recovery numbers of one record, in percent; NaN where the model cannot compute.
+
+        A model that takes no step keeps its rank: 0 % would be an invented result.
+        """
+        now, sham = record.measurement.state, self.cell.sham.get(record.step)
+        numbers = self.damage.recovery(now)
+        unigram = recovery_pct(self.unigram_loss, self.damage.collapsed.loss, self.healthy.loss)
+        numbers["unigram_loss_recovery_pct"] = math.nan if self.damage.loss_reason else unigram
+        if sham is not None:
+            numbers |= self.damage.sham_recovery(now, sham)
+        return dict.fromkeys(numbers, math.nan) if self._not_computing else numbers
+
+    @property
+    def _not_computing(self) -> str:
+        """Why there is no recovery to speak of; known before the healthy model has been tried."""
+        if not (self.in_float32 or self.records[-1].stalled):
+            return ""
+        return self.diagnosis.sentence
+
+    def half_recovery(self, name: str) -> tuple[float, bool]:
+        """Steps until half of a recovery is reached, and whether the run ended before (censored).
+
+        (NaN, True) where the recovery is undefined.
+        """
+        values = [self.recovery(r)[name] for r in self.records]
+        if not any(math.isfinite(v) for v in values[1:]):
+            return math.nan, True
+        found = half_recovery_time([float(r.step) for r in self.records], values)
+        return found.time, found.censored
+
+    def summary(self) -> dict[str, Any]:
+        """Final numbers, as stored in ``healing_summary.json``."""
+        damage, last = self.damage, self.records[-1]
+        final = last.measurement.state
+        recovery = self.recovery(last)
+        rank_time, rank_censored = self.half_recovery("rank_recovery_pct")
+        loss_time, loss_censored = self.half_recovery("loss_recovery_pct")
+        per_step = int(self.cell.config.batch_size) * self.cell.config.sequence_length  # tokens
+        return {
+            **recovery,
+            "verdict": verdict_of(recovery["rank_recovery_pct"]),
+            "verdict_loss": verdict_of(recovery["loss_recovery_pct"]),
+            "spectral_state": damage.spectral_state,
+            "rank_undefined_reason": self._not_computing or damage.rank_reason,
+            "loss_undefined_reason": self._not_computing or damage.loss_reason,
+            "original_rank": damage.healthy.effective_rank,
+            "collapsed_rank": damage.collapsed.effective_rank,
+            "final_effective_rank": final.effective_rank,
+            "original_perplexity": damage.healthy.perplexity,
+            "collapsed_perplexity": damage.collapsed.perplexity,
+            "final_perplexity": final.perplexity,
+            "original_loss": damage.healthy.loss,
+            "collapsed_loss": damage.collapsed.loss,
+            "final_loss": final.loss,
+            "unigram_loss": self.unigram_loss,
+            "rank_reduction_pct": damage.rank_reduction_pct,
+            "rank_change_threshold": damage.rank_threshold,
+            "half_recovery_steps_rank": rank_time,
+            "half_recovery_censored_rank": rank_censored,
+            "half_recovery_steps_loss": loss_time,
+            "half_recovery_censored_loss": loss_censored,
+            "half_recovery_tokens_rank": rank_time * per_step,
+            "half_recovery_tokens_loss": loss_time * per_step,
+            "steps": last.step,
+            **self.diagnosis.summary(),
+        }
