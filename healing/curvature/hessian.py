@@ -9,16 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal, Self, get_args
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from healing.curvature.lanczos import LanczosResult
-
-if TYPE_CHECKING:
-    from scipy.sparse.linalg import LinearOperator
 
 LossClosure = Callable[[nn.Module, Any], Tensor]
 Method = Literal["exact", "finite_difference"]
@@ -165,19 +162,6 @@ class HessianOperator:
             yield
         finally:
             self._retained = None
-
-    def as_scipy(self) -> LinearOperator:
-        """This operator as a `scipy.sparse.linalg.LinearOperator` on host arrays."""
-        # Imported here: scipy is needed for this view alone, and the rest is torch only.
-        import numpy as np
-        from scipy.sparse.linalg import LinearOperator
-
-        def matvec(array: np.ndarray) -> np.ndarray:
-            # copied, since scipy hands over read-only and strided views
-            return self.matvec(torch.from_numpy(np.array(array).reshape(-1))).cpu().numpy()
-
-        dtype = np.dtype(str(self.dtype).removeprefix("torch."))
-        return LinearOperator(self.shape, matvec=matvec, rmatvec=matvec, dtype=dtype)
 
     def _products(self, vectors: list[Tensor]) -> list[Tensor]:
         converted = [v.detach().to(device=self.device, dtype=self.dtype) for v in vectors]

@@ -96,46 +96,6 @@ def rademacher(operator: SymmetricOperator, generator: torch.Generator) -> Tenso
     return (2 * bits - 1).to(device=operator.device, dtype=operator.dtype)
 
 
-@dataclass(frozen=True)
-class TraceEstimate:
-    """Hutchinson estimate of tr(H).
-
-    Attributes:
-        value: Mean of the samples.
-        standard_error: Of that mean; NaN for a single probe.
-        samples: vᵀHv of each probe, shape `(probes,)`, float64 on the host.
-    """
-
-    value: float
-    standard_error: float
-    samples: Tensor
-
-
-def hutchinson_trace(
-    operator: SymmetricOperator, generator: torch.Generator, *, n_probes: int = 32
-) -> TraceEstimate:
-    """tr(H) as the mean of vᵀHv over Rademacher v; variance 2·Σ_{i≠j} H_ij² per probe.
-
-    Args:
-        operator: Symmetric operator on `(n,)` vectors.
-        generator: Draws the probes.
-        n_probes: Number of products.
-
-    Raises:
-        ValueError: If `n_probes` is less than one.
-
-    Source:
-        Hutchinson 1990, Commun. Stat. Simul. Comput. 19(2).
-    """
-    if n_probes < 1:
-        raise ValueError(f"need at least one probe, got {n_probes}")
-    samples = torch.empty(n_probes, dtype=torch.float64)
-    for index in range(n_probes):
-        probe = rademacher(operator, generator)
-        samples[index] = torch.dot(probe, operator(probe)).item()
-    return TraceEstimate(samples.mean().item(), standard_error(samples), samples)
-
-
 def rayleigh_quotient(operator: SymmetricOperator, vector: Tensor) -> float:
     """vᵀHv / vᵀv: the curvature along `vector`, shape `(n,)`; NaN for the zero vector."""
     converted = vector.to(device=operator.device, dtype=operator.dtype)

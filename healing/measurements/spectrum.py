@@ -66,11 +66,6 @@ class Spectrum:
         """λ₁/λ₂ (infinite for a rank-one matrix)."""
         return float(self.eigenvalues[0] / self.eigenvalues[1])
 
-    @property
-    def enough_rows(self) -> bool:
-        """Whether rows ≥ 4 × hidden size."""
-        return self.rows >= ROWS_PER_DIMENSION * len(self.eigenvalues)
-
 
 def spectral_entropy(eigenvalues: torch.Tensor) -> torch.Tensor:
     """Entropy −Σ pᵢ ln pᵢ of pᵢ = √λᵢ/Σ√λ over the last dimension, in nats; differentiable.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from healing.measurements.diagnosis import (
     DIVERGED,
@@ -26,9 +27,12 @@ from healing.reporting.phrases import (
     number_text,
     time_text,
 )
+from healing.statistics.checkpoint_estimates import HalfTimes
 from healing.statistics.heal_runs import SHAM_ENDPOINTS
 from healing.statistics.paired_tests import PRIMARY_ENDPOINTS
 from healing.statistics.summary import GroupSummary, Summary
+
+T = TypeVar("T")
 
 STATUS_LABELS = {
     LOCKOUT: "locked out",
@@ -65,6 +69,25 @@ def endpoint_name(endpoint: str) -> str:
 
 def _row(group: GroupSummary, summary: Summary, *cells: str) -> tuple[str, ...]:
     return (group.model, group_label(group, summary.groups), *cells)
+
+
+def _endpoint_rows(
+    summary: Summary,
+    found: Callable[[GroupSummary], Mapping[str, T]],
+    cells: Callable[[GroupSummary, str, T], tuple[str, ...]],
+) -> tuple[tuple[str, ...], ...]:
+    """A row for every group and endpoint that has a result: model, arm, endpoint, then the cells.
+
+    Args:
+        summary: Its groups.
+        found: Endpoint → result of a group.
+        cells: Of a group, an endpoint and its result.
+    """
+    return tuple(
+        _row(g, summary, endpoint_name(endpoint), *cells(g, endpoint, result))
+        for g in summary.groups
+        for endpoint, result in found(g).items()
+    )
 
 
 def _level(summary: Summary) -> str:
@@ -132,18 +155,10 @@ def bootstrap_table(summary: Summary) -> Table:
     """BCa intervals beside the t intervals, where there are enough checkpoints."""
     level = _level(summary)
     header = ("model", "arm", "endpoint", "n", f"Student t {level}", f"BCa bootstrap {level}")
-    rows = tuple(
-        _row(
-            g,
-            summary,
-            endpoint_name(endpoint),
-            str(bca.n),
-            interval_text(g.intervals[endpoint]),
-            interval_text(bca),
-        )
-        for g in summary.groups
-        for endpoint, bca in g.bootstrap.items()
-        if bca.defined
+    rows = _endpoint_rows(
+        summary,
+        lambda g: {e: bca for e, bca in g.bootstrap.items() if bca.defined},
+        lambda g, e, bca: (str(bca.n), interval_text(g.intervals[e]), interval_text(bca)),
     )
     note = (
         "Per cent. BCa (Efron 1987; 9,999 resamples of checkpoint means) assumes no normal "
@@ -153,15 +168,11 @@ def bootstrap_table(summary: Summary) -> Table:
     return Table("Bootstrap beside the t interval", header, rows, note)
 
 
-def _half_row(group: GroupSummary, endpoint: str, summary: Summary) -> tuple[str, ...]:
-    half = group.half_times[endpoint]
+def _half_cells(group: GroupSummary, endpoint: str, half: HalfTimes) -> tuple[str, ...]:
     tokens = group.half_recovery_tokens.get(endpoint)
     mean = half.geometric_mean
     reached = f"{half.curve.n - half.curve.n_censored} of {half.curve.n}"
-    return _row(
-        group,
-        summary,
-        endpoint_name(endpoint),
+    return (
         reached if half.curve.n else "undefined",
         median_text(half.curve.median),
         median_text(tokens) if tokens else "unknown",
@@ -176,9 +187,7 @@ def half_table(summary: Summary) -> Table:
         "model", "arm", "endpoint", "checkpoints with half back", f"median steps {level}",
         f"median tokens {level}", f"geometric mean steps {level}",
     )  # fmt: skip
-    rows = tuple(
-        _half_row(g, e, summary) for g in summary.groups if g.role != SHAM for e in g.half_times
-    )
+    rows = _endpoint_rows(summary, lambda g: g.half_times if g.role != SHAM else {}, _half_cells)
     note = (
         "First step at which a checkpoint's mean trajectory reaches 50 %; checkpoints that do not "
         "are right-censored at their last step. Median: Kaplan–Meier, its upper bound is ∞ for six "
@@ -194,19 +203,15 @@ def variance_table(summary: Summary) -> Table:
         "model", "arm", "endpoint", "checkpoints (runs)", "variance between checkpoints",
         "variance within", "ICC",
     )  # fmt: skip
-    rows = tuple(
-        _row(
-            g,
-            summary,
-            endpoint_name(endpoint),
+    rows = _endpoint_rows(
+        summary,
+        lambda g: {e: found for e, found in g.variance.items() if not math.isnan(found.icc)},
+        lambda _group, _endpoint, found: (
             f"{found.n_checkpoints} ({found.n_replicates})",
             number_text(found.between),
             number_text(found.within),
             number_text(found.icc, 2),
-        )
-        for g in summary.groups
-        for endpoint, found in g.variance.items()
-        if not math.isnan(found.icc)
+        ),
     )
     note = (
         "Squared points, by analysis of variance of replicates nested in checkpoints; ICC = "
@@ -220,10 +225,10 @@ def variance_table(summary: Summary) -> Table:
 def asymptote_table(summary: Summary) -> Table:
     """Fitted asymptotes and half-lives."""
     header = ("model", "arm", "endpoint", "asymptote", "half-life", "law (checkpoints)")
-    rows = tuple(
-        _row(g, summary, endpoint_name(e), *asymptote_texts(found), laws_text(found))
-        for g in summary.groups
-        for e, found in g.asymptotes.items()
+    rows = _endpoint_rows(
+        summary,
+        lambda g: g.asymptotes,
+        lambda _group, _endpoint, found: (*asymptote_texts(found), laws_text(found)),
     )
     note = (
         "Each checkpoint's mean trajectory (over its replicates with a defined recovery) is fitted "
@@ -237,17 +242,14 @@ def asymptote_table(summary: Summary) -> Table:
 def plan_table(summary: Summary) -> Table:
     """Checkpoints that inconclusive verdicts need."""
     header = ("model", "arm", "endpoint", "checkpoints now", "needed in all", "for the verdict")
-    rows = tuple(
-        _row(
-            g,
-            summary,
-            endpoint_name(endpoint),
+    rows = _endpoint_rows(
+        summary,
+        lambda g: g.plans,
+        lambda g, endpoint, plan: (
             str(g.intervals[endpoint].n),
             "out of reach" if plan.n_checkpoints is None else str(plan.n_checkpoints),
             plan.verdict.shown,
-        )
-        for g in summary.groups
-        for endpoint, plan in g.plans.items()
+        ),
     )
     note = (
         "Checkpoints in all that would give the verdict on whose side the mean lies with 80 % "

@@ -259,24 +259,6 @@ def log_time_interval(times: ArrayLike, censored: ArrayLike, confidence: float =
     return replace(exp_interval(t_interval(np.log(t), confidence)), method=method)
 
 
-def half_time_interval(times: ArrayLike, censored: ArrayLike, confidence: float = 0.95) -> Interval:
-    """Interval of the typical half-recovery time; its ``method`` says which.
-
-    The log-scale t interval of the geometric mean where no time is censored, otherwise the
-    Kaplan-Meier median. Both estimate the median of a log-normal time.
-
-    Raises:
-        ValueError: as ``kaplan_meier``.
-
-    Warns:
-        DegenerateDataWarning: as ``log_time_interval`` and ``kaplan_meier``.
-    """
-    t, c = _right_censored(times, censored)
-    if c.any():
-        return kaplan_meier(t, c, confidence).median
-    return log_time_interval(t, c, confidence)
-
-
 def logrank_test(
     treatment_times: ArrayLike,
     treatment_censored: ArrayLike,

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from healing.curvature.stochastic_lanczos import (
     SpectralDensity,
-    hutchinson_trace,
     lanczos_quadrature,
     rademacher,
     rayleigh_percentile,
@@ -136,26 +135,8 @@ def test_quadrature_with_a_bfloat16_basis() -> None:
     assert narrow.moment(2)[0] == pytest.approx(full.moment(2)[0], rel=2.0**-16)
 
 
-def test_hutchinson_is_unbiased_with_the_known_variance() -> None:
-    eigenvalues = outlier_spectrum(100)
-    matrix, _ = with_spectrum(eigenvalues)
-    estimate = hutchinson_trace(Dense(matrix), generator(), n_probes=400)
-    off_diagonal = matrix - torch.diag(matrix.diagonal())
-    deviation = math.sqrt(2 * (off_diagonal**2).sum().item())
-    assert abs(estimate.value - eigenvalues.sum().item()) < 4 * deviation / math.sqrt(400)
-    # the relative error of a standard deviation from 400 samples is about 1/sqrt(800) = 3.5 %
-    assert estimate.standard_error == pytest.approx(deviation / math.sqrt(400), rel=0.15)
-    assert estimate.value == pytest.approx(estimate.samples.mean().item())
-
-
-def test_hutchinson_is_exact_for_a_diagonal_matrix() -> None:
-    estimate = hutchinson_trace(Dense(torch.diag(torch.arange(9.0))), generator(), n_probes=2)
-    assert (estimate.value, estimate.standard_error) == (36, 0)
-
-
 def test_standard_error_of_one_sample_is_undefined() -> None:
     assert math.isnan(standard_error(torch.ones(1)))
-    assert math.isnan(hutchinson_trace(Dense(torch.eye(3)), generator(), n_probes=1).standard_error)
 
 
 def test_rayleigh_quotient_of_eigenvectors_and_of_zero() -> None:
@@ -193,8 +174,6 @@ def test_ties_count_half_and_nan_is_undefined() -> None:
 
 def test_refuses_bad_arguments() -> None:
     operator = Dense(torch.eye(4))
-    with pytest.raises(ValueError, match="need at least one probe, got 0"):
-        hutchinson_trace(operator, generator(), n_probes=0)
     with pytest.raises(ValueError, match="need at least one random direction, got 0"):
         rayleigh_percentile(operator, torch.ones(4), generator(), n_random=0)
     with pytest.raises(ValueError, match="need one probe and one iteration, got 0 and 64"):

@@ -22,7 +22,7 @@ BROKEN = Failure(0, "forward", "head")
         ({"scaler_skipped_steps": 3, "precision": "fp16 autocast"}, "ok"),
         ({"nonfinite_steps": 2, "failure": OVERFLOW}, "nonfinite_steps"),
         ({"in_float32": BROKEN}, "lockout"),
-        # Whatever the run and a control say: a model that cannot compute in fp32 is locked out.
+        # Whatever else is known: a model that cannot compute in fp32 is locked out.
         (
             {"in_float32": BROKEN, "failure": UPDATE, "stalled": True, "precision": "pure fp16",
              "healthy_replay": HealthyReplay(1, UPDATE)},
@@ -62,7 +62,7 @@ def test_status(changes, status):
     assert replace(FINE, **changes).status == status
 
 
-def test_sentences_say_what_failed_and_what_the_control_did():
+def test_sentences_say_what_failed_and_what_the_healthy_model_did():
     assert FINE.sentence == "20 of 20 steps were taken."
     skipped = replace(FINE, precision="fp16 autocast", scaler_skipped_steps=3)
     assert skipped.sentence == (

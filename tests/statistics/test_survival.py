@@ -21,7 +21,6 @@ from healing.statistics.survival import (
     HalfRecovery,
     MedianNotReachedWarning,
     half_recovery_time,
-    half_time_interval,
     kaplan_meier,
     log_time_interval,
     logrank_test,
@@ -166,7 +165,7 @@ def test_degenerate_survival_data_give_nan() -> None:
     ],
 )
 def test_bad_times_are_rejected(times: list[float], censored: list[bool], message: str) -> None:
-    for function in (kaplan_meier, log_time_interval, half_time_interval):
+    for function in (kaplan_meier, log_time_interval):
         with pytest.raises(ValueError, match=message):
             function(times, censored)
     with pytest.raises(ValueError, match=message.removeprefix("times ")):
@@ -187,9 +186,6 @@ def test_a_censored_time_has_no_place_in_a_mean() -> None:
     with pytest.warns(CensoredDataWarning, match="1 of 3 times are censored, use kaplan_meier"):
         interval = log_time_interval(times, censored)
     assert math.isnan(interval.point)
-    assert half_time_interval(times, censored).method == "Kaplan-Meier, log-log"
-    assert half_time_interval(times, censored).point == 20.0
-    assert half_time_interval(times, [False] * 3).method == "log-scale Student t"
 
 
 @pytest.mark.parametrize(
@@ -204,7 +200,7 @@ def test_log_interval_of_degenerate_times(
 
 
 def test_confidence_is_checked() -> None:
-    for function in (kaplan_meier, log_time_interval, half_time_interval):
+    for function in (kaplan_meier, log_time_interval):
         with pytest.raises(ValueError, match="confidence is 95"):
             function([1.0, 2.0, 3.0], [False] * 3, 95)
 

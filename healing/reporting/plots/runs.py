@@ -7,6 +7,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from matplotlib.axes import Axes
+
 from healing.config.arm_tags import arm_label
 from healing.measurements.recovery import IRREVERSIBLE_BELOW, REVERSIBLE_ABOVE
 from healing.reporting.plots.style import (
@@ -19,6 +21,9 @@ from healing.reporting.plots.style import (
     reference_line,
     series,
 )
+
+Trajectory = Sequence[tuple[int, Mapping[str, float]]]
+"""Step and measured numbers by name, ascending."""
 
 
 def loss_curve(
@@ -46,9 +51,7 @@ def loss_curve(
         ax.legend()
 
 
-def rank_collapse(
-    path: pathlib.Path, trajectory: Sequence[tuple[int, Mapping[str, float]]], arm: str, model: str
-) -> None:
+def rank_collapse(path: pathlib.Path, trajectory: Trajectory, arm: str, model: str) -> None:
     """Attack: effective rank (mean and every block) and perplexity against attack steps."""
     colour, marker = arm_style(arm)
     with figure(path, 1, 2, (8.4, 3.6)) as (fig, (left, right)):
@@ -99,21 +102,27 @@ def spectral_decay(
         ax.legend()
 
 
+def _measured_line(ax: Axes, trajectory: Trajectory, name: str, arm: str) -> None:
+    """One measured number of a healing run against its steps, in the arm's colour."""
+    colour, marker = arm_style(arm)
+    ax.plot(*series(trajectory, name), color=colour, marker=marker, markersize=3)
+    ax.set_xlabel("healing steps")
+
+
 def recovery_trajectory(
     path: pathlib.Path,
-    trajectory: Sequence[tuple[int, Mapping[str, float]]],
+    trajectory: Trajectory,
     summary: Mapping[str, Any],
     arm: str,
     title: str,
 ) -> None:
     """Healing: effective rank with its references, and both recoveries, against steps."""
-    colour, marker = arm_style(arm)
-    last = trajectory[-1][0]
+    colour, last = arm_style(arm)[0], trajectory[-1][0]
     with figure(path, 1, 2, (8.8, 3.8)) as (fig, (left, right)):
-        left.plot(*series(trajectory, "effective_rank"), color=colour, marker=marker, markersize=3)
+        _measured_line(left, trajectory, "effective_rank", arm)
         reference_line(left, summary["original_rank"], "healthy", last)
         reference_line(left, summary["collapsed_rank"], "collapsed", last)
-        left.set(xlabel="healing steps", ylabel="effective rank (dimensions)", ylim=(0, None))
+        left.set(ylabel="effective rank (dimensions)", ylim=(0, None))
         names = (
             ("rank_recovery_pct", colour, "-", "rank"),
             ("loss_recovery_pct", BLACK, "--", "loss"),
@@ -138,25 +147,19 @@ def recovery_trajectory(
 
 def perplexity_recovery(
     path: pathlib.Path,
-    trajectory: Sequence[tuple[int, Mapping[str, float]]],
+    trajectory: Trajectory,
     summary: Mapping[str, Any],
     arm: str,
     title: str,
 ) -> None:
     """Healing: perplexity on a log scale against steps, with its references."""
-    colour, marker = arm_style(arm)
     last = trajectory[-1][0]
     with figure(path) as (_, (ax,)):
-        ax.plot(*series(trajectory, "perplexity"), color=colour, marker=marker, markersize=3)
+        _measured_line(ax, trajectory, "perplexity", arm)
         for state, key in (
             ("healthy", "original_perplexity"),
             ("collapsed", "collapsed_perplexity"),
         ):
             if math.isfinite(summary[key]):
                 reference_line(ax, summary[key], state, last)
-        ax.set(
-            xlabel="healing steps",
-            ylabel="perplexity on the probe (log scale)",
-            yscale="log",
-            title=title,
-        )
+        ax.set(ylabel="perplexity on the probe (log scale)", yscale="log", title=title)
