@@ -63,7 +63,7 @@ def _half_recovery_test(endpoint: str, test: LogRankTest) -> str:
     kind = "exact" if test.method == "exact permutation" else "asymptotic"
     return (
         f"{SHORT[endpoint]} z = {test.statistic:.2f}, {kind} {p_text(test.p_value)} ({sooner}; "
-        f"{counts}, {test.n_events[0]} and {test.n_events[1]} of them got there)"
+        f"{counts}, {test.n_events[0]} and {test.n_events[1]} of them reached half)"
     )
 
 
@@ -71,7 +71,10 @@ def half_recovery_sentence(model: str, summary: Summary) -> str:
     """Log-rank tests of the half-recovery times of one model, in one line."""
     tests = summary.contrasts[model].half_recovery_test
     said = "; ".join(_half_recovery_test(endpoint, test) for endpoint, test in tests.items())
-    return f"{model}: time until half is back after HAEP and after noise, log-rank test: {said}."
+    return (
+        f"{model}: time until half of the damage is repaired (half-recovery time), HAEP against "
+        f"noise, log-rank test: {said}."
+    )
 
 
 def contrast_sentences(summary: Summary) -> list[str]:
