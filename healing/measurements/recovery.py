@@ -115,7 +115,7 @@ class Damage:
         if abs(change) < self.rank_threshold:
             return (
                 f"the attack changed the effective rank by {change:+.3g}, "
-                f"less than the {self.rank_threshold:.3g} that can be told from none"
+                f"below the detection threshold of {self.rank_threshold:.3g}"
             )
         return ""
 

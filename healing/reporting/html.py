@@ -57,9 +57,9 @@ CAPTIONS = {
         "interval. " + ZONES
     ),
     "half_recovery": (
-        "Share of checkpoints that got back half of what the attack took (one minus the "
-        "Kaplan–Meier curve). A vertical tick is a checkpoint that was followed up to there "
-        "without getting back half. Lines that lie on one another are drawn dashed over solid."
+        "Share of checkpoints in which half of the damage is repaired (one minus the "
+        "Kaplan–Meier curve). A vertical tick is a checkpoint whose run ended there before half "
+        "was repaired. Lines that coincide are drawn dashed over solid."
     ),
     "haep_against_noise": (
         "{0} minus {1}, paired by seed: one point per pair, below them their mean with its "
@@ -68,7 +68,8 @@ CAPTIONS = {
     "recovery_against_parameters": (
         "Mean rank recovery after the last step against the number of parameters, with its "
         "interval; arms are set side by side. A line joins the sizes of an arm only where each "
-        "has one settings: nothing says which of several belong together. " + ZONES
+        "has a single group of settings, since with several it is unknown which belong together. "
+        + ZONES
     ),
 }
 METHODS = (

@@ -272,7 +272,7 @@ def _limits(summary: Summary) -> str:
     if n:
         text += (
             f" {count_text(n, 'run')} {'has' if n == 1 else 'have'} no defined rank recovery, "
-            "because the rank was not finite or changed by less than can be told from none."
+            "because the rank was not finite or its change was below the detection threshold."
         )
     return escape(text) + left_out_sentences(summary)
 

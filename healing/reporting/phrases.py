@@ -142,12 +142,12 @@ def loss_sentence(group: GroupSummary) -> str:
         return "Loss recovery is undefined."
     verdict = VERDICT_NAMES[group.verdict_loss].lower()
     estimate = estimate_text(interval, group.undefined_checkpoints(LOSS))
-    text = f"The loss recovers by {estimate}, which by itself reads “{verdict}”"
+    text = f"The loss recovers by {estimate}, which on its own would be “{verdict}”"
     unigram = group.intervals.get(UNIGRAM)
     if unigram is not None and not math.isnan(unigram.point):
         text += (
-            f" (a model that knows token frequencies alone would score {unigram.point:.1f} %: read "
-            "the loss beside that)"
+            f" (for comparison: a model that knows only token frequencies scores "
+            f"{unigram.point:.1f} %)"
         )
     both = {group.verdict, group.verdict_loss}
     if both <= set(DECIDED) and len(both) == 2:
@@ -156,12 +156,13 @@ def loss_sentence(group: GroupSummary) -> str:
 
 
 def half_sentence(group: GroupSummary) -> str:
-    """When half of the rank was back; empty where no time is defined."""
+    """When half of the rank's damage was repaired; empty where no time is defined."""
     half = group.half_times.get(RANK)
     if half is None or half.curve.n == 0:
         return ""
     reached = half.curve.n - half.curve.n_censored
-    text = f"{reached} of {count_text(half.curve.n, 'checkpoint')} had half of the rank back"
+    counted = count_text(half.curve.n, "checkpoint")
+    text = f"Half of the damage to the rank was repaired in {reached} of {counted}"
     median = half.curve.median
     if math.isnan(median.point):
         return f"{text}, so that the median time is not reached."
@@ -223,7 +224,8 @@ def laws_text(found: Asymptotes) -> str:
 def plan_sentence(plan: VerdictPlan) -> str:
     """How many checkpoints would decide an inconclusive verdict."""
     guess = (
-        f"Were the observed mean ({plan.mean:.1f} %) and spread (SD {plan.sd:.1f}) the true ones,"
+        f"If the observed mean ({plan.mean:.1f} %) and spread (SD {plan.sd:.1f}) were the true "
+        "ones,"
     )
     if plan.n_checkpoints is None:
         return f"{guess} no attainable number of checkpoints would give “{plan.verdict}”."

@@ -162,8 +162,8 @@ def bootstrap_table(summary: Summary) -> Table:
     )
     note = (
         "Per cent. BCa (Efron 1987; 9,999 resamples of checkpoint means) assumes no normal "
-        "distribution, but covers too seldom from few checkpoints (about 90 % from ten normal "
-        "ones); verdicts are read from the t interval."
+        "distribution, but is too narrow for few checkpoints (for ten normal ones a 95 % interval "
+        "holds the true mean in about 90 % of cases); verdicts are read from the t interval."
     )
     return Table("Bootstrap beside the t interval", header, rows, note)
 
@@ -184,7 +184,7 @@ def half_table(summary: Summary) -> Table:
     """Half-recovery times in steps and tokens; the sham has none by design."""
     level = _level(summary)
     header = (
-        "model", "arm", "endpoint", "checkpoints with half back", f"median steps {level}",
+        "model", "arm", "endpoint", "checkpoints half repaired", f"median steps {level}",
         f"median tokens {level}", f"geometric mean steps {level}",
     )  # fmt: skip
     rows = _endpoint_rows(summary, lambda g: g.half_times if g.role != SHAM else {}, _half_cells)
@@ -215,9 +215,10 @@ def variance_table(summary: Summary) -> Table:
     )
     note = (
         "Squared points, by analysis of variance of replicates nested in checkpoints; ICC = "
-        "between/(between + within). Unbiased, so that estimates can be negative: read those as "
-        "none. An ICC near 1 says that more healing runs of the same checkpoints add little: only "
-        "more checkpoints narrow the interval. From few checkpoints all three are rough."
+        "between/(between + within). The estimates are unbiased and can therefore be negative: "
+        "read a negative one as zero. An ICC near 1 says that more healing runs of the same "
+        "checkpoints add little: only more checkpoints narrow the interval. From few checkpoints "
+        "all three are rough."
     )
     return Table("Where the variance comes from", header, rows, note)
 
@@ -234,9 +235,10 @@ def asymptote_table(summary: Summary) -> Table:
         "Each checkpoint's mean trajectory (over its replicates with a defined recovery) is fitted "
         "with an exponential and a power-law approach; AICc chooses. Asymptote and half-life are "
         "Student t intervals over checkpoints, given only where every checkpoint's fit converged. "
-        "They extrapolate: where noise hides a slow tail the asymptote is too low."
+        "Both extrapolate beyond the measured steps: where noise hides a slow tail, the asymptote "
+        "is too low."
     )
-    return Table("Where recovery is heading", header, rows, note)
+    return Table("Fitted asymptotes and half-lives", header, rows, note)
 
 
 def plan_table(summary: Summary) -> Table:
@@ -256,7 +258,7 @@ def plan_table(summary: Summary) -> Table:
         "probability, if the observed mean and spread were the true ones. From three checkpoints "
         "these are orders of magnitude."
     )
-    return Table("What would decide", header, rows, note)
+    return Table("Checkpoints needed for a verdict", header, rows, note)
 
 
 def secondary_tables(summary: Summary) -> Sequence[Table]:

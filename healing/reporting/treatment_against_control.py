@@ -81,7 +81,7 @@ def _half_recovery_test(endpoint: str, test: LogRankTest, pair: Pair) -> str:
     kind = "exact" if test.method == "exact permutation" else "asymptotic"
     return (
         f"{SHORT[endpoint]} z = {test.statistic:.2f}, {kind} {p_text(test.p_value)} ({sooner}; "
-        f"{counts}, {test.n_events[0]} and {test.n_events[1]} of them got there)"
+        f"{counts}, {test.n_events[0]} and {test.n_events[1]} of them reached half)"
     )
 
 
@@ -93,8 +93,8 @@ def half_recovery_sentence(found: Contrast) -> str:
         for endpoint, test in found.half_recovery_test.items()
     )
     return (
-        f"{pair.model}: time until half is back after {pair.treatment.label} and after "
-        f"{pair.short}, log-rank test: {said}."
+        f"{pair.model}: time until half of the damage is repaired (half-recovery time), "
+        f"{pair.treatment.label} against {pair.short}, log-rank test: {said}."
     )
 
 

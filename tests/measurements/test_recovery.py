@@ -64,7 +64,7 @@ def test_perplexity_improvement_by_hand():
 
 def test_rank_change_under_five_percent_is_undefined():
     damage = Damage(state(100.0, 3.0), state(95.1, 8.0))
-    assert "less than the 5" in damage.rank_reason
+    assert "below the detection threshold of 5" in damage.rank_reason
     assert damage.spectral_state == "unchanged"
     assert math.isnan(damage.recovery(state(99.0, 4.0))["rank_recovery_pct"])
     assert damage.recovery(state(99.0, 4.0))["loss_recovery_pct"] == pytest.approx(80.0)

@@ -129,7 +129,11 @@ def test_same_numbers_at_another_time_are_the_same_results(tmp_path):
     ("original", "collapsed", "reason"),
     [
         (1.6, 1.7, "the attack raised the rank by 6.2 %"),
-        (1.6, 1.55, "the attack changed the effective rank by -0.05, less than the 0.08"),
+        (
+            1.6,
+            1.55,
+            "the attack changed the effective rank by -0.05, below the detection threshold of 0.08",
+        ),
         (1.6, 1.2, ""),
     ],
 )

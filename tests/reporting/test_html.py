@@ -62,8 +62,8 @@ def test_sections_in_order_with_the_verdict_first(tmp_path):
         "70m, HAEP: Acute Structural Failure", "HAEP against noise", "Recovery of every group",
         "Trajectories", "Every checkpoint", "Time to half recovery",
         "HAEP against noise, seed by seed", "Recovery and model size", "points per tenfold",
-        "Where recovery is heading", "Methods", "Failed runs (1)", "out of memory",
-        "Runs without a defined rank recovery (12)", "less than the 2.14",
+        "Fitted asymptotes and half-lives", "Methods", "Failed runs (1)", "out of memory",
+        "Runs without a defined rank recovery (12)", "detection threshold of 2.14",
         "What the data do not determine",
     ]  # fmt: skip
     assert [text for text in wanted if text not in page.text] == []

@@ -69,7 +69,7 @@ def test_the_budget_is_named() -> None:
 
 def test_rank_and_loss_that_disagree_are_called_so() -> None:
     apart = loss_sentence(group_of([1.0, 2.0, 3.0], 90.0))
-    assert "reads “acute structural failure”: rank and loss disagree" in apart
+    assert "would be “acute structural failure”: rank and loss disagree" in apart
     assert "disagree" not in loss_sentence(group_of([90.0, 91.0, 92.0], 90.0))
     assert "disagree" not in loss_sentence(group_of([18.0, 20.0, 23.0], 90.0))
     assert loss_sentence(group_of([1.0], math.nan)) == "Loss recovery is undefined."
@@ -81,9 +81,11 @@ def test_half_recovery_in_words() -> None:
         pool([simulated_run(rng, "nano", "haep", s, rank, 90.0) for s in range(4)]).groups[0]
         for rank in (20.0, 90.0)
     )
-    assert half_sentence(slow).startswith("0 of 4 checkpoints had half of the rank back, so that")
+    assert half_sentence(slow).startswith(
+        "Half of the damage to the rank was repaired in 0 of 4 checkpoints, so"
+    )
     assert half_sentence(fast).startswith(
-        "4 of 4 checkpoints had half of the rank back; the median"
+        "Half of the damage to the rank was repaired in 4 of 4 checkpoints; the median"
     )
     assert half_sentence(group_of([math.nan])) == ""
 

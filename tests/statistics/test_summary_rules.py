@@ -78,7 +78,7 @@ def test_log_rank_is_scipys_and_exact_where_there_are_few_splits():
     assert (found.n, found.n_events, found.method) == ((4, 4), (3, 3), "exact permutation")
     for text in (markdown(summary), half_recovery_sentence(summary.contrasts["nano"])):
         assert f"rank z = {theirs.statistic:.2f}, exact p = {found.p_value:.2f}" in text
-        assert "HAEP sooner; 4 and 4 checkpoints, 3 and 3 of them got there" in text
+        assert "HAEP sooner; 4 and 4 checkpoints, 3 and 3 of them reached half" in text
     stored = as_json(summary)["haep_minus_gaussian_noise"]["nano"]["half_recovery_logrank"]
     assert stored["loss_recovery_pct"]["p_value"] == found.p_value
 
