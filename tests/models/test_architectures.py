@@ -337,7 +337,7 @@ def test_hessian_subspace_of_grouped_queries_and_tied_embeddings(folders):
     outcome = outcome_of(
         attack_cell(resolve_from_model(small_attack(folders["qwen2"], subspace="hessian")))
     )
-    assert outcome.preparation.statuses["hessian_status"]
+    assert outcome.preparation.solver_statuses["hessian_status"]
     assert 0 < outcome.catalyst.alignment <= 1
 
 
