@@ -13,7 +13,7 @@ from healing.statistics.summary import Summary, summarize_runs
 
 N_PARAMS = {"nano": 309_792, "micro": 1_317_632, "70m": 70_426_624}
 STEPS = tuple(range(0, 61, 10))
-TOO_SMALL = "the attack changed the effective rank by +0.42, less than the 2.14 that can be told"
+TOO_SMALL = "the attack changed the effective rank by +0.42, below the detection threshold of 2.14"
 NASTY = (
     "<script>alert(1)</script>", "100%_a&b#c\\d{e}$f$^g~h", "[模型] **`é|'\"--''",
     "a_b", "a-b", "</style>\n| x", "[x](javascript:alert(1)) ![y][z] `c` *d* _e_ ~~f~~",
