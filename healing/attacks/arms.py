@@ -25,8 +25,9 @@ from healing.attacks.loop import gradient_step
 from healing.attacks.weight_change import Differences, WeightChange, snapshot
 from healing.config.attack import AttackConfig
 from healing.config.shared import CONTROL, SHAM, TREATMENT
+from healing.curvature.basis_cache import kept_bases
 from healing.curvature.hessian import HessianOperator
-from healing.curvature.subspaces import LowCurvatureSubspace, SingularSubspace
+from healing.curvature.subspaces import LowCurvatureSubspace
 from healing.data.splits import Corpus
 from healing.data.windows import batches
 from healing.errors import CheckpointError
@@ -263,7 +264,10 @@ class _Maker:
     def _subspace(self) -> LowCurvatureSubspace:
         config = self.config
         if config.subspace == "singular":
-            return SingularSubspace.of(block_matrices(self.model), config.subspace_energy)
+            matrices = block_matrices(self.model)
+            return kept_bases(
+                matrices, config.subspace_energy, self.loaded.digest, config.cache_dir
+            )
         start = named_generator(config.seed, "lanczos")
         found = hessian_subspace(self.hessian, self.model, config.hessian_directions, start)
         self.numbers |= found.metrics()

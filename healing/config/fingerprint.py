@@ -12,6 +12,7 @@ NOT_DETERMINING = frozenset(
     {
         "device",
         "output_dir",
+        "cache_dir",
         "verbosity",
         "num_runs",
         "runs_per_checkpoint",
@@ -36,6 +37,7 @@ NOT_SETTINGS = frozenset(
         "reference_fingerprint",
         "model_commit",
         "output_dir",
+        "cache_dir",
         "verbosity",
         "device",
         "dry_run",

@@ -29,6 +29,11 @@ REVISION_HELP = (
 )
 DEDUPED_HELP = "Pythia sizes: the model trained on the deduplicated Pile."
 DEVICES_HELP = "auto (accelerator if there is one), cpu, cuda or cuda:N."
+CACHE_DIR = "~/.cache/llm-healing"
+CACHE_HELP = (
+    "Folder that keeps what is made once per healthy model (bases of the low-curvature subspace of "
+    "models above 10 million weights), at most 10 GB; empty = nothing is kept."
+)
 RAW_DATA = "priority5_healing/raw_data"
 """Folder below ``output_dir`` that holds one folder per run."""
 
@@ -70,6 +75,7 @@ class BaseConfig:
     )
     device: str = option(AUTO, DEVICES_HELP)
     output_dir: str = option("./experiments/results", "Local folder for results.")
+    cache_dir: str = option(CACHE_DIR, CACHE_HELP)
     verbosity: str = option(
         "normal", "quiet, normal or verbose.", choices=("quiet", "normal", "verbose")
     )

@@ -7,7 +7,14 @@ from dataclasses import dataclass
 from healing.config.attack import NOISE_MATCHES
 from healing.config.options import AUTO, option, validate_fields
 from healing.config.presets import MODELS_HELP, canonical_model, check_source
-from healing.config.shared import ARMS, DEDUPED_HELP, DEVICES_HELP, REVISION_HELP
+from healing.config.shared import (
+    ARMS,
+    CACHE_DIR,
+    CACHE_HELP,
+    DEDUPED_HELP,
+    DEVICES_HELP,
+    REVISION_HELP,
+)
 from healing.errors import ConfigError
 
 
@@ -55,6 +62,7 @@ class SweepConfig:
     )
     device: str = option(AUTO, DEVICES_HELP)
     output_dir: str = option("./experiments/results", "Local folder for results.")
+    cache_dir: str = option(CACHE_DIR, CACHE_HELP)
     verbosity: str = option(
         "normal", "quiet, normal or verbose.", choices=("quiet", "normal", "verbose")
     )

@@ -58,7 +58,7 @@ class BasisCache:
         """
         if not digest or sum(w.numel() for w in weights.values()) < self.least_numbers:
             return SingularSubspace.of(weights, energy)
-        path = self.folder / f"{FORMAT}-{digest}-{energy!r}.safetensors"
+        path = self.folder / f"{_key(weights, energy, digest)}.safetensors"
         found = _read(path, weights)
         if found is None:
             found = SingularSubspace.of(weights, energy)
@@ -97,6 +97,23 @@ class BasisCache:
                 return
             path.unlink(missing_ok=True)
             total -= bytes_
+
+
+def kept_bases(
+    weights: Mapping[str, torch.Tensor], energy: float, digest: str, folder: str
+) -> SingularSubspace:
+    """:meth:`BasisCache.subspace` of a folder as a configuration names it; empty = none is kept."""
+    if not folder:
+        return SingularSubspace.of(weights, energy)
+    cache = BasisCache(pathlib.Path(folder).expanduser() / "bases")
+    return cache.subspace(weights, energy, digest)
+
+
+def _key(weights: Mapping[str, torch.Tensor], energy: float, digest: str) -> str:
+    """All that the last digits of the bases depend on."""
+    device = next(iter(weights.values())).device.type
+    threads = torch.get_num_threads() if device == "cpu" else ""
+    return f"{FORMAT}-{digest}-{energy!r}-torch{torch.__version__}-{device}{threads}"
 
 
 def _read(path: pathlib.Path, weights: Mapping[str, torch.Tensor]) -> SingularSubspace | None:

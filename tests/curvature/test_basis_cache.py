@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from healing.curvature import basis_cache
-from healing.curvature.basis_cache import BasisCache
+from healing.curvature.basis_cache import BasisCache, kept_bases
 from healing.curvature.subspaces import MatrixSubspace, SingularSubspace
 from healing.randomness import named_generator
 
@@ -111,3 +111,21 @@ def test_a_writing_that_fails_leaves_nothing(cache, monkeypatch):
     monkeypatch.setattr(basis_cache, "save_file", full)
     cache.subspace(WEIGHTS, 0.9, "abc")
     assert list(cache.folder.iterdir()) == []
+
+
+def test_what_changes_last_digits_changes_the_entry(cache, made):
+    for threads in (1, 2, 1):
+        torch.set_num_threads(threads)
+        cache.subspace(WEIGHTS, 0.9, "abc")
+    assert made == [0.9, 0.9]
+
+
+def test_the_folder_of_a_configuration(tmp_path, monkeypatch, made):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(BasisCache.__init__, "__defaults__", (10**9, 1))
+    kept_bases(WEIGHTS, 0.9, "abc", "")
+    assert list(tmp_path.iterdir()) == []
+    for _ in range(2):
+        kept_bases(WEIGHTS, 0.9, "abc", "~/some")
+    assert made == [0.9, 0.9]
+    assert len(list((tmp_path / "some" / "bases").iterdir())) == 1
