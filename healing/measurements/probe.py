@@ -110,6 +110,11 @@ class Probe:
         """
         return cls(corpus.windows("probe", loaded.tokenizer, length, tokens))
 
+    @property
+    def tokens(self) -> int:
+        """Of all windows."""
+        return self.windows.numel()
+
     def _forward(self, model: nn.Module) -> Iterator[tuple[torch.Tensor, list[torch.Tensor]]]:
         """Losses of every chunk's tokens (tokens,) and its block outputs."""
         device = next(model.parameters()).device
@@ -176,7 +181,7 @@ class Probe:
     def _may_keep(self, model: nn.Module, outputs: list[torch.Tensor]) -> bool:
         """Whether states are needed twice and small enough: a function of shapes alone."""
         weights = sum(p.numel() for p in model.parameters())
-        states = self.windows.numel() * sum(hidden.shape[-1] for hidden in outputs)
+        states = self.tokens * sum(hidden.shape[-1] for hidden in outputs)
         needed = outputs[0].shape[-1] > BOOTSTRAP_MAX_DIMENSION
         return needed and states <= KEPT_SHARE * weights
 

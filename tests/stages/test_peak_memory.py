@@ -9,7 +9,7 @@ import mlflow
 import pytest
 import torch
 from click.testing import CliRunner
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig
 
 from entrypoints.attack import main as attack_command
 from entrypoints.heal import main as heal_command
@@ -17,7 +17,9 @@ from healing.attacks import clean_hessian
 from healing.config.attack import AttackConfig
 from healing.config.heal import HealConfig
 from healing.config.resolve import resolve
+from healing.curvature.stochastic_lanczos import rayleigh_percentile
 from healing.models.architectures import pythia_config
+from healing.stages.dry_run import peak_memory, tensor_bytes
 from healing.stages.dry_run.peak_memory import (
     ATTACKING,
     CHECKING,
@@ -64,6 +66,41 @@ def test_a_storage_counts_from_its_birth_to_its_end_once():
             view.mul_(2)
     totals = {name: sum(kinds.values()) for name, kinds in usage.peaks.items()}
     assert totals == {"both": 6_000_000, "one": 4_000_000, "view": 4_000_000}
+
+
+@pytest.mark.parametrize("family", ["neox", "llama"])
+def test_the_short_way_of_common_operations_counts_the_same(monkeypatch, family):
+    shape = {"neox": SHAPE, "llama": LlamaConfig(
+        vocab_size=997, hidden_size=64, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=96,
+    )}[family]  # fmt: skip
+    attack = resolve(AttackConfig(model="nano", probe_tokens=1024, curvature_tokens=256))
+    heal = resolve(HealConfig(model="nano", probe_tokens=1024))
+    ran = []
+    plain = tensor_bytes._run_on_meta
+    monkeypatch.setattr(tensor_bytes, "_run_on_meta", lambda *a: (ran.append(1), plain(*a))[1])
+    short = predict_attack(attack, shape, CPU).phases, predict_healing(heal, shape, CPU).phases
+    assert len(ran) > 1000
+    monkeypatch.setattr(tensor_bytes, "_PLAIN", set())
+    assert short == (
+        predict_attack(attack, shape, CPU).phases, predict_healing(heal, shape, CPU).phases
+    )  # fmt: skip
+
+
+def test_what_repeats_adds_nothing(monkeypatch):
+    """All windows, candidates, draws and products that are left out, and the first diagnosis."""
+    shape = LlamaConfig(
+        vocab_size=97, hidden_size=320, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=480,
+    )  # fmt: skip
+    config = resolve(AttackConfig(model="nano", probe_tokens=8192, curvature_tokens=256))
+    short = predict_attack(config, shape, CPU).phases
+    monkeypatch.setattr(peak_memory, "_CHUNKS", 100)
+    monkeypatch.setattr(peak_memory, "_one_product", rayleigh_percentile)
+    monkeypatch.setattr(peak_memory, "_without_the_first_diagnosis", lambda arm: arm)
+    whole = predict_attack(config, shape, CPU).phases
+    for phase, kinds in whole.items():
+        assert sum(short[phase].values()) == pytest.approx(sum(kinds.values()), rel=0.02), phase
 
 
 def test_adamw_healing_is_sixteen_bytes_per_parameter():
@@ -137,7 +174,13 @@ def test_an_attack_forms_nothing_else_of_the_models_size():
     directions = 4 * (254 * (768 + 256 + 2 * 1024) + 2 * 4 * 256)
     config = resolve(
         AttackConfig(
-            model="nano", arm="haep", probe_tokens=64, sequence_length=32, rayleigh_draws=0
+            model="nano",
+            arm="haep",
+            probe_tokens=64,
+            sequence_length=32,
+            rayleigh_draws=0,
+            search_candidates=3,
+            baseline_draws=3,  # a small batch
         )
     )
     found = predict_attack(config, shape, CPU)
