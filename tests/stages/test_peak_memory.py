@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+from dataclasses import replace
 from types import SimpleNamespace
 
 import mlflow
@@ -18,7 +19,9 @@ from healing.config.attack import AttackConfig
 from healing.config.heal import HealConfig
 from healing.config.resolve import resolve
 from healing.curvature.stochastic_lanczos import rayleigh_percentile
+from healing.measurements.probe import Probe
 from healing.models.architectures import pythia_config
+from healing.stages.cells.attack import attack_cell
 from healing.stages.dry_run import peak_memory, tensor_bytes
 from healing.stages.dry_run.peak_memory import (
     ATTACKING,
@@ -31,6 +34,7 @@ from healing.stages.dry_run.peak_memory import (
     predict_attack,
     predict_healing,
 )
+from healing.stages.dry_run.plan import attack_plan, heal_plan
 from healing.stages.dry_run.stage import dry_run
 from healing.stages.dry_run.tensor_bytes import Usage, shapes_only
 
@@ -250,8 +254,37 @@ def test_dry_run_prints_and_makes_no_run(command, store):
     assert done.exit_code == 0, done.output
     assert "predicted peak:" in done.output
     assert "309,792 parameters" in done.output
+    # 40 steps measured every 10, and both ends with standard errors; 309,792 float32 weights.
+    assert "of at most 40 steps, 6 measurements of 4,096 tokens" in done.output
+    assert "17 Hessian products on 1,024 tokens" in done.output
+    assert "disk: 0.0012 GB for the checkpoint" in done.output
+    assert ("500 steps of 1,024 tokens (512,000), 52 measurements" in done.output) == (
+        command is heal_command
+    )
     assert not pathlib.Path("mlflow.db").exists()
     assert not pathlib.Path("experiments").exists()
+
+
+def test_the_plan_counts_what_a_run_measures(nano, corpus, monkeypatch):
+    """Against the calls that a real attack makes."""
+    config = resolve(AttackConfig(model="nano", arm="random_text", attack_steps=5,
+        measurement_interval=2, target_rank_reduction=1.0, probe_tokens=256))  # fmt: skip
+    plain, calls = Probe.measure, []
+    monkeypatch.setattr(Probe, "measure", lambda *a: (calls.append(1), plain(*a))[1])
+    attack_cell(config)
+    (first, disk) = attack_plan(config, 10**9)
+    assert f"at most 5 steps, {len(calls)} measurements of 256 tokens" in first
+    assert disk == "  disk: 4 GB for the checkpoint"
+    assert "at most 0 steps, 2 measure" in attack_plan(replace(config, arm="none"), 1)[0]
+
+
+def test_the_plan_of_several_healings():
+    config = resolve(HealConfig(model="nano", checkpoint_dir="x", runs_per_checkpoint=2,
+        sham=True, save_healed=False, healing_steps=25))  # fmt: skip
+    first, disk = heal_plan(config, 1)
+    assert first.startswith("plan: 2 healing run(s) per checkpoint and as many of the sham, each")
+    assert "25 steps of 1,024 tokens (25,600), 5 measurements" in first
+    assert disk == "  disk: no weights are kept"
 
 
 def test_dry_run_under_mlflow_run_logs_the_peak(store, monkeypatch):

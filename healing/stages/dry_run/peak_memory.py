@@ -8,7 +8,7 @@ import itertools
 import pathlib
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, cast
@@ -34,6 +34,7 @@ from healing.measurements.rank_standard_error import BOOTSTRAP_MAX_DIMENSION
 from healing.models.blocks import embedding_matrix, transformer_blocks
 from healing.models.loading import LoadedModel
 from healing.randomness import named_generator
+from healing.stages.dry_run.plan import attack_plan, heal_plan
 from healing.stages.dry_run.tensor_bytes import COPIES, WEIGHTS, Usage, shapes_only
 from healing.training.healing_loop import adapter_draws, heal
 from healing.training.methods.lora import adapted, n_trainable, require
@@ -122,6 +123,7 @@ class Prediction:
         base: Bytes of the process without the model: interpreter and libraries, as resident when
             the prediction was asked for, and :data:`BESIDE_TENSORS`.
         phases: Phase → kind → bytes at its peak.
+        plan: What the run would do and leave on disk, line by line.
     """
 
     n_params: int
@@ -129,6 +131,7 @@ class Prediction:
     device: torch.device
     base: int
     phases: Mapping[str, Mapping[str, int]]
+    plan: Sequence[str] = ()
 
     @property
     def tensor_bytes(self) -> int:
@@ -210,7 +213,7 @@ def predict_healing(
         architecture: Of the model.
         device: Where it will be.
     """
-    base = _base(config)
+    base, asked = _base(config), config
     config = replace(config, healing_steps=_STEPS, measurement_interval=_STEPS, sham=False)
     vocabulary = architecture.get_text_config().vocab_size
     with (
@@ -236,7 +239,8 @@ def predict_healing(
         with usage.phase(HEALING):
             for _ in heal(loaded, config, windows, watched, collapsed, order):
                 pass
-    return Prediction(count, trainable, device, base, usage.peaks)
+    plan = heal_plan(asked, count)
+    return Prediction(count, trainable, device, base, usage.peaks, plan)
 
 
 def _largest_space(
@@ -288,7 +292,7 @@ def predict_attack(
         architecture: Of the model.
         device: Where it will be.
     """
-    base = _base(config)
+    base, asked = _base(config), config
     config = replace(  # the fewest of what comes one after the other
         config,
         attack_steps=1,
@@ -328,4 +332,4 @@ def predict_attack(
             for _ in run_attack(loaded, arm, config, probe, healthy, change):
                 pass
         count = sum(p.numel() for p in model.parameters())
-    return Prediction(count, count, device, base, usage.peaks)
+    return Prediction(count, count, device, base, usage.peaks, attack_plan(asked, count))
