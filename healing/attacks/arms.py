@@ -317,7 +317,8 @@ class _Maker:
         if config.rayleigh_draws:
             gradients = gradients_of(self.model, sequence_loss(self.model, found.tokens))
             randoms = named_generator(config.seed, "rayleigh")
-            self.numbers |= rayleigh_rank(self.hessian, gradients, config.rayleigh_draws, randoms)
+            draws = int(config.rayleigh_draws)
+            self.numbers |= rayleigh_rank(self.hessian, gradients, draws, randoms)
         return found
 
     def sequence(self, tokens: torch.Tensor) -> ObjectiveArm:

@@ -30,8 +30,9 @@ def attack_plan(config: AttackConfig, n_params: int) -> list[str]:
             f"{config.baseline_draws} random sequences, each of {config.catalyst_length} tokens"
         )
         if draws := int(config.rayleigh_draws):
+            tokens = int(config.curvature_tokens)
             lines.append(
-                f"  curvature ranks: {1 + draws} Hessian products on {int(config.curvature_tokens):,} "
+                f"  curvature ranks: {1 + draws} Hessian products on {tokens:,} "
                 "tokens (about 3.5 gradients of these tokens for the first, 2.2 for each other)"
             )
     return [*lines, f"  disk: {_gigabytes(n_params)} GB for the checkpoint"]
