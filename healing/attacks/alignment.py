@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from healing.curvature.subspaces import LowCurvatureSubspace
+from healing.attacks import gram_alignment
+from healing.curvature.subspaces import LowCurvatureSubspace, SingularSubspace
 from healing.models.blocks import block_matrices, next_token_loss
 
 
@@ -31,8 +32,26 @@ def gradients_of(
 def sequence_alignment(
     model: PreTrainedModel, subspace: LowCurvatureSubspace, tokens: torch.Tensor
 ) -> float:
-    """ρ of the gradient that one sequence induces."""
+    """ρ of the gradient that one sequence induces, from the gradient itself: for every model."""
     return float(subspace.alignment(gradients_of(model, sequence_loss(model, tokens))))
+
+
+def sequence_alignments(
+    model: PreTrainedModel, subspace: LowCurvatureSubspace, sequences: torch.Tensor
+) -> list[float]:
+    """ρ of every sequence's gradient: of many together where model and subspace allow it
+    (:mod:`healing.attacks.gram_alignment`), else of one after the other.
+
+    Args:
+        model: In ``eval`` mode.
+        subspace: N.
+        sequences: int64 (count, length).
+    """
+    if isinstance(subspace, SingularSubspace):
+        found = gram_alignment.alignments(model, subspace, sequences)
+        if found is not None:
+            return found
+    return [sequence_alignment(model, subspace, row) for row in sequences]
 
 
 def random_sequences(
@@ -60,10 +79,11 @@ class AlignmentBaselines:
         self, model: PreTrainedModel, delta: Mapping[str, torch.Tensor], draws: int = 4
     ) -> dict[str, float]:
         """ρ of random tokens (mean of ``draws``), clean text, an isotropic direction, and of ΔW."""
-        random = [sequence_alignment(model, self.subspace, row) for row in self.random[:draws]]
+        sequences = torch.cat([self.random[:draws], self.clean[None]])
+        *random, clean = sequence_alignments(model, self.subspace, sequences)
         values = {
             "alignment_random_tokens": sum(random) / len(random),
-            "alignment_clean_text": sequence_alignment(model, self.subspace, self.clean),
+            "alignment_clean_text": clean,
             "alignment_isotropic": self.subspace.isotropic_alignment,
         }
         if any(bool(delta[name].any()) for name in self.subspace.names):

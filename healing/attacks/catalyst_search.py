@@ -11,13 +11,14 @@ import statistics
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from healing.attacks.alignment import gradients_of, random_sequences, sequence_alignment
+from healing.attacks.alignment import gradients_of, random_sequences, sequence_alignments
+from healing.attacks.gram_alignment import differentiable_alignment
 from healing.curvature.hessian import twice_differentiable_attention
-from healing.curvature.subspaces import LowCurvatureSubspace
+from healing.curvature.subspaces import LowCurvatureSubspace, SingularSubspace
 from healing.models.blocks import embedding_matrix
+from healing.progress import phase
 
 TOP_TOKENS = 64
 """Swaps are drawn from this many tokens of steepest ascent per position."""
@@ -82,15 +83,18 @@ def token_gradient(
 
     Differentiates the gradient, so attention is written out in operations with second derivatives.
     """
-    embedding = embedding_matrix(model)
-    one_hot = F.one_hot(tokens, embedding.shape[0]).to(embedding.dtype).requires_grad_()
-    with twice_differentiable_attention(model):
-        loss = model(
-            inputs_embeds=(one_hot @ embedding).unsqueeze(0), labels=tokens.unsqueeze(0)
-        ).loss
-        rho = subspace.alignment(gradients_of(model, loss, differentiable=True))
-        (gradient,) = torch.autograd.grad(rho, one_hot)
-    return gradient
+    embedding = embedding_matrix(model).detach()
+    embedded = embedding[tokens].requires_grad_()
+    with twice_differentiable_attention(model), torch.enable_grad():
+        rho = None
+        if isinstance(subspace, SingularSubspace):
+            rho = differentiable_alignment(model, subspace, embedded, tokens)
+        if rho is None:
+            loss = model(inputs_embeds=embedded[None], labels=tokens[None]).loss
+            rho = subspace.alignment(gradients_of(model, loss, differentiable=True))
+        (slope,) = torch.autograd.grad(rho, embedded)
+    # A one-hot row selects its token's embedding, so its derivative is the embedding's times Eᵀ.
+    return slope @ embedding.T
 
 
 def propose_swaps(
@@ -137,14 +141,15 @@ def search_catalyst(
     device = next(model.parameters()).device
     vocabulary = vocabulary or len(embedding_matrix(model))
     tokens = random_sequences(1, length, vocabulary, generator)[0].to(device)
-    best = sequence_alignment(model, subspace, tokens)
+    # The start stands among the random sequences of one batch.
+    best, *randoms = sequence_alignments(model, subspace, torch.cat([tokens[None], baseline]))
     history = [best]
-    for _ in range(steps):
+    for _ in phase("catalyst search", range(steps), steps):
         gradient = token_gradient(model, subspace, tokens)[:, :vocabulary]
-        for proposal in propose_swaps(tokens, gradient, candidates, generator):
-            rho = sequence_alignment(model, subspace, proposal)
-            if rho > best:
+        proposals = propose_swaps(tokens, gradient, candidates, generator)
+        alignments = sequence_alignments(model, subspace, proposals)
+        for proposal, rho in zip(proposals, alignments, strict=True):
+            if rho > best:  # the round's highest, the first of equal ones
                 best, tokens = rho, proposal
         history.append(best)
-    randoms = tuple(sequence_alignment(model, subspace, row) for row in baseline)
-    return Catalyst(tokens, best, tuple(history), randoms, 1 + steps * candidates)
+    return Catalyst(tokens, best, tuple(history), tuple(randoms), 1 + steps * candidates)

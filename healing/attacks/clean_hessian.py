@@ -37,8 +37,9 @@ def clean_hessian(config: AttackConfig, loaded: LoadedModel, corpus: Corpus) -> 
     Raises:
         CorpusError: The attack split is too small.
     """
-    length = min(config.sequence_length, config.curvature_tokens)
-    windows = corpus.windows("attack", loaded.tokenizer, length, config.curvature_tokens)
+    tokens = int(config.curvature_tokens)
+    length = min(config.sequence_length, tokens)
+    windows = corpus.windows("attack", loaded.tokenizer, length, tokens)
     parts = windows.to(loaded.device).split(int(config.batch_size))
     return HessianOperator(
         loaded.model,

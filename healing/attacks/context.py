@@ -17,8 +17,9 @@ from healing.attacks.clean_hessian import clean_hessian, hessian_subspace
 from healing.attacks.objective import ObjectiveArm
 from healing.attacks.weight_change import WeightChange
 from healing.config.attack import AttackConfig
+from healing.curvature.basis_cache import kept_bases
 from healing.curvature.hessian import HessianOperator
-from healing.curvature.subspaces import LowCurvatureSubspace, SingularSubspace
+from healing.curvature.subspaces import LowCurvatureSubspace
 from healing.data.splits import Corpus
 from healing.data.windows import batches
 from healing.models.blocks import block_matrices
@@ -82,7 +83,12 @@ class AttackContext:
         """The low-curvature subspace N of the healthy weights."""
         config = self.config
         if config.subspace == "singular":
-            return SingularSubspace.of(block_matrices(self.model), config.subspace_energy)
+            return kept_bases(
+                block_matrices(self.model),
+                config.subspace_energy,
+                self.loaded.digest,
+                config.cache_dir,
+            )
         found = hessian_subspace(
             self.hessian, self.model, config.hessian_directions, self.generator("lanczos")
         )

@@ -72,13 +72,16 @@ class AttackConfig(BaseConfig, DryRunOptions):
     hessian_directions: int = option(
         16, "hessian: leading eigenvectors left out of the subspace.", minimum=1
     )
-    curvature_tokens: int = option(
-        1024, "Tokens of the attack split that the Hessian is taken on.", minimum=8
+    curvature_tokens: int | str = option(
+        AUTO,
+        "Tokens of the attack split that the Hessian is taken on; auto = 1024 for nano and micro, "
+        "else 256.",
+        minimum=8,
     )
-    rayleigh_draws: int = option(
-        16,
+    rayleigh_draws: int | str = option(
+        AUTO,
         "haep, haep_oracle: random directions that the curvature along the gradient is ranked "
-        "among; 0 = not measured.",
+        "among, a Hessian product each; 0 = not measured, auto = 16 for nano and micro, else 8.",
         minimum=0,
     )
     reference_checkpoint: str = option(

@@ -29,6 +29,9 @@ class Preset:
         healing_lr: Learning rate of healing.
         sweep_healing_steps: Healing steps per cell of the default ``main`` sweep.
         threads: CPU threads of torch; 0 = torch's default.
+        curvature_tokens: Tokens of a Hessian product. It costs as many gradients of them whatever
+            the model, so that a large one is asked less: an eighth of the time with both.
+        rayleigh_draws: Hessian products along random directions.
     """
 
     source: str
@@ -41,11 +44,13 @@ class Preset:
     healing_lr: float
     sweep_healing_steps: int
     threads: int
+    curvature_tokens: int
+    rayleigh_draws: int
 
 
 def _pretrained_preset(source: str, probe_tokens: int | str) -> Preset:
     """A model trained elsewhere: Pythia's rates."""
-    return Preset(source, "pile", probe_tokens, 8, 1e-3, 1e-1, 100, 1e-4, 500, 0)
+    return Preset(source, "pile", probe_tokens, 8, 1e-3, 1e-1, 100, 1e-4, 500, 0, 256, 8)
 
 
 PROBE_TOKENS_AT_LEAST = 8192
@@ -65,8 +70,8 @@ def probe_tokens_for(hidden: int, sequence_length: int, rows_per_dimension: int 
 
 
 _EMBEDDED = {
-    "nano": Preset("embedded", "stdlib", 4096, 8, 2e-2, 0.2, 40, 1e-3, 60, 1),
-    "micro": Preset("embedded", "stdlib", 4096, 8, 2e-2, 0.2, 40, 1e-3, 60, 1),
+    "nano": Preset("embedded", "stdlib", 4096, 8, 2e-2, 0.2, 40, 1e-3, 60, 1, 1024, 16),
+    "micro": Preset("embedded", "stdlib", 4096, 8, 2e-2, 0.2, 40, 1e-3, 60, 1, 1024, 16),
 }
 PYTHIA_HIDDEN = {
     "70m": 512,

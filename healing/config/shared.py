@@ -36,6 +36,11 @@ SPLIT_RULE_HELP = (
 )
 BLANK_LINES, LINE, WHOLE_FILE = SPLIT_RULES = ("blank_lines", "line", "file")
 """What parts the documents of a text file."""
+CACHE_DIR = "~/.cache/llm-healing"
+CACHE_HELP = (
+    "Folder that keeps what is made once per healthy model (bases of the low-curvature subspace of "
+    "models above 10 million weights), at most 10 GB; empty = nothing is kept."
+)
 RAW_DATA = "priority5_healing/raw_data"
 """Folder below ``output_dir`` that holds one folder per run."""
 
@@ -127,6 +132,13 @@ class OutputOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CacheOptions(Options):
+    """What is kept beyond a run."""
+
+    cache_dir: str = option(CACHE_DIR, CACHE_HELP, determines=False)
+
+
+@dataclass(frozen=True, kw_only=True)
 class DryRunOptions(Options):
     """Whether it runs at all."""
 
@@ -139,7 +151,13 @@ class DryRunOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class BaseConfig(
-    ModelOptions, TextOptions, TrainingOptions, ThreadOptions, DeviceOptions, OutputOptions
+    ModelOptions,
+    TextOptions,
+    TrainingOptions,
+    ThreadOptions,
+    DeviceOptions,
+    CacheOptions,
+    OutputOptions,
 ):
     """What every stage that loads a model and measures it on the probe shares."""
 
@@ -150,6 +168,7 @@ class BaseConfig(
         "measurements",
         "threads",
         "device",
+        "cache_dir",
         "output_dir",
         "verbosity",
     )

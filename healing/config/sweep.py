@@ -15,6 +15,7 @@ from healing.config.shared import (
     SPLIT_RULES,
     TEXT_COLUMN_HELP,
     TOKENIZER_HELP,
+    CacheOptions,
     DeviceOptions,
     OutputOptions,
     TrainingOptions,
@@ -24,7 +25,7 @@ from healing.registry import ARMS
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepConfig(TrainingOptions, DeviceOptions, OutputOptions):
+class SweepConfig(TrainingOptions, DeviceOptions, CacheOptions, OutputOptions):
     """Models x arms x seeds: attack and heal each, then summarize."""
 
     order = (
@@ -34,6 +35,7 @@ class SweepConfig(TrainingOptions, DeviceOptions, OutputOptions):
         "measurement_interval",
         "workers",
         "device",
+        "cache_dir",
         "output_dir",
         "verbosity",
     )

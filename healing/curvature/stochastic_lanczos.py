@@ -5,6 +5,7 @@ Pure linear algebra on flat vectors. Every function draws its probes from the ge
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from healing.curvature.lanczos import Device, Recurrence, SymmetricOperator, gaussian
+from healing.progress import phase
 
 
 @dataclass(frozen=True)
@@ -139,11 +141,11 @@ def rayleigh_percentile(
     """
     if n_random < 1:
         raise ValueError(f"need at least one random direction, got {n_random}")
-    quotient = rayleigh_quotient(operator, vector)
-    random_quotients = torch.tensor(
-        [rayleigh_quotient(operator, gaussian(operator, generator)) for _ in range(n_random)],
-        dtype=torch.float64,
-    )
+    randoms = (gaussian(operator, generator) for _ in range(n_random))
+    # One product each, of minutes on a large model: who listens can tell the rest from the first.
+    directions = phase("curvature ranks", itertools.chain([vector], randoms), 1 + n_random)
+    quotient, *others = [rayleigh_quotient(operator, direction) for direction in directions]
+    random_quotients = torch.tensor(others, dtype=torch.float64)
     below = (random_quotients < quotient).sum() + 0.5 * (random_quotients == quotient).sum()
     defined = math.isfinite(quotient) and bool(torch.isfinite(random_quotients).all())
     percentile = 100 * below.item() / n_random if defined else math.nan

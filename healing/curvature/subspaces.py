@@ -45,10 +45,8 @@ class MatrixSubspace:
         """The fewest leading singular directions whose Σσ² reaches ``energy`` of the total."""
         wide = weight.shape[0] < weight.shape[1]
         tall = (weight.T if wide else weight).detach().double()
-        u, s, vt = torch.linalg.svd(tall, full_matrices=False)
-        share = s.square().cumsum(0) / s.square().sum()
-        k = int((share < energy).sum()) + 1
-        leading, rest = (x.to(weight.dtype).contiguous() for x in (u[:, :k], vt[k:].T))
+        leading, rest = split_by_gram(tall, energy) or split_by_svd(tall, energy)
+        leading, rest = (x.to(weight.dtype).contiguous() for x in (leading, rest))
         return cls(leading, rest, wide)
 
     @property
@@ -75,6 +73,75 @@ class MatrixSubspace:
         """P_N(G), of the gradient's shape."""
         tall = self.coordinates(gradient) @ self.rest.T
         return tall.T if self.wide else tall
+
+    def energies_of_product(
+        self, rows: torch.Tensor, columns: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """‖P_N(G)‖² and ‖G‖² of G = rowsᵀ·columns, with G formed only where that is cheaper.
+
+        P_N acts on the factors: with ``long`` the factor of the longer side and ``short`` the
+        other, P_N(G) has the norm of (long (I−LLᵀ))ᵀ (short R).
+
+        Args:
+            rows: (..., tokens, m).
+            columns: (..., tokens, n).
+
+        Returns:
+            Two float64 tensors (...,), differentiable.
+        """
+        long, short = (columns, rows) if self.wide else (rows, columns)
+        outside = long - (long @ self.leading) @ self.leading.T
+        return product_energy(outside, short @ self.rest), product_energy(long, short)
+
+
+def product_energy(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """‖leftᵀ·right‖² = Σ (left leftᵀ)∘(right rightᵀ), from whichever of the two is smaller.
+
+    For the gradient of a linear layer (inputs and output gradients of one sequence) the Gram form
+    needs tokens² numbers instead of a weight's size (Goodfellow 2015, arXiv 1510.01799; "ghost
+    norms" of Li et al. 2022, arXiv 2110.05679).
+
+    Args:
+        left: (..., tokens, m).
+        right: (..., tokens, n).
+
+    Returns:
+        float64 (...,), differentiable.
+    """
+    tokens, m, n = *left.shape[-2:], right.shape[-1]
+    if tokens * (m + n) <= m * n:
+        # Summed in float64: the entries have both signs.
+        grams = ((x @ x.mT).double() for x in (left, right))
+        return torch.mul(*grams).sum((-2, -1))
+    return (left.mT @ right).double().square().sum((-2, -1))
+
+
+LEAST_RATIO = 1e-3
+"""Leading σ down to this share of the largest are found from the Gram matrix. It holds their
+squares, so that L's columns are orthonormal up to 2e-16/:data:`LEAST_RATIO`²."""
+
+
+def _leading_count(energies: torch.Tensor, energy: float) -> int:
+    share = energies.cumsum(0) / energies.sum()
+    return int((share < energy).sum()) + 1
+
+
+def split_by_gram(tall: torch.Tensor, energy: float) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """L and R from the eigenvectors V of WᵀW, with U = WV/σ; ``None`` where a leading σ is too
+    small to divide by.
+    """
+    squares, vectors = (x.flip(-1) for x in torch.linalg.eigh(tall.T @ tall))
+    k = _leading_count(squares.clamp_min(0), energy)
+    if not bool(squares[k - 1] > LEAST_RATIO**2 * squares[0]):
+        return None
+    return tall @ (vectors[:, :k] / squares[:k].sqrt()), vectors[:, k:]
+
+
+def split_by_svd(tall: torch.Tensor, energy: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """L and R from the singular vectors themselves."""
+    u, s, vt = torch.linalg.svd(tall, full_matrices=False)
+    k = _leading_count(s.square(), energy)
+    return u[:, :k], vt[k:].T
 
 
 class LowCurvatureSubspace(ABC):

@@ -9,6 +9,7 @@ median turns out to be more than twice the final one must the states be passed a
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -76,11 +77,33 @@ class Moments:
 
     def spectrum(self) -> Spectrum:
         """Eigenvalues of the covariance; all NaN where a hidden state is not finite."""
-        if not self.finite or not self.rows:
-            nan = torch.full(self.shift.shape, math.nan, dtype=torch.float64)
-            return Spectrum(nan, self.rows, self.dropped_share)
-        values = torch.linalg.eigvalsh(self.covariance())
-        return Spectrum(values.flip(0).clamp_min(0).cpu(), self.rows, self.dropped_share)
+        return spectra([self])[0]
+
+
+STACK_BYTES = 2**30
+"""Covariances decomposed in one call: one stack of them takes at most this, or is one matrix."""
+
+
+def spectra(blocks: Sequence[Moments]) -> list[Spectrum]:
+    """Spectrum of every block, from as few calls for eigenvalues as stacks fit: an accelerator
+    takes the matrices of a stack together.
+
+    Returns:
+        All NaN where a hidden state is not finite or no row counts. On the CPU the same bits as
+        block by block.
+    """
+    sound = [block for block in blocks if block.finite and block.rows]
+    most = max(1, STACK_BYTES // (8 * len(blocks[0].shift) ** 2))
+    values: list[torch.Tensor] = []
+    for begin in range(0, len(sound), most):
+        stack = torch.stack([block.covariance() for block in sound[begin : begin + most]])
+        values += torch.linalg.eigvalsh(stack).flip(-1).clamp_min(0).cpu()
+    found, left = [], iter(values)
+    for block in blocks:
+        nan = torch.full(block.shift.shape, math.nan, dtype=torch.float64)
+        own = next(left) if block.finite and block.rows else nan
+        found.append(Spectrum(own, block.rows, block.dropped_share))
+    return found
 
 
 def row_norms(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from healing.data.splits import Corpus
-from healing.measurements.covariance import MomentAccumulator, Moments
+from healing.measurements.covariance import MomentAccumulator, Moments, spectra
 from healing.measurements.extra_metrics import ProbeState, extra_metrics
 from healing.measurements.rank_standard_error import (
     BOOTSTRAP_MAX_DIMENSION,
@@ -26,6 +26,15 @@ from healing.models.token_loss import token_losses
 
 TOKENS_PER_FORWARD = 2048
 """Tokens per forward pass: large enough to be fast, small enough that hidden states stay small."""
+
+KEPT_SHARE = 2.0
+"""Hidden states of the whole probe are kept for a second look where they take at most this multiple
+of the weights: less than the optimiser's states will. Else the probe is passed again.
+"""
+
+
+_Passes = Callable[[], Iterator[tuple[torch.Tensor, list[torch.Tensor]]]]
+"""Losses of every chunk's tokens (tokens,) and its block outputs, each time it is called."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +132,11 @@ class Probe:
         """
         return cls(corpus.windows("probe", loaded.tokenizer, length, tokens), extra=extra)
 
+    @property
+    def tokens(self) -> int:
+        """Of all windows."""
+        return self.windows.numel()
+
     def _forward(self, model: nn.Module) -> Iterator[tuple[torch.Tensor, list[torch.Tensor]]]:
         """Losses of every chunk's tokens (tokens,) and its block outputs."""
         device = next(model.parameters()).device
@@ -150,13 +164,16 @@ class Probe:
         Args:
             model: A causal language model; its mode is restored.
             error_generator: Draws the bootstrap for ``rank_standard_error``; ``None`` skips it.
-                Above hidden size 256 it costs a second pass.
+                Above hidden size 256 it looks at the states twice; they are kept for that where
+                they are small beside the weights (:data:`KEPT_SHARE`), else made again.
         """
+        errors = error_generator is not None
         with evaluation_mode(model):
-            losses, moments = self._pass(model, errors=error_generator is not None)
+            passes = self._passes(model, keep=errors)
+            losses, moments = self._pass(passes, errors=errors)
             error = math.nan
             if error_generator is not None and all(m.finite and m.rows for m in moments):
-                error = self._rank_error(model, moments, error_generator)
+                error = self._rank_error(passes, moments, error_generator)
             state = ProbeState(model, self.windows, losses, tuple(moments))
             extra = extra_metrics(state, self.extra)
         mask = torch.isfinite(losses)
@@ -165,17 +182,39 @@ class Probe:
         return Measurement(
             loss,
             losses.numel() - finite,
-            tuple(m.spectrum() for m in moments),
+            tuple(spectra(moments)),
             error,
             tuple(m.peak for m in moments),
             extra,
         )
 
-    def _pass(self, model: nn.Module, *, errors: bool) -> tuple[torch.Tensor, list[Moments]]:
+    def _passes(self, model: nn.Module, *, keep: bool) -> _Passes:
+        """Makes :meth:`_forward` again and again, or, once made, gives what it kept."""
+        kept: list[tuple[torch.Tensor, list[torch.Tensor]]] = []
+
+        def passes() -> Iterator[tuple[torch.Tensor, list[torch.Tensor]]]:
+            if kept:
+                yield from kept
+                return
+            for found in self._forward(model):
+                if keep and self._may_keep(model, found[1]):
+                    kept.append(found)
+                yield found
+
+        return passes
+
+    def _may_keep(self, model: nn.Module, outputs: list[torch.Tensor]) -> bool:
+        """Whether states are needed twice and small enough: a function of shapes alone."""
+        weights = sum(p.numel() for p in model.parameters())
+        states = self.tokens * sum(hidden.shape[-1] for hidden in outputs)
+        needed = outputs[0].shape[-1] > BOOTSTRAP_MAX_DIMENSION
+        return needed and states <= KEPT_SHARE * weights
+
+    def _pass(self, passes: _Passes, *, errors: bool) -> tuple[torch.Tensor, list[Moments]]:
         """Loss of every token, and every block's moments: per window where errors need that."""
         losses: list[torch.Tensor] = []
         blocks: list[MomentAccumulator] = []
-        for chunk_losses, outputs in self._forward(model):
+        for chunk_losses, outputs in passes():
             losses.append(chunk_losses)
             per_window = errors and outputs[0].shape[-1] <= BOOTSTRAP_MAX_DIMENSION
             blocks = blocks or [MomentAccumulator(per_window=per_window) for _ in outputs]
@@ -184,19 +223,19 @@ class Probe:
         moments = [block.finish() for block in blocks]
         if any(b.stale(m) for b, m in zip(blocks, moments, strict=True)):
             blocks = [MomentAccumulator(per_window=per_window, limit=m.limit) for m in moments]
-            for _, outputs in self._forward(model):
+            for _, outputs in passes():
                 for block, hidden in zip(blocks, outputs, strict=True):
                     block.add(hidden)
             moments = [block.finish() for block in blocks]
         return torch.cat(losses), moments
 
     def _rank_error(
-        self, model: nn.Module, moments: list[Moments], generator: torch.Generator
+        self, passes: _Passes, moments: list[Moments], generator: torch.Generator
     ) -> float:
         if len(moments[0].shift) <= BOOTSTRAP_MAX_DIMENSION:
             return bootstrap_error(moments, generator)
         influences = [RankInfluence(m) for m in moments]
-        for _, outputs in self._forward(model):
+        for _, outputs in passes():
             for influence, hidden in zip(influences, outputs, strict=True):
                 influence.add(hidden)
         return linear_error(influences)

@@ -68,6 +68,7 @@ def fresh_attack_config(config: HealConfig) -> AttackConfig:
             "threads",
             "device",
             "output_dir",
+            "cache_dir",
             "verbosity",
         )
     }

@@ -130,6 +130,7 @@ def _shared(config: SweepConfig) -> dict[str, Any]:
         "measurement_interval",
         "device",
         "output_dir",
+        "cache_dir",
     )
     return {name: getattr(config, name) for name in names} | {"verbosity": "quiet"}
 

@@ -235,6 +235,16 @@ def test_attack_in_the_hessian_subspace_reports_its_pairs(corpus):
     assert 0 <= numbers["rayleigh_percentile"] <= 100
 
 
+@pytest.mark.parametrize(("model", "tokens", "draws"), [("micro", 1024, 16), ("160m", 256, 8)])
+def test_a_large_model_is_asked_for_an_eighth_of_the_curvature(model, tokens, draws):
+    config = resolve_from_presets(AttackConfig(model=model))
+    assert (config.curvature_tokens, config.rayleigh_draws) == (tokens, draws)
+    assert (
+        resolve_from_presets(AttackConfig(model=model, curvature_tokens=512)).curvature_tokens
+        == 512
+    )
+
+
 # --- warm-up --------------------------------------------------------------------------------
 
 

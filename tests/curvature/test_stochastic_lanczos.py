@@ -16,6 +16,7 @@ from healing.curvature.stochastic_lanczos import (
     rayleigh_quotient,
     standard_error,
 )
+from healing.progress import listening
 
 
 class Dense:
@@ -170,6 +171,22 @@ def test_ties_count_half_and_nan_is_undefined() -> None:
     assert flat.percentile == 50
     broken = Dense(torch.full((4, 4), math.nan))
     assert math.isnan(rayleigh_percentile(broken, torch.ones(4), generator()).percentile)
+
+
+def test_every_product_is_announced_before_it_is_made() -> None:
+    """The gradient's own first, of 1 + n."""
+    told = []
+    made = []
+
+    class Counted(Dense):
+        def __call__(self, vector: Tensor, /) -> Tensor:
+            made.append(vector)
+            return super().__call__(vector)
+
+    with listening(lambda *news: told.append((*news, len(made)))):
+        rayleigh_percentile(Counted(torch.eye(4)), torch.ones(4), generator(), n_random=2)
+    assert told == [("curvature ranks", i, 3, i) for i in range(3)]
+    assert torch.equal(made[0] / made[0].norm(), torch.full((4,), 0.5))
 
 
 def test_refuses_bad_arguments() -> None:

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from healing.measurements.covariance import SURE_RATIO, MomentAccumulator, Moments
+from healing.measurements import covariance
+from healing.measurements.covariance import SURE_RATIO, MomentAccumulator, Moments, spectra
 from healing.randomness import named_generator
 
 
@@ -154,3 +155,26 @@ def test_identical_rows_have_no_spectrum():
     moments = moments_of(torch.ones(4, 5, 3))
     assert moments.rows == 16
     assert math.isnan(moments.spectrum().effective_rank)
+
+
+@pytest.mark.parametrize("stacked", [1, 2, 9])
+def test_blocks_decomposed_together_have_the_bits_of_each_alone(monkeypatch, stacked):
+    """One of them holds a state that is not finite; eigenvalues of LAPACK, matrix by matrix."""
+    states = [hidden_states(seed=seed) for seed in range(5)]
+    states[2][0, 3, 1] = math.inf
+    blocks = [moments_of(hidden) for hidden in states]
+    calls = []
+    plain = torch.linalg.eigvalsh
+    monkeypatch.setattr(torch.linalg, "eigvalsh", lambda x: (calls.append(len(x)), plain(x))[1])
+    monkeypatch.setattr(covariance, "STACK_BYTES", stacked * 8 * 6**2)
+    found = spectra(blocks)
+    assert calls == {1: [1, 1, 1, 1], 2: [2, 2], 9: [4]}[stacked]
+    for number, (block, spectrum) in enumerate(zip(blocks, found, strict=True)):
+        if number == 2:
+            assert bool(spectrum.eigenvalues.isnan().all())
+        else:
+            alone = plain(block.covariance()).flip(0).clamp_min(0)
+            assert torch.equal(spectrum.eigenvalues, alone)
+            rank = reference_rank(kept_rows(states[number]))
+            assert spectrum.effective_rank == pytest.approx(rank, rel=1e-9)
+        assert (spectrum.rows, spectrum.dropped_share) == (block.rows, block.dropped_share)

@@ -106,7 +106,7 @@ def test_headline_rank_is_the_mean_over_blocks(nano, probe):
     assert measured.effective_rank == pytest.approx(sum(layers) / 4)
 
 
-def test_standard_error_above_the_bootstraps_size_costs_a_second_pass(nano, corpus, monkeypatch):
+def test_standard_error_above_the_bootstraps_size_is_linearised(nano, corpus, monkeypatch):
     probe = Probe.of(corpus, nano, 8192, 64)
     bootstrap = probe.measure(nano.model, named_generator(0, "bootstrap")).rank_standard_error
     monkeypatch.setattr("healing.measurements.probe.BOOTSTRAP_MAX_DIMENSION", 16)
@@ -116,6 +116,35 @@ def test_standard_error_above_the_bootstraps_size_costs_a_second_pass(nano, corp
     assert linear.effective_rank == pytest.approx(
         probe.measure(nano.model).effective_rank, rel=1e-9
     )
+
+
+@pytest.mark.parametrize(("share", "passes"), [(1e6, 1), (1e-6, 2)])
+def test_states_are_looked_at_twice_and_made_twice_only_where_they_are_large(
+    nano, probe, monkeypatch, share, passes
+):
+    monkeypatch.setattr("healing.measurements.probe.BOOTSTRAP_MAX_DIMENSION", 16)
+    monkeypatch.setattr("healing.measurements.probe.TOKENS_PER_FORWARD", 256)
+    expected = probe.measure(nano.model, named_generator(0, "bootstrap"))
+    plain_head(nano.model)
+    seen = []
+    transformer_blocks(nano.model)[0].register_forward_pre_hook(lambda *_: seen.append(1))
+    monkeypatch.setattr("healing.measurements.probe.KEPT_SHARE", share)
+    found = probe.measure(nano.model, named_generator(0, "bootstrap"))
+    assert len(seen) == 4 * passes
+    assert found.rank_standard_error == expected.rank_standard_error  # to the last bit
+    assert found.effective_rank == expected.effective_rank
+
+
+def test_states_are_kept_up_to_a_multiple_of_the_weights(nano, probe, monkeypatch):
+    """16 windows of 64 tokens, 48 wide, out of 4 blocks."""
+    monkeypatch.setattr("healing.measurements.probe.BOOTSTRAP_MAX_DIMENSION", 16)
+    states = [torch.zeros(2, 64, 48)] * 4
+    ratio = 16 * 64 * 48 * 4 / nano.n_params
+    for share, expected in ((1.01 * ratio, True), (0.99 * ratio, False)):
+        monkeypatch.setattr("healing.measurements.probe.KEPT_SHARE", share)
+        assert probe._may_keep(nano.model, states) is expected
+    monkeypatch.setattr("healing.measurements.probe.BOOTSTRAP_MAX_DIMENSION", 48)
+    assert not probe._may_keep(nano.model, states)  # needed once
 
 
 def test_states_whose_early_median_misleads_are_measured_in_a_second_pass(nano, probe, monkeypatch):

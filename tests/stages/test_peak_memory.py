@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import pathlib
+from dataclasses import replace
 from types import SimpleNamespace
 
 import mlflow
 import pytest
 import torch
 from click.testing import CliRunner
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig
 
 from entrypoints.attack import main as attack_command
 from entrypoints.heal import main as heal_command
@@ -17,7 +18,11 @@ from healing.attacks import clean_hessian
 from healing.config.attack import AttackConfig
 from healing.config.heal import HealConfig
 from healing.config.resolve import resolve_from_presets
+from healing.curvature.stochastic_lanczos import rayleigh_percentile
+from healing.measurements.probe import Probe
 from healing.models.architectures import pythia_config
+from healing.stages.cells.attack import attack_cell
+from healing.stages.dry_run import peak_memory, tensor_bytes
 from healing.stages.dry_run.peak_memory import (
     ATTACKING,
     CHECKING,
@@ -29,6 +34,7 @@ from healing.stages.dry_run.peak_memory import (
     predict_attack,
     predict_healing,
 )
+from healing.stages.dry_run.plan import attack_plan, heal_plan
 from healing.stages.dry_run.stage import dry_run
 from healing.stages.dry_run.tensor_bytes import Usage, shapes_only
 
@@ -64,6 +70,45 @@ def test_a_storage_counts_from_its_birth_to_its_end_once():
             view.mul_(2)
     totals = {name: sum(kinds.values()) for name, kinds in usage.peaks.items()}
     assert totals == {"both": 6_000_000, "one": 4_000_000, "view": 4_000_000}
+
+
+@pytest.mark.parametrize("family", ["neox", "llama"])
+def test_the_short_way_of_common_operations_counts_the_same(monkeypatch, family):
+    shape = {"neox": SHAPE, "llama": LlamaConfig(
+        vocab_size=997, hidden_size=64, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=96,
+    )}[family]  # fmt: skip
+    attack = resolve_from_presets(
+        AttackConfig(model="nano", probe_tokens=1024, curvature_tokens=256)
+    )
+    heal = resolve_from_presets(HealConfig(model="nano", probe_tokens=1024))
+    ran = []
+    plain = tensor_bytes._run_on_meta
+    monkeypatch.setattr(tensor_bytes, "_run_on_meta", lambda *a: (ran.append(1), plain(*a))[1])
+    short = predict_attack(attack, shape, CPU).phases, predict_healing(heal, shape, CPU).phases
+    assert len(ran) > 1000
+    monkeypatch.setattr(tensor_bytes, "_PLAIN", set())
+    assert short == (
+        predict_attack(attack, shape, CPU).phases, predict_healing(heal, shape, CPU).phases
+    )  # fmt: skip
+
+
+def test_what_repeats_adds_nothing(monkeypatch):
+    """All windows, candidates, draws and products that are left out, and the first diagnosis."""
+    shape = LlamaConfig(
+        vocab_size=97, hidden_size=320, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=480,
+    )  # fmt: skip
+    config = resolve_from_presets(
+        AttackConfig(model="nano", probe_tokens=8192, curvature_tokens=256)
+    )
+    short = predict_attack(config, shape, CPU).phases
+    monkeypatch.setattr(peak_memory, "_CHUNKS", 100)
+    monkeypatch.setattr(peak_memory, "_one_product", rayleigh_percentile)
+    monkeypatch.setattr(peak_memory, "_without_the_first_diagnosis", lambda arm: arm)
+    whole = predict_attack(config, shape, CPU).phases
+    for phase, kinds in whole.items():
+        assert sum(short[phase].values()) == pytest.approx(sum(kinds.values()), rel=0.02), phase
 
 
 def test_adamw_healing_is_sixteen_bytes_per_parameter():
@@ -139,7 +184,13 @@ def test_an_attack_forms_nothing_else_of_the_models_size():
     directions = 4 * (254 * (768 + 256 + 2 * 1024) + 2 * 4 * 256)
     config = resolve_from_presets(
         AttackConfig(
-            model="nano", arm="haep", probe_tokens=64, sequence_length=32, rayleigh_draws=0
+            model="nano",
+            arm="haep",
+            probe_tokens=64,
+            sequence_length=32,
+            rayleigh_draws=0,
+            search_candidates=3,
+            baseline_draws=3,  # a small batch
         )
     )
     found = predict_attack(config, shape, CPU)
@@ -170,8 +221,9 @@ def test_an_accelerators_memory_does_not_hold_what_the_host_keeps():
     """
     n, _ = count()
     matrices = 3 * 12 * 64**2
+    # The shortest sequences: of so small a model a batch of them takes as much as the gradients.
     config = AttackConfig(model="nano", arm="random_tokens", attack_optimizer="sgd",
-        probe_tokens=64, sequence_length=32)  # fmt: skip
+        probe_tokens=64, sequence_length=32, catalyst_length=8)  # fmt: skip
     on_cpu, beside = (
         sum(
             predict_attack(resolve_from_presets(config), SHAPE, torch.device(d))
@@ -212,8 +264,39 @@ def test_dry_run_prints_and_makes_no_run(command, store):
     assert done.exit_code == 0, done.output
     assert "predicted peak:" in done.output
     assert "309,792 parameters" in done.output
+    # 40 steps measured every 10, and both ends with standard errors; 309,792 float32 weights.
+    assert "of at most 40 steps, 6 measurements of 4,096 tokens" in done.output
+    assert "17 Hessian products on 1,024 tokens" in done.output
+    assert "disk: 0.0012 GB for the checkpoint" in done.output
+    assert ("500 steps of 1,024 tokens (512,000), 52 measurements" in done.output) == (
+        command is heal_command
+    )
     assert not pathlib.Path("mlflow.db").exists()
     assert not pathlib.Path("experiments").exists()
+
+
+def test_the_plan_counts_what_a_run_measures(nano, corpus, monkeypatch):
+    """Against the calls that a real attack makes."""
+    config = resolve_from_presets(AttackConfig(model="nano", arm="random_text", attack_steps=5,
+        measurement_interval=2, target_rank_reduction=1.0, probe_tokens=256))  # fmt: skip
+    plain, calls = Probe.measure, []
+    monkeypatch.setattr(Probe, "measure", lambda *a: (calls.append(1), plain(*a))[1])
+    attack_cell(config)
+    (first, disk) = attack_plan(config, 10**9)
+    assert f"at most 5 steps, {len(calls)} measurements of 256 tokens" in first
+    assert disk == "  disk: 4 GB for the checkpoint"
+    assert "at most 0 steps, 2 measure" in attack_plan(replace(config, arm="none"), 1)[0]
+
+
+def test_the_plan_of_several_healings():
+    several = {"model": "nano", "checkpoint_dir": "x", "runs_per_checkpoint": 2}
+    config = resolve_from_presets(
+        HealConfig(**several, sham=True, save_healed=False, healing_steps=25)
+    )
+    first, disk = heal_plan(config, 1)
+    assert first.startswith("plan: 2 healing run(s) per checkpoint and as many of the sham, each")
+    assert "25 steps of 1,024 tokens (25,600), 5 measurements" in first
+    assert disk == "  disk: no weights are kept"
 
 
 def test_dry_run_under_mlflow_run_logs_the_peak(store, monkeypatch):

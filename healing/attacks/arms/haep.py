@@ -33,7 +33,7 @@ def find_catalyst(context: AttackContext) -> Catalyst:
         gradients = gradients_of(model, sequence_loss(model, found.tokens))
         randoms = context.generator("rayleigh")
         context.curvature_metrics.update(
-            rayleigh_rank(context.hessian, gradients, config.rayleigh_draws, randoms)
+            rayleigh_rank(context.hessian, gradients, int(config.rayleigh_draws), randoms)
         )
     return found
 

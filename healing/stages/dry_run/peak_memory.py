@@ -4,10 +4,11 @@ tensors without content (:mod:`healing.stages.dry_run.tensor_bytes`).
 
 from __future__ import annotations
 
+import itertools
 import pathlib
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, cast
@@ -16,18 +17,24 @@ from unittest import mock
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from healing.attacks import clean_hessian
+from healing.attacks import clean_hessian, gram_alignment
 from healing.attacks.context import prepare_arm
+from healing.attacks.gram_alignment import sequences_per_batch
 from healing.attacks.weight_change import WeightChange
 from healing.config.attack import AttackConfig
 from healing.config.heal import HealConfig
 from healing.config.shared import BaseConfig
+from healing.curvature.hessian import HessianOperator
+from healing.curvature.lanczos import gaussian
+from healing.curvature.stochastic_lanczos import RayleighPercentile, rayleigh_quotient
 from healing.curvature.subspaces import MatrixSubspace
-from healing.measurements.probe import Measurement, Probe
-from healing.models.blocks import embedding_matrix
+from healing.measurements.probe import KEPT_SHARE, TOKENS_PER_FORWARD, Measurement, Probe
+from healing.measurements.rank_standard_error import BOOTSTRAP_MAX_DIMENSION
+from healing.models.blocks import embedding_matrix, transformer_blocks
 from healing.models.loading import LoadedModel
 from healing.randomness import named_generator
 from healing.registry import METHODS
+from healing.stages.dry_run.plan import attack_plan, heal_plan
 from healing.stages.dry_run.tensor_bytes import COPIES, WEIGHTS, Usage, shapes_only
 from healing.training.healing_loop import adapted, heal
 from healing.training.nonfinite import takes_a_step
@@ -48,12 +55,49 @@ the C library keeps after it was freed is not in it.
 """
 _STEPS = 2
 """Steps that are run: from the second on the optimiser's state is there beside the activations."""
+_CHUNKS = 2
+"""Forward passes of a measurement that are made: from the second on the moments are there beside
+the hidden states.
+"""
 _WINDOWS = 64
 """Windows of the stand-in for a corpus, where their number has no say."""
 
 
 @dataclass(frozen=True)
-class _WatchedProbe(Probe):
+class _ShortProbe(Probe):
+    """The first windows of a probe: a measurement's peak does not grow with their number.
+
+    Attributes:
+        whole: Tokens of the probe that it stands for.
+    """
+
+    whole: int
+
+    @classmethod
+    def of_config(cls, config: BaseConfig, architecture: PreTrainedConfig) -> _ShortProbe:
+        """Zeros; all windows where each one's moments are kept."""
+        length = config.sequence_length
+        count = -(-int(config.probe_tokens) // length)
+        whole = count * length
+        if architecture.get_text_config().hidden_size > BOOTSTRAP_MAX_DIMENSION:
+            count = min(count, _CHUNKS * max(1, TOKENS_PER_FORWARD // length))
+        return cls(torch.zeros(count, length, dtype=torch.long), whole)
+
+    @property
+    def tokens(self) -> int:
+        """Of the whole probe: whether its states are kept depends on them."""
+        return self.whole
+
+    def states_left_out(self, model: PreTrainedModel) -> torch.Tensor:
+        """Room of the states that a measurement with its error would keep beside these windows'."""
+        width = len(transformer_blocks(model)) * embedding_matrix(model).shape[1]
+        left_out = self.whole - self.windows.numel()
+        kept = self.whole * width <= KEPT_SHARE * sum(p.numel() for p in model.parameters())
+        return torch.empty(left_out * width if kept else 0, device=next(model.parameters()).device)
+
+
+@dataclass(frozen=True)
+class _WatchedProbe(_ShortProbe):
     """A probe whose measurements are a phase of their own."""
 
     usage: Usage
@@ -78,6 +122,7 @@ class Prediction:
         base: Bytes of the process without the model: interpreter and libraries, as resident when
             the prediction was asked for, and :data:`BESIDE_TENSORS`.
         phases: Phase → kind → bytes at its peak.
+        plan: What the run would do and leave on disk, line by line.
     """
 
     n_params: int
@@ -85,6 +130,7 @@ class Prediction:
     device: torch.device
     base: int
     phases: Mapping[str, Mapping[str, int]]
+    plan: Sequence[str] = ()
 
     @property
     def tensor_bytes(self) -> int:
@@ -133,9 +179,13 @@ def _bare_model(
     return model.eval()
 
 
-def _probe(config: BaseConfig) -> Probe:
-    length = config.sequence_length
-    return Probe(torch.zeros(-(-int(config.probe_tokens) // length), length, dtype=torch.long))
+def _measure_healthy(usage: Usage, probe: _ShortProbe, model: PreTrainedModel) -> Measurement:
+    """The measurement with its standard error that every stage begins with."""
+    with usage.phase(MEASURING):
+        left_out = probe.states_left_out(model)
+        measured = probe.measure(model, named_generator(0, "bootstrap"))
+        del left_out
+    return measured
 
 
 def _loaded(config: BaseConfig, model: PreTrainedModel, device: torch.device) -> LoadedModel:
@@ -162,7 +212,7 @@ def predict_healing(
         architecture: Of the model.
         device: Where it will be.
     """
-    base = _base(config)
+    base, asked = _base(config), config
     config = replace(config, healing_steps=_STEPS, measurement_interval=_STEPS, sham=False)
     vocabulary = architecture.get_text_config().vocab_size
     with (
@@ -170,11 +220,13 @@ def predict_healing(
         Usage(vocabulary, device) as usage,
         mock.patch.object(torch.amp.GradScaler, "_maybe_opt_step", _always_step),
     ):
-        model, probe = _bare_model(usage, architecture, device), _probe(config)
-        count = sum(p.numel() for p in model.parameters())
-        trainable = METHODS.load(config.healing_method).n_trainable(model, config)
-        with usage.phase(MEASURING):
-            collapsed = probe.measure(model, named_generator(0, "bootstrap"))
+        model = _bare_model(usage, architecture, device)
+        probe = _ShortProbe.of_config(config, architecture)
+        count, trainable = (
+            sum(p.numel() for p in model.parameters()),
+            METHODS.load(config.healing_method).n_trainable(model, config),
+        )
+        collapsed = _measure_healthy(usage, probe, model)
         if config.gradient_checkpointing:
             model.activation_checkpointing_enable()
         order = named_generator(0, "sft")
@@ -182,11 +234,15 @@ def predict_healing(
         with usage.phase(CHECKING), adapted(model, config, order):
             usage.watch_gradients(model)
             takes_a_step(model, windows.to(device))
-        loaded, watched = _loaded(config, model, device), _WatchedProbe(probe.windows, usage)
+        loaded, watched = (
+            _loaded(config, model, device),
+            _WatchedProbe(probe.windows, probe.whole, usage),
+        )
         with usage.phase(HEALING):
             for _ in heal(loaded, config, windows, watched, collapsed, order):
                 pass
-    return Prediction(count, trainable, device, base, usage.peaks)
+    plan = heal_plan(asked, count)
+    return Prediction(count, trainable, device, base, usage.peaks, plan)
 
 
 def _largest_space(
@@ -199,6 +255,21 @@ def _largest_space(
     k = min(short, int(energy * short) + 1)
     leading, rest = weight.new_empty(long, k), weight.new_empty(short, short - k)
     return cls(leading, rest, weight.shape[0] < weight.shape[1])
+
+
+def _one_product(
+    operator: HessianOperator, vector: torch.Tensor, generator: torch.Generator, _draws: int
+) -> RayleighPercentile:
+    """One Hessian product, along a random direction: beside the gradient, as all but the first."""
+    quotient = rayleigh_quotient(operator, gaussian(operator, generator))
+    return RayleighPercentile(quotient, quotient, vector.new_ones(1))
+
+
+def _without_the_first_diagnosis(arm: Any) -> Any:
+    """An arm that is diagnosed after its step alone: before it the optimiser has no state yet."""
+    diagnose, calls = arm.diagnostics, itertools.count()
+    arm.diagnostics = lambda: diagnose() if next(calls) else {}
+    return arm
 
 
 class _Corpus:
@@ -215,21 +286,21 @@ def predict_attack(
 
     The low-curvature subspace of the singular kind counts with as many directions as it can have,
     since their number depends on the weights; what finding them takes for a moment is not seen. Of
-    the ``hessian`` kind only the first iterations of Lanczos are.
+    the ``hessian`` kind only the first iterations of Lanczos are. Of what comes one after the
+    other (rounds, draws, batches, steps) the fewest that show the peak are run.
 
     Args:
         config: Resolved configuration.
         architecture: Of the model.
         device: Where it will be.
     """
-    base = _base(config)
+    base, asked = _base(config), config
     config = replace(  # the fewest of what comes one after the other
         config,
         attack_steps=1,
         measurement_interval=1,
         search_steps=min(config.search_steps, 1),
-        search_candidates=1,
-        baseline_draws=3,
+        rayleigh_draws=min(int(config.rayleigh_draws), 1),
         reference_checkpoint="",
         match="norm",
     )
@@ -240,17 +311,26 @@ def predict_attack(
         mock.patch.object(MatrixSubspace, "of", classmethod(_largest_space)),
         # What this machine cannot hold is what a prediction is asked for.
         mock.patch.object(clean_hessian, "require_room", return_value=None),
+        # A comparison of numbers that are not there.
+        mock.patch.object(gram_alignment, "_trial_succeeds", return_value=True),
+        mock.patch.object(clean_hessian, "rayleigh_percentile", _one_product),
     ):
-        model, probe = _bare_model(usage, architecture, device), _probe(config)
+        model = _bare_model(usage, architecture, device)
+        probe = _ShortProbe.of_config(config, architecture)
         loaded, corpus = _loaded(config, model, device), cast(Any, _Corpus())
-        with usage.phase(MEASURING):
-            healthy = probe.measure(model, named_generator(0, "bootstrap"))
+        healthy = _measure_healthy(usage, probe, model)
+        together = sequences_per_batch(model, config.catalyst_length)
+        config = replace(
+            config,  # one batch of candidates, one of baselines (which the start joins)
+            search_candidates=min(config.search_candidates, together),
+            baseline_draws=max(3, min(config.baseline_draws, together - 1)),
+        )
         with usage.phase(PREPARING):
             change = WeightChange(model)
-            prepared = prepare_arm(config, loaded, corpus, change)
+            arm = _without_the_first_diagnosis(prepare_arm(config, loaded, corpus, change).arm)
         usage.watch_gradients(model)
         with usage.phase(ATTACKING):
-            for _ in prepared.arm.run(loaded, config, probe, healthy, change):
+            for _ in arm.run(loaded, config, probe, healthy, change):
                 pass
         count = sum(p.numel() for p in model.parameters())
-    return Prediction(count, count, device, base, usage.peaks)
+    return Prediction(count, count, device, base, usage.peaks, attack_plan(asked, count))

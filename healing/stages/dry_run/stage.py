@@ -54,6 +54,7 @@ def describe(name: str, label: str, prediction: Prediction) -> str:
             f"{prediction.n_trainable:,} trained",
             table(prediction),
             f"predicted peak: {prediction.peak_bytes / 1e9:.2f} GB ({highest}; {beside})",
+            *prediction.plan,
         ]
     )
 

@@ -1,0 +1,69 @@
+"""What an attack or a healing run would do and leave on disk: counts, from its configuration alone.
+
+No time is estimated: a step that is timed needs the weights, which a dry run does not load.
+"""
+
+from __future__ import annotations
+
+from healing.config.attack import AttackConfig
+from healing.config.heal import HealConfig
+
+_SEARCHING = ("haep", "haep_oracle")
+
+
+def attack_plan(config: AttackConfig, n_params: int) -> list[str]:
+    """Lines on one attack.
+
+    Args:
+        config: Resolved; at most all steps are taken, fewer where the target is reached.
+        n_params: Parameters of the model.
+    """
+    steps = 0 if config.arm == "none" else int(config.attack_steps)
+    lines = [
+        f"plan: one attack ({config.arm}) of at most {steps:,} steps, "
+        f"{_measurements(steps, config.measurement_interval)} measurements of "
+        f"{int(config.probe_tokens):,} tokens"
+    ]
+    if config.arm in _SEARCHING:
+        lines.append(
+            f"  search: {config.search_steps} rounds of {config.search_candidates} candidates, "
+            f"{config.baseline_draws} random sequences, each of {config.catalyst_length} tokens"
+        )
+        if draws := int(config.rayleigh_draws):
+            tokens = int(config.curvature_tokens)
+            lines.append(
+                f"  curvature ranks: {1 + draws} Hessian products on {tokens:,} "
+                "tokens (about 3.5 gradients of these tokens for the first, 2.2 for each other)"
+            )
+    return [*lines, f"  disk: {_gigabytes(n_params)} GB for the checkpoint"]
+
+
+def heal_plan(config: HealConfig, n_params: int) -> list[str]:
+    """Lines on the healing of one checkpoint; a sham is another run of the same size.
+
+    Args:
+        config: Resolved.
+        n_params: Parameters of the model.
+    """
+    steps, tokens = config.healing_steps, int(config.batch_size) * config.sequence_length
+    runs = config.runs_per_checkpoint if config.checkpoint_dir else config.num_runs
+    shams = " and as many of the sham" if config.sham and config.arm != "none" else ""
+    per = " per checkpoint" if config.checkpoint_dir else ""
+    disk = f"{_gigabytes(n_params)} GB for each run's healed weights"
+    return [
+        f"plan: {runs} healing run(s){per}{shams}, each of {steps:,} steps of {tokens:,} tokens "
+        f"({steps * tokens:,}), {_measurements(steps, config.measurement_interval)} measurements "
+        f"of {int(config.probe_tokens):,} tokens",
+        f"  disk: {disk if config.save_healed else 'no weights are kept'}",
+    ]
+
+
+def _measurements(steps: int, interval: int) -> int:
+    """Two with standard errors (of an attack's begin and end; of the healthy and the collapsed
+    model before healing), and one every interval and at the last step.
+    """
+    return 2 + steps // interval + bool(steps % interval)
+
+
+def _gigabytes(n_params: int) -> str:
+    return f"{4 * n_params / 1e9:.2g}"
