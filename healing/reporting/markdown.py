@@ -7,7 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from healing.reporting.escaping import markdown as escape
-from healing.reporting.phrases import group_label, headline_groups, interval_text, verdict_text
+from healing.reporting.phrases import (
+    group_label,
+    headline_groups,
+    healer_note,
+    interval_text,
+    verdict_text,
+)
 from healing.reporting.tables import STATUS_LABELS, Table, main_table, secondary_tables
 from healing.reporting.treatment_against_control import (
     comparison_gaps,
@@ -108,6 +114,8 @@ def markdown(summary: Summary) -> str:
     lines += _bullets(verdict_text(g, summary.groups) for g in headline_groups(summary))
     if not summary.groups:
         lines += ["No finished runs: nothing can be said."]
+    if note := healer_note(summary):
+        lines += ["", note]
     lines += ["", *_section(main_table(summary))[2:]]
     lines += [
         "Intervals are Student t over checkpoint means (replicates averaged first); none is given "

@@ -7,6 +7,8 @@ import math
 import numpy as np
 import pytest
 
+from healing.reporting.html import render
+from healing.reporting.markdown import markdown
 from healing.reporting.phrases import (
     asymptote_texts,
     context_sentences,
@@ -148,3 +150,12 @@ def test_numbers_in_words() -> None:
     ]  # fmt: skip
     assert (count_text(1, "run"), count_text(0, "run")) == ("1 run", "0 runs")
     assert (percent_text(math.nan), percent_text(1.25)) == ("undefined", "1.2 %")
+
+
+def test_verdicts_on_embedded_models_come_with_what_a_stronger_healer_did() -> None:
+    rng = np.random.default_rng(5)
+    ours = pool([simulated_run(rng, "nano", "haep", s, 20.0, 90.0) for s in range(3)])
+    others = pool([simulated_run(rng, "70m", "haep", s, 20.0, 90.0) for s in range(3)])
+    for written in (markdown, lambda summary: render(summary, {})):
+        assert "87.7 %" in written(ours)
+        assert "87.7 %" not in written(others)
