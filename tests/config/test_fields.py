@@ -26,16 +26,17 @@ from healing.config.options import Options, option, ordered_names
 ANSWERS = {
     "main": "models revision deduped arms seeds noise_match sham basin healing_steps healing_lr "
     "attack_steps corpus tokenizer text_column split_rule batch_size sequence_length "
-    "measurement_interval workers -device -output_dir -verbosity",
+    "measurement_interval workers -device -cache_dir -output_dir -verbosity",
     "attack": "model revision deduped tokenizer corpus max_documents text_column split_rule ~seed "
     "batch_size sequence_length probe_tokens measurement_interval ~measurements threads "
-    "-device -output_dir -verbosity arm attack_steps attack_optimizer attack_lr "
+    "-device -cache_dir -output_dir -verbosity arm attack_steps attack_optimizer attack_lr "
     "warmup_steps target_rank_reduction catalyst_length search_steps search_candidates "
     "baseline_draws subspace subspace_energy hessian_directions curvature_tokens "
     "rayleigh_draws -reference_checkpoint -reference_run_id match noise_scale -dry_run",
     "heal": "model revision deduped tokenizer corpus max_documents text_column split_rule ~seed "
     "batch_size sequence_length probe_tokens measurement_interval ~measurements threads "
-    "-device -output_dir -verbosity ~collapsed_checkpoint -attack_run_id -checkpoint_dir "
+    "-device -cache_dir -output_dir -verbosity ~collapsed_checkpoint -attack_run_id "
+    "-checkpoint_dir "
     "-runs_per_checkpoint -num_runs ~arm healing_steps healing_lr healing_optimizer "
     "healing_method lora_rank lora_alpha sham gradient_checkpointing gradient_clip "
     "-save_healed precision precision_mode -dry_run",
@@ -97,7 +98,7 @@ def test_entries_of_a_checkpoint_that_separate_no_runs():
     assert set(NOT_SETTINGS) == {
         "seed", "fingerprint", "attack_run_id", "reference_checkpoint", "reference_run_id",
         "reference_fingerprint", "model_commit", "output_dir", "verbosity", "device", "dry_run",
-        "measurements",
+        "measurements", "cache_dir",
     }  # fmt: skip
     # What is named beside the fields is a field of no attack: else it would have two answers.
     assert not set(LINEAGE) & set(ordered_names(AttackConfig))

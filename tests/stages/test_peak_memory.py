@@ -22,6 +22,7 @@ from healing.curvature.stochastic_lanczos import rayleigh_percentile
 from healing.measurements.probe import Probe
 from healing.models.architectures import pythia_config
 from healing.stages.cells.attack import attack_cell
+from healing.stages.cells.events import outcome_of
 from healing.stages.dry_run import peak_memory, tensor_bytes
 from healing.stages.dry_run.peak_memory import (
     ATTACKING,
@@ -277,11 +278,19 @@ def test_dry_run_prints_and_makes_no_run(command, store):
 
 def test_the_plan_counts_what_a_run_measures(nano, corpus, monkeypatch):
     """Against the calls that a real attack makes."""
-    config = resolve_from_presets(AttackConfig(model="nano", arm="random_text", attack_steps=5,
-        measurement_interval=2, target_rank_reduction=1.0, probe_tokens=256))  # fmt: skip
+    config = resolve_from_presets(
+        AttackConfig(
+            model="nano",
+            arm="random_text",
+            attack_steps=5,
+            measurement_interval=2,
+            target_rank_reduction=1.0,
+            probe_tokens=256,
+        )
+    )
     plain, calls = Probe.measure, []
     monkeypatch.setattr(Probe, "measure", lambda *a: (calls.append(1), plain(*a))[1])
-    attack_cell(config)
+    outcome_of(attack_cell(config))
     (first, disk) = attack_plan(config, 10**9)
     assert f"at most 5 steps, {len(calls)} measurements of 256 tokens" in first
     assert disk == "  disk: 4 GB for the checkpoint"
