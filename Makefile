@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TRACKING := sqlite:///$(CURDIR)/mlflow.db
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast lint bench real-model ui clean
+.PHONY: help setup demo test test-fast test-slow lint bench real-model ui clean
 
 help:  ## Show what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -38,11 +38,16 @@ ui:  ## Serve the MLflow UI of the demo on port 5000
 	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow server --backend-store-uri $(TRACKING) \
 	    --workers 1 --host 127.0.0.1 --port 5000
 
-test: setup lint  ## Lint, type-check and run all tests
-	$(BIN)/python -m pytest
-
-test-fast: setup  ## Run the tests that take no minutes
+# The tiers' times are in CONTRIBUTING.md.
+test: setup lint  ## Lint, type-check and run all tests, the fast tier first
 	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -m slow
+
+test-fast: setup  ## Run the fast tier: everything but whole commands and simulations
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-slow: setup  ## Run the slow tier: whole commands, simulations, known outcomes, golden values
+	$(BIN)/python -m pytest -m slow
 
 lint: setup
 	$(BIN)/ruff check .
