@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import re
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -229,6 +230,12 @@ def _looks_ahead(model: PreTrainedModel) -> bool:
     return bool((one - other).abs().max() > 1e-4 * one.abs().max())
 
 
+_ONE_AT_A_TIME = threading.Lock()
+"""transformers switches the tying of weights off in the whole process while it loads: of two loads
+at once in threads the later restores what the earlier had switched off, and no model made
+afterwards ties its weights."""
+
+
 def _weights(
     label: str, location: Location, config: PreTrainedConfig, attention: str
 ) -> tuple[PreTrainedModel, Mapping[str, Any], dict[str, str]]:
@@ -311,7 +318,8 @@ def load_model(
     location = locate(name, revision, deduped)
     config = read_config(label, location)
     tokenizer = read_tokenizer(label, location, tokenizer_name)
-    model, report, origin = _weights(label, location, config, attention)
+    with _ONE_AT_A_TIME:
+        model, report, origin = _weights(label, location, config, attention)
     if tokenizer_name:
         origin["tokenizer_source"] = tokenizer.name_or_path
     for module in model.modules():

@@ -6,9 +6,12 @@ import json
 import math
 import pathlib
 import pickle
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from healing.errors import CheckpointError, ConfigError, ModelError
 from healing.measurements.probe import Probe
@@ -243,3 +246,24 @@ def test_a_checkpoint_is_mapped_until_its_tensors_are_used(nano, tmp_path):
     assert resident() - before < 20e6
     assert torch.equal(checkpoint.state["weight"], big.weight)
     assert resident() - before > 60e6  # the measure can see them
+
+
+def test_models_are_loaded_one_at_a_time(monkeypatch):
+    """transformers patches a class of its own while it loads, which two threads would leave so."""
+    load, busy, most = AutoModelForCausalLM.from_pretrained, [], []
+
+    def counted(*args, **options):
+        busy.append(1)
+        most.append(len(busy))
+        time.sleep(0.05)
+        try:
+            return load(*args, **options)
+        finally:
+            busy.pop()
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", counted)
+    before = PreTrainedModel.tie_weights
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(load_model, ["nano"] * 3))
+    assert most == [1, 1, 1]
+    assert PreTrainedModel.tie_weights is before
