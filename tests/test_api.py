@@ -93,6 +93,7 @@ def test_a_sham_is_healed_once_and_results_are_summarized_from_memory(collapsed,
     assert "nano" in found._repr_markdown_()
 
 
+@pytest.mark.slow
 def test_a_sweep_without_tracking_leaves_no_store(store):
     found = api.sweep(
         ["nano"], ["random_tokens"], [0], keep=store / "kept", healing_steps=2, attack_steps=2,
@@ -113,6 +114,7 @@ def test_tracked_runs_go_to_the_experiment_named_and_leave_mlflows_state(store, 
     assert dict(os.environ) == before
 
 
+@pytest.mark.slow
 def test_a_landscape_of_a_healing_run(healed):
     found = api.landscape(
         healed, curvature_tokens=64, gradient_batches=8, eigenvalues=1, lanczos_iterations=4,
@@ -157,6 +159,7 @@ def test_what_there_is(capsys):
         healing.heel  # noqa: B018
 
 
+@pytest.mark.slow
 def test_the_example_runs():
     main = runpy.run_path(str(ROOT / "examples" / "own_model.py"))["main"]
     threads = torch.get_num_threads()
@@ -164,6 +167,7 @@ def test_the_example_runs():
     assert torch.get_num_threads() == threads
 
 
+@pytest.mark.slow
 def test_the_ten_lines_of_the_docs_work(tmp_path):
     text = (ROOT / "docs" / "api.md").read_text()
     code = text.split("```python\n")[1].split("```")[0]

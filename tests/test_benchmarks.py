@@ -19,6 +19,8 @@ from healing.curvature.hessian import twice_differentiable_attention
 from healing.models.blocks import next_token_loss
 from healing.training.precision import Precision
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 

@@ -7,7 +7,11 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from tests.conftest import ROOT
+
+pytestmark = pytest.mark.slow
 
 # What libraries do when they are imported is theirs: they are imported first.
 IMPORT_ALL = """

@@ -419,6 +419,7 @@ def test_finite_difference_step_balances_truncation_and_rounding() -> None:
     assert error(default / 10, isotropic, product) > 3 * error(None, isotropic, product)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["nano", "micro"])
 def test_finite_differences_of_the_trained_models(model: str, corpus: Any) -> None:
     loaded, twin = load_model(model), load_model(model, attention="eager").model.double()

@@ -34,6 +34,8 @@ from healing.models.model_files import EMBEDDED_DIR
 from tests.conftest import ROOT
 from tests.hub_server import Hub, Repository, commit_of
 
+pytestmark = pytest.mark.slow
+
 PYTHIA, DEDUPED = "models/EleutherAI/pythia-70m", "models/EleutherAI/pythia-70m-deduped"
 PILE = "datasets/monology/pile-uncopyrighted"
 

@@ -13,7 +13,7 @@ from healing.models.loading import LoadedModel, load_model
 from healing.models.token_loss import plain_head
 from tests.models import real_model
 
-pytestmark = pytest.mark.real_model
+pytestmark = [pytest.mark.real_model, pytest.mark.slow]
 
 TEXT = (
     "The river rises in the hills north of the town and flows south for about forty miles before "

@@ -30,6 +30,8 @@ from tests.legacy_folders import (
     write_run,
 )
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def records(store):

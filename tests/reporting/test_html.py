@@ -15,6 +15,8 @@ from healing.reporting.html import embed
 from healing.stages.summarize import write_summary
 from tests.summaries import NASTY, degenerate, eventful, nasty, realistic
 
+pytestmark = pytest.mark.slow
+
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
 )

@@ -44,6 +44,8 @@ from healing.stages.heal import heal
 from healing.stages.heal_inputs import find_checkpoints
 from healing.tracking.store import MlflowStore
 
+pytestmark = pytest.mark.slow
+
 SMALL = {"model": "nano", "sequence_length": 64, "probe_tokens": 512, "batch_size": 4,
          "verbosity": "quiet"}  # fmt: skip
 TINY = {"curvature_tokens": 64, "gradient_batches": 8, "eigenvalues": 1,

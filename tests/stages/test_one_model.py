@@ -15,6 +15,8 @@ from healing.stages.cells import inputs
 from healing.stages.heal import heal
 from healing.stages.sweep import sweep
 
+pytestmark = pytest.mark.slow
+
 SMALL = {"model": "nano", "sequence_length": 64, "probe_tokens": 1024, "batch_size": 4,
          "verbosity": "quiet"}  # fmt: skip
 FAST = {"arm": "random_tokens", "attack_steps": 2, "search_steps": 1, "search_candidates": 2,

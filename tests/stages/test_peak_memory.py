@@ -39,6 +39,8 @@ from healing.stages.dry_run.plan import attack_plan, heal_plan
 from healing.stages.dry_run.stage import dry_run
 from healing.stages.dry_run.tensor_bytes import Usage, shapes_only
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 SHAPE = GPTNeoXConfig(
     vocab_size=997, hidden_size=64, num_hidden_layers=3, num_attention_heads=4,

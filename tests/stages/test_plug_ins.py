@@ -29,6 +29,8 @@ from healing.statistics.summary import summarize_runs
 from tests.conftest import ROOT, forget_plug_ins
 from tests.summaries import simulated_run
 
+pytestmark = pytest.mark.slow
+
 GUIDE = ROOT / "docs" / "plug_ins.md"
 SMALL = {"model": "nano", "sequence_length": 64, "probe_tokens": 1024, "batch_size": 4,
          "measurement_interval": 4, "verbosity": "quiet"}  # fmt: skip

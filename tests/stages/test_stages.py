@@ -39,6 +39,8 @@ from healing.tracking import queries
 from healing.tracking.run_files import JsonLines, plain, read_jsonl
 from healing.training.trainer import Trainer
 
+pytestmark = pytest.mark.slow
+
 SMALL = {"model": "nano", "sequence_length": 64, "probe_tokens": 1024, "batch_size": 4,
          "measurement_interval": 4, "verbosity": "quiet"}  # fmt: skip
 FAST_ATTACK = {"attack_steps": 8, "search_steps": 1, "search_candidates": 2, "baseline_draws": 3,
