@@ -143,6 +143,7 @@ def test_unreachable_hub_is_one_line(store, monkeypatch):
     assert "--model nano or micro" in failure
 
 
+@pytest.mark.slow
 def test_quiet_prints_nothing(store):
     arguments = [*SMALL, "--arm", "none", "--healing-steps", "1", "--verbosity", "quiet"]
     result = invoke("heal", *arguments)
@@ -157,6 +158,7 @@ def test_normal_prints_the_verdict_and_the_folder(store):
     assert str(store / "experiments") in result.stdout
 
 
+@pytest.mark.slow
 def test_pretrain_writes_a_model_folder(store):
     result = invoke(
         "pretrain", "--tokens-per-parameter", "0.05", "--batch-size", "4", "--output-dir", "out",

@@ -103,6 +103,7 @@ def _without(config, name: str):
     return made(**{f.name: getattr(config, f.name) for f in kept})
 
 
+@pytest.mark.slow
 def test_they_are_logged_at_every_measured_step(store):
     small = {
         "model": "nano", "sequence_length": 64, "probe_tokens": 512, "batch_size": 4,

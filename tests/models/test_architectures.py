@@ -137,6 +137,7 @@ def test_block_outputs_are_the_hidden_states_of_transformers(folders, kind):
     assert not torch.allclose(outputs[-1], states[-1])
 
 
+@pytest.mark.slow
 def test_attack_and_heal_end_to_end(folders, kind, tmp_path):
     attacked = outcome_of(attack_cell(resolve_from_model(small_attack(folders[kind]))))
     assert attacked.last.step > 0
@@ -178,6 +179,7 @@ WITHOUT_SDPA = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WITHOUT_SDPA)
 def test_architectures_without_sdpa_get_eager_attention(folders, tmp_path, name):
     folder = make_folder(tmp_path / name, WITHOUT_SDPA[name]())

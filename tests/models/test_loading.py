@@ -38,6 +38,7 @@ def heldout_perplexity(corpus) -> dict[str, tuple[float, float, int]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["nano", "micro"])
 def test_embedded_model_is_under_a_third_of_the_unigram_perplexity(heldout_perplexity, name):
     perplexity, unigram, _ = heldout_perplexity[name]

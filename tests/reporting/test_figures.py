@@ -53,6 +53,7 @@ def kept(monkeypatch):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["column", "haep_against_noise", *DRAW])
 def test_same_input_same_bytes_and_no_date(tmp_path, summary, name):
     for folder in ("a", "b"):
@@ -72,6 +73,7 @@ def test_the_paper_figure_is_one_column_wide(tmp_path, summary):
     assert float(box.split()[2]) == pytest.approx(3.3 * 72)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["column", "haep_against_noise", *DRAW])
 @pytest.mark.parametrize("which", ["realistic", "three", "nasty", "eventful"])
 def test_axes_have_units_and_all_text_is_legible_and_inside(tmp_path, kept, name, which):

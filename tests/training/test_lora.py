@@ -300,6 +300,7 @@ def test_a_missing_library_is_one_line_before_anything_is_loaded(store, monkeypa
     assert "llm-healing[lora]" in line
 
 
+@pytest.mark.slow
 def test_end_to_end(store):
     arguments = ["--model", "nano", "--sequence-length", "64", "--probe-tokens", "1024",
                  "--arm", "none", "--healing-steps", "2", "--healing-method", "lora",
