@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 import pathlib
@@ -160,6 +161,25 @@ def unloadable(label: str, location: Location, reason: str, hint: str = "") -> M
     )
 
 
+def _stored_config(whole: Location) -> PreTrainedConfig:
+    """The configuration as the files give it; a copy, which may be changed."""
+    if not whole.gguf:
+        return _as_transformers_reads(whole, 0.0)
+    # A GGUF file's header holds the whole vocabulary: seconds, and asked for several times a run.
+    changed = (whole.folder / whole.gguf).stat().st_mtime
+    return copy.deepcopy(_read_once(whole, changed))
+
+
+def _as_transformers_reads(whole: Location, changed: float) -> PreTrainedConfig:
+    found: PreTrainedConfig = AutoConfig.from_pretrained(
+        whole.folder, trust_remote_code=False, **whole.how
+    )
+    return found
+
+
+_read_once = functools.lru_cache(maxsize=2)(_as_transformers_reads)
+
+
 def read_config(label: str, location: Location) -> PreTrainedConfig:
     """The architecture, with every dropout at 0: what it draws would come from torch's global
     generator, unseeded and different on every device, and none of the models is trained with any.
@@ -168,8 +188,7 @@ def read_config(label: str, location: Location) -> PreTrainedConfig:
         ModelError: Missing, damaged, quantized, or in need of code of its own.
     """
     try:
-        whole = location.whole
-        config = AutoConfig.from_pretrained(whole.folder, trust_remote_code=False, **whole.how)
+        config = _stored_config(location.whole)
     except LOADING_ERRORS as error:
         raise loading_failure(error, label, location) from error
     if getattr(config, "quantization_config", None):
