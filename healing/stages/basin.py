@@ -87,7 +87,7 @@ def _states_of(run_id: str, store: Store) -> tuple[pathlib.Path | None, pathlib.
 
 
 def find_cell(config: BasinConfig, store: Store) -> BasinCell:
-    """What to examine, with every ``auto`` settled by the healed checkpoint.
+    """What to examine, with every ``auto`` resolved from the healed checkpoint.
 
     Raises:
         ConfigError: Nothing, or too much, is named.
@@ -101,8 +101,8 @@ def find_cell(config: BasinConfig, store: Store) -> BasinCell:
     else:
         collapsed = _local(config.collapsed_checkpoint, store)
         healed = _local(config.healed_checkpoint, store)
-    settled = resolve_from_checkpoint(config, read_checkpoint(healed), healed)
-    return BasinCell(settled, str(collapsed or ""), str(healed))
+    resolved = resolve_from_checkpoint(config, read_checkpoint(healed), healed)
+    return BasinCell(resolved, str(collapsed or ""), str(healed))
 
 
 def describe(outcome: BasinOutcome) -> str:

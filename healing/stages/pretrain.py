@@ -52,10 +52,10 @@ def pretrain_cell(config: PretrainConfig) -> Events[PretrainOutcome]:
     enter("training the tokenizer")
     training = Pretraining.prepare(config, corpus)
     unigram = unigram_perplexity(training.train, training.heldout, config.vocab_size)
-    mark = fingerprint(
+    own = fingerprint(
         "pretrain", config, corpus.digests, code_digest("healing.training.pretraining")
     )
-    yield Begin(mark, config.model, as_params(config), training.total_steps)
+    yield Begin(own, config.model, as_params(config), training.total_steps)
     records: list[PretrainRecord] = []
     start = time.perf_counter()
     for record in training.run():

@@ -23,7 +23,7 @@ class BasinCell:
         collapsed: Path of the collapsed checkpoint; empty = the healthy state (a sham).
         healed: Path of the healed checkpoint.
 
-    Where nothing is settled yet, both are empty and the configuration says what is meant.
+    Where nothing is resolved yet, both are empty and the configuration says what is meant.
     """
 
     config: BasinConfig
