@@ -87,19 +87,12 @@ def _value(name: str, measurement: Measurement) -> float:
     return measurement.loss if name == "loss" else measurement.effective_rank
 
 
-@torch.no_grad()
 def measure_state(
     loaded: LoadedModel, state: Mapping[str, torch.Tensor], change: WeightChange, probe: Probe
 ) -> Measurement:
     """Measure other weights in the model's place; the healthy ones are back afterwards."""
-    parameters = dict(loaded.model.named_parameters())
-    try:
-        for name, parameter in parameters.items():
-            parameter.copy_(state[name])
+    with change.replaced(loaded.model, state):
         return probe.measure(loaded.model)
-    finally:
-        for name, parameter in parameters.items():
-            parameter.copy_(change.healthy[name])
 
 
 class _Search:

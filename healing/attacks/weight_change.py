@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Mapping
 
@@ -37,6 +38,13 @@ def snapshot(parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: p.detach().to("cpu", copy=True) for name, p in parameters.items()}
 
 
+@torch.no_grad()
+def put(model: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Copy named tensors into the parameters, in place."""
+    for name, parameter in model.named_parameters():
+        parameter.copy_(state[name])
+
+
 class WeightChange:
     """‖W−W₀‖/‖W₀‖ against a snapshot of the healthy weights, in host memory."""
 
@@ -47,6 +55,15 @@ class WeightChange:
     def delta(self, model: torch.nn.Module) -> Differences:
         """W−W₀ by parameter name."""
         return Differences(dict(model.named_parameters()), self.healthy)
+
+    @contextlib.contextmanager
+    def replaced(self, model: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """Other weights in the model's place for the block, then the healthy ones again."""
+        try:
+            put(model, state)
+            yield
+        finally:
+            put(model, self.healthy)
 
     def relative(self, model: torch.nn.Module) -> float:
         """The ratio of norms over all parameters."""
