@@ -20,7 +20,7 @@ import torch
 from benchmarks.table import Row, at_least, ratios, rounds, save, show
 from healing.attacks import gram_alignment
 from healing.attacks.alignment import random_sequences, sequence_alignments
-from healing.attacks.catalyst_search import search_catalyst, token_gradient
+from healing.attacks.catalyst_search import token_gradient
 from healing.config.attack import AttackConfig
 from healing.config.options import AUTO
 from healing.curvature import subspaces
@@ -33,8 +33,12 @@ from healing.stages.cells.inputs import load_inputs, resolve_from_model, use_thr
 SEARCH_TARGET, WHOLE_TARGET = 8.0, 5.0
 """Times as fast as the dense way, for a model of 135 million parameters and more."""
 LARGE = 100_000_000
-ROUNDS_TIMED = 1
-"""Rounds of the catalyst search that are timed: every one is alike."""
+NAMES = {
+    "bases": "bases of all matrices",
+    "baselines": "ρ of the start and the random sequences",
+    "candidates": "ρ of a round's candidates",
+    "derivative": "derivative of ρ by the tokens",
+}
 
 
 @contextlib.contextmanager
@@ -55,26 +59,12 @@ def ways(config: AttackConfig, loaded: LoadedModel, space: SingularSubspace) -> 
         generator = named_generator(0, "benchmark")
         return random_sequences(count, length, loaded.vocabulary, generator).to(loaded.device)
 
-    def search() -> object:
-        return search_catalyst(
-            model,
-            space,
-            draws(config.baseline_draws),
-            length=length,
-            steps=ROUNDS_TIMED,
-            candidates=config.search_candidates,
-            generator=named_generator(0, "search"),
-            vocabulary=loaded.vocabulary,
-        )
-
     matrices = block_matrices(model)
     return {
         "bases": lambda: SingularSubspace.of(matrices, config.subspace_energy),
-        f"ρ of {config.baseline_draws} sequences": lambda: sequence_alignments(
-            model, space, draws(config.baseline_draws)
-        ),
-        "derivative of ρ": lambda: token_gradient(model, space, draws(1)[0]),
-        f"search, {ROUNDS_TIMED} round and the baselines": search,
+        "baselines": lambda: sequence_alignments(model, space, draws(config.baseline_draws + 1)),
+        "candidates": lambda: sequence_alignments(model, space, draws(config.search_candidates)),
+        "derivative": lambda: token_gradient(model, space, draws(1)[0]),
     }
 
 
@@ -98,30 +88,39 @@ def main() -> None:
     _, loaded, probe = load_inputs(config)
     space = SingularSubspace.of(block_matrices(loaded.model), config.subspace_energy)
     rows: list[Row] = []
-    whole = {"now": [0.0] * options.rounds, "dense": [0.0] * options.rounds}
-    name = config.label
+    name, large = config.label, loaded.n_params > LARGE
+    found: dict[str, dict[str, list[float]]] = {}
     for phase, action in ways(config, loaded, space).items():
-        seconds = rounds(
+        found[phase] = rounds(
             {"now": action, "dense": lambda action=action: timed(action)},
             options.rounds,
-            warm_up=int(loaded.n_params < LARGE),
+            warm_up=int(not large),
         )
-        faster = ratios(seconds["dense"], seconds["now"])
-        what = f"{name}: {phase}, times as fast as dense"
-        is_search = phase.startswith("search") and loaded.n_params > LARGE
-        row = Row(what, tuple(faster), "×")
         rows += [
-            Row(f"{name}: {phase}", tuple(seconds["now"]), "s"),
-            at_least(what, faster, "×", SEARCH_TARGET) if is_search else row,
+            Row(f"{name}: {NAMES[phase]}", tuple(found[phase]["now"]), "s"),
+            Row(
+                f"{name}: {NAMES[phase]}, times as fast as dense",
+                tuple(ratios(found[phase]["dense"], found[phase]["now"])),
+                "×",
+            ),
         ]
-        if phase == "bases" or phase.startswith("search"):
-            for way, values in seconds.items():
-                times = 1 if phase == "bases" else config.search_steps  # rounds are alike
-                whole[way] = [w + times * v for w, v in zip(whole[way], values, strict=True)]
-    faster = ratios(whole["dense"], whole["now"])
-    what = f"{name}: bases and {config.search_steps} rounds (extrapolated), times as fast as dense"
-    big = loaded.n_params > LARGE
-    rows.append(at_least(what, faster, "×", WHOLE_TARGET) if big else Row(what, tuple(faster), "×"))
+
+    def together(way: str, *, bases: bool) -> list[float]:
+        """Seconds of a whole search, whose rounds are alike, and of the bases if wanted."""
+        return [
+            base * bases + start + config.search_steps * (candidates + derivative)
+            for base, start, candidates, derivative in zip(
+                *(found[phase][way] for phase in NAMES), strict=True
+            )
+        ]
+
+    for what, bases, target in (
+        (f"search of {config.search_steps} rounds", False, SEARCH_TARGET),
+        ("bases and search", True, WHOLE_TARGET),
+    ):
+        faster = ratios(together("dense", bases=bases), together("now", bases=bases))
+        text = f"{name}: {what}, times as fast as dense"
+        rows.append(at_least(text, faster, "×", target) if large else Row(text, tuple(faster), "×"))
     errors = named_generator(0, "bootstrap")
     healthy = rounds({"healthy": lambda: probe.measure(loaded.model, errors)}, 1, warm_up=0)
     rows.append(Row(f"{name}: healthy measurement with its error", tuple(healthy["healthy"]), "s"))

@@ -16,6 +16,7 @@ import importlib.util
 import pathlib
 import pkgutil
 import re
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -102,9 +103,20 @@ def source_file(module: str) -> pathlib.Path | None:
     return pathlib.Path(spec.origin)
 
 
+_PARSING = threading.Lock()
+"""Python 3.11 counts its parser's depth once per process: two threads that parse at once end in
+``SystemError: AST constructor recursion depth mismatch``."""
+
+
+def parse(source: str) -> ast.Module:
+    """Syntax tree of a source; for threads too."""
+    with _PARSING:
+        return ast.parse(source)
+
+
 def _said(text: str) -> tuple[str, dict[str, Any]]:
     """First line of the docstring, and the literal constants of a source."""
-    tree = ast.parse(text)
+    tree = parse(text)
     found = {}
     for node in tree.body:
         if isinstance(node, ast.Assign) and len(node.targets) == 1:

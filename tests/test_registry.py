@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import pathlib
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -15,7 +18,7 @@ from healing.config.heal import HealConfig
 from healing.config.resolve import resolve_from_presets
 from healing.config.sweep import SweepConfig
 from healing.errors import ConfigError
-from healing.registry import ARMS, MEASUREMENTS, METHODS, ROLES, Registry
+from healing.registry import ARMS, MEASUREMENTS, METHODS, ROLES, Registry, parse
 from healing.stages.cells.code_digest import closure, code_digest
 from tests.conftest import ROOT, forget_plug_ins
 
@@ -233,3 +236,29 @@ def test_the_learning_rate_of_a_method_is_its_ratio(plug_ins):
 
 def test_tables_of_the_docs_are_the_generated_ones():
     assert METHOD.read_text(encoding="utf-8") == render(METHOD.read_text(encoding="utf-8"))
+
+
+def test_sources_are_parsed_by_one_thread_at_a_time():
+    """CPython 3.11 fails where a garbage collection lets another thread into its parser."""
+
+    class Slow:
+        def __del__(self):
+            for _ in range(50):
+                pass
+
+    def parse_often(_):
+        for _ in range(10):
+            cycle = [Slow()]
+            cycle.append(cycle)
+            parse(source)
+
+    source = pathlib.Path(registry.__file__).read_text()
+    interval, thresholds = sys.getswitchinterval(), gc.get_threshold()
+    sys.setswitchinterval(1e-6)
+    gc.set_threshold(5)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(parse_often, range(4)))
+    finally:
+        sys.setswitchinterval(interval)
+        gc.set_threshold(*thresholds)

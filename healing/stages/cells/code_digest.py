@@ -19,7 +19,7 @@ import torch
 import transformers
 
 from healing.config.fingerprint import fingerprint
-from healing.registry import source_file
+from healing.registry import parse, source_file
 
 EXCLUDED = {
     "healing.config": "every value that reaches a cell is a field of its resolved configuration",
@@ -54,7 +54,7 @@ def imported(tree: ast.Module, package: str = "") -> Iterator[str]:
 @functools.cache
 def parsed(path: pathlib.Path) -> ast.Module:
     """Syntax tree of a file."""
-    return ast.parse(path.read_text(encoding="utf-8"))
+    return parse(path.read_text(encoding="utf-8"))
 
 
 def is_excluded(name: str) -> bool:
@@ -96,7 +96,7 @@ class _Stripped(ast.NodeTransformer):
 
 def stripped(source: str) -> str:
     """The syntax tree of a source as text, without docstrings, comments and imports."""
-    return ast.dump(_Stripped().visit(ast.parse(source)))
+    return ast.dump(_Stripped().visit(parse(source)))
 
 
 @functools.cache
