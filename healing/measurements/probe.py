@@ -156,6 +156,15 @@ class Probe:
         return sum(total for total, _ in parts) / sum(count for _, count in parts)
 
     @torch.no_grad()
+    def window_losses(self, model: nn.Module) -> torch.Tensor:
+        """Mean cross entropy of every window: float64 (windows,), nats per token, on the CPU. Their
+        mean is :meth:`loss`. The model's mode is restored.
+        """
+        with evaluation_mode(model):
+            losses = torch.cat([x.double() for x, _ in self._forward(model)]).cpu()
+        return losses.view(len(self.windows), -1).mean(1)
+
+    @torch.no_grad()
     def measure(
         self, model: nn.Module, error_generator: torch.Generator | None = None
     ) -> Measurement:
