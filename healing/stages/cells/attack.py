@@ -20,7 +20,7 @@ from healing.models.checkpoints import read_checkpoint
 from healing.models.loading import LoadedModel
 from healing.progress import Safe, enter
 from healing.randomness import named_generator
-from healing.registry import ARMS, DAMAGE_CONTROL
+from healing.registry import ARMS, DAMAGE_CONTROL, HEALTHY
 from healing.stages.cells.code_digest import code_digest
 from healing.stages.cells.events import Begin, Events, Record
 from healing.stages.cells.inputs import (
@@ -136,6 +136,7 @@ def attack_cell(config: AttackConfig) -> Events[AttackOutcome]:
         warnings=few_rows_warnings(config, loaded),
     )
     enter("healthy measurement")
+    probe = probe.remembering(HEALTHY, loaded.model)
     healthy = probe.measure(loaded.model, named_generator(config.seed, "bootstrap"))
     change = WeightChange(loaded.model)
     prepared = prepare_arm(config, loaded, corpus, change)
