@@ -1,0 +1,48 @@
+"""The parts of the protocol."""
+
+from __future__ import annotations
+
+from findings.protocol import PRESET, STRONG, Arm, Part
+
+# Stopped where the rank fell by 35 %, looked at after every step: equal collapse, whatever the arm.
+_ATTACK = {"measurement_interval": 1, "rayleigh_draws": 0}
+
+_CONTROLLED = (
+    Arm("none", seeds=3),
+    Arm("haep", healers=(STRONG, PRESET)),
+    Arm("random_tokens"),
+    Arm("random_text"),
+)
+
+PARTS = {
+    "nano": Part(
+        "nano",
+        _CONTROLLED,
+        tuple(range(10)),
+        {STRONG: {"healing_lr": 3e-3}, PRESET: {"healing_lr": 1e-3}},
+        960,
+        20,
+        _ATTACK,
+        {"threads": 1},
+    ),
+    "micro": Part(
+        "micro",
+        _CONTROLLED,
+        tuple(range(10)),
+        {STRONG: {"healing_lr": 3e-3}, PRESET: {"healing_lr": 1e-3}},
+        960,
+        20,
+        _ATTACK,
+        {"threads": 1},
+    ),
+    "smollm2-135m": Part(
+        "smollm2-135m",
+        (Arm("none", seeds=1), Arm("haep"), Arm("random_tokens"), Arm("random_text")),
+        (0, 1, 2),
+        {STRONG: {"healing_lr": 3e-4}},
+        200,
+        20,
+        {**_ATTACK, "attack_lr": 3e-3, "attack_steps": 40},
+        {"threads": 1},
+    ),
+}
