@@ -3,9 +3,9 @@
     python -m findings run nano [--jobs 2] [--out findings/tables]
     python -m findings render
 
-Rows are on disk after every healing run, in a file per seed; what is there is not run again, so
-that a part that was stopped goes on where it was. The part's table appears when all its seeds are
-done.
+Rows are on disk after every healing run, in a hidden file per seed and arm; what is there is not
+run again, so that a part that was stopped goes on where it was. The part's table appears when all
+its seeds are done.
 """
 
 from __future__ import annotations
@@ -22,16 +22,20 @@ from typing import Any
 TABLES = pathlib.Path(__file__).parent / "tables"
 
 
-def _seed(part: str, seed: int, label: str, place: dict[str, Any], deadline: float, folder: str):
-    """In a process of its own: rows go to a file per seed as soon as they are there."""
+def _chain(
+    part: str, seed: int, number: int, place: dict[str, Any], deadline: float, folder: str
+) -> list[dict[str, Any]]:
+    """In a process of its own: rows go to a file as soon as they are there."""
     from findings import estimates
     from findings.parts import PARTS
-    from findings.runs import seed_rows
+    from findings.runs import chain_rows
 
-    path, begin = pathlib.Path(folder) / f".{part}-{seed}.csv", time.monotonic()
+    whole = PARTS[part]
+    chain, begin = whole.chains(seed)[number], time.monotonic()
+    path = pathlib.Path(folder) / f".{part}-{seed}-{chain[0].name}.csv"
     rows = estimates.read_rows(path) if path.exists() else []
     done = {(row["arm"], row["healer"]) for row in rows}
-    for found in seed_rows(PARTS[part], seed, label, deadline, done, **place):
+    for found in chain_rows(whole, chain, seed, whole.model, deadline, done, **place):
         rows += found
         estimates.write(path, rows)
         last = found[-1]
@@ -64,8 +68,9 @@ def run(options: argparse.Namespace) -> None:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
         running = [
-            pool.submit(_seed, options.part, seed, part.model, place, deadline, str(folder))
+            pool.submit(_chain, options.part, seed, number, place, deadline, str(folder))
             for seed in seeds
+            for number in range(len(part.chains(seed)))
         ]
         for done in as_completed(running):
             rows += done.result()

@@ -62,3 +62,15 @@ class Part:
         """Steps at which a verdict is read: the whole budget and its halves down to a sixteenth."""
         halves = [self.steps // 2**i for i in range(4, -1, -1)]
         return tuple(step for step in halves if step and step % self.interval == 0)
+
+    def chains(self, seed: int) -> list[tuple[Arm, ...]]:
+        """Arms of a seed that must run in one process: each that needs no other, and those that are
+        matched to it.
+        """
+        position = self.seeds.index(seed)
+        arms = [arm for arm in self.arms if not arm.seeds or position < arm.seeds]
+        return [
+            (first, *(arm for arm in arms if arm.reference == first.name))
+            for first in arms
+            if not first.reference
+        ]

@@ -1,4 +1,4 @@
-"""One seed of one part: its attacks and healing runs, as rows of a table.
+"""Attacks and healing runs of one seed, as rows of a table.
 
 The project's own cells do the work; nothing is tracked, so that it runs where MLflow is not
 installed. A row holds the fingerprints that tracked runs of the same settings and code have.
@@ -10,7 +10,7 @@ import math
 import pathlib
 import tempfile
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from findings.protocol import STRONG, Arm, Part
@@ -94,27 +94,27 @@ def _healed(part: Part, healer: str, seed: int, checkpoint: str, **place: Any) -
     return outcome
 
 
-def _wanted(part: Part, seed: int, done: Collection[tuple[str, str]]) -> dict[Arm, list[str]]:
-    """Arms of a seed → the healers left to run; an arm that another one needs has none left."""
-    position = part.seeds.index(seed)
-    arms = [arm for arm in part.arms if not arm.seeds or position < arm.seeds]
-    left = {a: [h for h in a.healers or (STRONG,) if (a.name, h) not in done] for a in arms}
-    needed = {arm.reference for arm in arms if left[arm]}
+def _wanted(chain: Sequence[Arm], done: Collection[tuple[str, str]]) -> dict[Arm, list[str]]:
+    """Arms → the healers left to run; an arm that another one needs may have none left."""
+    left = {a: [h for h in a.healers or (STRONG,) if (a.name, h) not in done] for a in chain}
+    needed = {arm.reference for arm in chain if left[arm]}
     return {arm: healers for arm, healers in left.items() if healers or arm.name in needed}
 
 
-def seed_rows(
+def chain_rows(
     part: Part,
+    chain: Sequence[Arm],
     seed: int,
     label: str,
     deadline: float = math.inf,
     done: Collection[tuple[str, str]] = (),
     **place: Any,
 ) -> Iterator[list[Row]]:
-    """Rows of one seed, a list per healing run; nothing begins after the deadline.
+    """Rows of some arms of a seed, a list per healing run; nothing begins after the deadline.
 
     Args:
         part: Of the protocol.
+        chain: Of its arms, a reference before what is matched to it.
         seed: Of attacks and healing.
         label: What the model is called in the table.
         deadline: Of ``time.time()``.
@@ -122,7 +122,7 @@ def seed_rows(
         place: Model and device, for attack and healing.
     """
     with tempfile.TemporaryDirectory() as folder:
-        for arm, healers in _wanted(part, seed, done).items():
+        for arm, healers in _wanted(chain, done).items():
             if time.time() > deadline:
                 return
             path = pathlib.Path(folder) / f"{arm.name}.pt"
