@@ -31,7 +31,8 @@ def row(**values: object) -> dict[str, object]:
 def trajectory(rank: float, loss: float, **facts: object) -> list[dict[str, object]]:
     """Healthy 40 and 3 nats, collapsed 20 and 13, at step 60 as given."""
     states = ((-1, 40.0, 3.0), (0, 20.0, 13.0), (60, rank, loss))
-    return [row(step=s, effective_rank=r, loss=x, **facts) for s, r, x in states]
+    ranks = ("effective_rank", "last_block_rank", "min_block_rank", "participation_ratio")
+    return [row(step=s, loss=x, **dict.fromkeys(ranks, r), **facts) for s, r, x in states]
 
 
 @pytest.fixture
