@@ -182,7 +182,7 @@ def heal_cell(cell: HealCell) -> Events[tuple[HealOutcome, LoadedModel]]:
         run_fingerprint,
         heal_name(cell, checkpoint, run_fingerprint),
         stored_config(cell, checkpoint, run_fingerprint),
-        config.healing_steps,
+        int(config.healing_steps),
         tags={**loaded.tags, **lineage(checkpoint), "settings": settings},
         counts={
             "n_params": loaded.n_params,
