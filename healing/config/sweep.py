@@ -10,6 +10,7 @@ from healing.config.presets import MODELS_HELP, canonical_model, check_source
 from healing.config.shared import (
     BLANK_LINES,
     DEDUPED_HELP,
+    HEALER_HELP,
     REVISION_HELP,
     SPLIT_RULE_HELP,
     SPLIT_RULES,
@@ -65,12 +66,14 @@ class SweepConfig(TrainingOptions, DeviceOptions, CacheOptions, OutputOptions):
     )
     healing_steps: int | str = option(
         AUTO,
-        "Fine-tuning steps per cell; auto = 60 for nano and micro, else 500.",
+        "Fine-tuning steps per cell; auto = 60 for nano and micro, else 500; with --healer those "
+        "of its budget.",
         minimum=0,
     )
     healing_lr: float | str = option(
         AUTO, "Healing learning rate; auto = by model.", minimum=0, exclusive_minimum=True
     )
+    healer: str = option("", f"{HEALER_HELP} Comma-separated, one for each model.")
     attack_steps: int | str = option(AUTO, "Attack budget; auto = by model.", minimum=0)
     corpus: str = option(AUTO, "Clean text (see attack --corpus); auto = by model.")
     workers: int | str = option(
@@ -85,7 +88,7 @@ class SweepConfig(TrainingOptions, DeviceOptions, CacheOptions, OutputOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.model_list(), self.arm_list(), self.seed_list()
+        self.model_list(), self.arm_list(), self.seed_list(), self.healer_list()
 
     def model_list(self) -> tuple[str, ...]:
         """Model names in the order given, folders as absolute paths."""
@@ -111,3 +114,7 @@ class SweepConfig(TrainingOptions, DeviceOptions, CacheOptions, OutputOptions):
                 f"--seeds must be whole numbers from 0, as in 0,1,2; got {self.seeds!r}"
             )
         return tuple(int(item) for item in items)
+
+    def healer_list(self) -> tuple[str, ...]:
+        """Healers in the order given."""
+        return listed(self.healer, "--healer", empty=True)
