@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from healing.reporting.plots.style import (
     BLACK,
@@ -62,7 +63,7 @@ def history(path: pathlib.Path, trials: Sequence[Trial], title: str) -> None:
     """
     with figure(path, size=(6.9, 4.0)) as (_, (ax,)):
         top = _limit(ax, trials)
-        places = list(range(1, len(trials) + 1))
+        places = [trial.number for trial in trials]
         xs, ys = finite_points(list(zip(places, best_so_far(trials), strict=True)))
         ax.step(xs, ys, where="post", color=BLUE, label="lowest so far")
         _dots(ax, [(float(i), t.loss) for i, t in zip(places, trials, strict=True)
@@ -75,8 +76,9 @@ def history(path: pathlib.Path, trials: Sequence[Trial], title: str) -> None:
             ax.axhline(trials[0].loss, color=BLACK, linestyle=":", linewidth=1)
             ax.annotate("default healer", (places[-1], trials[0].loss), ha="right", va="bottom",
                         fontsize=8)  # fmt: skip
-        ax.set(xlabel="trial", ylabel=LOSS, title=title, xlim=(0.5, len(trials) + 0.5))
-        ax.legend(loc="center right", fontsize=8)
+        ax.set(xlabel="trial", ylabel=LOSS, title=title, xlim=(-0.5, places[-1] + 0.5))
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.legend(loc="best", fontsize=8)
 
 
 def _dots(ax: Axes, points: Sequence[tuple[float, float]], top: float, label: str = "") -> None:
