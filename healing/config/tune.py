@@ -101,6 +101,7 @@ class TuneConfig(BaseConfig):
         "",
         "Name of the study; one that exists is gone on with. Empty = a name made of the settings, "
         "so that the same command goes on.",
+        determines=False,
     )
 
     def __post_init__(self) -> None:

@@ -44,7 +44,7 @@ def test_help_explains_every_option(name):
     [
         ("heal", ["--model", "giga"], "unknown model 'giga': choose one of nano, micro, 70m"),
         ("heal", ["--healing-steps", "-5"], "--healing-steps must be at least 0, got -5"),
-        ("heal", ["--healing-steps", "many"], "'many' is not a valid integer"),
+        ("heal", ["--healing-steps", "many"], "'many' is neither a whole number nor 'auto'"),
         ("heal", ["--healing-lr", "fast"], "'fast' is neither a number nor 'auto'"),
         ("heal", ["--healing-optimizer", "lion"], "'lion' is not one of 'adamw', 'sgd'"),
         ("attack", ["--target-rank-reduction", "1.5"], "must be above 0 and at most 1, got 1.5"),

@@ -465,6 +465,7 @@ def collapsed(folder, seed: int) -> str:
     return str(attack(config, local())[1])
 
 
+@pytest.mark.slow
 def test_heal_takes_the_healer_and_says_so_the_sham_too(tmp_path, healer_file):
     """And it is the healing that the settings alone give."""
     kept = LocalStore()

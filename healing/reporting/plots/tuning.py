@@ -105,7 +105,7 @@ def slices(path: pathlib.Path, trials: Sequence[Trial], title: str) -> None:
     columns = min(4, len(names))
     rows = -(-len(names) // columns)
     with figure(path, rows, columns, (2.6 * columns, 2.7 * rows + 0.4)) as (fig, axes):
-        for ax, name in zip(axes, names, strict=False):
+        for ax, name in zip(axes[: len(names)], names, strict=True):
             top = _limit(ax, trials)
             place = _places(ax, [trial.values[name] for trial in trials])
             _dots(ax, [(place(t.values[name]), t.loss) for t in _through(trials)], top)
