@@ -11,6 +11,7 @@ from healing.config.presets import MODELS_HELP, canonical_model, check_source
 from healing.config.shared import (
     BLANK_LINES,
     DEDUPED_HELP,
+    HEALER_HELP,
     REVISION_HELP,
     SPLIT_RULE_HELP,
     SPLIT_RULES,
@@ -85,12 +86,14 @@ class SweepConfig(TrainingOptions, DeviceOptions, CacheOptions, OutputOptions):
     )
     healing_steps: int | str = option(
         AUTO,
-        "Fine-tuning steps per cell; auto = 60 for nano and micro, else 500.",
+        "Fine-tuning steps per cell; auto = 60 for nano and micro, else 500; with --healer those "
+        "of its budget.",
         minimum=0,
     )
     healing_lr: float | str = option(
         AUTO, "Healing learning rate; auto = by model.", minimum=0, exclusive_minimum=True
     )
+    healer: str = option("", f"{HEALER_HELP} Comma-separated, one for each model.")
     attack_steps: int | str = option(AUTO, "Attack budget; auto = by model.", minimum=0)
     corpus: str = option(AUTO, "Clean text (see attack --corpus); auto = by model.")
     workers: int | str = option(
@@ -107,6 +110,7 @@ class SweepConfig(TrainingOptions, DeviceOptions, CacheOptions, OutputOptions):
         super().__post_init__()
         self._check_controls()
         self.seeds_by_model()
+        self.healer_list()
 
     def model_list(self) -> tuple[str, ...]:
         """Model names in the order given, folders as absolute paths."""
@@ -138,6 +142,10 @@ class SweepConfig(TrainingOptions, DeviceOptions, CacheOptions, OutputOptions):
                     f"--noise-match {self.noise_match} is not for {arm} of --arms: choose from "
                     f"{', '.join(matches)}"
                 )
+
+    def healer_list(self) -> tuple[str, ...]:
+        """Healers in the order given."""
+        return listed(self.healer, "--healer", empty=True)
 
     def match_of(self, arm: str) -> str:
         """What a damage control shares with the attack that it is matched to."""

@@ -16,6 +16,7 @@ from healing.config.attack import AttackConfig
 from healing.config.basin import BasinConfig
 from healing.config.fingerprint import as_params
 from healing.config.heal import HealConfig
+from healing.config.healer import Healer
 from healing.config.options import AUTO
 from healing.config.presets import preset_for
 from healing.config.summarize import SummarizeConfig
@@ -34,6 +35,7 @@ from healing.stages.console import Cells, Console
 from healing.stages.driver import Driver
 from healing.stages.heal import HEAL
 from healing.stages.summarize import summarize
+from healing.stages.tuning.healer_files import healers_of
 from healing.statistics.heal_runs import HealRun
 from healing.statistics.summary import Summary
 from healing.tracking.queries import RunView
@@ -95,22 +97,34 @@ def attack_config(
     )
 
 
-def heal_config(config: SweepConfig, cell: SweepCell) -> HealConfig:
-    """Resolved configuration of a cell's healing."""
+def heal_config(
+    config: SweepConfig, cell: SweepCell, source: str = "", healer: Healer | None = None
+) -> HealConfig:
+    """Resolved configuration of a cell's healing.
+
+    Args:
+        config: Of the sweep.
+        cell: What is healed.
+        source: Of the healer, as it was named.
+        healer: Of the cell's model; ``None`` = the default one.
+
+    Raises:
+        ConfigError: A setting that was given contradicts the healer.
+    """
     steps = config.healing_steps
-    if steps == AUTO:
+    if steps == AUTO and healer is None:
         steps = preset_for(cell.model).sweep_healing_steps
-    return resolve_from_model(
-        HealConfig(
-            model=cell.model,
-            arm=cell.arm,
-            seed=cell.seed,
-            healing_steps=int(steps),
-            healing_lr=config.healing_lr,
-            sham=config.sham and cell.role != SHAM,
-            **_shared(config),
-        )
+    wanted = HealConfig(
+        model=cell.model,
+        arm=cell.arm,
+        seed=cell.seed,
+        healing_steps=steps,
+        healing_lr=config.healing_lr,
+        healer=source,
+        sham=config.sham and cell.role != SHAM,
+        **_shared(config),
     )
+    return resolve_from_model(healer.applied(wanted) if healer else wanted)
 
 
 @dataclass(frozen=True)
@@ -129,6 +143,7 @@ class Sweep:
 
     def __init__(self, config: SweepConfig, run: Run, driver: Driver) -> None:
         self.config, self.run, self.driver = config, run, driver
+        self.healers = healers_of(config, driver.store)
         self.stopped = threading.Event()
 
     def _attack(self, driver: Driver, cell: SweepCell, attacks: dict[str, str]) -> pathlib.Path:
@@ -166,7 +181,8 @@ class Sweep:
         if cell.role != SHAM:
             path = str(self._attack(driver, cell, attacks))
             attacks[cell.arm] = path
-        heal_cell = HealCell(heal_config(self.config, cell), path)
+        healer = self.healers.get(cell.label, ("", None))
+        heal_cell = HealCell(heal_config(self.config, cell, *healer), path)
         done = driver.run_first(HEAL, heal_cell, self.run)
         view = driver.store.get_run(done.run_id)
         return CellResult(cell, view, done.reused, basin=self._basin(driver, cell, view))

@@ -124,6 +124,8 @@ def heal_fingerprint(
         digests,
         heal_code(cell.config, *measurement_modules(cell.config)),
         device_kind(cell.config),
+        # Equal numbers, another statement: a run found again would not say how it was selected.
+        *([cell.healer.digest] if cell.healer else []),
     )
 
 
@@ -182,7 +184,7 @@ def heal_cell(cell: HealCell) -> Events[tuple[HealOutcome, LoadedModel]]:
         run_fingerprint,
         heal_name(cell, checkpoint, run_fingerprint),
         stored_config(cell, checkpoint, run_fingerprint),
-        config.healing_steps,
+        int(config.healing_steps),
         tags={**loaded.tags, **lineage(checkpoint), "settings": settings},
         counts={
             "n_params": loaded.n_params,

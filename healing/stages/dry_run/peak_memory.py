@@ -213,7 +213,13 @@ def predict_healing(
         device: Where it will be.
     """
     base, asked = _base(config), config
-    config = replace(config, healing_steps=_STEPS, measurement_interval=_STEPS, sham=False)
+    config = replace(
+        config,
+        healing_steps=_STEPS,
+        measurement_interval=_STEPS,
+        sham=False,
+        reset_norms=False,  # looks at values, and takes no memory to speak of
+    )
     vocabulary = architecture.get_text_config().vocab_size
     with (
         shapes_only(),

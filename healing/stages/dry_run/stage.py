@@ -21,6 +21,7 @@ from healing.stages.console import Console
 from healing.stages.dry_run.peak_memory import Prediction, predict_attack, predict_healing
 from healing.stages.dry_run.tensor_bytes import KINDS
 from healing.stages.heal_inputs import find_checkpoints, fresh_attack_config, local_checkpoint
+from healing.stages.tuning.healer_files import with_healer
 from healing.tracking import run_logger
 from healing.tracking.store import MlflowStore
 
@@ -77,6 +78,7 @@ def predictions(config: AttackConfig | HealConfig) -> dict[str, tuple[str, Predi
             )
         attack = resolve_from_model(config)
         return {"attack": (attack.label, predict_attack(attack, *_place(attack)))}
+    config, _ = with_healer(config, MlflowStore())
     _own_code(METHODS, config.healing_method)
     paths = find_checkpoints(config.checkpoint_dir) if config.checkpoint_dir else []
     path = paths[0] if paths else local_checkpoint(config, MlflowStore())
