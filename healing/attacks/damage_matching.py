@@ -13,8 +13,10 @@ from dataclasses import dataclass
 import torch
 
 from healing.attacks.base import AttackRecord, StepOutcome
+from healing.attacks.loop import diagnosed
 from healing.attacks.noise import NoiseArm
 from healing.attacks.weight_change import WeightChange
+from healing.config.attack import AttackConfig
 from healing.errors import MatchError
 from healing.measurements.probe import Measurement, Probe
 from healing.measurements.recovery import RELATIVE_CHANGE
@@ -99,9 +101,15 @@ class _Search:
     """The scales tried so far, each measured once and turned into a record."""
 
     def __init__(
-        self, loaded: LoadedModel, arm: NoiseArm, probe: Probe, target: DamageTarget
+        self,
+        loaded: LoadedModel,
+        arm: NoiseArm,
+        config: AttackConfig,
+        probe: Probe,
+        target: DamageTarget,
     ) -> None:
-        self.loaded, self.arm, self.probe, self.target = loaded, arm, probe, target
+        self.loaded, self.arm, self.config = loaded, arm, config
+        self.probe, self.target = probe, target
         self.tried: list[tuple[float, Measurement]] = []
 
     def at(self, scale: float) -> AttackRecord:
@@ -112,7 +120,7 @@ class _Search:
         numbers = {
             "noise_scale": scale,
             "match_error_pct": 100.0 * self.target.error(measurement),
-            **self.arm.diagnostics(),
+            **diagnosed(self.arm, self.config, len(self.tried), last=self.matched),
         }
         moved = self.arm.change.relative(self.loaded.model)
         return AttackRecord(len(self.tried), measurement, StepOutcome(), moved, numbers)
@@ -141,7 +149,12 @@ class _Search:
 
 
 def match_damage(
-    loaded: LoadedModel, arm: NoiseArm, probe: Probe, healthy: Measurement, target: DamageTarget
+    loaded: LoadedModel,
+    arm: NoiseArm,
+    config: AttackConfig,
+    probe: Probe,
+    healthy: Measurement,
+    target: DamageTarget,
 ) -> Iterator[AttackRecord]:
     """Scale the noise until the damage is the target's within :data:`TOLERANCE`.
 
@@ -152,6 +165,7 @@ def match_damage(
     Args:
         loaded: The healthy model; left at the matched scale.
         arm: The noise.
+        config: Resolved configuration.
         probe: Clean probe.
         healthy: Measurement of the healthy model.
         target: The damage to reach.
@@ -159,8 +173,8 @@ def match_damage(
     Raises:
         MatchError: After the last record, saying how close it came.
     """
-    search = _Search(loaded, arm, probe, target)
-    yield AttackRecord(0, healthy, StepOutcome(), 0.0, arm.diagnostics())
+    search = _Search(loaded, arm, config, probe, target)
+    yield AttackRecord(0, healthy, StepOutcome(), 0.0, diagnosed(arm, config, 0, last=False))
     yield search.at(1.0)
     if search.matched:
         return

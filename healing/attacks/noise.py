@@ -21,7 +21,14 @@ from healing.registry import DAMAGE_CONTROL, SHAM
 
 
 class NoiseArm(LoopArm):
-    """Adds a fixed weight perturbation in equal parts over the budget: W₀ + (step/total)·E."""
+    """Adds a fixed weight perturbation in equal parts over the budget: W₀ + (step/total)·E.
+
+    Args:
+        model: The model under attack.
+        noise: E by parameter name.
+        baselines: What ρ of the weight change is compared with; ``None`` = it is not measured.
+        change: Snapshot of the healthy weights.
+    """
 
     # Stopping early would leave the noise smaller than what it is matched to.
     stops_early = False
@@ -30,7 +37,7 @@ class NoiseArm(LoopArm):
         self,
         model: PreTrainedModel,
         noise: Mapping[str, torch.Tensor],
-        baselines: AlignmentBaselines,
+        baselines: AlignmentBaselines | None,
         change: WeightChange,
     ) -> None:
         self.model, self.noise = model, noise
@@ -53,8 +60,14 @@ class NoiseArm(LoopArm):
         """There are none."""
 
     def diagnostics(self) -> dict[str, float]:
-        """ρ of the weight change beside its baselines; there is no objective gradient."""
-        return self.baselines.metrics(self.model, self.change.delta(self.model))
+        """ρ of the weight change; there is no objective gradient."""
+        if self.baselines is None:
+            return {}
+        return self.baselines.of_change(self.change.delta(self.model))
+
+    def baselines_now(self) -> dict[str, float]:
+        """ρ of other gradients."""
+        return {} if self.baselines is None else self.baselines.metrics(self.model)
 
 
 def gaussian_noise(

@@ -239,17 +239,74 @@ def small_probe(probe) -> Probe:
     return Probe(probe.windows[:6])
 
 
-@pytest.mark.parametrize("arm", ["haep", "spectral", "random_tokens", "random_text"])
-def test_objective_arms_move_the_weights_and_log_alignment(nano, corpus, small_probe, arm):
-    records, _, catalyst = run(nano, corpus, small_probe, settings(arm))
-    assert records[0].step == 0
+BASELINES = {"alignment_random_tokens", "alignment_clean_text", "alignment_isotropic"}
+OWN = {"alignment", "alignment_weight_change"}
+KAPPA = {"kappa", "update_alignment"}
+
+
+def alignment_metrics(record) -> set[str]:
+    return {k for k in record.metrics() if k.startswith("alignment")} | KAPPA & set(record.metrics())
+
+
+@pytest.mark.parametrize("arm", ["haep", "random_tokens", "random_text"])
+def test_arms_of_one_sequence_log_alignment_and_its_baselines_at_both_ends(
+    nano, corpus, small_probe, arm
+):
+    config = settings(arm, attack_steps=6, target_rank_reduction=1.0)
+    records, _, catalyst = run(nano, corpus, small_probe, config)
+    assert [r.step for r in records] == [0, 2, 4, 6]
     assert records[-1].weight_change > 0
-    names = set(records[-1].diagnostics)
-    assert names == {
-        "alignment", "alignment_random_tokens", "alignment_clean_text", "alignment_isotropic",
-        "alignment_weight_change",
-    }  # fmt: skip
+    assert [alignment_metrics(r) for r in records] == [
+        BASELINES | {"alignment"}, OWN | KAPPA, OWN | KAPPA, BASELINES | OWN | KAPPA,
+    ]  # fmt: skip
     assert (catalyst is not None) == (arm == "haep")
+
+
+def test_an_attack_that_ends_early_ends_with_baselines(nano, corpus, small_probe):
+    config = settings("random_tokens", attack_steps=6, target_rank_reduction=1e-6)
+    records, _, _ = run(nano, corpus, small_probe, config)
+    assert [r.step for r in records] == [0, 2]
+    assert alignment_metrics(records[-1]) == BASELINES | OWN | KAPPA
+
+
+def test_baselines_in_between_are_an_option(nano, corpus, small_probe):
+    config = settings("random_tokens", attack_steps=6, measurement_interval=1,
+                      target_rank_reduction=1.0, baseline_interval=4)  # fmt: skip
+    records, _, _ = run(nano, corpus, small_probe, config)
+    assert [r.step for r in records if alignment_metrics(r) >= BASELINES] == [0, 4, 6]
+
+
+@pytest.mark.parametrize("arm", ["spectral", "gaussian_noise", "none"])
+def test_arms_without_a_subspace_decompose_nothing_unless_asked(
+    nano, corpus, small_probe, arm, monkeypatch
+):
+    asked, _, _ = run(load_model("nano"), corpus, small_probe, settings(arm, alignment="always"))
+    own = {"spectral": OWN | KAPPA, "gaussian_noise": {"alignment_weight_change"}, "none": set()}
+    assert alignment_metrics(asked[-1]) == BASELINES | own[arm]
+
+    def refuse(*_):
+        raise AssertionError("decomposed")
+
+    monkeypatch.setattr(MatrixSubspace, "of", refuse)
+    for alignment in ("auto", "never"):
+        loaded = load_model("nano")
+        records, _, _ = run(loaded, corpus, small_probe, settings(arm, alignment=alignment))
+        assert not any(alignment_metrics(r) for r in records)
+        # Watching changes nothing: the same states to the last digit.
+        assert [r.measurement.metrics() for r in records] == [
+            r.measurement.metrics() for r in asked
+        ]
+
+
+def test_haep_searches_in_the_subspace_though_alignment_is_not_measured(
+    nano, corpus, small_probe
+):
+    config = settings("haep_oracle", alignment="never")
+    records, change, catalyst = run(nano, corpus, small_probe, config)
+    assert catalyst.alignment >= catalyst.history[0] > 0
+    assert not any(alignment_metrics(r) for r in records)
+    outside = set(dict(nano.model.named_parameters())) - set(block_matrices(nano.model))
+    assert not any(bool(change.delta(nano.model)[name].any()) for name in outside)
 
 
 def test_sham_is_a_bitwise_no_op(nano, corpus, small_probe):

@@ -46,7 +46,7 @@ class MatchedNoise(NoiseArm):
         reference = read_checkpoint(pathlib.Path(config.reference_checkpoint)).state
         damaged = measure_state(loaded, reference, change, probe)
         target = DamageTarget.of(config.match, damaged, healthy)
-        return match_damage(loaded, self, probe, healthy, target)
+        return match_damage(loaded, self, config, probe, healthy, target)
 
 
 def make(context: AttackContext) -> MatchedNoise:
@@ -54,4 +54,4 @@ def make(context: AttackContext) -> MatchedNoise:
     healthy = context.change.healthy
     norms = reference_norms(context.config, context.change, context.loaded.digest)
     noise = gaussian_noise(healthy, norms, context.draws())
-    return MatchedNoise(context.model, noise, context.baselines, context.change)
+    return MatchedNoise(context.model, noise, context.measured_baselines(), context.change)

@@ -8,7 +8,7 @@ import itertools
 import pathlib
 import resource
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, cast
@@ -267,9 +267,14 @@ def _one_product(
 
 def _without_the_first_diagnosis(arm: Any) -> Any:
     """An arm that is diagnosed after its step alone: before it the optimiser has no state yet."""
-    diagnose, calls = arm.diagnostics, itertools.count()
-    arm.diagnostics = lambda: diagnose() if next(calls) else {}
+    for name in ("diagnostics", "baselines_now"):
+        setattr(arm, name, _but_the_first(getattr(arm, name)))
     return arm
+
+
+def _but_the_first(diagnose: Callable[[], dict[str, float]]) -> Callable[[], dict[str, float]]:
+    calls = itertools.count()
+    return lambda: diagnose() if next(calls) else {}
 
 
 class _Corpus:
