@@ -324,11 +324,12 @@ def predict_attack(
         probe = _ShortProbe.of_config(config, architecture)
         loaded, corpus = _loaded(config, model, device), cast(Any, _Corpus())
         healthy = _measure_healthy(usage, probe, model)
-        together = sequences_per_batch(model, config.catalyst_length)
-        config = replace(
-            config,  # one batch of candidates, one of baselines (which the start joins)
-            search_candidates=min(config.search_candidates, together),
-            baseline_draws=max(3, min(config.baseline_draws, together - 1)),
+        candidates, with_start = (
+            sequences_per_batch(model, config.catalyst_length, count)
+            for count in (config.search_candidates, config.baseline_draws + 1)
+        )
+        config = replace(  # one batch of candidates, one of baselines
+            config, search_candidates=candidates, baseline_draws=max(3, with_start - 1)
         )
         with usage.phase(PREPARING):
             change = WeightChange(model)
