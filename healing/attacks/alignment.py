@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,10 +55,16 @@ def sequence_alignments(
 
 
 def random_sequences(
-    count: int, length: int, vocab_size: int, generator: torch.Generator
+    count: int,
+    length: int,
+    vocab_size: int,
+    generator: torch.Generator,
+    opening: Sequence[int] = (),
 ) -> torch.Tensor:
-    """Uniform random tokens, int64 (count, length)."""
-    return torch.randint(vocab_size, (count, length), generator=generator)
+    """Uniform random tokens behind what begins every sequence, int64 (count, length)."""
+    drawn = torch.randint(vocab_size, (count, length), generator=generator)
+    drawn[:, : len(opening)] = torch.tensor(opening, dtype=torch.int64)
+    return drawn
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,7 @@ class AttackContext:
         config, loaded = self.config, self.loaded
         draws = self.generator("baseline")
         random = random_sequences(
-            config.baseline_draws, config.catalyst_length, loaded.vocabulary, draws
+            config.baseline_draws, config.catalyst_length, loaded.vocabulary, draws, loaded.opening
         )
         return AlignmentBaselines(self.subspace, random.to(loaded.device), self.text(0))
 

@@ -8,11 +8,13 @@ import math
 import pytest
 import scipy.linalg
 import torch
+from tokenizers import processors
 
 from healing.attacks.alignment import (
     gradients_of,
     random_sequences,
     sequence_alignment,
+    sequence_alignments,
     sequence_loss,
 )
 from healing.attacks.arms.spectral import mean_spectral_entropy
@@ -245,7 +247,8 @@ KAPPA = {"kappa", "update_alignment"}
 
 
 def alignment_metrics(record) -> set[str]:
-    return {k for k in record.metrics() if k.startswith("alignment")} | KAPPA & set(record.metrics())
+    names = set(record.metrics())
+    return {name for name in names if name.startswith("alignment")} | names & KAPPA
 
 
 @pytest.mark.parametrize("arm", ["haep", "random_tokens", "random_text"])
@@ -298,9 +301,7 @@ def test_arms_without_a_subspace_decompose_nothing_unless_asked(
         ]
 
 
-def test_haep_searches_in_the_subspace_though_alignment_is_not_measured(
-    nano, corpus, small_probe
-):
+def test_haep_searches_in_the_subspace_though_alignment_is_not_measured(nano, corpus, small_probe):
     config = settings("haep_oracle", alignment="never")
     records, change, catalyst = run(nano, corpus, small_probe, config)
     assert catalyst.alignment >= catalyst.history[0] > 0
@@ -480,6 +481,57 @@ def test_padding_rows_of_the_vocabulary_are_never_fed(tiny, corpus, arm):
     made.arm.fixed_objective()
     assert int(made.arm.baselines.random.max()) < 2048
     assert 0 < max(fed) < 2048
+
+
+@pytest.fixture
+def begun(nano) -> LoadedModel:
+    """Nano with a tokenizer that puts a token in front of every text, as Llama 2's does."""
+    tokenizer = copy.deepcopy(nano.tokenizer)
+    first = tokenizer.convert_ids_to_tokens(FIRST)
+    tokenizer.bos_token = first
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{first} $A", special_tokens=[(first, FIRST)]
+    )
+    return LoadedModel("nano", nano.model, tokenizer, "digest")
+
+
+FIRST = 77
+
+
+def test_what_begins_every_text_begins_every_sequence_and_is_never_swapped(
+    begun, corpus, monkeypatch
+):
+    evaluated = []
+
+    def spy(*args):
+        evaluated.append(args[2])
+        return sequence_alignments(*args)
+
+    monkeypatch.setattr("healing.attacks.catalyst_search.sequence_alignments", spy)
+    config = settings("haep", search_candidates=64, catalyst_length=8)
+    made = prepare_arm(config, begun, corpus, WeightChange(begun.model))
+    rows = torch.cat(evaluated)
+    assert len(rows) == 1 + 3 + 64
+    assert (rows[:, 0] == FIRST).all()
+    # Without a fixed position 64 swaps would leave the first one alone once in 5,000 searches.
+    start, swapped = rows[0], rows[4:]
+    assert {int((row != start).sum()) for row in swapped} <= {0, 1}
+    assert set((swapped != start).any(0).nonzero().flatten().tolist()) == set(range(1, 8))
+    assert made.catalyst.tokens[0] == FIRST
+    assert not (made.arm.baselines.random[:, 1:] == FIRST).all()
+
+
+@pytest.mark.parametrize("arm", ["random_tokens", "random_text"])
+def test_token_controls_begin_with_it_too(begun, corpus, arm):
+    fed = []
+    begun.model.register_forward_pre_hook(
+        lambda _module, _args, given: fed.append(given["input_ids"]), with_kwargs=True
+    )
+    made = prepare_arm(settings(arm), begun, corpus, WeightChange(begun.model))
+    fed.clear()  # what the trial of the model's layers was given
+    made.arm.fixed_objective()
+    assert len(fed) == 1
+    assert fed[0][0, 0] == FIRST != fed[0][0, 1]
 
 
 def test_a_spectral_attack_on_what_cannot_be_computed_ends_instead_of_raising(nano, corpus):

@@ -32,7 +32,8 @@ ANSWERS = {
     "-device -cache_dir -output_dir -verbosity arm attack_steps attack_optimizer attack_lr "
     "warmup_steps target_rank_reduction catalyst_length search_steps search_candidates "
     "baseline_draws subspace subspace_energy hessian_directions ~alignment ~baseline_interval "
-    "curvature_tokens rayleigh_draws -reference_checkpoint -reference_run_id match noise_scale -dry_run",
+    "curvature_tokens rayleigh_draws -reference_checkpoint -reference_run_id match noise_scale "
+    "-dry_run",
     "heal": "model revision deduped tokenizer corpus max_documents text_column split_rule ~seed "
     "batch_size sequence_length probe_tokens measurement_interval ~measurements threads "
     "-device -cache_dir -output_dir -verbosity ~collapsed_checkpoint -attack_run_id "
