@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 
 from healing.attacks.base import AttackRecord, StepOutcome
+from healing.attacks.loop import diagnosed
 from healing.attacks.noise import gaussian_noise, noise_draws
 from healing.attacks.reference import reference_state
 from healing.attacks.weight_change import WeightChange, snapshot
@@ -48,6 +49,9 @@ class Strengths(Protocol):
 
     def diagnostics(self) -> dict[str, float]:
         """Numbers at the current weights."""
+
+    def baselines_now(self) -> dict[str, float]:
+        """What these are compared with."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +136,7 @@ class _Trials:
     Attributes:
         loaded: The model.
         arm: Whose numbers a record holds.
+        config: Says how often its baselines are taken.
         probe: Clean probe.
         target: The damage to reach.
         place: Puts the weights at a strength.
@@ -143,6 +148,7 @@ class _Trials:
 
     loaded: LoadedModel
     arm: Strengths
+    config: AttackConfig
     probe: Probe
     target: DamageTarget
     place: Callable[[float], None]
@@ -162,7 +168,7 @@ class _Trials:
         numbers = {
             **self.known,
             **dict(zip(self.names, found, strict=True)),
-            **self.arm.diagnostics(),
+            **diagnosed(self.arm, self.config, step, last=self.matched),
         }
         moved = self.arm.change.relative(self.loaded.model)
         return AttackRecord(step, measurement, StepOutcome(), moved, numbers)
@@ -204,6 +210,7 @@ class _Trials:
 def match_damage(
     loaded: LoadedModel,
     arm: Strengths,
+    config: AttackConfig,
     probe: Probe,
     healthy: Measurement,
     target: DamageTarget,
@@ -219,6 +226,7 @@ def match_damage(
     Args:
         loaded: The healthy model; left at the matched strength.
         arm: What is scaled.
+        config: Resolved configuration.
         probe: Clean probe.
         healthy: Measurement of the healthy model.
         target: The damage to reach.
@@ -227,8 +235,8 @@ def match_damage(
     Raises:
         MatchError: After the last record, saying what was reached.
     """
-    yield AttackRecord(0, healthy, StepOutcome(), 0.0, arm.diagnostics())
-    yield from _search(_Trials(loaded, arm, probe, target, arm.place, subject))
+    yield AttackRecord(0, healthy, StepOutcome(), 0.0, diagnosed(arm, config, 0, last=False))
+    yield from _search(_Trials(loaded, arm, config, probe, target, arm.place, subject))
 
 
 def _search(trials: _Trials) -> Iterator[AttackRecord]:
@@ -314,8 +322,8 @@ def matched(
     damaged = measure_state(loaded, state, change, probe)
     target = DamageTarget.of("rank" if both else config.match, damaged, healthy)
     loss = DamageTarget.of("loss", damaged, healthy) if both else None  # before any search
-    trials = _Trials(loaded, arm, probe, target, arm.place, config.arm)
-    yield AttackRecord(0, healthy, StepOutcome(), 0.0, arm.diagnostics())
+    trials = _Trials(loaded, arm, config, probe, target, arm.place, config.arm)
+    yield AttackRecord(0, healthy, StepOutcome(), 0.0, diagnosed(arm, config, 0, last=False))
     yield from _search(trials)
     if loss is not None and not loss.reached(trials.last):
         yield from _search(_readout_trials(trials, loss, config, change))
@@ -353,6 +361,7 @@ def _readout_trials(
     return _Trials(
         done.loaded,
         done.arm,
+        config,
         done.probe,
         loss,
         place,

@@ -23,7 +23,7 @@ class StrengthArm(LoopArm):
 
     Args:
         model: The model under attack.
-        baselines: What the weight change's alignment is compared with.
+        baselines: What ρ of the weight change is compared with; ``None`` = it is not measured.
         change: Snapshot of the healthy weights.
         full: Strength after the last step, where nothing is matched.
     """
@@ -34,7 +34,7 @@ class StrengthArm(LoopArm):
     def __init__(
         self,
         model: PreTrainedModel,
-        baselines: AlignmentBaselines,
+        baselines: AlignmentBaselines | None,
         change: WeightChange,
         full: float = 1.0,
     ) -> None:
@@ -80,8 +80,14 @@ class StrengthArm(LoopArm):
         """There are none."""
 
     def diagnostics(self) -> dict[str, float]:
-        """ρ of the weight change beside its baselines; there is no objective gradient."""
-        return self.baselines.metrics(self.model, self.change.delta(self.model))
+        """ρ of the weight change; there is no objective gradient."""
+        if self.baselines is None:
+            return {}
+        return self.baselines.of_change(self.change.delta(self.model))
+
+    def baselines_now(self) -> dict[str, float]:
+        """ρ of other gradients."""
+        return {} if self.baselines is None else self.baselines.metrics(self.model)
 
 
 class NoiseArm(StrengthArm):
@@ -90,7 +96,7 @@ class NoiseArm(StrengthArm):
     Args:
         model: The model under attack.
         noise: E by parameter name; parameters without stay as they are.
-        baselines: What the weight change's alignment is compared with.
+        baselines: What ρ of the weight change is compared with; ``None`` = it is not measured.
         change: Snapshot of the healthy weights.
     """
 
@@ -98,7 +104,7 @@ class NoiseArm(StrengthArm):
         self,
         model: PreTrainedModel,
         noise: Mapping[str, torch.Tensor],
-        baselines: AlignmentBaselines,
+        baselines: AlignmentBaselines | None,
         change: WeightChange,
     ) -> None:
         super().__init__(model, baselines, change)

@@ -23,6 +23,7 @@ NOISE_RANK_HELP = "low_rank_noise: rank of the noise in every matrix."
 _OWN = {"noise_rank": 1, "noise_draw": 0}
 """Options that only some arms take (``OPTIONS`` in their files), and their defaults."""
 SUBSPACES = ("singular", "hessian")
+ALWAYS, NEVER = "always", "never"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +83,25 @@ class AttackConfig(BaseConfig, DryRunOptions):
     )
     hessian_directions: int = option(
         16, "hessian: leading eigenvectors left out of the subspace.", minimum=1
+    )
+    alignment: str = option(
+        AUTO,
+        "Whether the alignment of gradients and weight change with the low-curvature subspace is "
+        "measured along the attack: auto = for the arms that train on one sequence (haep, "
+        "haep_oracle, random_tokens, random_text), always, never. It takes the subspace, once per "
+        "healthy model (for 135 million weights 10 s on two cores, kept in --cache-dir), and at "
+        "every measurement about what one to two steps take.",
+        choices=(AUTO, ALWAYS, NEVER),
+        separates=False,
+        later=True,
+    )
+    baseline_interval: int = option(
+        0,
+        "Measurements between those of the alignment's baselines (random tokens, clean text); 0 = "
+        "at the first and the last one.",
+        minimum=0,
+        separates=False,
+        later=True,
     )
     curvature_tokens: int | str = option(
         AUTO,

@@ -27,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from healing.config.fingerprint import fingerprint
 from healing.config.presets import model_label
+from healing.data.windows import opening
 from healing.errors import ModelError
 from healing.models.architectures import neox_config
 from healing.models.blocks import embedding_matrix, transformer_blocks
@@ -98,6 +99,11 @@ class LoadedModel:
         are), whose weights were never trained.
         """
         return min(len(self.tokenizer), len(embedding_matrix(self.model)))
+
+    @property
+    def opening(self) -> list[int]:
+        """What begins every window and sequence (:func:`healing.data.windows.opening`)."""
+        return opening(self.tokenizer)
 
     @property
     def device(self) -> torch.device:

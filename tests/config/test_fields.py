@@ -31,8 +31,9 @@ ANSWERS = {
     "batch_size sequence_length probe_tokens measurement_interval ~measurements threads "
     "-device -cache_dir -output_dir -verbosity arm attack_steps attack_optimizer attack_lr "
     "warmup_steps target_rank_reduction catalyst_length search_steps search_candidates "
-    "baseline_draws subspace subspace_energy hessian_directions curvature_tokens "
-    "rayleigh_draws -reference_checkpoint -reference_run_id match noise_scale -dry_run",
+    "baseline_draws subspace subspace_energy hessian_directions ~alignment ~baseline_interval "
+    "curvature_tokens rayleigh_draws -reference_checkpoint -reference_run_id match noise_scale "
+    "-dry_run",
     "heal": "model revision deduped tokenizer corpus max_documents text_column split_rule ~seed "
     "batch_size sequence_length probe_tokens measurement_interval ~measurements threads "
     "-device -cache_dir -output_dir -verbosity ~collapsed_checkpoint -attack_run_id "
@@ -104,7 +105,7 @@ def test_entries_of_a_checkpoint_that_separate_no_runs():
     assert set(NOT_SETTINGS) == {
         "seed", "fingerprint", "attack_run_id", "reference_checkpoint", "reference_run_id",
         "reference_fingerprint", "model_commit", "output_dir", "verbosity", "device", "dry_run",
-        "measurements", "cache_dir",
+        "measurements", "cache_dir", "alignment", "baseline_interval",
     }  # fmt: skip
     # What is named beside the fields is a field of no attack: else it would have two answers.
     assert not set(LINEAGE) & set(ordered_names(AttackConfig))

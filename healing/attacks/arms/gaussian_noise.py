@@ -21,4 +21,4 @@ def make(context: AttackContext) -> NoiseArm:
     config, change = context.config, context.change
     norms = reference_norms(config, change, context.loaded.digest, change.healthy)
     noise = gaussian_noise(change.healthy, norms, noise_draws(config))
-    return NoiseArm(context.model, noise, context.baselines, change)
+    return NoiseArm(context.model, noise, context.measured_baselines(), change)

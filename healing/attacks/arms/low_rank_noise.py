@@ -25,4 +25,4 @@ def make(context: AttackContext) -> NoiseArm:
     matrices = {name: change.healthy[name] for name in block_matrices(context.model)}
     norms = reference_norms(config, change, context.loaded.digest, matrices)
     noise = low_rank_noise(matrices, norms, config.noise_rank, noise_draws(config))
-    return NoiseArm(context.model, noise, context.baselines, change)
+    return NoiseArm(context.model, noise, context.measured_baselines(), change)

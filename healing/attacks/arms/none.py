@@ -22,4 +22,4 @@ class Unchanged(NoiseArm):
 
 def make(context: AttackContext) -> Unchanged:
     """Without noise: it is never put anywhere."""
-    return Unchanged(context.model, {}, context.baselines, context.change)
+    return Unchanged(context.model, {}, context.measured_baselines(), context.change)

@@ -23,7 +23,7 @@ class Ray(StrengthArm):
 
     def __init__(self, context: AttackContext, state: Mapping[str, torch.Tensor]) -> None:
         scale = float(context.config.noise_scale)
-        super().__init__(context.model, context.baselines, context.change, full=scale)
+        super().__init__(context.model, context.measured_baselines(), context.change, full=scale)
         self.state = state
 
     def weight(self, name: str, healthy: torch.Tensor, strength: float) -> torch.Tensor:

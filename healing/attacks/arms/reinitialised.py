@@ -20,7 +20,7 @@ class Reinitialised(StrengthArm):
     """All parameters as before training, in one step."""
 
     def __init__(self, context: AttackContext) -> None:
-        super().__init__(context.model, context.baselines, context.change)
+        super().__init__(context.model, context.measured_baselines(), context.change)
         fresh = untrained_model(context.loaded, context.draws())
         self.fresh = {name: p.detach() for name, p in fresh.named_parameters()}
 

@@ -28,4 +28,4 @@ def make(context: AttackContext) -> NoiseArm:
     for name in sorted(block_matrices(context.model)):
         healthy = change.healthy[name]
         noise[name] = rotated(state[name].to(healthy) - healthy, draws).to(healthy)
-    return NoiseArm(context.model, noise, context.baselines, change)
+    return NoiseArm(context.model, noise, context.measured_baselines(), change)

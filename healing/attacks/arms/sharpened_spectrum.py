@@ -26,7 +26,10 @@ class Sharpened(StrengthArm):
     def __init__(self, context: AttackContext) -> None:
         change = context.change
         super().__init__(
-            context.model, context.baselines, change, full=float(context.config.noise_scale)
+            context.model,
+            context.measured_baselines(),
+            change,
+            full=float(context.config.noise_scale),
         )
         self.parts = {}
         for name in block_matrices(context.model):

@@ -216,7 +216,12 @@ def heal_cell(cell: HealCell) -> Events[tuple[HealOutcome, LoadedModel]]:
         (HealRecord(0, 0, collapsed),),
         corpus.digests,
         in_float32,
-        unigram_loss=unigram_loss(windows, probe.windows, len(embedding_matrix(loaded.model))),
+        unigram_loss=unigram_loss(
+            windows,
+            probe.windows,
+            len(embedding_matrix(loaded.model)),
+            opening=len(loaded.opening),
+        ),
     )
     for event in heal_events(loaded, config, windows, probe, collapsed, _data_order(cell)):
         if isinstance(event, Safe):
