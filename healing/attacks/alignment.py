@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,10 +55,16 @@ def sequence_alignments(
 
 
 def random_sequences(
-    count: int, length: int, vocab_size: int, generator: torch.Generator
+    count: int,
+    length: int,
+    vocab_size: int,
+    generator: torch.Generator,
+    opening: Sequence[int] = (),
 ) -> torch.Tensor:
-    """Uniform random tokens, int64 (count, length)."""
-    return torch.randint(vocab_size, (count, length), generator=generator)
+    """Uniform random tokens behind what begins every sequence, int64 (count, length)."""
+    drawn = torch.randint(vocab_size, (count, length), generator=generator)
+    drawn[:, : len(opening)] = torch.tensor(opening, dtype=torch.int64)
+    return drawn
 
 
 @dataclass(frozen=True)
@@ -75,17 +81,18 @@ class AlignmentBaselines:
     random: torch.Tensor
     clean: torch.Tensor
 
-    def metrics(
-        self, model: PreTrainedModel, delta: Mapping[str, torch.Tensor], draws: int = 4
-    ) -> dict[str, float]:
-        """ρ of random tokens (mean of ``draws``), clean text, an isotropic direction, and of ΔW."""
+    def metrics(self, model: PreTrainedModel, draws: int = 4) -> dict[str, float]:
+        """ρ of random tokens (mean of ``draws``), of clean text, and of an isotropic direction."""
         sequences = torch.cat([self.random[:draws], self.clean[None]])
         *random, clean = sequence_alignments(model, self.subspace, sequences)
-        values = {
+        return {
             "alignment_random_tokens": sum(random) / len(random),
             "alignment_clean_text": clean,
             "alignment_isotropic": self.subspace.isotropic_alignment,
         }
-        if any(bool(delta[name].any()) for name in self.subspace.names):
-            values["alignment_weight_change"] = float(self.subspace.alignment(delta))
-        return values
+
+    def of_change(self, delta: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        """ρ of ΔW; nothing where no matrix has changed."""
+        if not any(bool(delta[name].any()) for name in self.subspace.names):
+            return {}
+        return {"alignment_weight_change": float(self.subspace.alignment(delta))}

@@ -51,7 +51,13 @@ class Arm(Protocol):
 
     @abstractmethod
     def diagnostics(self) -> dict[str, float]:
-        """Numbers of the arm's own at the current weights (alignment and its baselines)."""
+        """Numbers of the arm's own at the current weights, asked for at every record."""
+
+    @abstractmethod
+    def baselines_now(self) -> dict[str, float]:
+        """Numbers at the current weights that ``diagnostics`` are compared with: asked for at the
+        first and the last record, and at every ``baseline_interval``-th.
+        """
 
     @abstractmethod
     def give_gradients(self) -> None:

@@ -8,6 +8,7 @@ evaluated, and only improvements are kept.
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -98,15 +99,20 @@ def token_gradient(
 
 
 def propose_swaps(
-    tokens: torch.Tensor, gradient: torch.Tensor, count: int, generator: torch.Generator
+    tokens: torch.Tensor,
+    gradient: torch.Tensor,
+    count: int,
+    generator: torch.Generator,
+    fixed: int = 0,
 ) -> torch.Tensor:
     """Copies of the sequence with one token swapped each, int64 (count, length).
 
-    Position is uniform; the token is uniform among the position's steepest ascents.
+    Position is uniform behind the first ``fixed``; the token is uniform among the position's
+    steepest ascents.
     """
     length, vocabulary = gradient.shape
     best = gradient.topk(min(TOP_TOKENS, vocabulary), dim=1).indices
-    positions = torch.randint(length, (count,), generator=generator)
+    positions = torch.randint(fixed, length, (count,), generator=generator)
     picks = torch.randint(best.shape[1], (count,), generator=generator)
     proposals = tokens.repeat(count, 1)
     device = tokens.device
@@ -125,6 +131,7 @@ def search_catalyst(
     candidates: int,
     generator: torch.Generator,
     vocabulary: int | None = None,
+    opening: Sequence[int] = (),
 ) -> Catalyst:
     """Maximise ρ over token sequences from a random start.
 
@@ -137,16 +144,17 @@ def search_catalyst(
         candidates: Swaps per round.
         generator: Draws the start and the swaps.
         vocabulary: Ids that are tokens; ``None`` = all rows of the embeddings.
+        opening: What begins every sequence that the model was trained on: never swapped.
     """
     device = next(model.parameters()).device
     vocabulary = vocabulary or len(embedding_matrix(model))
-    tokens = random_sequences(1, length, vocabulary, generator)[0].to(device)
+    tokens = random_sequences(1, length, vocabulary, generator, opening)[0].to(device)
     # The start stands among the random sequences of one batch.
     best, *randoms = sequence_alignments(model, subspace, torch.cat([tokens[None], baseline]))
     history = [best]
     for _ in phase("catalyst search", range(steps), steps):
         gradient = token_gradient(model, subspace, tokens)[:, :vocabulary]
-        proposals = propose_swaps(tokens, gradient, candidates, generator)
+        proposals = propose_swaps(tokens, gradient, candidates, generator, len(opening))
         alignments = sequence_alignments(model, subspace, proposals)
         for proposal, rho in zip(proposals, alignments, strict=True):
             if rho > best:  # the round's highest, the first of equal ones

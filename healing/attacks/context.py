@@ -16,7 +16,7 @@ from healing.attacks.catalyst_search import Catalyst
 from healing.attacks.clean_hessian import clean_hessian, hessian_subspace
 from healing.attacks.objective import ObjectiveArm
 from healing.attacks.weight_change import WeightChange
-from healing.config.attack import AttackConfig
+from healing.config.attack import ALWAYS, NEVER, AttackConfig
 from healing.curvature.basis_cache import kept_bases
 from healing.curvature.hessian import HessianOperator
 from healing.curvature.subspaces import LowCurvatureSubspace
@@ -102,9 +102,19 @@ class AttackContext:
         config, loaded = self.config, self.loaded
         draws = self.generator("baseline")
         random = random_sequences(
-            config.baseline_draws, config.catalyst_length, loaded.vocabulary, draws
+            config.baseline_draws, config.catalyst_length, loaded.vocabulary, draws, loaded.opening
         )
         return AlignmentBaselines(self.subspace, random.to(loaded.device), self.text(0))
+
+    def measured_baselines(self, *, by_default: bool = False) -> AlignmentBaselines | None:
+        """:attr:`baselines` where ρ is to be measured along the attack, else ``None``: the subspace
+        of a large model takes long, and arms that have nothing to do with it need none.
+
+        Args:
+            by_default: Whether ``alignment`` ``auto`` asks for it.
+        """
+        wanted = {ALWAYS: True, NEVER: False}.get(self.config.alignment, by_default)
+        return self.baselines if wanted else None
 
     def sequence_arm(
         self, tokens: torch.Tensor, *, projected: bool = False, catalyst: Catalyst | None = None
@@ -113,7 +123,7 @@ class AttackContext:
 
         Args:
             tokens: int64 (length,), on the model's device.
-            projected: As of :class:`healing.attacks.objective.ObjectiveArm`.
+            projected: Whether the optimiser is given P_N of the gradient instead of the gradient.
             catalyst: The search that the tokens come from.
         """
 
@@ -124,9 +134,9 @@ class AttackContext:
             self.model,
             objective,
             objective,
-            self.baselines,
+            self.measured_baselines(by_default=True),
             self.change,
-            projected=projected,
+            projection=self.subspace if projected else None,
             catalyst=catalyst,
         )
 

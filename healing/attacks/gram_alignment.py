@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -26,9 +27,9 @@ from healing.curvature.subspaces import SingularSubspace, product_energy
 from healing.models.blocks import block_matrices, embedding_matrix, evaluation_mode, next_token_loss
 
 BATCH_BYTES = 256 * 2**20
-"""A batch may take as much memory as a gradient of all block matrices, and at least this much. The
-rule asks nothing of the machine, so that batches, and with them the last digits, are the same
-everywhere.
+"""A batch may take as much memory as two gradients of all block matrices (AdamW's moments will),
+and at least this much. The rule asks nothing of the machine, so that batches, and with them the
+last digits, are the same everywhere.
 """
 _TRIAL = (2, 6)
 """Sequences and tokens of the trial."""
@@ -98,29 +99,31 @@ def _factors(
     model: PreTrainedModel,
     layers: Mapping[str, nn.Linear | Conv1D],
     inputs: Mapping[str, torch.Tensor],
+    labels: torch.Tensor,
     *,
     differentiable: bool = False,
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]] | None:
     """Name of each matrix → (rows, columns) of every sequence's gradient G = rowsᵀ·columns.
 
     Args:
-        model: Maps ``inputs`` to the mean loss of sequences of equal length.
+        model: Maps ``inputs`` to logits.
         layers: From :func:`linear_layers`.
-        inputs: Keyword arguments, ``labels`` (sequences, tokens) among them.
+        inputs: Keyword arguments: all tokens but the last of every sequence, which is predicted
+            and predicts nothing, so that its row of δ would be 0.
+        labels: What they predict, int64 (sequences, tokens − 1).
         differentiable: Keep the graph of the factors.
 
     Returns:
         ``None`` where a layer was not called in the usual way.
     """
-    labels = inputs["labels"]
     with torch.enable_grad(), _traced(layers, labels.numel()) as trace:
-        loss = model(**inputs).loss
+        logits = model(**inputs).logits
+        # The sum over sequences of their mean losses; each reaches its own rows alone.
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
     if trace.broken or len(trace.inputs) < len(layers):
         return None
-    # Of equally long sequences the batch's mean is the mean of their means, and each sequence's
-    # loss reaches its own rows alone.
     deltas = torch.autograd.grad(
-        loss * len(labels), list(trace.outputs.values()), create_graph=differentiable
+        loss / labels.shape[1], list(trace.outputs.values()), create_graph=differentiable
     )
     found = {}
     for (name, a), delta in zip(trace.inputs.items(), deltas, strict=True):
@@ -139,7 +142,7 @@ def _trial_succeeds(model: PreTrainedModel, layers: Mapping[str, nn.Linear | Con
     ids = torch.arange(count * length, device=device) % len(embedding_matrix(model))
     windows = ids.view(count, length)
     with evaluation_mode(model), torch.enable_grad():
-        factors = _factors(model, layers, {"input_ids": windows, "labels": windows})
+        factors = _factors(model, layers, {"input_ids": windows[:, :-1]}, windows[:, 1:])
         if factors is None:
             return False
         for row, window in enumerate(windows):
@@ -176,16 +179,20 @@ def _layers_of(
     return layers if layers is not None and set(layers) >= set(subspace.names) else None
 
 
-def sequences_per_batch(model: PreTrainedModel, length: int) -> int:
-    """How many sequences of ``length`` tokens are passed together: a function of shapes alone.
+def sequences_per_batch(model: PreTrainedModel, length: int, count: int) -> int:
+    """How many of ``count`` sequences of ``length`` tokens are passed together: as many as fit, in
+    batches of nearly equal size (a last one of few would cost nearly as much as a whole one). A
+    function of shapes alone.
 
     A token keeps about the inputs and outputs of all layers twice (values and gradients), and
     three rows of logits.
     """
     matrices = block_matrices(model).values()
     per_token = 2 * sum(sum(p.shape) for p in matrices) + 3 * len(embedding_matrix(model))
-    numbers = max(sum(p.numel() for p in matrices), BATCH_BYTES // 4)
-    return max(1, numbers // (per_token * length))
+    numbers = max(2 * sum(p.numel() for p in matrices), BATCH_BYTES // 4)
+    fit = max(1, numbers // (per_token * length))
+    batches = -(-count // fit)
+    return -(-count // batches)
 
 
 def _rho(
@@ -214,8 +221,9 @@ def alignments(
     if layers is None:
         return None
     found: list[float] = []
-    for batch in sequences.split(sequences_per_batch(model, sequences.shape[1])):
-        factors = _factors(model, layers, {"input_ids": batch, "labels": batch})
+    together = sequences_per_batch(model, sequences.shape[1], len(sequences))
+    for batch in sequences.split(together):
+        factors = _factors(model, layers, {"input_ids": batch[:, :-1]}, batch[:, 1:])
         if factors is None:
             return None
         found += _rho(subspace, factors).tolist()
@@ -242,6 +250,6 @@ def differentiable_alignment(
     layers = _layers_of(model, subspace)
     if layers is None:
         return None
-    inputs = {"inputs_embeds": embedded[None], "labels": labels[None]}
-    factors = _factors(model, layers, inputs, differentiable=True)
+    inputs = {"inputs_embeds": embedded[None, :-1]}
+    factors = _factors(model, layers, inputs, labels[None, 1:], differentiable=True)
     return None if factors is None else _rho(subspace, factors)[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol
 
 import torch
 from transformers import PreTrainedModel
@@ -85,6 +86,32 @@ def prime_first_moment(optimizer: torch.optim.Optimizer, arm: Arm) -> None:
     optimizer.zero_grad()
 
 
+class Diagnosable(Protocol):
+    """What an arm says of its weights."""
+
+    def diagnostics(self) -> dict[str, float]:
+        """Its own numbers."""
+
+    def baselines_now(self) -> dict[str, float]:
+        """What they are compared with."""
+
+
+def diagnosed(
+    arm: Diagnosable, config: AttackConfig, number: int, *, last: bool
+) -> dict[str, float]:
+    """Diagnostics of one record, with their baselines where it is their turn.
+
+    Args:
+        arm: At the weights of the record.
+        config: Says how often baselines are taken.
+        number: Of the record, from 0.
+        last: Whether the attack ends with it.
+    """
+    interval = config.baseline_interval
+    compared = last or number == 0 or (interval > 0 and number % interval == 0)
+    return {**arm.diagnostics(), **(arm.baselines_now() if compared else {})}
+
+
 def run_attack(
     loaded: LoadedModel,
     arm: Arm,
@@ -115,7 +142,8 @@ def run_attack(
     warm_second_moment(optimizer, model, warmup)
     if optimizer.state:
         prime_first_moment(optimizer, arm)
-    yield AttackRecord(0, healthy, StepOutcome(), 0.0, arm.diagnostics())
+    yield AttackRecord(0, healthy, StepOutcome(), 0.0, diagnosed(arm, config, 0, last=False))
+    measured = 0
     target = healthy.effective_rank * (1.0 - config.target_rank_reduction)
     for step in phase("attack", range(1, total + 1), total):
         watched = step % config.measurement_interval == 0 or step == total
@@ -123,14 +151,19 @@ def run_attack(
         if outcome.finite and not watched:
             continue
         measurement = probe.measure(model)
-        yield AttackRecord(step, measurement, outcome, change.relative(model), arm.diagnostics())
+        measured += 1
         reached = arm.stops_early and measurement.effective_rank <= target
-        if reached or not outcome.finite:
+        last = reached or not outcome.finite or step == total
+        numbers = diagnosed(arm, config, measured, last=last)
+        yield AttackRecord(step, measurement, outcome, change.relative(model), numbers)
+        if last:
             return
 
 
 class LoopArm(Arm):
-    """An arm of the common loop: its own are ``advance``, ``diagnostics``, ``give_gradients``."""
+    """An arm of the common loop: its own are ``advance``, ``diagnostics``, ``give_gradients``, and
+    ``baselines_now`` where its diagnostics have any.
+    """
 
     stops_early = True
     catalyst: Catalyst | None = None
@@ -138,6 +171,10 @@ class LoopArm(Arm):
     def steps(self, config: AttackConfig) -> int:
         """The configured budget."""
         return int(config.attack_steps)
+
+    def baselines_now(self) -> dict[str, float]:
+        """None."""
+        return {}
 
     def run(
         self,

@@ -13,6 +13,7 @@ from healing.attacks.base import StepOutcome
 from healing.attacks.catalyst_search import Catalyst
 from healing.attacks.loop import LoopArm, gradient_step
 from healing.attacks.weight_change import Differences, WeightChange, snapshot
+from healing.curvature.subspaces import LowCurvatureSubspace
 from healing.models.blocks import block_matrices
 
 
@@ -24,9 +25,10 @@ class ObjectiveArm(LoopArm):
         objective: The next step's objective; may draw data.
         fixed_objective: The same on fixed data, for diagnostics: measuring must not draw from the
             attack's own stream.
-        baselines: What the gradient's alignment is compared with.
+        baselines: What the gradient's alignment is compared with; ``None`` = neither it nor κ is
+            measured.
         change: Snapshot of the healthy weights.
-        projected: Whether the optimiser is given P_N of the gradient instead of the gradient;
+        projection: N where the optimiser is given P_N of the gradient instead of the gradient;
             parameters outside the matrices then stay.
         catalyst: The search that the objective's tokens come from, if there was one.
     """
@@ -36,14 +38,14 @@ class ObjectiveArm(LoopArm):
         model: PreTrainedModel,
         objective: Callable[[], torch.Tensor],
         fixed_objective: Callable[[], torch.Tensor],
-        baselines: AlignmentBaselines,
+        baselines: AlignmentBaselines | None,
         change: WeightChange,
         *,
-        projected: bool = False,
+        projection: LowCurvatureSubspace | None = None,
         catalyst: Catalyst | None = None,
     ) -> None:
         self.model, self.objective, self.fixed_objective = model, objective, fixed_objective
-        self.baselines, self.change, self.projected = baselines, change, projected
+        self.baselines, self.change, self.projection = baselines, change, projection
         self.catalyst = catalyst
 
     def advance(
@@ -51,13 +53,14 @@ class ObjectiveArm(LoopArm):
     ) -> StepOutcome:
         """One optimiser step on the objective; a watched one says how it treats N (κ)."""
         matrices = block_matrices(self.model)
-        before = snapshot(matrices) if watched else {}
+        baselines = self.baselines if watched else None
+        before = snapshot(matrices) if baselines else {}
         outcome = gradient_step(optimizer, self.objective(), self._project_gradients)
-        if watched and outcome.finite:
+        if baselines and outcome.finite:
             gradients = {n: p.grad for n, p in matrices.items() if p.grad is not None}
             update = Differences(matrices, before)
-            numbers = self.baselines.subspace.amplification(gradients, update)
-            if self.projected:
+            numbers = baselines.subspace.amplification(gradients, update)
+            if self.projection:
                 del numbers["kappa"]  # there is no gradient outside N to compare with
             outcome = replace(outcome, diagnostics=numbers)
         optimizer.zero_grad()  # measuring and the next forward pass have their room
@@ -69,17 +72,25 @@ class ObjectiveArm(LoopArm):
         self._project_gradients()
 
     def _project_gradients(self) -> None:
-        if not self.projected:
+        subspace = self.projection
+        if subspace is None:
             return
         named = dict(self.model.named_parameters())
-        subspace = self.baselines.subspace
         gradients = {n: named[n].grad for n in subspace.names}
         inside = subspace.project({n: g for n, g in gradients.items() if g is not None})
         for name, parameter in named.items():
             parameter.grad = inside.get(name)
 
     def diagnostics(self) -> dict[str, float]:
-        """ρ of the objective's gradient beside its baselines."""
+        """ρ of the objective's gradient and of the weight change."""
+        if self.baselines is None:
+            return {}
         own = self.baselines.subspace.alignment(gradients_of(self.model, self.fixed_objective()))
-        delta = self.change.delta(self.model)
-        return {"alignment": float(own), **self.baselines.metrics(self.model, delta)}
+        return {
+            "alignment": float(own),
+            **self.baselines.of_change(self.change.delta(self.model)),
+        }
+
+    def baselines_now(self) -> dict[str, float]:
+        """ρ of other gradients."""
+        return {} if self.baselines is None else self.baselines.metrics(self.model)

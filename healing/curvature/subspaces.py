@@ -80,7 +80,8 @@ class MatrixSubspace:
         """‖P_N(G)‖² and ‖G‖² of G = rowsᵀ·columns, with G formed only where that is cheaper.
 
         P_N acts on the factors: with ``long`` the factor of the longer side and ``short`` the
-        other, P_N(G) has the norm of (long (I−LLᵀ))ᵀ (short R).
+        other, P_N(G) has the norm of (long (I−LLᵀ))ᵀ (short R). As I−LLᵀ is a projection, the Gram
+        matrix of its factor is long longᵀ − (long L)(long L)ᵀ.
 
         Args:
             rows: (..., tokens, m).
@@ -90,8 +91,28 @@ class MatrixSubspace:
             Two float64 tensors (...,), differentiable.
         """
         long, short = (columns, rows) if self.wide else (rows, columns)
-        outside = long - (long @ self.leading) @ self.leading.T
-        return product_energy(outside, short @ self.rest), product_energy(long, short)
+        inner, rest = long @ self.leading, short @ self.rest
+        if not _grams_are_smaller(long, short):
+            outside = long - inner @ self.leading.T
+            return product_energy(outside, rest), product_energy(long, short)
+        whole = _gram(long)
+        return _sum_of_products(whole - _gram(inner), _gram(rest)), _sum_of_products(
+            whole, _gram(short)
+        )
+
+
+def _grams_are_smaller(left: torch.Tensor, right: torch.Tensor) -> bool:
+    tokens, m, n = *left.shape[-2:], right.shape[-1]
+    return tokens * (m + n) <= m * n
+
+
+def _gram(factor: torch.Tensor) -> torch.Tensor:
+    """(..., tokens, tokens), in float64: its entries are summed with both signs."""
+    return (factor @ factor.mT).double()
+
+
+def _sum_of_products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    return (left * right).sum((-2, -1))
 
 
 def product_energy(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -108,11 +129,8 @@ def product_energy(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     Returns:
         float64 (...,), differentiable.
     """
-    tokens, m, n = *left.shape[-2:], right.shape[-1]
-    if tokens * (m + n) <= m * n:
-        # Summed in float64: the entries have both signs.
-        grams = ((x @ x.mT).double() for x in (left, right))
-        return torch.mul(*grams).sum((-2, -1))
+    if _grams_are_smaller(left, right):
+        return _sum_of_products(_gram(left), _gram(right))
     return (left.mT @ right).double().square().sum((-2, -1))
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from healing.data.windows import pack
+from healing.data.windows import opening, pack
 from healing.errors import CorpusError
 
 if TYPE_CHECKING:
@@ -92,7 +92,8 @@ class Corpus:
         Raises:
             CorpusError: The split is too small.
         """
-        key = (split, tokenizer.name_or_path, len(tokenizer), length, max_tokens)
+        words = (tokenizer.name_or_path, len(tokenizer), *opening(tokenizer))
+        key = (split, words, length, max_tokens)
         if key not in self._packed:
             try:
                 self._packed[key] = pack(self.documents[split], tokenizer, length, max_tokens)

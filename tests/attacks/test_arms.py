@@ -8,11 +8,13 @@ import math
 import pytest
 import scipy.linalg
 import torch
+from tokenizers import processors
 
 from healing.attacks.alignment import (
     gradients_of,
     random_sequences,
     sequence_alignment,
+    sequence_alignments,
     sequence_loss,
 )
 from healing.attacks.arms.spectral import mean_spectral_entropy
@@ -239,17 +241,73 @@ def small_probe(probe) -> Probe:
     return Probe(probe.windows[:6])
 
 
-@pytest.mark.parametrize("arm", ["haep", "spectral", "random_tokens", "random_text"])
-def test_objective_arms_move_the_weights_and_log_alignment(nano, corpus, small_probe, arm):
-    records, _, catalyst = run(nano, corpus, small_probe, settings(arm))
-    assert records[0].step == 0
+BASELINES = {"alignment_random_tokens", "alignment_clean_text", "alignment_isotropic"}
+OWN = {"alignment", "alignment_weight_change"}
+KAPPA = {"kappa", "update_alignment"}
+
+
+def alignment_metrics(record) -> set[str]:
+    names = set(record.metrics())
+    return {name for name in names if name.startswith("alignment")} | names & KAPPA
+
+
+@pytest.mark.parametrize("arm", ["haep", "random_tokens", "random_text"])
+def test_arms_of_one_sequence_log_alignment_and_its_baselines_at_both_ends(
+    nano, corpus, small_probe, arm
+):
+    config = settings(arm, attack_steps=6, target_rank_reduction=1.0)
+    records, _, catalyst = run(nano, corpus, small_probe, config)
+    assert [r.step for r in records] == [0, 2, 4, 6]
     assert records[-1].weight_change > 0
-    names = set(records[-1].diagnostics)
-    assert names == {
-        "alignment", "alignment_random_tokens", "alignment_clean_text", "alignment_isotropic",
-        "alignment_weight_change",
-    }  # fmt: skip
+    assert [alignment_metrics(r) for r in records] == [
+        BASELINES | {"alignment"}, OWN | KAPPA, OWN | KAPPA, BASELINES | OWN | KAPPA,
+    ]  # fmt: skip
     assert (catalyst is not None) == (arm == "haep")
+
+
+def test_an_attack_that_ends_early_ends_with_baselines(nano, corpus, small_probe):
+    config = settings("random_tokens", attack_steps=6, target_rank_reduction=1e-6)
+    records, _, _ = run(nano, corpus, small_probe, config)
+    assert [r.step for r in records] == [0, 2]
+    assert alignment_metrics(records[-1]) == BASELINES | OWN | KAPPA
+
+
+def test_baselines_in_between_are_an_option(nano, corpus, small_probe):
+    config = settings("random_tokens", attack_steps=6, measurement_interval=1,
+                      target_rank_reduction=1.0, baseline_interval=4)  # fmt: skip
+    records, _, _ = run(nano, corpus, small_probe, config)
+    assert [r.step for r in records if alignment_metrics(r) >= BASELINES] == [0, 4, 6]
+
+
+@pytest.mark.parametrize("arm", ["spectral", "gaussian_noise", "none"])
+def test_arms_without_a_subspace_decompose_nothing_unless_asked(
+    nano, corpus, small_probe, arm, monkeypatch
+):
+    asked, _, _ = run(load_model("nano"), corpus, small_probe, settings(arm, alignment="always"))
+    own = {"spectral": OWN | KAPPA, "gaussian_noise": {"alignment_weight_change"}, "none": set()}
+    assert alignment_metrics(asked[-1]) == BASELINES | own[arm]
+
+    def refuse(*_):
+        raise AssertionError("decomposed")
+
+    monkeypatch.setattr(MatrixSubspace, "of", refuse)
+    for alignment in ("auto", "never"):
+        loaded = load_model("nano")
+        records, _, _ = run(loaded, corpus, small_probe, settings(arm, alignment=alignment))
+        assert not any(alignment_metrics(r) for r in records)
+        # Watching changes nothing: the same states to the last digit.
+        assert [r.measurement.metrics() for r in records] == [
+            r.measurement.metrics() for r in asked
+        ]
+
+
+def test_haep_searches_in_the_subspace_though_alignment_is_not_measured(nano, corpus, small_probe):
+    config = settings("haep_oracle", alignment="never")
+    records, change, catalyst = run(nano, corpus, small_probe, config)
+    assert catalyst.alignment >= catalyst.history[0] > 0
+    assert not any(alignment_metrics(r) for r in records)
+    outside = set(dict(nano.model.named_parameters())) - set(block_matrices(nano.model))
+    assert not any(bool(change.delta(nano.model)[name].any()) for name in outside)
 
 
 def test_sham_is_a_bitwise_no_op(nano, corpus, small_probe):
@@ -423,6 +481,57 @@ def test_padding_rows_of_the_vocabulary_are_never_fed(tiny, corpus, arm):
     made.arm.fixed_objective()
     assert int(made.arm.baselines.random.max()) < 2048
     assert 0 < max(fed) < 2048
+
+
+@pytest.fixture
+def begun(nano) -> LoadedModel:
+    """Nano with a tokenizer that puts a token in front of every text, as Llama 2's does."""
+    tokenizer = copy.deepcopy(nano.tokenizer)
+    first = tokenizer.convert_ids_to_tokens(FIRST)
+    tokenizer.bos_token = first
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{first} $A", special_tokens=[(first, FIRST)]
+    )
+    return LoadedModel("nano", nano.model, tokenizer, "digest")
+
+
+FIRST = 77
+
+
+def test_what_begins_every_text_begins_every_sequence_and_is_never_swapped(
+    begun, corpus, monkeypatch
+):
+    evaluated = []
+
+    def spy(*args):
+        evaluated.append(args[2])
+        return sequence_alignments(*args)
+
+    monkeypatch.setattr("healing.attacks.catalyst_search.sequence_alignments", spy)
+    config = settings("haep", search_candidates=64, catalyst_length=8)
+    made = prepare_arm(config, begun, corpus, WeightChange(begun.model))
+    rows = torch.cat(evaluated)
+    assert len(rows) == 1 + 3 + 64
+    assert (rows[:, 0] == FIRST).all()
+    # Without a fixed position 64 swaps would leave the first one alone once in 5,000 searches.
+    start, swapped = rows[0], rows[4:]
+    assert {int((row != start).sum()) for row in swapped} <= {0, 1}
+    assert set((swapped != start).any(0).nonzero().flatten().tolist()) == set(range(1, 8))
+    assert made.catalyst.tokens[0] == FIRST
+    assert not (made.arm.baselines.random[:, 1:] == FIRST).all()
+
+
+@pytest.mark.parametrize("arm", ["random_tokens", "random_text"])
+def test_token_controls_begin_with_it_too(begun, corpus, arm):
+    fed = []
+    begun.model.register_forward_pre_hook(
+        lambda _module, _args, given: fed.append(given["input_ids"]), with_kwargs=True
+    )
+    made = prepare_arm(settings(arm), begun, corpus, WeightChange(begun.model))
+    fed.clear()  # what the trial of the model's layers was given
+    made.arm.fixed_objective()
+    assert len(fed) == 1
+    assert fed[0][0, 0] == FIRST != fed[0][0, 1]
 
 
 def test_a_spectral_attack_on_what_cannot_be_computed_ends_instead_of_raising(nano, corpus):

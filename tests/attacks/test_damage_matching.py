@@ -41,6 +41,9 @@ class FakeArm:
     def diagnostics(self) -> dict[str, float]:
         return {}
 
+    def baselines_now(self) -> dict[str, float]:
+        return {"compared": 1.0}
+
 
 class FakeProbe:
     def __init__(self, arm: FakeArm, loss, rank=lambda s: 40.0) -> None:
@@ -59,7 +62,7 @@ def search(target: float, loss, name: str = "loss", rank=lambda s: 40.0):
     probe = FakeProbe(arm, loss, rank)
     healthy = probe.measure(None)
     goal = DamageTarget(name, target, loss(0.0) if name == "loss" else rank(0.0))
-    return list(match_damage(FakeLoaded(), arm, probe, healthy, goal)), arm
+    return list(match_damage(FakeLoaded(), arm, AttackConfig(), probe, healthy, goal)), arm
 
 
 # Largest scale is 256 and smallest 1/256, so targets between 3 + 1/256 and 3 + 256.
@@ -71,6 +74,8 @@ def test_scale_is_the_inverse_of_a_known_curve(target):
     assert [r.step for r in records] == list(range(len(records)))
     assert records[-1].diagnostics["noise_scale"] == arm.scale
     assert all(abs(r.diagnostics["match_error_pct"]) > 2.0 for r in records[1:-1])
+    compared = [r.step for r in records if "compared" in r.diagnostics]
+    assert compared == [0, records[-1].step]
 
 
 def test_a_falling_rank_is_matched_too():
@@ -143,7 +148,7 @@ def test_noise_on_nano_reaches_the_loss_of_a_known_damage(nano, corpus, probe, t
     made = prepare_arm(config, fresh, corpus, change)
     assert isinstance(made.arm, NoiseArm)
     target = DamageTarget.of("loss", measured, healthy)
-    *_, last = match_damage(fresh, made.arm, probe, healthy, target)
+    *_, last = match_damage(fresh, made.arm, config, probe, healthy, target)
     assert probe.measure(fresh.model).loss == pytest.approx(
         expected.loss, rel=damage_matching.TOLERANCE
     )

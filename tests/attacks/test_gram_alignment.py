@@ -162,20 +162,22 @@ def test_batches_follow_from_shapes_alone(monkeypatch):
     model = model_of(GRAM["llama"])
     # Per token twice in + out of q, k, v, o and three of the MLP in two blocks, and 3 rows of 210.
     numbers = 2 * 2 * (32 + 24 + 24 + 32 + 3 * 40) + 3 * 210
-    assert sequences_per_batch(model, 9) == BATCH_BYTES // 4 // (9 * numbers)
+    most = BATCH_BYTES // 4 // (9 * numbers)
+    assert sequences_per_batch(model, 9, most) == most
+    assert sequences_per_batch(model, 9, 2 * most + 1) == -(-(2 * most + 1) // 3)
     subspace, rows = subspace_of(model), sequences()
     together = alignments(model, subspace, rows)
     batches = []
     model.register_forward_pre_hook(
         lambda _module, _args, given: batches.append(len(given["input_ids"])), with_kwargs=True
     )
-    monkeypatch.setattr(gram_alignment, "BATCH_BYTES", 4 * 2 * 9 * numbers)
+    monkeypatch.setattr(gram_alignment, "BATCH_BYTES", 4 * 4 * 9 * numbers)
     assert alignments(model, subspace, rows) == pytest.approx(together, rel=1e-6)
-    assert batches == [2, 2, 1]
+    assert batches == [3, 2]
     # A model whose matrices take more than that has batches as large as they are.
     monkeypatch.setattr(gram_alignment, "BATCH_BYTES", 0)
     matrices = 2 * (2 * 256 + 2 * 128 + 3 * 384)
-    assert sequences_per_batch(model, 1) == max(1, matrices // numbers)
+    assert sequences_per_batch(model, 1, 100) == max(1, 2 * matrices // numbers) < 100
 
 
 def test_modes_hooks_and_gradients_are_left_as_they_were(tiny):
@@ -246,9 +248,8 @@ def test_a_search_chooses_the_rounds_best_and_the_first_of_equals(tiny, monkeypa
 
 def test_baselines_are_those_of_dense_gradients(tiny):
     subspace, rows = subspace_of(tiny.model), sequences(6)
-    numbers = AlignmentBaselines(subspace, rows, sequences(1, 9)[0]).metrics(tiny.model, {
-        name: torch.zeros_like(p) for name, p in block_matrices(tiny.model).items()
-    })  # fmt: skip
+    baselines = AlignmentBaselines(subspace, rows, sequences(1, 9)[0])
+    numbers = baselines.metrics(tiny.model)
     dense = one_by_one(tiny.model, subspace, rows[:4])
     assert numbers["alignment_random_tokens"] == pytest.approx(sum(dense) / 4, rel=1e-5)
     clean = subspace.alignment(gradients_of(tiny.model, next_token_loss(tiny.model, rows[:1])))
@@ -256,3 +257,5 @@ def test_baselines_are_those_of_dense_gradients(tiny):
     assert set(numbers) == {
         "alignment_random_tokens", "alignment_clean_text", "alignment_isotropic"
     }  # fmt: skip
+    nothing = {name: torch.zeros_like(p) for name, p in block_matrices(tiny.model).items()}
+    assert baselines.of_change(nothing) == {}

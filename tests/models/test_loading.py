@@ -78,6 +78,10 @@ def test_unigram_perplexity_by_hand():
     held = torch.tensor([[1, 0, 1]])  # targets 0 and 1; counts + 1: 4 and 2, over 4 + 3
     expected = math.exp(-(math.log(4 / 7) + math.log(2 / 7)) / 2)
     assert unigram_perplexity(train, held, vocab_size=3) == pytest.approx(expected)
+    # Token 2 begins every window and is no text: the same counts, whether it is there or not.
+    begun = torch.tensor([[2, 0, 0], [2, 0, 1]])
+    assert unigram_perplexity(begun, held, vocab_size=3, opening=1) == pytest.approx(expected)
+    assert unigram_perplexity(begun, held, vocab_size=3) > 1.1 * expected
 
 
 def test_heldout_loss_is_hand_written_cross_entropy(nano, probe):

@@ -28,6 +28,7 @@ def find_catalyst(context: AttackContext) -> Catalyst:
         candidates=config.search_candidates,
         generator=context.draws(STREAM),
         vocabulary=context.loaded.vocabulary,
+        opening=context.loaded.opening,
     )
     if config.rayleigh_draws:
         gradients = gradients_of(model, sequence_loss(model, found.tokens))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from healing.attacks.context import AttackContext
-from healing.attacks.noise import NoiseArm
+from healing.attacks.strength import NoiseArm
 from healing.config.attack import AttackConfig
 
 LABEL = "sham"
@@ -22,4 +22,4 @@ class Unchanged(NoiseArm):
 
 def make(context: AttackContext) -> Unchanged:
     """Without noise: it is never put anywhere."""
-    return Unchanged(context.model, {}, context.baselines, context.change)
+    return Unchanged(context.model, {}, context.measured_baselines(), context.change)

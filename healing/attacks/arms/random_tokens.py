@@ -14,7 +14,9 @@ MARKER = "^"
 
 
 def make(context: AttackContext) -> ObjectiveArm:
-    """The loss of one sequence, uniform over the tokenizer's vocabulary."""
-    length, vocabulary = context.config.catalyst_length, context.loaded.vocabulary
-    tokens = random_sequences(1, length, vocabulary, context.draws())[0]
-    return context.sequence_arm(tokens.to(context.loaded.device))
+    """The loss of one sequence, uniform over the tokenizer's vocabulary behind what begins every
+    window.
+    """
+    length, loaded = context.config.catalyst_length, context.loaded
+    drawn = random_sequences(1, length, loaded.vocabulary, context.draws(), loaded.opening)
+    return context.sequence_arm(drawn[0].to(loaded.device))

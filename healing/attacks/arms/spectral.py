@@ -51,6 +51,6 @@ def make(context: AttackContext) -> ObjectiveArm:
         model,
         lambda: mean_spectral_entropy(model, next(stream)),
         lambda: mean_spectral_entropy(model, fixed),
-        context.baselines,
+        context.measured_baselines(),
         context.change,
     )

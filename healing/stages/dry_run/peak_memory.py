@@ -8,7 +8,7 @@ import itertools
 import pathlib
 import resource
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, cast
@@ -190,7 +190,8 @@ def _measure_healthy(usage: Usage, probe: _ShortProbe, model: PreTrainedModel) -
 
 def _loaded(config: BaseConfig, model: PreTrainedModel, device: torch.device) -> LoadedModel:
     """What the stages read of a loaded model; there is no tokenizer."""
-    parts = {"name": config.model, "model": model, "device": device, "digest": ""}
+    parts: dict[str, Any] = {"name": config.model, "model": model, "device": device}
+    parts |= {"digest": "", "source": "", "opening": []}
     parts["vocabulary"] = len(embedding_matrix(model))
     return cast(LoadedModel, SimpleNamespace(tokenizer=None, **parts))
 
@@ -213,7 +214,13 @@ def predict_healing(
         device: Where it will be.
     """
     base, asked = _base(config), config
-    config = replace(config, healing_steps=_STEPS, measurement_interval=_STEPS, sham=False)
+    config = replace(
+        config,
+        healing_steps=_STEPS,
+        measurement_interval=_STEPS,
+        sham=False,
+        reset_norms=False,  # looks at values, and takes no memory to speak of
+    )
     vocabulary = architecture.get_text_config().vocab_size
     with (
         shapes_only(),
@@ -267,9 +274,14 @@ def _one_product(
 
 def _without_the_first_diagnosis(arm: Any) -> Any:
     """An arm that is diagnosed after its step alone: before it the optimiser has no state yet."""
-    diagnose, calls = arm.diagnostics, itertools.count()
-    arm.diagnostics = lambda: diagnose() if next(calls) else {}
+    for name in ("diagnostics", "baselines_now"):
+        setattr(arm, name, _but_the_first(getattr(arm, name)))
     return arm
+
+
+def _but_the_first(diagnose: Callable[[], dict[str, float]]) -> Callable[[], dict[str, float]]:
+    calls = itertools.count()
+    return lambda: diagnose() if next(calls) else {}
 
 
 class _Corpus:
@@ -319,11 +331,12 @@ def predict_attack(
         probe = _ShortProbe.of_config(config, architecture)
         loaded, corpus = _loaded(config, model, device), cast(Any, _Corpus())
         healthy = _measure_healthy(usage, probe, model)
-        together = sequences_per_batch(model, config.catalyst_length)
-        config = replace(
-            config,  # one batch of candidates, one of baselines (which the start joins)
-            search_candidates=min(config.search_candidates, together),
-            baseline_draws=max(3, min(config.baseline_draws, together - 1)),
+        candidates, with_start = (
+            sequences_per_batch(model, config.catalyst_length, count)
+            for count in (config.search_candidates, config.baseline_draws + 1)
+        )
+        config = replace(  # one batch of candidates, one of baselines
+            config, search_candidates=candidates, baseline_draws=max(3, with_start - 1)
         )
         with usage.phase(PREPARING):
             change = WeightChange(model)
