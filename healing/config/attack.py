@@ -153,6 +153,13 @@ class AttackConfig(BaseConfig, DryRunOptions):
         "", "ray: the same, given as an MLflow attack run.", determines=False
     )
 
+    start_checkpoint: str = option(
+        "",
+        "Healed checkpoint (a path or an MLflow URI) that is attacked instead of the healthy "
+        "weights, exactly as it was the first time: how many steps to the same rank?",
+        determines=False,
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         ARMS.check(self.arm)

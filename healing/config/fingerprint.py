@@ -18,6 +18,8 @@ LINEAGE = (
     "model_commit",
     "reference_fingerprint",
     "direction_fingerprint",
+    "start_digest",
+    "start_run_id",
 )
 """Entries of a checkpoint's configuration that are no fields and say where it comes from: the run
 and the weights themselves, which differ from seed to seed."""

@@ -252,3 +252,17 @@ def load_state(loaded: LoadedModel, checkpoint: Checkpoint, path: object) -> Non
             f"name the right one with --model ({', '.join(MODELS)} …)"
         )
     loaded.model.load_state_dict(checkpoint.state, strict=True)
+
+
+def require_made_from(checkpoint: Checkpoint, loaded: LoadedModel, path: object) -> None:
+    """Check that a checkpoint comes from these healthy weights, where it says so.
+
+    Raises:
+        CheckpointError: It was made from others.
+    """
+    made_from = checkpoint.config.get("healthy_digest")
+    if made_from and made_from != loaded.digest:
+        raise CheckpointError(
+            f"{path} was made from other weights of {loaded.name} than the ones here: "
+            "the healthy state of its run is not this model"
+        )

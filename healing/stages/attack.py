@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +23,7 @@ from healing.stages.cells.attack import (
 )
 from healing.stages.cells.events import Record
 from healing.stages.cells.inputs import resolve_from_model, use_threads
+from healing.stages.cells.recollapse import read_healed, resolve_from_healed
 from healing.stages.console import Console
 from healing.stages.driver import Driver
 from healing.stages.stage import Done, Report, StageDefaults, Tools, points_of
@@ -58,6 +60,8 @@ def describe(outcome: AttackOutcome) -> str:
             f"{s['rayleigh_quotient']:.4g}, percentile {s['rayleigh_percentile']:.0f} among "
             f"{config.rayleigh_draws} random directions (mean {s['rayleigh_random_mean']:.4g}).",
         ]
+    if outcome.start:
+        lines += ["", f"Attacked again after healing: {recollapse_sentence(s)}."]
     reached = outcome.last.diagnostics
     if "match_error_pct" in reached:
         lines += [
@@ -76,6 +80,16 @@ def describe(outcome: AttackOutcome) -> str:
     return "\n".join(lines)
 
 
+def recollapse_sentence(s: Mapping[str, Any]) -> str:
+    """How soon healed weights collapsed again, from an attack's summary."""
+    first, again = s["first_attack_steps"], s["recollapse_steps"]
+    took = "not" if math.isnan(again) else f"after {again:.0f} steps"
+    return (
+        f"from the healed rank {s['start_effective_rank']:.1f} down to {s['recollapse_rank']:.1f} "
+        f"{took}, from the healthy {s['healthy_effective_rank']:.1f} after {first:.0f}"
+    )
+
+
 def _tags(outcome: AttackOutcome) -> dict[str, Any]:
     tags = {
         "fingerprint": outcome.fingerprint,
@@ -87,6 +101,7 @@ def _tags(outcome: AttackOutcome) -> dict[str, Any]:
         tags["catalyst"] = outcome.catalyst.status
     if noise_match(outcome.config):
         tags["noise_match"] = noise_match(outcome.config)
+    tags |= _start_facts(outcome)
     return tags | dict(outcome.preparation.solver_statuses)
 
 
@@ -106,6 +121,18 @@ def _reference_facts(config: AttackConfig) -> dict[str, str]:
                 f"{what}_fingerprint": made.get("fingerprint", ""),
             }
     return facts
+
+
+def _start_facts(outcome: AttackOutcome) -> dict[str, Any]:
+    """Which healed weights were attacked: repeated attacks are not pooled with first ones."""
+    if outcome.start is None:
+        return {}
+    healed = outcome.start.checkpoint
+    return {
+        "start": "healed",
+        "start_digest": healed.digest,
+        "start_run_id": healed.config.get("heal_run_id", ""),
+    }
 
 
 def _save(outcome: AttackOutcome, folder: pathlib.Path, run_id: str) -> None:
@@ -128,6 +155,7 @@ def _save(outcome: AttackOutcome, folder: pathlib.Path, run_id: str) -> None:
             "healthy_digest": outcome.loaded.digest,
             "model_commit": outcome.loaded.commit,
             "corpus_digests": outcome.digests,
+            **_start_facts(outcome),
         },
     )
     summary = {**outcome.summary(), **_tags(outcome), "attack_run_id": run_id}
@@ -160,7 +188,8 @@ class AttackStage(StageDefaults):
 
     def prepare(self, config: AttackConfig, tools: Tools) -> AttackConfig:
         """Fetch the reference's checkpoint and replace every ``auto``."""
-        config = resolve_from_model(with_reference(resolve_from_presets(config), tools.store))
+        config = resolve_from_presets(_with_start(config, tools.store))
+        config = resolve_from_model(with_reference(config, tools.store))
         use_threads(config)
         return config
 
@@ -181,9 +210,12 @@ class AttackStage(StageDefaults):
             f"{s['healthy_effective_rank']:.1f} → {s['collapsed_effective_rank']:.1f}, perplexity "
             f"{s['healthy_perplexity']:.3g} → {s['collapsed_perplexity']:.3g}{catalyst}"
         )
+        if outcome.start:
+            line += f"; {recollapse_sentence(s)}"
         points = [(outcome.last.step, {f"summary/{k}": v for k, v in s.items()})]
         result = {**s, **_tags(outcome)}
-        return Report(points, _tags(outcome), describe(outcome), line, detail=True, result=result)
+        detail = outcome.start is None
+        return Report(points, _tags(outcome), describe(outcome), line, detail=detail, result=result)
 
 
 ATTACK = AttackStage()
@@ -214,6 +246,18 @@ def with_reference(config: AttackConfig, store: Store) -> AttackConfig:
             found: dict[str, Any] = {f"{what}_checkpoint": str(path), f"{what}_run_id": ""}
             config = replace(config, **found)
     return config
+
+
+def _with_start(config: AttackConfig, store: Store) -> AttackConfig:
+    """The configuration of the first attack, where healed weights are attacked again."""
+    given = config.start_checkpoint
+    if not given:
+        return config
+    local = store.download(given) if ":/" in given else pathlib.Path(given).expanduser().resolve()
+    config = replace(config, start_checkpoint=str(local))
+    healed = read_healed(config.start_checkpoint)
+    healed.pin_commit()
+    return resolve_from_healed(config, healed)
 
 
 def attack(config: AttackConfig, driver: Driver | None = None) -> tuple[str, pathlib.Path]:

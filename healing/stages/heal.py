@@ -31,6 +31,7 @@ from healing.stages.cells.events import Record
 from healing.stages.cells.heal import heal_cell, resolve_from_checkpoint, stored_config
 from healing.stages.cells.heal_outcome import HealCell, HealOutcome
 from healing.stages.cells.inputs import use_threads
+from healing.stages.cells.recollapse import FIRST_RANK, FIRST_STEPS
 from healing.stages.console import Console
 from healing.stages.driver import Driver
 from healing.stages.heal_inputs import find_checkpoints, fresh_attack_config, local_checkpoint
@@ -106,6 +107,8 @@ def _save_healed(
         "healthy_digest": outcome.healthy_digest,
         "model_commit": healed.commit,
         "collapsed_digest": outcome.checkpoint.digest,
+        FIRST_STEPS: outcome.checkpoint.step,
+        FIRST_RANK: outcome.records[0].measurement.effective_rank,
         "corpus_digests": outcome.digests,
     }
     text = f"{outcome.cell.config.label} healed for {step} steps after {arm}"

@@ -14,9 +14,15 @@ from healing.config.arm_tags import arm_role
 from healing.config.attack import AttackConfig
 from healing.config.fingerprint import as_params, fingerprint
 from healing.config.presets import model_slug
-from healing.measurements.probe import Measurement
+from healing.errors import ConfigError
+from healing.measurements.probe import Measurement, Probe
 from healing.measurements.recovery import Damage
-from healing.models.checkpoints import read_checkpoint
+from healing.models.checkpoints import (
+    Checkpoint,
+    load_state,
+    read_checkpoint,
+    require_made_from,
+)
 from healing.models.loading import LoadedModel
 from healing.progress import Safe, enter
 from healing.randomness import named_generator
@@ -31,6 +37,7 @@ from healing.stages.cells.inputs import (
     measurement_modules,
     rank_and_perplexity,
 )
+from healing.stages.cells.recollapse import Start, read_healed, repeated, target_rank
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,7 @@ class AttackOutcome:
         last: Last record of the trajectory.
         preparation: The arm as it was made: catalyst and curvature.
         digests: Corpus digests by split.
+        start: Of an attack repeated on healed weights.
     """
 
     config: AttackConfig
@@ -56,6 +64,7 @@ class AttackOutcome:
     last: AttackRecord
     preparation: Preparation
     digests: dict[str, str]
+    start: Start | None = None
 
     @property
     def catalyst(self) -> Catalyst | None:
@@ -79,7 +88,7 @@ class AttackOutcome:
 
     def summary(self) -> dict[str, Any]:
         """Final numbers, as stored in ``attack_summary.json`` and logged as metrics."""
-        damage = self.damage
+        damage, rank = self.damage, self.collapsed.effective_rank
         return {
             "healthy_effective_rank": damage.healthy.effective_rank,
             "healthy_perplexity": damage.healthy.perplexity,
@@ -93,6 +102,7 @@ class AttackOutcome:
             "attack_steps_done": self.last.step,
             **(self.catalyst.metrics() if self.catalyst else {}),
             **self.preparation.curvature_metrics,
+            **(self.start.summary(self.last.step, rank) if self.start else {}),
         }
 
 
@@ -116,6 +126,8 @@ def attack_fingerprint(config: AttackConfig, identity: str, digests: dict[str, s
     reference = _digest(config.reference_checkpoint)
     if config.direction_checkpoint:
         reference += f" along {_digest(config.direction_checkpoint)}"
+    if config.start_checkpoint:
+        reference += f" from {_digest(config.start_checkpoint)}"
     return fingerprint(
         "attack", config, reference, identity, digests, attack_code(config), device_kind(config)
     )
@@ -126,8 +138,15 @@ def _digest(checkpoint: str) -> str:
 
 
 def attack_cell(config: AttackConfig) -> Events[AttackOutcome]:
-    """One attack as a function of its resolved configuration; files and MLflow are not touched."""
+    """One attack as a function of its resolved configuration; files and MLflow are not touched.
+
+    Where healed weights are attacked again, the arm is made at the healthy ones, so that its tokens
+    and its subspace are those of the first time.
+    """
+    healed = read_healed(config.start_checkpoint) if config.start_checkpoint else None
     corpus, loaded, probe = load_inputs(config)
+    if healed:
+        require_made_from(healed, loaded, config.start_checkpoint)
     run_fingerprint = attack_fingerprint(config, loaded.identity, corpus.digests)
     yield Begin(
         run_fingerprint,
@@ -145,14 +164,38 @@ def attack_cell(config: AttackConfig) -> Events[AttackOutcome]:
     change = WeightChange(loaded.model)
     prepared = prepare_arm(config, loaded, corpus, change)
     warmup = warmup_batches(config, loaded, corpus)
-    for record in prepared.arm.run(loaded, config, probe, healthy, change, warmup):
+    begin, running, start = healthy, config, None
+    if healed:
+        enter("healed measurement")
+        start = _start(config, loaded, healed, prepared, healthy, probe)
+        begin, running = start.measurement, repeated(config, start)
+    for record in prepared.arm.run(loaded, running, probe, begin, change, warmup):
         metrics = record.metrics()
         yield Record(record.step, metrics, rank_and_perplexity(metrics))
         yield Safe(record.step)
     collapsed = probe.measure(loaded.model, named_generator(config.seed, "bootstrap"))
     return AttackOutcome(
-        config, run_fingerprint, loaded, healthy, collapsed, record, prepared, corpus.digests
+        config, run_fingerprint, loaded, healthy, collapsed, record, prepared, corpus.digests, start
     )
+
+
+def _start(
+    config: AttackConfig,
+    loaded: LoadedModel,
+    healed: Checkpoint,
+    prepared: Preparation,
+    healthy: Measurement,
+    probe: Probe,
+) -> Start:
+    """Put the healed weights into the model and measure them."""
+    if not prepared.arm.stops_early:
+        raise ConfigError(
+            f"--start-checkpoint counts steps to a rank, and --arm {config.arm} does not stop at "
+            "one: give a checkpoint healed from another arm"
+        )
+    load_state(loaded, healed, config.start_checkpoint)
+    measured = probe.measure(loaded.model, named_generator(config.seed, "bootstrap"))
+    return Start(healed.without_tensors(), measured, target_rank(config, healthy, healed))
 
 
 def _reference_tags(config: AttackConfig) -> dict[str, str]:
@@ -179,5 +222,5 @@ def noise_match(config: AttackConfig) -> str:
 
 def attack_name(config: AttackConfig, run_fingerprint: str) -> str:
     """Folder and run name of an attack."""
-    slug = model_slug(config.label)
-    return f"{slug}_{config.arm}_seed{config.seed}_attack_{run_fingerprint[:8]}"
+    slug, kind = model_slug(config.label), "reattack" if config.start_checkpoint else "attack"
+    return f"{slug}_{config.arm}_seed{config.seed}_{kind}_{run_fingerprint[:8]}"

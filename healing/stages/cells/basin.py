@@ -29,7 +29,13 @@ from healing.data.splits import Corpus
 from healing.errors import CheckpointError, ConfigError, CorpusError
 from healing.measurements.probe import Probe
 from healing.models.blocks import next_token_loss
-from healing.models.checkpoints import HEALED_KIND, Checkpoint, load_state, read_checkpoint
+from healing.models.checkpoints import (
+    HEALED_KIND,
+    Checkpoint,
+    load_state,
+    read_checkpoint,
+    require_made_from,
+)
 from healing.models.loading import LoadedModel, state_digest
 from healing.progress import Safe
 from healing.randomness import named_generator
@@ -211,7 +217,7 @@ def read_states(cell: BasinCell, loaded: LoadedModel) -> tuple[dict[str, Tensor]
     weights, digest = {"healthy": weights_of(loaded.model)}, loaded.digest
     if cell.collapsed:
         collapsed = read_checkpoint(pathlib.Path(cell.collapsed))
-        _require_healthy(collapsed, loaded, cell.collapsed)
+        require_made_from(collapsed, loaded, cell.collapsed)
         load_state(loaded, collapsed, cell.collapsed)
         digest = collapsed.digest
     weights["collapsed"] = weights_of(loaded.model)
@@ -221,7 +227,7 @@ def read_states(cell: BasinCell, loaded: LoadedModel) -> tuple[dict[str, Tensor]
             f"{cell.healed} is not a healed checkpoint (type {healed.kind}): give one that the "
             "heal entry point stored with --save-healed true"
         )
-    _require_healthy(healed, loaded, cell.healed)
+    require_made_from(healed, loaded, cell.healed)
     if healed.config.get("collapsed_digest") != digest:
         raise CheckpointError(
             f"{cell.healed} was not healed from {cell.collapsed or 'the healthy model'} but from "
@@ -230,15 +236,6 @@ def read_states(cell: BasinCell, loaded: LoadedModel) -> tuple[dict[str, Tensor]
     load_state(loaded, healed, cell.healed)
     weights["healed"] = weights_of(loaded.model)
     return weights, healed
-
-
-def _require_healthy(checkpoint: Checkpoint, loaded: LoadedModel, path: str) -> None:
-    made_from = checkpoint.config.get("healthy_digest")
-    if made_from and made_from != loaded.digest:
-        raise CheckpointError(
-            f"{path} was made from other weights of {loaded.name} than the ones here: "
-            "the healthy state of its run is not this model"
-        )
 
 
 def basin_fingerprint(
