@@ -349,6 +349,34 @@ def _conclusions(runs: Sequence[Run], models: Sequence[str]) -> Iterator[str]:
     )
 
 
+BEGIN, END = "<!-- answer: written by make findings -->", "<!-- end -->"
+
+
+def readme_block(runs: Sequence[Run], models: Sequence[str]) -> str:
+    """What README's first screen says between its two marks."""
+    return "\n".join(
+        [
+            BEGIN,
+            answer(runs, models),
+            "",
+            "![Rank recovery and loss above the sham's, against healing steps](docs/findings.png)",
+            END,
+        ]
+    )
+
+
+def with_block(readme: str, block: str) -> str:
+    """README with its block replaced.
+
+    Raises:
+        ValueError: It has no place for one.
+    """
+    begin, end = readme.find(BEGIN), readme.find(END, readme.find(BEGIN))
+    if begin < 0 or end < 0:
+        raise ValueError(f"README.md has no block from {BEGIN} to {END}")
+    return readme[:begin] + block + readme[end + len(END) :]
+
+
 def load(folder: pathlib.Path = TABLES) -> tuple[list[Run], list[str]]:
     """Runs of all tables that are there, and the models in the protocol's order."""
     runs: list[Run] = []
@@ -360,8 +388,15 @@ def load(folder: pathlib.Path = TABLES) -> tuple[list[Run], list[str]]:
     return runs, [part.model for part in PARTS.values() if part.model in there]
 
 
-def render(folder: pathlib.Path = TABLES, page_path: pathlib.Path = PAGE) -> None:
-    """Write the page and its figure beside it."""
+def render(
+    folder: pathlib.Path = TABLES,
+    page_path: pathlib.Path = PAGE,
+    readme: pathlib.Path | None = None,
+) -> None:
+    """Write the page and its figure beside it, and README's block where README is named."""
     runs, models = load(folder)
     page_path.write_text(page(runs, models), encoding="utf-8")
     draw(runs, models, page_path.with_name(FIGURE.name))
+    if readme:
+        text = with_block(readme.read_text(encoding="utf-8"), readme_block(runs, models))
+        readme.write_text(text, encoding="utf-8")

@@ -117,6 +117,8 @@ def test_the_committed_page_is_what_the_committed_tables_give(tmp_path):
         pytest.skip("no table is committed")
     render.render(page_path=tmp_path / "findings.md")
     assert (tmp_path / "findings.md").read_text() == render.PAGE.read_text()
+    readme = (ROOT / "README.md").read_text()
+    assert render.with_block(readme, render.readme_block(*render.load())) == readme
 
 
 @pytest.mark.slow
