@@ -278,6 +278,9 @@ def lineage(checkpoint: Checkpoint) -> dict[str, Any]:
         "attack_run_id": origin.get("attack_run_id", ""),
         "attack_seed": origin.get("seed", ""),
         "noise_match": origin.get("noise_match", ""),
+        # A control of one attack seed may be several checkpoints, one per draw of its noise.
+        "draw": origin.get("noise_draw", "") if origin.get("noise_match") else "",
+        "direction_arm": origin.get("direction_arm", ""),
         "reference_checkpoint_id": origin.get("reference_fingerprint", ""),
     }
 

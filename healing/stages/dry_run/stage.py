@@ -7,6 +7,7 @@ import os
 import torch
 from transformers import PreTrainedConfig
 
+from healing.config.arm_tags import arm_needs
 from healing.config.attack import AttackConfig
 from healing.config.heal import HealConfig
 from healing.errors import ConfigError
@@ -70,6 +71,11 @@ def predictions(config: AttackConfig | HealConfig) -> dict[str, tuple[str, Predi
     """
     if isinstance(config, AttackConfig):
         _own_code(ARMS, config.arm)
+        if needed := arm_needs(config.arm):
+            raise ConfigError(
+                f"memory is not predicted for --arm {config.arm}, which needs the {needed[0]} of "
+                "another attack: it takes what --arm gaussian_noise takes"
+            )
         attack = resolve_from_model(config)
         return {"attack": (attack.label, predict_attack(attack, *_place(attack)))}
     config, _ = with_healer(config, MlflowStore())

@@ -69,14 +69,17 @@ def healers_of(config: SweepConfig, store: Store) -> dict[str, tuple[str, Healer
             or a seed was used to select one.
     """
     found: dict[str, tuple[str, Healer]] = {}
-    labels = [model_label(m, config.revision, config.deduped) for m in config.model_list()]
+    labels = {
+        model_label(model, config.revision, config.deduped): seeds
+        for model, seeds in config.seeds_by_model().items()
+    }
     for source in config.healer_list():
         healer = find_healer(source, store)
         label = healer.model
         if label in found or label not in labels:
             why = "two are" if label in found else "one is"
             raise ConfigError(f"--healer {config.healer}: {why} for {label}; name one per model")
-        healer.check_use(source, label, config.seed_list())
+        healer.check_use(source, label, labels[label])
         found[label] = (source, healer)
     without = [label for label in labels if label not in found]
     if found and without:
