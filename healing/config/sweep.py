@@ -109,7 +109,8 @@ class SweepConfig(TrainingOptions, DeviceOptions, CacheOptions, OutputOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_controls()
-        self.seeds_by_model(), self.healer_list()
+        self.seeds_by_model()
+        self.healer_list()
 
     def model_list(self) -> tuple[str, ...]:
         """Model names in the order given, folders as absolute paths."""
@@ -127,10 +128,6 @@ class SweepConfig(TrainingOptions, DeviceOptions, CacheOptions, OutputOptions):
             ARMS.check(arm)
         return arms
 
-    def healer_list(self) -> tuple[str, ...]:
-        """Healers in the order given."""
-        return listed(self.healer, "--healer", empty=True)
-
     def _check_controls(self) -> None:
         arms = self.arm_list()
         for arm in arms:
@@ -145,6 +142,10 @@ class SweepConfig(TrainingOptions, DeviceOptions, CacheOptions, OutputOptions):
                     f"--noise-match {self.noise_match} is not for {arm} of --arms: choose from "
                     f"{', '.join(matches)}"
                 )
+
+    def healer_list(self) -> tuple[str, ...]:
+        """Healers in the order given."""
+        return listed(self.healer, "--healer", empty=True)
 
     def match_of(self, arm: str) -> str:
         """What a damage control shares with the attack that it is matched to."""

@@ -69,19 +69,19 @@ def healers_of(config: SweepConfig, store: Store) -> dict[str, tuple[str, Healer
             or a seed was used to select one.
     """
     found: dict[str, tuple[str, Healer]] = {}
-    labels = {
-        model_label(model, config.revision, config.deduped): seeds
-        for model, seeds in config.seeds_by_model().items()
+    seeds = {
+        model_label(model, config.revision, config.deduped): own
+        for model, own in config.seeds_by_model().items()
     }
     for source in config.healer_list():
         healer = find_healer(source, store)
         label = healer.model
-        if label in found or label not in labels:
+        if label in found or label not in seeds:
             why = "two are" if label in found else "one is"
             raise ConfigError(f"--healer {config.healer}: {why} for {label}; name one per model")
-        healer.check_use(source, label, labels[label])
+        healer.check_use(source, label, seeds[label])
         found[label] = (source, healer)
-    without = [label for label in labels if label not in found]
+    without = [label for label in seeds if label not in found]
     if found and without:
         raise ConfigError(
             f"--healer {config.healer} has none for {', '.join(without)}: tune one, or leave the "
