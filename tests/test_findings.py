@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))  # like benchmarks, findings is no installed packa
 
 from findings import estimates, render  # noqa: E402
 from findings.parts import PARTS  # noqa: E402
-from findings.protocol import STRONG, Arm, Part  # noqa: E402
+from findings.protocol import SCRATCH_ARM, STRONG, Arm, Part  # noqa: E402
 from findings.runs import COLUMNS, chain_rows  # noqa: E402
 
 
@@ -91,13 +91,13 @@ def test_pairs_needed_give_the_width_that_is_asked_for():
     ],
 )
 def test_verdict_needs_rank_and_knowledge(tmp_path, rank, scratch_loss, said):
-    rows = trajectory(38.0, scratch_loss, arm=render.SCRATCH_ARM)
+    rows = trajectory(38.0, scratch_loss, arm=SCRATCH_ARM)
     for seed in range(10):
         rows += trajectory(rank + 0.01 * seed, 4.0, seed=seed)
     estimates.write(tmp_path / "t.csv", rows)
     runs = estimates.read(tmp_path / "t.csv")
     own = estimates.group(runs, "nano", "haep", STRONG, 60)
-    scratch = estimates.group(runs, "nano", render.SCRATCH_ARM, STRONG, 60)
+    scratch = estimates.group(runs, "nano", SCRATCH_ARM, STRONG, 60)
     assert render.verdict(own, scratch).startswith(said)
 
 
