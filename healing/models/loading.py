@@ -124,11 +124,7 @@ def new_embedded_model(
     Matrices are N(0, 0.02²) and the two residual outputs of each block N(0, (0.02/√(2·layers))²)
     (GPT-2's scaling); biases are 0 and layer norms 1.
     """
-    return _initialised(GPTNeoXForCausalLM(embedded_config(name, vocab_size)), generator)
-
-
-def _initialised(model: GPTNeoXForCausalLM, generator: torch.Generator) -> GPTNeoXForCausalLM:
-    """As :func:`new_embedded_model` says; the rest of a new GPT-NeoX is as it has to be."""
+    model = GPTNeoXForCausalLM(embedded_config(name, vocab_size))
     shrink = (2 * model.config.num_hidden_layers) ** -0.5
     with torch.no_grad():
         for key, parameter in model.named_parameters():
@@ -157,21 +153,17 @@ class _DrawsFrom(TorchDispatchMode):
 
 
 def untrained_model(loaded: LoadedModel, generator: torch.Generator) -> PreTrainedModel:
-    """A model of the same architecture before its training, float32, on the CPU.
+    """A model of the same architecture before any training, as its class in transformers
+    initialises itself from the same configuration; float32, on the CPU.
 
-    Embedded models begin as :func:`new_embedded_model` makes them; others as their class in
-    transformers initialises itself from the same configuration.
+    (Embedded models began with smaller residual outputs, see :func:`new_embedded_model`.)
 
     Args:
         loaded: Left as it is.
         generator: CPU generator of all draws.
     """
-    with _ONE_AT_A_TIME:
-        with _DrawsFrom(generator):
-            fresh: PreTrainedModel = type(loaded.model)(copy.deepcopy(loaded.model.config))
-        if loaded.source == "embedded":
-            assert isinstance(fresh, GPTNeoXForCausalLM), "what embedded models are"
-            return _initialised(fresh, generator)
+    with _ONE_AT_A_TIME, _DrawsFrom(generator):
+        fresh: PreTrainedModel = type(loaded.model)(copy.deepcopy(loaded.model.config))
     return fresh.eval()
 
 

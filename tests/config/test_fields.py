@@ -24,8 +24,9 @@ from healing.config.options import Options, option, ordered_names
 # Stage → every field, each with its answer: "name" determines numbers and separates runs in a
 # summary; "~name" determines numbers, but runs that differ in it are pooled; "-name" does neither.
 ANSWERS = {
-    "main": "models revision deduped arms seeds noise_match sham basin healing_steps healing_lr "
-    "healer attack_steps corpus tokenizer text_column split_rule batch_size sequence_length "
+    "main": "models revision deduped arms seeds noise_match noise_rank control_draws ray_of sham "
+    "basin healing_steps healing_lr healer attack_steps corpus tokenizer text_column split_rule "
+    "batch_size sequence_length "
     "measurement_interval workers -device -cache_dir -output_dir -verbosity",
     "attack": "model revision deduped tokenizer corpus max_documents text_column split_rule ~seed "
     "batch_size sequence_length probe_tokens measurement_interval ~measurements threads "
@@ -33,7 +34,7 @@ ANSWERS = {
     "warmup_steps target_rank_reduction catalyst_length search_steps search_candidates "
     "baseline_draws subspace subspace_energy hessian_directions ~alignment ~baseline_interval "
     "curvature_tokens rayleigh_draws -reference_checkpoint -reference_run_id match noise_scale "
-    "-dry_run",
+    "noise_rank ~noise_draw -direction_checkpoint -direction_run_id -dry_run",
     "heal": "model revision deduped tokenizer corpus max_documents text_column split_rule ~seed "
     "batch_size sequence_length probe_tokens measurement_interval ~measurements threads "
     "-device -cache_dir -output_dir -verbosity ~collapsed_checkpoint -attack_run_id "
@@ -105,7 +106,8 @@ def test_entries_of_a_checkpoint_that_separate_no_runs():
     assert set(NOT_SETTINGS) == {
         "seed", "fingerprint", "attack_run_id", "reference_checkpoint", "reference_run_id",
         "reference_fingerprint", "model_commit", "output_dir", "verbosity", "device", "dry_run",
-        "measurements", "cache_dir", "alignment", "baseline_interval",
+        "measurements", "cache_dir", "alignment", "baseline_interval", "noise_draw",
+        "direction_checkpoint", "direction_run_id", "direction_fingerprint",
     }  # fmt: skip
     # What is named beside the fields is a field of no attack: else it would have two answers.
     assert not set(LINEAGE) & set(ordered_names(AttackConfig))

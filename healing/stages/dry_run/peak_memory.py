@@ -191,7 +191,7 @@ def _measure_healthy(usage: Usage, probe: _ShortProbe, model: PreTrainedModel) -
 def _loaded(config: BaseConfig, model: PreTrainedModel, device: torch.device) -> LoadedModel:
     """What the stages read of a loaded model; there is no tokenizer."""
     parts: dict[str, Any] = {"name": config.model, "model": model, "device": device}
-    parts |= {"digest": "", "source": "", "opening": []}
+    parts |= {"digest": "", "opening": []}
     parts["vocabulary"] = len(embedding_matrix(model))
     return cast(LoadedModel, SimpleNamespace(tokenizer=None, **parts))
 
