@@ -19,6 +19,7 @@ from healing.errors import MatchError
 from healing.measurements.probe import Measurement, Probe
 from healing.measurements.recovery import RELATIVE_CHANGE
 from healing.models.loading import LoadedModel
+from healing.progress import Safe, during
 
 TOLERANCE = 0.02
 """Largest difference from the target that counts as equal, over the target and over the damage."""
@@ -104,18 +105,20 @@ class _Search:
         self.loaded, self.arm, self.probe, self.target = loaded, arm, probe, target
         self.tried: list[tuple[float, Measurement]] = []
 
-    def at(self, scale: float) -> AttackRecord:
+    def at(self, scale: float) -> Iterator[AttackRecord | Safe]:
         """Put the noise in at a scale and measure."""
-        self.arm.place(scale)
-        measurement = self.probe.measure(self.loaded.model)
-        self.tried.append((scale, measurement))
-        numbers = {
-            "noise_scale": scale,
-            "match_error_pct": 100.0 * self.target.error(measurement),
-            **self.arm.diagnostics(),
-        }
-        moved = self.arm.change.relative(self.loaded.model)
-        return AttackRecord(len(self.tried), measurement, StepOutcome(), moved, numbers)
+        with during("measuring a noise scale"):
+            self.arm.place(scale)
+            measurement = self.probe.measure(self.loaded.model)
+            self.tried.append((scale, measurement))
+            numbers = {
+                "noise_scale": scale,
+                "match_error_pct": 100.0 * self.target.error(measurement),
+                **self.arm.diagnostics(),
+            }
+            moved = self.arm.change.relative(self.loaded.model)
+        yield AttackRecord(len(self.tried), measurement, StepOutcome(), moved, numbers)
+        yield Safe(len(self.tried))
 
     @property
     def matched(self) -> bool:
@@ -142,12 +145,12 @@ class _Search:
 
 def match_damage(
     loaded: LoadedModel, arm: NoiseArm, probe: Probe, healthy: Measurement, target: DamageTarget
-) -> Iterator[AttackRecord]:
+) -> Iterator[AttackRecord | Safe]:
     """Scale the noise until the damage is the target's within :data:`TOLERANCE`.
 
     W = W₀ + s·E with E the norm-matched noise. Powers of two from s = 1 bracket the target (upwards
     while the damage falls short of it, else downwards), then the exponent is bisected. Every scale
-    tried is a record; its step is the number of the trial.
+    tried is a record and a safe point; its step is the number of the trial.
 
     Args:
         loaded: The healthy model; left at the matched scale.
@@ -161,12 +164,12 @@ def match_damage(
     """
     search = _Search(loaded, arm, probe, target)
     yield AttackRecord(0, healthy, StepOutcome(), 0.0, arm.diagnostics())
-    yield search.at(1.0)
+    yield from search.at(1.0)
     if search.matched:
         return
     direction = -1 if target.beyond(search.tried[-1][1]) else 1
     for power in range(1, LARGEST_POWER + 1):
-        yield search.at(2.0 ** (direction * power))
+        yield from search.at(2.0 ** (direction * power))
         if search.matched:
             return
         if target.beyond(search.tried[-1][1]) == (direction > 0):
@@ -176,7 +179,7 @@ def match_damage(
     low, high = sorted(math.log2(scale) for scale, _ in search.tried[-2:])
     for _ in range(BISECTIONS):
         middle = (low + high) / 2.0
-        yield search.at(2.0**middle)
+        yield from search.at(2.0**middle)
         if search.matched:
             return
         low, high = (low, middle) if target.beyond(search.tried[-1][1]) else (middle, high)

@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from healing.curvature.subspaces import SingularSubspace, product_energy
 from healing.models.blocks import block_matrices, embedding_matrix, evaluation_mode, next_token_loss
+from healing.progress import counted
 
 BATCH_BYTES = 256 * 2**20
 """A batch may take as much memory as a gradient of all block matrices, and at least this much. The
@@ -214,7 +215,8 @@ def alignments(
     if layers is None:
         return None
     found: list[float] = []
-    for batch in sequences.split(sequences_per_batch(model, sequences.shape[1])):
+    batches = sequences.split(sequences_per_batch(model, sequences.shape[1]))
+    for batch in counted(batches, len(batches)):
         factors = _factors(model, layers, {"input_ids": batch, "labels": batch})
         if factors is None:
             return None

@@ -16,6 +16,7 @@ from healing.config.attack import AttackConfig
 from healing.measurements.probe import Measurement, Probe
 from healing.models.checkpoints import read_checkpoint
 from healing.models.loading import LoadedModel
+from healing.progress import Safe, during
 
 LABEL = "Gaussian noise"
 SHORT = "noise"
@@ -35,7 +36,7 @@ class MatchedNoise(NoiseArm):
         healthy: Measurement,
         change: WeightChange,
         warmup: Iterable[torch.Tensor] = (),
-    ) -> Iterator[AttackRecord]:
+    ) -> Iterator[AttackRecord | Safe]:
         """The common loop, or the search of the scale with ``match`` ``loss`` or ``rank``.
 
         Raises:
@@ -44,7 +45,8 @@ class MatchedNoise(NoiseArm):
         if not config.reference_checkpoint or config.match == "norm":
             return super().run(loaded, config, probe, healthy, change, warmup)
         reference = read_checkpoint(pathlib.Path(config.reference_checkpoint)).state
-        damaged = measure_state(loaded, reference, change, probe)
+        with during("measuring the reference"):
+            damaged = measure_state(loaded, reference, change, probe)
         target = DamageTarget.of(config.match, damaged, healthy)
         return match_damage(loaded, self, probe, healthy, target)
 
