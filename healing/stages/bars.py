@@ -5,12 +5,14 @@ takes.
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from tqdm import tqdm
+from tqdm.utils import ObjectWrapper
 
 REDRAW_SECONDS = 0.2
 TICK_SECONDS = 1.0
@@ -19,8 +21,11 @@ BESIDE_TITLE = 44
 
 
 def phase_text(name: str, done: int, total: int | None, note: str = "") -> str:
-    """``catalyst search 3/12, ρ 0.047``; of the first of an unknown number the name alone."""
-    number = f" {done + 1}/{total}" if total else f" {done + 1}" * bool(done)
+    """``catalyst search 3/12, ρ 0.047``; of one alone, and of the first of an unknown number, the
+    name.
+    """
+    number = f" {done + 1}/{total}" if total else f" {done + 1}"
+    number = number if done or (total or 1) > 1 else ""
     return f"{name}{number}, {note}" if note else name + number
 
 
@@ -89,15 +94,58 @@ class _Ticker:
         self._thread.join()
 
 
+class _Above(ObjectWrapper):  # type: ignore[misc]
+    """Standard error while bars are drawn: whole lines that others write (warnings, logs of
+    libraries) go above the bars.
+    """
+
+    def __init__(self, wrapped: Any) -> None:
+        super().__init__(wrapped)
+        self.wrapper_setattr("_begun", "")
+
+    def write(self, text: str) -> int:
+        """Keep what is no whole line yet."""
+        lines, end, rest = (self._begun + text).rpartition("\n")
+        self.wrapper_setattr("_begun", rest)
+        if end:
+            with tqdm.external_write_mode(file=self._wrapped):
+                self._wrapped.write(lines + end)
+        return len(text)
+
+    def finish(self) -> None:
+        """Write what is left."""
+        self._wrapped.write(self._begun)
+        self.wrapper_setattr("_begun", "")
+
+
+@contextlib.contextmanager
+def _terminal() -> Iterator[Any]:
+    """The terminal to draw on; what others write to it meanwhile stands above the bars."""
+    before = sys.stderr
+    if isinstance(before, _Above):  # of a bar that is open already
+        yield before._wrapped
+        return
+    above = _Above(before)
+    sys.stderr = above
+    try:
+        yield before
+    finally:
+        if sys.stderr is above:
+            sys.stderr = before
+        above.finish()
+
+
 class Bar:
     """A bar with the time left, and under it the phase; redrawn every second."""
 
     def __init__(self, title: str) -> None:
         self._note, self._drawn, self._open = "", 0.0, True
+        self._ending = contextlib.ExitStack()
+        place = {"file": self._ending.enter_context(_terminal()), "dynamic_ncols": True}
         # No bar and no time left before the number of steps is known.
-        self._bar = _Line(desc=title, bar_format="{desc} [{elapsed}]", dynamic_ncols=True)
+        self._bar = _Line(desc=title, bar_format="{desc} [{elapsed}]", **place)
         self._bar.beside = BESIDE_TITLE
-        self._line = _Phase(bar_format="  {desc}", dynamic_ncols=True, leave=False)
+        self._line = _Phase(bar_format="  {desc}", leave=False, **place)
         self._ticker = _Ticker(self._redraw)
 
     def _redraw(self) -> None:
@@ -152,15 +200,18 @@ class Bar:
         self._ticker.stop()
         self._line.close()
         self._bar.close()
+        self._ending.close()
 
 
 @contextlib.contextmanager
 def waiting(text: str) -> Iterator[None]:
     """A line with a clock, which is gone afterwards."""
-    line = _Line(desc=text, bar_format="{desc} [{elapsed}]", dynamic_ncols=True, leave=False)
-    ticker = _Ticker(line.refresh)
-    try:
-        yield
-    finally:
-        ticker.stop()
-        line.close()
+    with _terminal() as terminal:
+        place = {"file": terminal, "dynamic_ncols": True}
+        line = _Line(desc=text, bar_format="{desc} [{elapsed}]", leave=False, **place)
+        ticker = _Ticker(line.refresh)
+        try:
+            yield
+        finally:
+            ticker.stop()
+            line.close()

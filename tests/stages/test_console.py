@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 import sys
 import threading
 import time
@@ -89,6 +90,22 @@ def test_waiting_shows_a_clock_and_leaves_nothing(terminal, monkeypatch):
         assert len(tickers()) == 1
     assert tickers() == []
     assert terminal.getvalue().endswith("\r")
+
+
+def test_what_others_write_stands_in_whole_lines_above_the_bars(terminal, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", terminal)
+    shown = Console("normal")
+    with shown.waiting("opening the store"), contextlib.closing(shown.progress("attack")) as bar:
+        print("Creating tables", "of a store", file=sys.stderr)
+        sys.stderr.write("half a line")
+        assert "half" not in terminal.getvalue()
+        bar.step(0)
+        assert terminal.shows("attack")
+    assert sys.stderr is terminal
+    drawn = terminal.getvalue()
+    # The line where the bar was drawn is empty before, and ends before a bar is drawn again.
+    assert re.search(r"[\r\n] *\rCreating tables of a store\n", drawn)
+    assert drawn.endswith("half a line")
 
 
 @pytest.mark.parametrize("verbosity", ["quiet", "normal"])
@@ -198,6 +215,8 @@ def test_the_bar_of_cells_never_goes_back_within_a_cell():
 def test_texts_fit():
     assert phase_text("loading", 0, None) == "loading"
     assert phase_text("reading text", 41, None) == "reading text 42"
+    assert phase_text("measurement", 0, 1) == "measurement"
+    assert phase_text("measurement", 0, 2) == "measurement 1/2"
     title = "attack SmolLM2-135M-Instruct.Q4_1.gguf-05a013d1 haep seed 0"
     assert shortened(title, 100) == title
     assert shortened(title, 21) == "attack Smo…aep seed 0"
