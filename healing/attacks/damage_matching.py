@@ -24,6 +24,7 @@ from healing.measurements.probe import Measurement, Probe
 from healing.measurements.recovery import RELATIVE_CHANGE
 from healing.models.blocks import readout_parameters
 from healing.models.loading import LoadedModel
+from healing.progress import Safe, during
 
 TOLERANCE = 0.02
 """Largest difference from the target that counts as equal, over the target and over the damage."""
@@ -166,20 +167,22 @@ class _Trials:
     first: int = 1
     tried: list[tuple[float, Measurement]] = field(default_factory=list)
 
-    def at(self, strength: float) -> AttackRecord:
+    def at(self, strength: float) -> Iterator[AttackRecord | Safe]:
         """Put the weights at a strength and measure."""
-        self.place(strength)
-        measurement = self.probe.measure(self.loaded.model)
-        step = self.first + len(self.tried)
-        self.tried.append((strength, measurement))
-        found = (strength, 100.0 * self.target.error(measurement))
-        numbers = {
-            **self.known,
-            **dict(zip(self.names, found, strict=True)),
-            **diagnosed(self.arm, self.config, step, last=self.matched),
-        }
-        moved = self.arm.change.relative(self.loaded.model)
-        return AttackRecord(step, measurement, StepOutcome(), moved, numbers)
+        with during("measuring a strength"):
+            self.place(strength)
+            measurement = self.probe.measure(self.loaded.model)
+            step = self.first + len(self.tried)
+            self.tried.append((strength, measurement))
+            found = (strength, 100.0 * self.target.error(measurement))
+            numbers = {
+                **self.known,
+                **dict(zip(self.names, found, strict=True)),
+                **diagnosed(self.arm, self.config, step, last=self.matched),
+            }
+            moved = self.arm.change.relative(self.loaded.model)
+        yield AttackRecord(step, measurement, StepOutcome(), moved, numbers)
+        yield Safe(step)
 
     @property
     def last(self) -> Measurement:
@@ -224,7 +227,7 @@ def match_damage(
     healthy: Measurement,
     target: DamageTarget,
     subject: str = "the noise",
-) -> Iterator[AttackRecord]:
+) -> Iterator[AttackRecord | Safe]:
     """Find the strength at which the damage is the target's within :data:`TOLERANCE`.
 
     Every strength tried is a record; its step is the number of the trial. A loss grows with the
@@ -249,18 +252,18 @@ def match_damage(
     yield from _search(_Trials(loaded, arm, config, probe, target, arm.place, subject, hint))
 
 
-def _search(trials: _Trials) -> Iterator[AttackRecord]:
+def _search(trials: _Trials) -> Iterator[AttackRecord | Safe]:
     yield from (_smallest if trials.target.name == "rank" else _from_one)(trials)
 
 
-def _from_one(trials: _Trials) -> Iterator[AttackRecord]:
+def _from_one(trials: _Trials) -> Iterator[AttackRecord | Safe]:
     """The strength at which a growing damage is the target's."""
-    yield trials.at(1.0)
+    yield from trials.at(1.0)
     if trials.matched:
         return
     direction = -1 if trials.beyond else 1
     for power in range(1, LARGEST_POWER + 1):
-        yield trials.at(2.0 ** (direction * power))
+        yield from trials.at(2.0 ** (direction * power))
         if trials.matched:
             return
         if trials.beyond == (direction > 0):
@@ -269,10 +272,10 @@ def _from_one(trials: _Trials) -> Iterator[AttackRecord]:
     raise trials.failure()
 
 
-def _smallest(trials: _Trials) -> Iterator[AttackRecord]:
+def _smallest(trials: _Trials) -> Iterator[AttackRecord | Safe]:
     """The smallest strength at which the target is met, to the resolution of what is tried."""
     for strength in SCANNED:
-        yield trials.at(strength)
+        yield from trials.at(strength)
         if trials.matched:
             return
         if trials.last.nonfinite_tokens:  # what cannot be computed brackets no rank
@@ -280,7 +283,7 @@ def _smallest(trials: _Trials) -> Iterator[AttackRecord]:
         if not trials.beyond:
             continue
         if len(trials.tried) == 1:
-            yield trials.at(strength / 2.0**LARGEST_POWER)
+            yield from trials.at(strength / 2.0**LARGEST_POWER)
             if trials.matched:
                 return
             if trials.beyond:
@@ -290,12 +293,12 @@ def _smallest(trials: _Trials) -> Iterator[AttackRecord]:
     raise trials.failure()
 
 
-def _between(trials: _Trials) -> Iterator[AttackRecord]:
+def _between(trials: _Trials) -> Iterator[AttackRecord | Safe]:
     """Bisect the exponent between the last two strengths tried."""
     low, high = sorted(math.log2(strength) for strength, _ in trials.tried[-2:])
     for _ in range(BISECTIONS):
         middle = (low + high) / 2.0
-        yield trials.at(2.0**middle)
+        yield from trials.at(2.0**middle)
         if trials.matched:
             return
         low, high = (low, middle) if trials.beyond else (middle, high)
@@ -309,7 +312,7 @@ def matched(
     probe: Probe,
     healthy: Measurement,
     change: WeightChange,
-) -> Iterator[AttackRecord]:
+) -> Iterator[AttackRecord | Safe]:
     """Match an arm to the reference of its configuration, in what ``match`` names.
 
     Args:
@@ -325,7 +328,8 @@ def matched(
     """
     both = config.match == RANK_AND_LOSS
     state = reference_state(config, change, loaded.digest)
-    damaged = measure_state(loaded, state, change, probe)
+    with during("measuring the reference"):
+        damaged = measure_state(loaded, state, change, probe)
     target = DamageTarget.of("rank" if both else config.match, damaged, healthy)
     loss = DamageTarget.of("loss", damaged, healthy) if both else None  # before any search
     hint = HINTS[target.name]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from healing.curvature.flat_weights import put_weights, restoring_weights, weights_of
+from healing.progress import counted, tick
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,7 @@ def escape(
             put_weights(model, start)
             begin = loss()
             for _ in range(steps):
+                tick()
                 put_weights(model, weights_of(model) - step_size * gradient())
             distances = [torch.linalg.vector_norm(w - centre).item()
                          for w in (start, weights_of(model))]  # fmt: skip
@@ -151,7 +153,7 @@ def escape(
 
         unperturbed = descend(centre)
         found = []
-        for _ in range(perturbations):
+        for _ in counted(range(perturbations), perturbations):
             put_weights(model, centre)
             found.append(descend(centre + perturbation(model, radius, generator)))
     return Escape(level, heldout, step_size, unperturbed, tuple(found))

@@ -23,6 +23,7 @@ from healing.measurements.spectrum import Spectrum
 from healing.models.blocks import block_outputs, evaluation_mode
 from healing.models.loading import LoadedModel
 from healing.models.token_loss import token_losses
+from healing.progress import counted
 
 TOKENS_PER_FORWARD = 2048
 """Tokens per forward pass: large enough to be fast, small enough that hidden states stay small."""
@@ -142,7 +143,8 @@ class Probe:
         device = next(model.parameters()).device
         rows = max(1, TOKENS_PER_FORWARD // self.windows.shape[1])
         with block_outputs(model) as outputs:
-            for chunk in self.windows.split(rows):
+            chunks = self.windows.split(rows)
+            for chunk in counted(chunks, len(chunks)):
                 losses = token_losses(model, chunk.to(device))
                 yield losses, list(outputs)
 

@@ -31,7 +31,7 @@ from healing.data.windows import opening
 from healing.errors import ModelError
 from healing.models.architectures import neox_config
 from healing.models.blocks import embedding_matrix, transformer_blocks
-from healing.models.conversions import fresh_copy, merged, quantization_of
+from healing.models.conversions import fresh_copy, merged, quantization_of, told_as_phases
 from healing.models.local_models import OLD_BUFFERS, UnusableError, refuse_adapter_beside_weights
 from healing.models.model_files import (
     LOADING_ERRORS,
@@ -42,6 +42,7 @@ from healing.models.model_files import (
     read_tokenizer,
     unloadable,
 )
+from healing.progress import during
 
 logger = logging.getLogger(__name__)
 transformers_logging.disable_progress_bar()  # its bars would break ours
@@ -358,7 +359,7 @@ def load_model(
     location = locate(name, revision, deduped)
     config = read_config(label, location)
     tokenizer = read_tokenizer(label, location, tokenizer_name)
-    with _ONE_AT_A_TIME:
+    with _ONE_AT_A_TIME, told_as_phases():
         model, report, origin = _weights(label, location, config, attention)
     if tokenizer_name:
         origin["tokenizer_source"] = tokenizer.name_or_path
@@ -367,9 +368,11 @@ def load_model(
             module.p = 0.0
     model.config.use_cache = False
     model.eval()
-    if objection := next(_objections(model, tokenizer, report), None):
-        raise unloadable(label, location, *objection)
+    with during("checking model"):
+        if objection := next(_objections(model, tokenizer, report), None):
+            raise unloadable(label, location, *objection)
     model.to(target)  # type: ignore[arg-type]
-    digest = state_digest(model.state_dict())
+    with during("hashing weights"):
+        digest = state_digest(model.state_dict())
     whole = location.whole
     return LoadedModel(label, model, tokenizer, digest, location.source, whole.commit, origin)

@@ -320,7 +320,7 @@ def test_resolving_leaves_no_auto_but_the_device():
     for model in MODELS:
         for config in (AttackConfig(model=model), HealConfig(model=model)):
             left = {k for k, v in as_params(resolve_from_presets(config)).items() if v == "auto"}
-            assert left <= {"device"}
+            assert left == {"device", *config.unresolved}
 
 
 def test_what_the_user_passes_wins():

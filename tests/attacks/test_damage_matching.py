@@ -18,6 +18,7 @@ from healing.config.resolve import resolve_from_presets
 from healing.errors import MatchError
 from healing.models.checkpoints import save_checkpoint
 from healing.models.loading import load_model, state_digest
+from healing.progress import Safe, without_safe_points
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,10 @@ def search(target: float, loss, name: str = "loss", rank=lambda s: 40.0):
     probe = FakeProbe(arm, loss, rank)
     healthy = probe.measure(None)
     goal = DamageTarget(name, target, loss(0.0) if name == "loss" else rank(0.0))
-    return list(match_damage(FakeLoaded(), arm, AttackConfig(), probe, healthy, goal)), arm
+    events = list(match_damage(FakeLoaded(), arm, AttackConfig(), probe, healthy, goal))
+    records = list(without_safe_points(events))
+    assert [e.done for e in events if isinstance(e, Safe)] == [r.step for r in records[1:]]
+    return records, arm
 
 
 # Largest scale is 256 and smallest 1/256, so targets between 3 + 1/256 and 3 + 256.
@@ -191,7 +195,7 @@ def test_noise_on_nano_reaches_the_loss_of_a_known_damage(nano, corpus, probe, t
     made = prepare_arm(config, fresh, corpus, change)
     assert isinstance(made.arm, NoiseArm)
     target = DamageTarget.of("loss", measured, healthy)
-    *_, last = match_damage(fresh, made.arm, config, probe, healthy, target)
+    *_, last = without_safe_points(match_damage(fresh, made.arm, config, probe, healthy, target))
     assert probe.measure(fresh.model).loss == pytest.approx(
         expected.loss, rel=damage_matching.TOLERANCE
     )

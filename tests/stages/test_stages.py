@@ -212,8 +212,9 @@ def test_one_bad_checkpoint_does_not_stop_the_others(store):
 
 
 def test_without_a_checkpoint_a_fresh_attack_comes_first(store):
-    (outcome,) = heal(heal_config(arm="random_text", healing_steps=2))
+    (outcome,) = heal(heal_config(arm="random_text", healing_steps=2, attack_steps=3))
     assert outcome.checkpoint.config["arm"] == "random_text"
+    assert (outcome.checkpoint.config["attack_steps"], outcome.checkpoint.step) == (3, 3)
     experiment = MlflowClient().get_experiment_by_name("llm-healing").experiment_id
     stages = [r.data.tags["stage"] for r in MlflowClient().search_runs([experiment])]
     assert sorted(stages) == ["attack", "heal"]

@@ -141,13 +141,17 @@ def attack_cell(config: AttackConfig) -> Events[AttackOutcome]:
     )
     enter("healthy measurement")
     healthy = probe.measure(loaded.model, named_generator(config.seed, "bootstrap"))
+    enter("preparing the attack")
     change = WeightChange(loaded.model)
     prepared = prepare_arm(config, loaded, corpus, change)
     warmup = warmup_batches(config, loaded, corpus)
-    for record in prepared.arm.run(loaded, config, probe, healthy, change, warmup):
-        metrics = record.metrics()
+    for event in prepared.arm.run(loaded, config, probe, healthy, change, warmup):
+        if isinstance(event, Safe):
+            yield event
+            continue
+        record, metrics = event, event.metrics()
         yield Record(record.step, metrics, rank_and_perplexity(metrics))
-        yield Safe(record.step)
+    enter("collapsed measurement")
     collapsed = probe.measure(loaded.model, named_generator(config.seed, "bootstrap"))
     return AttackOutcome(
         config, run_fingerprint, loaded, healthy, collapsed, record, prepared, corpus.digests

@@ -31,7 +31,7 @@ from healing.measurements.probe import Probe
 from healing.models.blocks import next_token_loss
 from healing.models.checkpoints import HEALED_KIND, Checkpoint, load_state, read_checkpoint
 from healing.models.loading import LoadedModel, state_digest
-from healing.progress import Safe
+from healing.progress import Safe, counted, enter
 from healing.randomness import named_generator
 from healing.stages.cells.basin_outcome import BasinCell, BasinOutcome, StateReport
 from healing.stages.cells.code_digest import code_digest
@@ -130,6 +130,7 @@ def _spectrum(
     config: BasinConfig, operator: HessianOperator, part: Part
 ) -> Generator[Safe, None, tuple[Curvature, SpectralDensity]]:
     """Extreme eigenvalues, and the density from the search's own probe and further ones."""
+    enter("eigenvalues")
     with operator.retained_graphs():
         found = lanczos(
             operator,
@@ -140,6 +141,7 @@ def _spectrum(
             tolerance=config.curvature_tolerance,
         )
         yield part("eigenvalues")
+        enter("spectral density")
         density = lanczos_quadrature(
             operator,
             named_generator(int(config.seed), "basin-density"),
@@ -171,12 +173,15 @@ def examine(
     """
     count = config.curvature_tokens // windows.shape[1]
     batches = gradient_batches(windows, config.gradient_batches, count)
-    gradients = gradient_statistics([_operator(loaded, batch).gradient() for batch in batches])
+    enter("gradient")
+    counted_batches = counted(batches, len(batches))
+    gradients = gradient_statistics([_operator(loaded, b).gradient() for b in counted_batches])
     yield part("gradient")
     fixed = curvature_batch(windows, count)
     operator = _operator(loaded, fixed)
     curvature, density = yield from _spectrum(config, operator, part)
     top = curvature.largest[0]
+    enter("escape")
     left = escape(
         loaded.model,
         functools.partial(Probe(fixed).loss, loaded.model),
@@ -256,6 +261,7 @@ def basin_cell(cell: BasinCell) -> Events[BasinOutcome]:
     inputs = inputs_of(config)
     corpus, loaded, probe = load_inputs(inputs)
     windows = attack_split(config, corpus, loaded)
+    enter("loading the checkpoints")
     weights, healed = read_states(cell, loaded)
     run_fingerprint = basin_fingerprint(cell, weights, loaded.identity, corpus.digests)
     yield Begin(
@@ -284,6 +290,7 @@ def basin_cell(cell: BasinCell) -> Events[BasinOutcome]:
         states[name] = yield from examined
     paths = {}
     for name, (start, end) in PATHS.items():
+        enter("straight paths")
         paths[name] = loss_path(
             loaded.model,
             weights[start],

@@ -195,12 +195,14 @@ def heal_cell(cell: HealCell) -> Events[tuple[HealOutcome, LoadedModel]]:
     )
     enter("healthy measurement")
     healthy = probe.measure(loaded.model, named_generator(config.seed, "bootstrap"))
+    enter("loading the checkpoint")
     if cell.checkpoint:
         load_state(loaded, checkpoint, cell.checkpoint)
     checkpoint = checkpoint.without_tensors()
     windows = training_windows(config, corpus, loaded)
     enter("collapsed measurement")
     collapsed = probe.measure(loaded.model, named_generator(config.seed, "bootstrap"))
+    enter("first check")
     if config.gradient_checkpointing:
         loaded.model.activation_checkpointing_enable()
     # Probe only the gradients that will be trained: full ones may not fit beside adapters.
