@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TRACKING := sqlite:///$(CURDIR)/mlflow.db
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-slow lint bench real-model ui clean
+.PHONY: help setup demo test test-fast test-slow lint bench findings real-model ui clean
 
 help:  ## Show what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -56,6 +56,10 @@ lint: setup
 
 bench: setup  ## Print what the loop, spectra, memory, logging, products and summarizing cost
 	$(BIN)/python -m benchmarks
+
+findings: setup  ## Run the protocol on nano from nothing, and write docs/findings.md
+	$(BIN)/python -m findings run nano
+	$(BIN)/python -m findings render
 
 real-model: setup  ## Fetch a real model of 135 M parameters (98 MB) into ~/.cache/llm-healing
 	@$(BIN)/python -m tests.models.real_model

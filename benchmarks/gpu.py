@@ -1,18 +1,20 @@
 """Healing, attack and Hessian at the true shapes of Pythia on an accelerator: time and memory.
 
-    python -m benchmarks.gpu [--models 410m,1b,2.8b] [--steps 500] [--device cuda]
-        [--out benchmarks/results]
+    python -m benchmarks.gpu [--models 1b,410m,2.8b] [--steps 500] [--device cuda]
+        [--minutes 10] [--out benchmarks/results]
 
 Random weights, the standard library's text with nano's tokenizer (its ids lie below 50,304):
 neither speed nor memory depends on either. Healing is the project's own loop: 8 x 128 tokens a
 step, fused AdamW, bf16 autocast over float32 weights on an accelerator, a measurement of the whole
 probe in float32 (loss, spectra of all blocks) at step 0 and every 10 steps.
 
-One JSON file per model, written anew after every part: the device's speed, healing, the attack,
-Hessian products, a short Lanczos run. A part that runs out of the device's memory is recorded as
-such and the next one goes on. Every part begins without gradients or cached memory of the last and
-has its own peak. The share of the roofline (benchmarks/roofline.py) is that of the training steps,
-and of the whole loop with its measurements.
+One JSON file per model, written anew after every part: the device's speed, healing, the faster
+ways beside the ones that they replaced (benchmarks/two_ways.py), the attack, Hessian products, a
+short Lanczos run. No part begins after ``--minutes``; those left out are recorded as such. At the
+end come the rows for docs/performance.md. A part that runs out of the device's memory is recorded
+as such and the next one goes on. Every part begins without gradients or cached memory of the last
+and has its own peak. The share of the roofline (benchmarks/roofline.py) is that of the training
+steps, and of the whole loop with its measurements.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
+import math
 import pathlib
 import platform
 import time
@@ -27,7 +30,8 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.gpu_wording import sentence
+from benchmarks import two_ways
+from benchmarks.gpu_wording import sentence, table
 from benchmarks.parts import Numbers, Report, run_part
 from benchmarks.roofline import device_speed, roofline, step_bytes, step_flops
 from benchmarks.shapes import loaded_model
@@ -192,7 +196,10 @@ def lanczos(loaded: LoadedModel, config: AttackConfig, corpus: Corpus) -> Number
 
 def configurations(name: str, steps: int, device: torch.device) -> tuple[HealConfig, AttackConfig]:
     """Of healing and of a short HAEP attack; rates so small that random weights stay finite."""
-    shared: Numbers = {"model": name, "corpus": "stdlib", "device": str(device)}
+    # Bases of random weights are kept nowhere.
+    shared: Numbers = {
+        "model": name, "corpus": "stdlib", "device": str(device), "cache_dir": "",
+    }  # fmt: skip
     heals = HealConfig(healing_steps=steps, healing_lr=1e-6, **shared)
     attacks = AttackConfig(
         attack_steps=10,
@@ -208,13 +215,27 @@ def configurations(name: str, steps: int, device: torch.device) -> tuple[HealCon
     )
 
 
-def benchmark(name: str, steps: int, device: torch.device, folder: pathlib.Path) -> Numbers:
-    """Everything about one size, written part by part to ``{device}_{size}.json``."""
+def benchmark(
+    name: str,
+    steps: int,
+    device: torch.device,
+    folder: pathlib.Path,
+    deadline: float = math.inf,
+) -> Numbers:
+    """Everything about one size, written part by part to ``{device}_{size}.json``.
+
+    Args:
+        name: Preset.
+        steps: Healing steps.
+        device: Where it runs.
+        folder: Of the file.
+        deadline: Of ``time.monotonic()``: no part begins later.
+    """
     config, attacked = configurations(name, steps, device)
     use_threads(config)
     precision = Precision(str(config.precision), config.precision_mode)
-    loaded = loaded_model(name)
-    model = loaded.model.to(device)
+    loaded = loaded_model(name, device)
+    model = loaded.model
     corpus = cached_corpus("stdlib", config.max_documents)
     windows = corpus.windows("train", loaded.tokenizer, config.sequence_length)
     probe = Probe.of(corpus, loaded, int(config.probe_tokens), config.sequence_length)
@@ -229,7 +250,7 @@ def benchmark(name: str, steps: int, device: torch.device, folder: pathlib.Path)
     )
 
     def part(title: str, action: Callable[[], Numbers]) -> Numbers | None:
-        return run_part(report, title, loaded, action)
+        return run_part(report, title, loaded, action, deadline)
 
     speed = part("device_speed", lambda: device_speed(device, precision.dtype))
     healed = part("healing", lambda: healing(loaded, config, windows, probe))
@@ -237,6 +258,9 @@ def benchmark(name: str, steps: int, device: torch.device, folder: pathlib.Path)
         flops = step_flops(model, int(config.batch_size), config.sequence_length)
         bound = roofline(speed, flops, step_bytes(model, precision))
         report.write(roofline=bound | (shares(bound, healed) if healed else {}))
+    part("eigenvalues", lambda: two_ways.eigenvalues(loaded))
+    part("bases", lambda: two_ways.bases(loaded, attacked.subspace_energy))
+    part("alignment", lambda: two_ways.alignment(loaded, attacked))
     part("attack", lambda: attack(loaded, attacked, probe, corpus))
     part("hessian_product", lambda: hessian_product(loaded, attacked, corpus))
     part("lanczos", lambda: lanczos(loaded, attacked, corpus))
@@ -260,19 +284,27 @@ def environment(device: torch.device) -> dict[str, str | int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", default="410m,1b,2.8b")
+    parser.add_argument("--models", default="1b,410m,2.8b")
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--out", default="benchmarks/results")
     options = parser.parse_args()
     device = resolve_device(options.device)
     folder = pathlib.Path(options.out)
     folder.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + 60 * options.minutes
+    results = []
     for name in options.models.split(","):
-        print(sentence(benchmark(name, options.steps, device, folder)), flush=True)
+        if time.monotonic() > deadline:
+            print(f"[{name}: left out, the time is over]", flush=True)
+            continue
+        results.append(benchmark(name, options.steps, device, folder, deadline))
+        print(sentence(results[-1]), flush=True)
         gc.collect()  # the last size's model
         if device.type == "cuda":
             torch.cuda.empty_cache()
+    print(table(results))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import pathlib
 import time
@@ -17,7 +18,7 @@ import torch
 from benchmarks.stopwatch import synchronize
 from healing.models.loading import LoadedModel
 
-OK, OUT_OF_MEMORY = "ok", "out of memory"
+OK, OUT_OF_MEMORY, OUT_OF_TIME = "ok", "out of memory", "left out, the time was over"
 
 Numbers = dict[str, Any]
 
@@ -56,14 +57,22 @@ def peak_bytes(device: torch.device) -> int | None:
 
 
 def run_part(
-    report: Report, name: str, loaded: LoadedModel, action: Callable[[], Numbers]
+    report: Report,
+    name: str,
+    loaded: LoadedModel,
+    action: Callable[[], Numbers],
+    deadline: float = math.inf,
 ) -> Numbers | None:
     """Run one part and write its numbers, those of running out of memory too.
 
     Returns:
-        What the action returned; ``None`` where it ran out of the device's memory.
+        What the action returned; ``None`` where it ran out of the device's memory, or where
+        ``time.monotonic()`` is past the deadline.
     """
     device = loaded.device
+    if time.monotonic() > deadline:
+        report.write(**{name: {"status": OUT_OF_TIME}})
+        return None
     release(loaded.model, device)
     synchronize(device)
     begin, found, message = time.perf_counter(), None, ""

@@ -9,11 +9,12 @@ from healing.models.architectures import PYTHIA_SHAPES, pythia_config
 from healing.models.loading import LoadedModel, load_model
 
 
-def loaded_model(name: str) -> LoadedModel:
+def loaded_model(name: str, device: torch.device | str = "cpu") -> LoadedModel:
     """With nano's tokenizer where the weights are random: its ids are below any vocabulary here."""
     if name not in PYTHIA_SHAPES:
-        return load_model(name)
-    with torch.random.fork_rng():
+        return load_model(name, str(device))
+    # Drawn where they are used: 2.8b takes most of a minute on the host.
+    with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(0)
         model = GPTNeoXForCausalLM(pythia_config(name)).eval()
     model.config.use_cache = False

@@ -14,6 +14,7 @@ from healing.config.import_results import ImportConfig
 from healing.config.pretrain import PretrainConfig
 from healing.config.summarize import SummarizeConfig
 from healing.config.sweep import SweepConfig
+from healing.config.tune import TuneConfig
 
 
 @dataclass(frozen=True)
@@ -88,5 +89,13 @@ STAGES = {
         "Say whether the collapsed state of a healing run is a minimum, with the evidence.\n\n"
         "Gradient, curvature and escape in the healthy, collapsed and healed state, loss barriers "
         "between them. Give --heal-run-id, or both checkpoints.",
+    ),
+    "tune": EntryPoint(
+        TuneConfig,
+        "healing.stages.tune:tune",
+        "Search the strongest healer of a model: the settings of healing with the lowest final "
+        "loss.\n\n"
+        "Every healer gets the same tokens on the same selection checkpoints; the default one "
+        "comes first. The winner is healer.json in the run, for --healer of heal and main.",
     ),
 }

@@ -197,8 +197,8 @@ def landscape(
 
 def sweep(
     models: Iterable[str] = ("nano",),
-    arms: Iterable[str] = ("haep", "gaussian_noise", "spectral"),
-    seeds: Iterable[int] = (0, 1, 2),
+    arms: Iterable[str] = ("haep", "random_tokens", "random_text", "gaussian_noise"),
+    seeds: Iterable[int] | str = (0, 1, 2),
     *,
     track: bool | str = False,
     keep: str | pathlib.Path | None = None,
@@ -207,12 +207,22 @@ def sweep(
 ) -> SummaryResult:
     """Models × arms × seeds: attack and heal each, then summarize.
 
+    Args:
+        models: Names, Hub ids, folders.
+        arms: See :func:`arms`.
+        seeds: Of every model; or as on the command line, ``"0-2,nano=0-9"``.
+        track: As of :func:`attack`.
+        keep: As of :func:`attack`.
+        progress: As of :func:`attack`.
+        **settings: See :func:`options`.
+
     Raises:
         SweepError: A cell failed; all others were run.
     """
     from healing.stages.sweep import sweep as run_sweep
 
-    named = {"models": ",".join(models), "arms": ",".join(arms), "seeds": ",".join(map(str, seeds))}
+    given = seeds if isinstance(seeds, str) else ",".join(map(str, seeds))
+    named = {"models": ",".join(models), "arms": ",".join(arms), "seeds": given}
     config = _config(SweepConfig, {**settings, **named}, keep)
     return SummaryResult(run_sweep(config, _driver(track, progress)))
 

@@ -27,11 +27,12 @@ NAME = re.compile(r"[a-z][a-z0-9_]{0,30}")
 """Names go into folder names, tags and metrics."""
 BUILT_IN = "built in"
 
-TREATMENT, POSITIVE_CONTROL, CONTROL, DAMAGE_CONTROL, SHAM = (
+TREATMENT, POSITIVE_CONTROL, CONTROL, DAMAGE_CONTROL, YARDSTICK, SHAM = (
     "treatment",
     "positive_control",
     "control",
     "damage_control",
+    "yardstick",
     "sham",
 )
 ROLES = {
@@ -45,8 +46,12 @@ ROLES = {
     ),
     CONTROL: "the same training without what is special to the treatment",
     DAMAGE_CONTROL: (
-        "harm without structure, of the size of a given attack's: takes a reference, runs after "
-        "the treatment of its seed and is paired with it"
+        "harm by other means, of the size of a given attack's: takes a reference, runs after the "
+        "treatment of its seed and is paired with it"
+    ),
+    YARDSTICK: (
+        "no attack: a model that knows nothing, healed through the same budget; a collapsed model "
+        "that ends no better has lost everything"
     ),
     SHAM: (
         "the healthy model itself: healed first, the reference of recoveries; has no damage, and "
@@ -55,6 +60,11 @@ ROLES = {
 }
 """What an arm is in the design of the experiment: role → meaning. Code asks for these, never for
 the name of an arm."""
+
+MATCHES = ("norm", "loss", "rank", "rank+loss")
+"""What a damage control can share with its reference."""
+NEEDS = ("reference", "direction")
+"""Other attacks without whose checkpoint there is nothing that an arm could do."""
 
 
 @dataclass(frozen=True)
@@ -292,6 +302,10 @@ def _arm_objection(facts: Facts) -> str:
         return f"ROLE is {role!r}, not one of {', '.join(ROLES)}"
     if role == SHAM and not facts.built_in:
         return "the sham is the healthy model itself, there is no second one: choose another ROLE"
+    for name, admissible in (("MATCHES", MATCHES), ("NEEDS", NEEDS)):
+        given = facts.get(name, ())
+        if not isinstance(given, tuple) or not set(given) <= set(admissible):
+            return f"{name} is {given!r}, not a tuple of some of {', '.join(admissible)}"
     if not re.fullmatch(r"#[0-9A-Fa-f]{6}", str(colour)):
         return f"COLOUR is {colour!r}, not of the form #RRGGBB"
     if marker not in tuple("ov^<>1234sp*hH+xDdPX8"):
@@ -302,7 +316,8 @@ def _arm_objection(facts: Facts) -> str:
 ARMS = Registry(
     "healing.attacks.arms", "llm_healing.arms", "arm", ("make",), _arm_order, _arm_objection
 )
-"""``make(context: AttackContext) -> Arm``; ROLE, LABEL, SHORT, COLOUR and MARKER as literals."""
+"""``make(context: AttackContext) -> Arm``; ROLE, LABEL, SHORT, COLOUR, MARKER, MATCHES, NEEDS and
+OPTIONS as literals."""
 METHODS = Registry(
     "healing.training.methods",
     "llm_healing.methods",

@@ -31,6 +31,7 @@ def from_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 CPU = torch.device("cpu")
+WAYS = ("eigenvalues", "bases", "alignment")
 PARTS = ("device_speed", "healing", "attack", "hessian_product", "lanczos")
 
 
@@ -90,10 +91,14 @@ def test_accelerator_benchmark_writes_finite_numbers_that_add_up(tmp_path):
 
     gpu.benchmark("nano", 3, CPU, tmp_path)
     written = json.loads((tmp_path / "cpu_nano.json").read_text())
-    for name in (*PARTS, "roofline"):
+    for name in (*PARTS, *WAYS, "roofline"):
         assert numbers(written[name])
         assert all(math.isfinite(n) and n >= 0 for n in numbers(written[name])), name
     assert [written[name]["status"] for name in PARTS] == ["ok"] * len(PARTS)
+    # Both ways give the same numbers: what they are compared for is their time.
+    assert written["eigenvalues"]["largest_difference"] < 1e-12
+    assert written["alignment"]["largest_difference"] < 1e-5
+    assert sum(s["matrices"] for s in written["bases"]["shapes"].values()) == 16
     check_healing(written["healing"], written["roofline"])
     check_attack(written["attack"])
     found = written["lanczos"]
@@ -119,7 +124,17 @@ def test_a_part_out_of_memory_is_recorded_and_the_next_goes_on(tmp_path, monkeyp
     assert written["roofline"]["step_seconds"] > 0  # known without the healing it is for
     lost = {"status": "out of memory"}
     words = sentence({**result, "hessian_product": lost, "lanczos": lost})
-    assert words.count("ran out of memory") == 4
+    assert words.count(": out of memory") == 4
+
+
+def test_parts_after_the_deadline_are_recorded_as_left_out(tmp_path, quick_speed):
+    from benchmarks import gpu
+    from benchmarks.gpu_wording import sentence, table
+
+    result = gpu.benchmark("nano", 2, CPU, tmp_path, deadline=0.0)
+    assert {result[name]["status"] for name in (*PARTS, *WAYS)} == {"left out, the time was over"}
+    assert sentence(result).count("left out") == len(PARTS) + len(WAYS) - 1
+    assert "| – training | left out, the time was over |" in table([result])
 
 
 def test_another_failure_leaves_the_earlier_numbers_on_disk(tmp_path, monkeypatch, quick_speed):

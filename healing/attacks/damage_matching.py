@@ -1,39 +1,62 @@
-"""Damage-matched noise: one scale for all tensors at which the noise does a given damage.
+"""Damage matching: the strength at which an arm does a given attack's damage.
 
-The comparison that answers "it is just noise injection" needs noise that hurts as much as the
-attack, not noise that moves the weights as far.
+The comparison that answers "it is just noise injection" needs a control that hurts as much as the
+attack, not one that moves the weights as far.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
 from healing.attacks.base import AttackRecord, StepOutcome
 from healing.attacks.loop import diagnosed
-from healing.attacks.noise import NoiseArm
-from healing.attacks.weight_change import WeightChange
-from healing.config.attack import AttackConfig
+from healing.attacks.noise import gaussian_noise, noise_draws
+from healing.attacks.reference import reference_state
+from healing.attacks.weight_change import WeightChange, snapshot
+from healing.config.attack import RANK_AND_LOSS, AttackConfig
 from healing.errors import MatchError
 from healing.measurements.probe import Measurement, Probe
 from healing.measurements.recovery import RELATIVE_CHANGE
+from healing.models.blocks import readout_parameters
 from healing.models.loading import LoadedModel
 
 TOLERANCE = 0.02
 """Largest difference from the target that counts as equal, over the target and over the damage."""
 
 LARGEST_POWER = 8
-"""Scales from 2⁻⁸ to 2⁸ times the reference's weight change are searched."""
+"""Strengths from 2⁻⁸ to 2⁸ are searched for a loss."""
+
+SCANNED = (*(2.0 ** (k / 2) for k in range(-8, 9)), *(2.0**k for k in range(5, LARGEST_POWER + 1)))
+"""Strengths at which a rank is looked for, ascending: from 2⁻⁴ in steps of √2 to 2⁴, then of 2. The
+rank is not monotone in the strength, so that neither end says what lies between.
+"""
 
 BISECTIONS = 24
 
 
+class Strengths(Protocol):
+    """What is matched (see :class:`healing.attacks.strength.StrengthArm`)."""
+
+    change: WeightChange
+
+    def place(self, strength: float) -> None:
+        """Put the weights at a strength."""
+
+    def diagnostics(self) -> dict[str, float]:
+        """Numbers at the current weights."""
+
+    def baselines_now(self) -> dict[str, float]:
+        """What these are compared with."""
+
+
 @dataclass(frozen=True)
 class DamageTarget:
-    """What the noise has to reach.
+    """What the control has to reach.
 
     Attributes:
         name: ``loss`` (nats per token) or ``rank`` (effective rank).
@@ -50,13 +73,13 @@ class DamageTarget:
         """The target by its name.
 
         Raises:
-            MatchError: The reference's own value is not finite.
+            MatchError: The reference's own value is not finite, or no damage.
         """
         target = cls(name, _value(name, reference), _value(name, healthy))
         if not math.isfinite(target.value) or reference.nonfinite_tokens:
             raise MatchError(
                 f"the {name} of the reference attack is {target.value} with "
-                f"{reference.nonfinite_tokens} tokens that cannot be computed, which no noise can "
+                f"{reference.nonfinite_tokens} tokens that cannot be computed, which nothing can "
                 "be matched to: use --match norm"
             )
         if abs(target.value - target.healthy) < RELATIVE_CHANGE * target.healthy:
@@ -76,6 +99,10 @@ class DamageTarget:
             return math.nan
         return (_value(self.name, measurement) - self.value) / scale
 
+    def reached(self, measurement: Measurement) -> bool:
+        """Whether a state has the wanted damage."""
+        return abs(self.error(measurement)) <= TOLERANCE
+
     def beyond(self, measurement: Measurement) -> bool:
         """Whether a state is past the target, seen from the healthy model; one that cannot be
         computed is.
@@ -83,6 +110,11 @@ class DamageTarget:
         if measurement.nonfinite_tokens:
             return True
         return not (_value(self.name, measurement) - self.value) * (self.healthy - self.value) > 0
+
+    @property
+    def wish(self) -> str:
+        """For messages."""
+        return f"the {self.name} {self.value:.4g} of the reference"
 
 
 def _value(name: str, measurement: Measurement) -> float:
@@ -97,101 +129,244 @@ def measure_state(
         return probe.measure(loaded.model)
 
 
-class _Search:
-    """The scales tried so far, each measured once and turned into a record."""
+@dataclass
+class _Trials:
+    """The strengths tried so far, each measured once and turned into a record.
 
-    def __init__(
-        self,
-        loaded: LoadedModel,
-        arm: NoiseArm,
-        config: AttackConfig,
-        probe: Probe,
-        target: DamageTarget,
-    ) -> None:
-        self.loaded, self.arm, self.config = loaded, arm, config
-        self.probe, self.target = probe, target
-        self.tried: list[tuple[float, Measurement]] = []
+    Attributes:
+        loaded: The model.
+        arm: Whose numbers a record holds.
+        config: Says how often its baselines are taken.
+        probe: Clean probe.
+        target: The damage to reach.
+        place: Puts the weights at a strength.
+        subject: What is scaled, for messages.
+        names: Of the metrics that hold strength and error.
+        known: Numbers that every record holds beside these.
+        first: Number of the first trial.
+    """
 
-    def at(self, scale: float) -> AttackRecord:
-        """Put the noise in at a scale and measure."""
-        self.arm.place(scale)
+    loaded: LoadedModel
+    arm: Strengths
+    config: AttackConfig
+    probe: Probe
+    target: DamageTarget
+    place: Callable[[float], None]
+    subject: str
+    names: tuple[str, str] = ("noise_scale", "match_error_pct")
+    known: Mapping[str, float] = field(default_factory=dict)
+    first: int = 1
+    tried: list[tuple[float, Measurement]] = field(default_factory=list)
+
+    def at(self, strength: float) -> AttackRecord:
+        """Put the weights at a strength and measure."""
+        self.place(strength)
         measurement = self.probe.measure(self.loaded.model)
-        self.tried.append((scale, measurement))
+        step = self.first + len(self.tried)
+        self.tried.append((strength, measurement))
+        found = (strength, 100.0 * self.target.error(measurement))
         numbers = {
-            "noise_scale": scale,
-            "match_error_pct": 100.0 * self.target.error(measurement),
-            **diagnosed(self.arm, self.config, len(self.tried), last=self.matched),
+            **self.known,
+            **dict(zip(self.names, found, strict=True)),
+            **diagnosed(self.arm, self.config, step, last=self.matched),
         }
         moved = self.arm.change.relative(self.loaded.model)
-        return AttackRecord(len(self.tried), measurement, StepOutcome(), moved, numbers)
+        return AttackRecord(step, measurement, StepOutcome(), moved, numbers)
+
+    @property
+    def last(self) -> Measurement:
+        """At the strength tried last."""
+        return self.tried[-1][1]
 
     @property
     def matched(self) -> bool:
-        """Whether the scale tried last does the wanted damage."""
-        return abs(self.target.error(self.tried[-1][1])) <= TOLERANCE
+        """Whether the strength tried last does the wanted damage."""
+        return self.target.reached(self.last)
 
-    def failure(self) -> MatchError:
-        """How close it came."""
-        finite = [(abs(self.target.error(m)), s, m) for s, m in self.tried]
-        finite = [found for found in finite if math.isfinite(found[0])]
-        wish = f"the {self.target.name} {self.target.value:.4g} of the reference"
+    @property
+    def beyond(self) -> bool:
+        """Whether the strength tried last does more."""
+        return self.target.beyond(self.last)
+
+    def failure(self, hint: str) -> MatchError:
+        """How close it came, and between which values it stayed."""
+        name = self.target.name
+        finite = [(s, m) for s, m in self.tried if math.isfinite(self.target.error(m))]
         if not finite:
-            return MatchError(f"no noise scale gave a finite {self.target.name} to match {wish}")
-        error, scale, measurement = min(finite, key=lambda found: found[0])
-        reached = _value(self.target.name, measurement)
-        other = "loss" if self.target.name == "rank" else "norm"
+            return MatchError(
+                f"no strength of {self.subject} gave a finite {name} to match {self.target.wish}"
+            )
+        values = [_value(name, m) for _, m in finite]
+        closest, at = min(finite, key=lambda found: abs(self.target.error(found[1])))
         return MatchError(
-            f"gaussian_noise does not reach {wish} within {100 * TOLERANCE:g} %: closest was "
-            f"{reached:.4g} ({100 * error:.1f} % off) at {scale:.4g} times the reference's weight "
-            f"change, in {len(self.tried)} scales tried (healthy {self.target.healthy:.4g}): "
-            f"use --match {other}"
+            f"{self.subject} does not reach {self.target.wish} within {100 * TOLERANCE:g} %: the "
+            f"{name} stays between {min(values):.4g} and {max(values):.4g} for strengths from "
+            f"{min(s for s, _ in finite):.3g} to {max(s for s, _ in finite):.3g}, closest was "
+            f"{_value(name, at):.4g} ({100 * abs(self.target.error(at)):.1f} % off) at "
+            f"{closest:.4g}, in {len(self.tried)} tried (healthy {self.target.healthy:.4g}): {hint}"
         )
 
 
 def match_damage(
     loaded: LoadedModel,
-    arm: NoiseArm,
+    arm: Strengths,
     config: AttackConfig,
     probe: Probe,
     healthy: Measurement,
     target: DamageTarget,
+    subject: str = "the noise",
 ) -> Iterator[AttackRecord]:
-    """Scale the noise until the damage is the target's within :data:`TOLERANCE`.
+    """Find the strength at which the damage is the target's within :data:`TOLERANCE`.
 
-    W = W₀ + s·E with E the norm-matched noise. Powers of two from s = 1 bracket the target (upwards
-    while the damage falls short of it, else downwards), then the exponent is bisected. Every scale
-    tried is a record; its step is the number of the trial.
+    Every strength tried is a record; its step is the number of the trial. A loss grows with the
+    strength: powers of two from 1 bracket it (upwards while the damage falls short of it, else
+    downwards). A rank does not fall all the way: strengths are tried in ascending order
+    (:data:`SCANNED`) until one is past the target. The bracket's exponent is then bisected.
 
     Args:
-        loaded: The healthy model; left at the matched scale.
-        arm: The noise.
+        loaded: The healthy model; left at the matched strength.
+        arm: What is scaled.
         config: Resolved configuration.
         probe: Clean probe.
         healthy: Measurement of the healthy model.
         target: The damage to reach.
+        subject: Name of the arm, for messages.
 
     Raises:
-        MatchError: After the last record, saying how close it came.
+        MatchError: After the last record, saying what was reached.
     """
-    search = _Search(loaded, arm, config, probe, target)
     yield AttackRecord(0, healthy, StepOutcome(), 0.0, diagnosed(arm, config, 0, last=False))
-    yield search.at(1.0)
-    if search.matched:
-        return
-    direction = -1 if target.beyond(search.tried[-1][1]) else 1
-    for power in range(1, LARGEST_POWER + 1):
-        yield search.at(2.0 ** (direction * power))
-        if search.matched:
-            return
-        if target.beyond(search.tried[-1][1]) == (direction > 0):
-            break
+    yield from _search(_Trials(loaded, arm, config, probe, target, arm.place, subject))
+
+
+def _search(trials: _Trials) -> Iterator[AttackRecord]:
+    if trials.target.name == "rank":
+        hint = "use --match loss, or an arm that lowers the rank"
+        yield from _smallest(trials, hint)
     else:
-        raise search.failure()
-    low, high = sorted(math.log2(scale) for scale, _ in search.tried[-2:])
+        yield from _from_one(trials, "use --match norm, or another arm")
+
+
+def _from_one(trials: _Trials, hint: str) -> Iterator[AttackRecord]:
+    """The strength at which a growing damage is the target's."""
+    yield trials.at(1.0)
+    if trials.matched:
+        return
+    direction = -1 if trials.beyond else 1
+    for power in range(1, LARGEST_POWER + 1):
+        yield trials.at(2.0 ** (direction * power))
+        if trials.matched:
+            return
+        if trials.beyond == (direction > 0):
+            yield from _between(trials, hint)
+            return
+    raise trials.failure(hint)
+
+
+def _smallest(trials: _Trials, hint: str) -> Iterator[AttackRecord]:
+    """The smallest strength at which the target is met, to the resolution of what is tried."""
+    for strength in SCANNED:
+        yield trials.at(strength)
+        if trials.matched:
+            return
+        if trials.last.nonfinite_tokens:  # what cannot be computed brackets no rank
+            break
+        if not trials.beyond:
+            continue
+        if len(trials.tried) == 1:
+            yield trials.at(strength / 2.0**LARGEST_POWER)
+            if trials.matched:
+                return
+            if trials.beyond:
+                break
+        yield from _between(trials, hint)
+        return
+    raise trials.failure(hint)
+
+
+def _between(trials: _Trials, hint: str) -> Iterator[AttackRecord]:
+    """Bisect the exponent between the last two strengths tried."""
+    low, high = sorted(math.log2(strength) for strength, _ in trials.tried[-2:])
     for _ in range(BISECTIONS):
         middle = (low + high) / 2.0
-        yield search.at(2.0**middle)
-        if search.matched:
+        yield trials.at(2.0**middle)
+        if trials.matched:
             return
-        low, high = (low, middle) if target.beyond(search.tried[-1][1]) else (middle, high)
-    raise search.failure()
+        low, high = (low, middle) if trials.beyond else (middle, high)
+    raise trials.failure(hint)
+
+
+def matched(
+    loaded: LoadedModel,
+    arm: Strengths,
+    config: AttackConfig,
+    probe: Probe,
+    healthy: Measurement,
+    change: WeightChange,
+) -> Iterator[AttackRecord]:
+    """Match an arm to the reference of its configuration, in what ``match`` names.
+
+    Args:
+        loaded: The healthy model; left matched.
+        arm: What is scaled.
+        config: Names the reference, ``loss``, ``rank`` or ``rank+loss``, and the random stream.
+        probe: Clean probe.
+        healthy: Measurement of the healthy model.
+        change: Snapshot of the healthy model.
+
+    Raises:
+        MatchError: The damage cannot be reached.
+    """
+    both = config.match == RANK_AND_LOSS
+    state = reference_state(config, change, loaded.digest)
+    damaged = measure_state(loaded, state, change, probe)
+    target = DamageTarget.of("rank" if both else config.match, damaged, healthy)
+    loss = DamageTarget.of("loss", damaged, healthy) if both else None  # before any search
+    trials = _Trials(loaded, arm, config, probe, target, arm.place, config.arm)
+    yield AttackRecord(0, healthy, StepOutcome(), 0.0, diagnosed(arm, config, 0, last=False))
+    yield from _search(trials)
+    if loss is not None and not loss.reached(trials.last):
+        yield from _search(_readout_trials(trials, loss, config, change))
+
+
+def _readout_trials(
+    done: _Trials, loss: DamageTarget, config: AttackConfig, change: WeightChange
+) -> _Trials:
+    """What brings a state of the wanted rank to the wanted loss: Gaussian noise on the output
+    matrix, where it is its own, else on the final norm's gain and bias, of t times the norm of each
+    healthy tensor. No block's output depends on them, so that the rank stays to the last bit.
+
+    Raises:
+        MatchError: The loss is above already.
+    """
+    strength, reached = done.tried[-1]
+    if loss.beyond(reached):
+        raise MatchError(
+            f"{config.arm} reaches {done.target.wish} at a loss of {reached.loss:.4g}, above "
+            f"{loss.wish.removeprefix('the loss ')}: noise on the readout can only add to it; use "
+            "--match rank"
+        )
+    readout = readout_parameters(done.loaded.model)
+    readout = {n: p for n, p in readout.items() if p.ndim == 2} or readout
+    healthy = {name: change.healthy[name] for name in readout}
+    norms = {name: float(w.norm()) for name, w in healthy.items()}
+    noise = gaussian_noise(healthy, norms, noise_draws(config, "readout"))
+    start = snapshot(readout)
+
+    @torch.no_grad()
+    def place(amount: float) -> None:
+        for name, parameter in readout.items():
+            parameter.copy_(start[name] + amount * noise[name])
+
+    return _Trials(
+        done.loaded,
+        done.arm,
+        config,
+        done.probe,
+        loss,
+        place,
+        f"noise on {' and '.join(readout)}",
+        ("readout_scale", "readout_match_error_pct"),
+        {"noise_scale": strength, "match_error_pct": 100.0 * done.target.error(reached)},
+        1 + len(done.tried),
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol
 
 import torch
 from transformers import PreTrainedModel
@@ -85,7 +86,19 @@ def prime_first_moment(optimizer: torch.optim.Optimizer, arm: Arm) -> None:
     optimizer.zero_grad()
 
 
-def diagnosed(arm: Arm, config: AttackConfig, number: int, *, last: bool) -> dict[str, float]:
+class Diagnosable(Protocol):
+    """What an arm says of its weights."""
+
+    def diagnostics(self) -> dict[str, float]:
+        """Its own numbers."""
+
+    def baselines_now(self) -> dict[str, float]:
+        """What they are compared with."""
+
+
+def diagnosed(
+    arm: Diagnosable, config: AttackConfig, number: int, *, last: bool
+) -> dict[str, float]:
     """Diagnostics of one record, with their baselines where it is their turn.
 
     Args:

@@ -1,127 +1,89 @@
-"""Noise in the place of an attack: one fixed perturbation, and how large it is."""
+"""Perturbations of weights by chance: Gaussian, of low rank, or turned at random."""
 
 from __future__ import annotations
 
-import math
-import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
-from transformers import PreTrainedModel
 
-from healing.attacks.alignment import AlignmentBaselines
-from healing.attacks.base import StepOutcome
-from healing.attacks.loop import LoopArm
-from healing.attacks.weight_change import WeightChange
-from healing.config.arm_tags import arm_role
 from healing.config.attack import AttackConfig
-from healing.errors import CheckpointError
-from healing.models.checkpoints import COLLAPSED_KIND, Checkpoint, read_checkpoint
-from healing.registry import DAMAGE_CONTROL, SHAM
+from healing.randomness import named_generator
 
 
-class NoiseArm(LoopArm):
-    """Adds a fixed weight perturbation in equal parts over the budget: W₀ + (step/total)·E.
+def noise_draws(config: AttackConfig, *purpose: str) -> torch.Generator:
+    """The random stream of an arm's noise: of its seed, and of its number where that is not 0."""
+    number = (config.noise_draw,) if config.noise_draw else ()
+    return named_generator(config.seed, "attack", config.arm, *purpose, *number)
 
-    Args:
-        model: The model under attack.
-        noise: E by parameter name.
-        baselines: What ρ of the weight change is compared with; ``None`` = it is not measured.
-        change: Snapshot of the healthy weights.
-    """
 
-    # Stopping early would leave the noise smaller than what it is matched to.
-    stops_early = False
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        noise: Mapping[str, torch.Tensor],
-        baselines: AlignmentBaselines | None,
-        change: WeightChange,
-    ) -> None:
-        self.model, self.noise = model, noise
-        self.baselines, self.change = baselines, change
-
-    @torch.no_grad()
-    def place(self, scale: float) -> None:
-        """Put the weights at W₀ + scale·E."""
-        for name, parameter in self.model.named_parameters():
-            parameter.copy_(self.change.healthy[name] + scale * self.noise[name])
-
-    def advance(
-        self, optimizer: torch.optim.Optimizer, step: int, total: int, *, watched: bool
-    ) -> StepOutcome:
-        """Move every parameter to its place at this step."""
-        self.place(step / total)
-        return StepOutcome()
-
-    def give_gradients(self) -> None:
-        """There are none."""
-
-    def diagnostics(self) -> dict[str, float]:
-        """ρ of the weight change; there is no objective gradient."""
-        if self.baselines is None:
-            return {}
-        return self.baselines.of_change(self.change.delta(self.model))
-
-    def baselines_now(self) -> dict[str, float]:
-        """ρ of other gradients."""
-        return {} if self.baselines is None else self.baselines.metrics(self.model)
+def _of_norms(
+    healthy: Mapping[str, torch.Tensor],
+    norms: Mapping[str, float],
+    draw: Callable[[torch.Tensor], torch.Tensor],
+) -> dict[str, torch.Tensor]:
+    """Draws on the CPU in name order, each scaled to its Frobenius norm, in the weights' format."""
+    noise = {}
+    for name in sorted(healthy):
+        drawn = draw(healthy[name])
+        noise[name] = (drawn * (norms[name] / float(drawn.norm()))).to(healthy[name])
+    return noise
 
 
 def gaussian_noise(
     healthy: Mapping[str, torch.Tensor], norms: Mapping[str, float], generator: torch.Generator
 ) -> dict[str, torch.Tensor]:
-    """Per-tensor Gaussian noise of the given Frobenius norms, drawn on the CPU in name order."""
-    noise = {}
-    for name in sorted(healthy):
-        draw = torch.randn(healthy[name].shape, generator=generator)
-        noise[name] = (draw * (norms[name] / float(draw.norm()))).to(healthy[name])
-    return noise
+    """Independent Gaussian entries of one standard deviation per tensor.
 
-
-def _require_attack(reference: Checkpoint, path: pathlib.Path, healthy_digest: str) -> None:
-    """Refuse as a reference what is not an attack on these very weights.
-
-    Raises:
-        CheckpointError: Saying what it is instead.
+    Args:
+        healthy: Name → tensor, for shapes and formats.
+        norms: Name → Frobenius norm of the noise.
+        generator: CPU generator.
     """
-    origin = reference.config
-    problem = ""
-    if reference.kind != COLLAPSED_KIND:
-        problem = "holds healed weights"
-    elif arm_role(str(origin.get("arm", ""))) in (DAMAGE_CONTROL, SHAM):
-        problem = f"is of the arm {origin['arm']}"
-    elif origin.get("healthy_digest", healthy_digest) != healthy_digest:
-        problem = "was made from other healthy weights than the ones here"
-    if problem:
-        raise CheckpointError(
-            f"{path} {problem}: give noise the checkpoint of an attack on this model to match"
-        )
+    return _of_norms(healthy, norms, lambda w: torch.randn(w.shape, generator=generator))
 
 
-def reference_norms(
-    config: AttackConfig, change: WeightChange, healthy_digest: str
-) -> dict[str, float]:
-    """‖ΔW‖ per tensor of the referenced attack, or noise_scale · std · √size.
+def low_rank_noise(
+    healthy: Mapping[str, torch.Tensor],
+    norms: Mapping[str, float],
+    rank: int,
+    generator: torch.Generator,
+) -> dict[str, torch.Tensor]:
+    """E = U Vᵀ per matrix (m, n), U (m, rank) and V (n, rank) with independent Gaussian entries.
 
-    Raises:
-        CheckpointError: The reference is no attack on this model.
+    Args:
+        healthy: Name → matrix, for shapes and formats.
+        norms: Name → Frobenius norm of the noise.
+        rank: Of every E; at most the shorter side of the matrix has an effect.
+        generator: CPU generator.
     """
-    if not config.reference_checkpoint:
-        return {
-            name: config.noise_scale * float(w.std(correction=0)) * math.sqrt(w.numel())
-            for name, w in change.healthy.items()
-        }
-    path = pathlib.Path(config.reference_checkpoint)
-    reference = read_checkpoint(path)
-    _require_attack(reference, path, healthy_digest)
-    state = reference.state
-    wrong = [k for k, w in change.healthy.items() if k not in state or state[k].shape != w.shape]
-    if wrong:
-        raise CheckpointError(
-            f"{path} is not an attack on model {config.model} (tensor {wrong[0]} missing or of "
-            "another shape): give --reference-checkpoint an attack on the same model"
-        )
-    return {k: float((state[k].to(w) - w).norm()) for k, w in change.healthy.items()}
+
+    def draw(w: torch.Tensor) -> torch.Tensor:
+        left, right = (torch.randn(side, rank, generator=generator) for side in w.shape)
+        return left @ right.T
+
+    return _of_norms(healthy, norms, draw)
+
+
+def _frame(rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:
+    """Orthonormal columns (rows, columns), uniform over all such, float64.
+
+    Q of a Gaussian matrix's QR with the signs of R's diagonal (Mezzadri 2007, math-ph/0609050).
+    """
+    gaussian = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+    q, r = torch.linalg.qr(gaussian)
+    return q * r.diagonal().sign()
+
+
+def rotated(change: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """A matrix with the singular values of another and directions of its own.
+
+    E = P diag(σ(ΔW)) Qᵀ with P (m, r) and Q (n, r) uniform orthonormal frames, r = min(m, n): ΔW
+    turned by independent uniform rotations on both sides.
+
+    Args:
+        change: ΔW, (m, n).
+        generator: CPU generator.
+    """
+    values = torch.linalg.svdvals(change.double())
+    left, right = (_frame(side, len(values), generator) for side in change.shape)
+    return (left * values) @ right.T

@@ -6,7 +6,7 @@ summarized.
 
 from __future__ import annotations
 
-from healing.registry import ARMS, CONTROL, ROLES, role_of
+from healing.registry import ARMS, CONTROL, MATCHES, ROLES, role_of
 
 SHAM_ARM = "none"
 """Name under which the healthy model is healed."""
@@ -50,3 +50,28 @@ def arm_tags(arm: str) -> dict[str, str]:
 def arms_of(*roles: str) -> tuple[str, ...]:
     """Names of the installed arms of some roles."""
     return tuple(name for name in ARMS.names() if arm_role(name) in roles)
+
+
+def arm_matches(arm: str) -> tuple[str, ...]:
+    """What a damage control can share with its reference, the one of ``main`` first."""
+    return tuple(ARMS.facts(arm).get("MATCHES", MATCHES))
+
+
+def arm_needs(arm: str) -> tuple[str, ...]:
+    """Other attacks (of :data:`healing.registry.NEEDS`) that an arm cannot do without."""
+    return tuple(ARMS.facts(arm).get("NEEDS", ()))
+
+
+def arm_takes(arm: str, option: str) -> bool:
+    """Whether an arm takes an option that not all arms take."""
+    return option in ARMS.facts(arm).get("OPTIONS", ())
+
+
+def arms_that_take(option: str) -> tuple[str, ...]:
+    """Names of the installed arms that take an option that not all arms take."""
+    return tuple(name for name in ARMS.names() if arm_takes(name, option))
+
+
+def arms_that_need(what: str) -> tuple[str, ...]:
+    """Names of the installed arms that need some other attack."""
+    return tuple(name for name in ARMS.names() if what in arm_needs(name))

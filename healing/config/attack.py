@@ -4,13 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from healing.config.arm_tags import arm_role, arms_of
-from healing.config.options import AUTO, option
+from healing.config.arm_tags import (
+    arm_matches,
+    arm_needs,
+    arm_takes,
+    arms_of,
+    arms_that_need,
+    arms_that_take,
+)
+from healing.config.options import AUTO, flag_name, option
 from healing.config.shared import OPTIMIZERS, BaseConfig, DryRunOptions
 from healing.errors import ConfigError
-from healing.registry import ARMS, DAMAGE_CONTROL
+from healing.registry import ARMS, DAMAGE_CONTROL, MATCHES
 
-NOISE_MATCHES = ("norm", "loss", "rank")
+RANK_AND_LOSS = "rank+loss"
+"""The match in rank by the arm's own strength, then in loss by noise on the readout."""
+NOISE_RANK_HELP = "low_rank_noise: rank of the noise in every matrix."
+_OWN = {"noise_rank": 1, "noise_draw": 0}
+"""Options that only some arms take (``OPTIONS`` in their files), and their defaults."""
 SUBSPACES = ("singular", "hessian")
 BY_ARM, ALWAYS, NEVER = ALIGNMENT_CHOICES = ("by_arm", "always", "never")
 
@@ -106,30 +117,47 @@ class AttackConfig(BaseConfig, DryRunOptions):
     )
     reference_checkpoint: str = option(
         "",
-        "gaussian_noise: attack checkpoint that the noise is matched to; empty = noise_scale is "
+        "Damage controls: attack checkpoint that the damage is matched to; empty = noise_scale is "
         "used.",
         determines=False,
     )
     reference_run_id: str = option(
-        "", "gaussian_noise: the same, given as an MLflow attack run.", determines=False
+        "", "Damage controls: the same, given as an MLflow attack run.", determines=False
     )
     match: str = option(
         "norm",
-        "gaussian_noise with a reference: equal weight change per tensor (norm), or one scale for "
-        "all tensors at which the probe's loss or rank is the reference's within 2 %.",
-        choices=NOISE_MATCHES,
+        "Damage controls with a reference: equal weight change per tensor (norm), or the strength "
+        "at which the probe's loss or rank is the reference's within 2 %; rank+loss: its rank by "
+        "the strength, then its loss by noise on the readout, which no hidden state sees.",
+        choices=MATCHES,
     )
     noise_scale: float = option(
         1.0,
-        "gaussian_noise without a reference: standard deviation of the noise over that of "
-        "each tensor.",
+        "Damage controls without a reference: standard deviation of the noise over that of each "
+        "tensor; of sharpened_spectrum and ray the strength.",
         minimum=0,
+    )
+    noise_rank: int = option(1, NOISE_RANK_HELP, minimum=1, later=True)
+    noise_draw: int = option(
+        0,
+        "Arms that draw noise, and any with match rank+loss: number of the draw; each gives a "
+        "checkpoint of its own for the same reference.",
+        minimum=0,
+        separates=False,
+        later=True,
+    )
+    direction_checkpoint: str = option(
+        "", "ray: attack checkpoint whose weight change is the direction.", determines=False
+    )
+    direction_run_id: str = option(
+        "", "ray: the same, given as an MLflow attack run.", determines=False
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         ARMS.check(self.arm)
         self._check_reference()
+        self._check_own_options()
         if self.warmup_steps and self.attack_optimizer != "adamw":
             raise ConfigError(
                 "--warmup-steps prepares AdamW's second moment: leave it out with "
@@ -137,15 +165,40 @@ class AttackConfig(BaseConfig, DryRunOptions):
             )
 
     def _check_reference(self) -> None:
-        given = [n for n in ("reference_checkpoint", "reference_run_id") if getattr(self, n)]
-        flags = ["--" + name.replace("_", "-") for name in given]
-        matched = " or ".join(arms_of(DAMAGE_CONTROL))
-        if given and arm_role(self.arm) != DAMAGE_CONTROL:
-            raise ConfigError(f"{flags[0]} belongs to --arm {matched}, not to {self.arm}")
-        if len(given) > 1:
-            raise ConfigError(f"{' and '.join(flags)} exclude each other: give one of them")
-        if self.match != "norm" and not given:
+        controls = arms_of(DAMAGE_CONTROL)
+        reference = self._checkpoint("reference", controls)
+        self._checkpoint("direction", arms_that_need("direction"))
+        if self.match != "norm" and not reference:
             raise ConfigError(
                 f"--match {self.match} needs the attack to match: give --reference-run-id or "
-                f"--reference-checkpoint with --arm {matched}"
+                f"--reference-checkpoint with --arm {' or '.join(controls)}"
             )
+        if reference and self.match not in arm_matches(self.arm):
+            raise ConfigError(
+                f"--arm {self.arm} cannot be matched in {self.match}: give --match "
+                f"{' or '.join(arm_matches(self.arm))}"
+            )
+
+    def _checkpoint(self, what: str, arms: tuple[str, ...]) -> bool:
+        """Whether the checkpoint of another attack is given, to one of the arms that take it."""
+        given = [n for n in (f"{what}_checkpoint", f"{what}_run_id") if getattr(self, n)]
+        flags = [flag_name(name) for name in given]
+        if given and self.arm not in arms:
+            raise ConfigError(f"{flags[0]} belongs to --arm {' or '.join(arms)}, not to {self.arm}")
+        if len(given) > 1:
+            raise ConfigError(f"{' and '.join(flags)} exclude each other: give one of them")
+        if not given and what in arm_needs(self.arm):
+            raise ConfigError(
+                f"--arm {self.arm} needs the weight change of another attack: give --{what}-run-id "
+                f"or --{what}-checkpoint"
+            )
+        return bool(given)
+
+    def _check_own_options(self) -> None:
+        for name, default in _OWN.items():
+            if getattr(self, name) == default or arm_takes(self.arm, name):
+                continue
+            if name == "noise_draw" and self.match == RANK_AND_LOSS:
+                continue
+            arms = " or ".join(arms_that_take(name))
+            raise ConfigError(f"{flag_name(name)} belongs to --arm {arms}, not to {self.arm}")

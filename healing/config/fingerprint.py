@@ -12,7 +12,13 @@ from healing.config.attack import AttackConfig
 from healing.config.heal import HealConfig
 from healing.config.options import ordered_names
 
-LINEAGE = ("fingerprint", "attack_run_id", "model_commit", "reference_fingerprint")
+LINEAGE = (
+    "fingerprint",
+    "attack_run_id",
+    "model_commit",
+    "reference_fingerprint",
+    "direction_fingerprint",
+)
 """Entries of a checkpoint's configuration that are no fields and say where it comes from: the run
 and the weights themselves, which differ from seed to seed."""
 

@@ -11,6 +11,7 @@ from healing.config.presets import (
 )
 from healing.config.shared import (
     DEDUPED_HELP,
+    HEALER_HELP,
     OPTIMIZERS,
     REVISION_HELP,
     BaseConfig,
@@ -19,6 +20,8 @@ from healing.config.shared import (
 from healing.errors import ConfigError
 from healing.registry import ARMS, METHODS, Facts
 
+DEFAULT_STEPS = 500
+DECAYS = ("constant", "cosine", "linear")
 PRECISIONS = ("fp32", "bf16", "fp16")
 PRECISION_MODES = ("autocast", "pure")
 
@@ -72,7 +75,12 @@ class HealConfig(BaseConfig, DryRunOptions):
         choices=ARMS.names,
         separates=False,
     )
-    healing_steps: int = option(500, "Fine-tuning steps on clean text.", minimum=0)
+    healing_steps: int | str = option(
+        DEFAULT_STEPS,
+        "Fine-tuning steps on clean text; auto = as many as the --healer was selected with, "
+        f"{DEFAULT_STEPS} without one.",
+        minimum=0,
+    )
     healing_lr: float | str = option(
         AUTO,
         lambda: f"Learning rate; auto = 1e-3 for nano and micro, else 1e-4{_ratios()}.",
@@ -80,6 +88,23 @@ class HealConfig(BaseConfig, DryRunOptions):
         exclusive_minimum=True,
     )
     healing_optimizer: str = option("adamw", "Optimiser of healing.", choices=OPTIMIZERS)
+    healing_momentum: float = option(
+        0.0, "sgd: momentum of the gradients (heavy ball).", minimum=0, maximum=0.999, later=True
+    )
+    healing_warmup: float = option(
+        0.0,
+        "Share of --healing-steps over which the rate rises linearly to --healing-lr.",
+        minimum=0,
+        maximum=1,
+        later=True,
+    )
+    healing_decay: str = option(
+        "constant",
+        "The rate after the warm-up: constant, or falling to 0 at the end of --healing-steps along "
+        "half a cosine or a line.",
+        choices=DECAYS,
+        later=True,
+    )
     healing_method: str = option(
         "full", lambda: f"What is trained. {METHODS.describe()}.", choices=METHODS.names
     )
@@ -97,6 +122,13 @@ class HealConfig(BaseConfig, DryRunOptions):
     )
     gradient_checkpointing: bool = option(False, "Recompute activations to save memory.")
     gradient_clip: float = option(0.0, "Largest gradient norm; 0 = no clipping.", minimum=0)
+    reset_norms: bool = option(
+        False,
+        "Set gains and biases of all LayerNorm and RMSNorm layers to those of an untrained model "
+        "before the first step.",
+        later=True,
+    )
+    healer: str = option("", HEALER_HELP, determines=False)
     save_healed: bool = option(
         True,
         "Store the healed weights, which basin needs (4 bytes per parameter).",
@@ -127,6 +159,11 @@ class HealConfig(BaseConfig, DryRunOptions):
         ARMS.check(self.arm)
         METHODS.check(self.healing_method)
         self._check_method(METHODS.facts(self.healing_method))
+        if self.healing_momentum and self.healing_optimizer != "sgd":
+            raise ConfigError(
+                "--healing-momentum belongs to --healing-optimizer sgd: leave it out with "
+                f"--healing-optimizer {self.healing_optimizer}"
+            )
 
     def _check_method(self, method: Facts) -> None:
         rounds = self.precision_mode == "pure" and self.precision != "fp32"

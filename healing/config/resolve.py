@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, TypeVar
 
-from healing.config.heal import rate_ratio
+from healing.config.heal import DEFAULT_STEPS, rate_ratio
 from healing.config.options import AUTO
 from healing.config.presets import (
     DEFAULT_MODEL,
@@ -46,6 +46,8 @@ def resolve_from_presets(config: ConfigT, *, accelerated: bool = False) -> Confi
     for field in dataclasses.fields(config):
         if getattr(config, field.name) == AUTO and hasattr(preset, field.name):
             values[field.name] = getattr(preset, field.name)
+    if getattr(config, "healing_steps", "") == AUTO and hasattr(config, "healing_method"):
+        values["healing_steps"] = DEFAULT_STEPS
     if getattr(config, "precision", "") == AUTO:
         values["precision"] = "bf16" if accelerated else "fp32"
     if "attack_lr" in values and getattr(config, "attack_optimizer", "") == "sgd":

@@ -27,6 +27,10 @@ REVISION_HELP = (
 )
 DEDUPED_HELP = "Pythia sizes: the model trained on the deduplicated Pile."
 TOKENIZER_HELP = "Folder, Hub id or GGUF file with a tokenizer for the model; empty = its own."
+HEALER_HELP = (
+    "Heal as the healer does that a tune run selected: the run's id, its healer.json, or the name "
+    "of one that is included (docs/method.md). What is given beside it must not contradict it."
+)
 TEXT_COLUMN_HELP = (
     "Column of the corpus that holds the documents; empty = text or content. One of chats is made "
     "text by the model's chat template."

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from healing.config.attack import NOISE_MATCHES
+from healing.config.arm_tags import arm_matches, arm_needs, arm_role
+from healing.config.attack import NOISE_RANK_HELP
 from healing.config.options import AUTO, listed, option
 from healing.config.presets import MODELS_HELP, canonical_model, check_source
 from healing.config.shared import (
     BLANK_LINES,
     DEDUPED_HELP,
+    HEALER_HELP,
     REVISION_HELP,
     SPLIT_RULE_HELP,
     SPLIT_RULES,
@@ -21,7 +23,7 @@ from healing.config.shared import (
     TrainingOptions,
 )
 from healing.errors import ConfigError
-from healing.registry import ARMS
+from healing.registry import ARMS, DAMAGE_CONTROL, MATCHES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,14 +46,33 @@ class SweepConfig(TrainingOptions, DeviceOptions, CacheOptions, OutputOptions):
     revision: str = option("", f"Of every model. {REVISION_HELP}")
     deduped: bool = option(False, f"Of every model. {DEDUPED_HELP}")
     arms: str = option(
-        "haep,gaussian_noise,spectral", lambda: f"Comma-separated arms: {', '.join(ARMS.names())}."
+        "haep,random_tokens,random_text,gaussian_noise",
+        lambda: f"Comma-separated arms: {', '.join(ARMS.names())}.",
     )
-    seeds: str = option("0,1,2", "Comma-separated seeds; each gives its own checkpoint.")
+    seeds: str = option(
+        "0,1,2",
+        "Comma-separated seeds or ranges of them (0-4); each gives its own checkpoint. After "
+        "MODEL= those of one model: 0-2,nano=0-9.",
+    )
     noise_match: str = option(
-        "loss",
-        "What gaussian_noise shares with the haep attack of the same seed: the weight change per "
-        "tensor (norm), or the damage: the probe's loss or rank.",
-        choices=NOISE_MATCHES,
+        AUTO,
+        "What damage controls share with the haep attack of the same seed: the weight change per "
+        "tensor (norm), or the damage: the probe's loss, rank, or both; auto = loss for "
+        "gaussian_noise and rotated_change, which leave the rank too high at every strength, rank "
+        "for the others.",
+        choices=(AUTO, *MATCHES),
+    )
+    noise_rank: int = option(1, NOISE_RANK_HELP, minimum=1)
+    control_draws: int = option(
+        1,
+        "Checkpoints of every damage control that draws noise, per haep attack: each is another "
+        "draw.",
+        minimum=1,
+    )
+    ray_of: str = option(
+        "random_text",
+        "ray: which of the arms gives the direction, by its attack of the same seed.",
+        choices=ARMS.names,
     )
     sham: bool = option(
         True,
@@ -60,17 +81,19 @@ class SweepConfig(TrainingOptions, DeviceOptions, CacheOptions, OutputOptions):
     )
     basin: bool = option(
         False,
-        "Also examine the landscape of every haep and gaussian_noise run (see the basin stage): is "
-        "the collapsed state a minimum?",
+        "Also examine the landscape of every haep and damage control run, of several draws the "
+        "first (see the basin stage): is the collapsed state a minimum?",
     )
     healing_steps: int | str = option(
         AUTO,
-        "Fine-tuning steps per cell; auto = 60 for nano and micro, else 500.",
+        "Fine-tuning steps per cell; auto = 60 for nano and micro, else 500; with --healer those "
+        "of its budget.",
         minimum=0,
     )
     healing_lr: float | str = option(
         AUTO, "Healing learning rate; auto = by model.", minimum=0, exclusive_minimum=True
     )
+    healer: str = option("", f"{HEALER_HELP} Comma-separated, one for each model.")
     attack_steps: int | str = option(AUTO, "Attack budget; auto = by model.", minimum=0)
     corpus: str = option(AUTO, "Clean text (see attack --corpus); auto = by model.")
     workers: int | str = option(
@@ -85,7 +108,9 @@ class SweepConfig(TrainingOptions, DeviceOptions, CacheOptions, OutputOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.model_list(), self.arm_list(), self.seed_list()
+        self._check_controls()
+        self.seeds_by_model()
+        self.healer_list()
 
     def model_list(self) -> tuple[str, ...]:
         """Model names in the order given, folders as absolute paths."""
@@ -103,11 +128,63 @@ class SweepConfig(TrainingOptions, DeviceOptions, CacheOptions, OutputOptions):
             ARMS.check(arm)
         return arms
 
-    def seed_list(self) -> tuple[int, ...]:
-        """Seeds in the order given."""
-        items = listed(self.seeds, "--seeds")
-        if not all(item.isdecimal() for item in items):
-            raise ConfigError(
-                f"--seeds must be whole numbers from 0, as in 0,1,2; got {self.seeds!r}"
-            )
-        return tuple(int(item) for item in items)
+    def _check_controls(self) -> None:
+        arms = self.arm_list()
+        for arm in arms:
+            if "direction" in arm_needs(arm) and self.ray_of not in arms:
+                raise ConfigError(
+                    f"--arms names {arm}, whose direction is that of {self.ray_of} (--ray-of): add "
+                    f"{self.ray_of} to --arms"
+                )
+            matches = (AUTO, *arm_matches(arm))
+            if arm_role(arm) == DAMAGE_CONTROL and self.noise_match not in matches:
+                raise ConfigError(
+                    f"--noise-match {self.noise_match} is not for {arm} of --arms: choose from "
+                    f"{', '.join(matches)}"
+                )
+
+    def healer_list(self) -> tuple[str, ...]:
+        """Healers in the order given."""
+        return listed(self.healer, "--healer", empty=True)
+
+    def match_of(self, arm: str) -> str:
+        """What a damage control shares with the attack that it is matched to."""
+        return arm_matches(arm)[0] if self.noise_match == AUTO else self.noise_match
+
+    def seeds_by_model(self) -> dict[str, tuple[int, ...]]:
+        """Model → its seeds, in the order given.
+
+        Raises:
+            ConfigError: What is no seed, a seed that is there twice, a model that is not among
+                --models or has none.
+        """
+        given: dict[str, list[int]] = {}
+        model = ""
+        for entry in listed(self.seeds, "--seeds"):
+            name, named, seeds = entry.rpartition("=")
+            if named:
+                model = canonical_model(name.strip())
+                if model in given:
+                    raise ConfigError(f"--seeds names model {name} twice: {self.seeds}")
+            given.setdefault(model, []).extend(_range(seeds.strip(), self.seeds))
+        models = self.model_list()
+        if unknown := [name for name in given if name and name not in models]:
+            raise ConfigError(f"--seeds names {unknown[0]}, which is not among --models")
+        found = {name: tuple(given.get(name, given.get("", ()))) for name in models}
+        for name, own in found.items():
+            if not own:
+                raise ConfigError(f"--seeds has none for model {name}: {self.seeds}")
+            if len(set(own)) < len(own):
+                raise ConfigError(f"--seeds names one entry twice: {self.seeds}")
+        return found
+
+
+def _range(text: str, whole: str) -> range:
+    """One seed, or those from a first to a last."""
+    first, dash, last = text.partition("-")
+    last = last if dash else first
+    if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
+        raise ConfigError(
+            f"--seeds must be whole numbers from 0 or ranges, as in 0,1,2 or 0-4; got {whole!r}"
+        )
+    return range(int(first), int(last) + 1)

@@ -76,6 +76,28 @@ def block_outputs(model: nn.Module) -> Iterator[list[torch.Tensor]]:
             handle.remove()
 
 
+def readout_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """What turns the last block's output into logits, by parameter name: the output matrix, where
+    it is not tied to the embeddings, and the final norm's gain and bias.
+
+    Found by derivatives: the logits have one with respect to them, no block's output has.
+    """
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    tokens = torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device)
+    with torch.enable_grad(), block_outputs(model) as outputs:
+        logits = model(input_ids=tokens).logits
+        hidden = torch.stack([output.sum() for output in outputs]).sum()
+        inside, through = (
+            torch.autograd.grad(end, list(named.values()), retain_graph=True, allow_unused=True)
+            for end in (hidden, logits.sum())
+        )
+    return {
+        name: parameter
+        for (name, parameter), before, after in zip(named.items(), inside, through, strict=True)
+        if before is None and after is not None
+    }
+
+
 @contextlib.contextmanager
 def _mode(model: nn.Module, training: bool) -> Iterator[None]:
     was_training = model.training

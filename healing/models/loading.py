@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
     GPTNeoXConfig,
@@ -123,7 +124,11 @@ def new_embedded_model(
     Matrices are N(0, 0.02²) and the two residual outputs of each block N(0, (0.02/√(2·layers))²)
     (GPT-2's scaling); biases are 0 and layer norms 1.
     """
-    model = GPTNeoXForCausalLM(embedded_config(name, vocab_size))
+    return _initialised(GPTNeoXForCausalLM(embedded_config(name, vocab_size)), generator)
+
+
+def _initialised(model: GPTNeoXForCausalLM, generator: torch.Generator) -> GPTNeoXForCausalLM:
+    """As :func:`new_embedded_model` says; the rest of a new GPT-NeoX is as it has to be."""
     shrink = (2 * model.config.num_hidden_layers) ** -0.5
     with torch.no_grad():
         for key, parameter in model.named_parameters():
@@ -131,6 +136,43 @@ def new_embedded_model(
                 residual = key.endswith(("attention.dense.weight", "dense_4h_to_h.weight"))
                 parameter.normal_(0.0, 0.02 * (shrink if residual else 1.0), generator=generator)
     return model.eval()
+
+
+class _DrawsFrom(TorchDispatchMode):
+    """Random operations of this thread draw from one generator instead of torch's global one, whose
+    draws other threads take too.
+    """
+
+    def __init__(self, generator: torch.Generator) -> None:
+        super().__init__()
+        self.generator = generator
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = dict(kwargs or {})
+        if any(a.name == "generator" for a in func._schema.arguments):
+            given["generator"] = self.generator
+        return func(*args, **given)
+
+
+def untrained_model(loaded: LoadedModel, generator: torch.Generator) -> PreTrainedModel:
+    """A model of the same architecture before its training, float32, on the CPU.
+
+    Embedded models begin as :func:`new_embedded_model` makes them; others as their class in
+    transformers initialises itself from the same configuration.
+
+    Args:
+        loaded: Left as it is.
+        generator: CPU generator of all draws.
+    """
+    with _ONE_AT_A_TIME:
+        with _DrawsFrom(generator):
+            fresh: PreTrainedModel = type(loaded.model)(copy.deepcopy(loaded.model.config))
+        if loaded.source == "embedded":
+            assert isinstance(fresh, GPTNeoXForCausalLM), "what embedded models are"
+            return _initialised(fresh, generator)
+    return fresh.eval()
 
 
 def resolve_device(device: str) -> torch.device:

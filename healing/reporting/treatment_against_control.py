@@ -18,6 +18,7 @@ EQUAL = {
     "norm": "equal weight change",
     "loss": "equal loss (damage-matched)",
     "rank": "equal effective rank (damage-matched)",
+    "rank+loss": "equal effective rank and loss (damage-matched)",
     "scale": "a fixed scale (not matched)",
 }
 STATEMENTS = {

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from healing.config.arm_tags import arm_tags
+from healing.config.arm_tags import arm_role, arm_tags
 from healing.config.attack import AttackConfig
 from healing.config.fingerprint import NOT_SETTINGS, as_params, fingerprint
 from healing.config.resolve import resolve_from_presets
 from healing.models.checkpoints import CHECKPOINT_NAME, read_checkpoint, save_checkpoint
+from healing.registry import DAMAGE_CONTROL, NEEDS
 from healing.reporting.plots import runs as figures
 from healing.stages.cells.attack import (
     AttackOutcome,
@@ -61,9 +62,16 @@ def describe(outcome: AttackOutcome) -> str:
     if "match_error_pct" in reached:
         lines += [
             "",
-            f"Noise matched to the reference's {config.match} within "
-            f"{abs(reached['match_error_pct']):.2f} % at {reached['noise_scale']:.4g} times its "
-            f"weight change, after {outcome.last.step} scales tried.",
+            f"Matched to the reference's {config.match.partition('+')[0]} within "
+            f"{abs(reached['match_error_pct']):.2f} % at strength {reached['noise_scale']:.4g}, "
+            f"after {outcome.last.step} strengths tried.",
+        ]
+    if "readout_scale" in reached:
+        lines += [
+            "",
+            "Then matched to its loss within "
+            f"{abs(reached['readout_match_error_pct']):.2f} % by noise on the readout, of "
+            f"{reached['readout_scale']:.4g} times its norm.",
         ]
     return "\n".join(lines)
 
@@ -83,18 +91,21 @@ def _tags(outcome: AttackOutcome) -> dict[str, Any]:
 
 
 def _reference_facts(config: AttackConfig) -> dict[str, str]:
-    """What noise was matched to: which state, by which arm, made how. Noise matched to attacks of
-    other arms or settings is other noise, and pairs with the attack it was matched to.
+    """What a control was matched to, and whose direction it took: which state, by which arm, made
+    how. Controls of attacks of other arms or settings are other controls, and pair with the attack
+    they were matched to.
     """
-    if not config.reference_checkpoint:
-        return {}
-    made = read_checkpoint(pathlib.Path(config.reference_checkpoint)).config
-    settings = {k: v for k, v in made.items() if k not in NOT_SETTINGS}
-    return {
-        "reference_arm": made.get("arm", "unknown"),
-        "reference_settings": fingerprint(settings),
-        "reference_fingerprint": made.get("fingerprint", ""),
-    }
+    facts: dict[str, str] = {}
+    for what in NEEDS:
+        if path := getattr(config, f"{what}_checkpoint"):
+            made = read_checkpoint(pathlib.Path(path)).config
+            settings = {k: v for k, v in made.items() if k not in NOT_SETTINGS}
+            facts |= {
+                f"{what}_arm": made.get("arm", "unknown"),
+                f"{what}_settings": fingerprint(settings),
+                f"{what}_fingerprint": made.get("fingerprint", ""),
+            }
+    return facts
 
 
 def _save(outcome: AttackOutcome, folder: pathlib.Path, run_id: str) -> None:
@@ -136,12 +147,16 @@ class AttackStage(StageDefaults):
     name = "attack"
 
     def title(self, config: AttackConfig) -> str:
-        """``attack nano haep seed 0``."""
-        return f"attack {config.label} {config.arm} seed {config.seed}"
+        """``attack nano haep seed 0``; of noise also which draw, after the first."""
+        draw = f" draw {config.noise_draw}" if config.noise_draw else ""
+        return f"attack {config.label} {config.arm} seed {config.seed}{draw}"
 
     def tags(self, config: AttackConfig) -> dict[str, Any]:
         """What runs are grouped by."""
-        return {"arm": config.arm, "model": config.label, **arm_tags(config.arm)}
+        tags = {"arm": config.arm, "model": config.label, **arm_tags(config.arm)}
+        if arm_role(config.arm) == DAMAGE_CONTROL:
+            tags["draw"] = str(config.noise_draw)
+        return tags
 
     def prepare(self, config: AttackConfig, tools: Tools) -> AttackConfig:
         """Fetch the reference's checkpoint and replace every ``auto``."""
@@ -187,16 +202,18 @@ def checkpoint_of(done: Done, store: Store) -> pathlib.Path:
 
 
 def with_reference(config: AttackConfig, store: Store) -> AttackConfig:
-    """The configuration with the checkpoint of its reference run, if it names one.
+    """The configuration with the checkpoints of the runs that it names (reference, direction).
 
     Raises:
         TrackingError: There is no such run, or it holds no checkpoint.
     """
-    if not config.reference_run_id:
-        return config
-    run = store.get_run(config.reference_run_id)
-    path = store.download(f"runs:/{run.run_id}/checkpoints/{CHECKPOINT_NAME}")
-    return replace(config, reference_checkpoint=str(path), reference_run_id="")
+    for what in NEEDS:
+        if run_id := getattr(config, f"{what}_run_id"):
+            run = store.get_run(run_id)
+            path = store.download(f"runs:/{run.run_id}/checkpoints/{CHECKPOINT_NAME}")
+            found: dict[str, Any] = {f"{what}_checkpoint": str(path), f"{what}_run_id": ""}
+            config = replace(config, **found)
+    return config
 
 
 def attack(config: AttackConfig, driver: Driver | None = None) -> tuple[str, pathlib.Path]:

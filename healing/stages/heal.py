@@ -35,6 +35,7 @@ from healing.stages.console import Console
 from healing.stages.driver import Driver
 from healing.stages.heal_inputs import find_checkpoints, fresh_attack_config, local_checkpoint
 from healing.stages.stage import Done, Report, StageDefaults, Tools, points_of
+from healing.stages.tuning.healer_files import with_healer
 from healing.tracking.run import Run
 from healing.tracking.run_files import read_jsonl, write_json
 from healing.tracking.store import Store
@@ -158,7 +159,8 @@ class HealStage(StageDefaults):
         arm = _arm_of(cell)
         tags: dict[str, Any] = {"arm": arm, "model": cell.config.label, **arm_tags(arm)}
         tags |= {"checkpoint": cell.checkpoint, "replicate": cell.replicate}
-        return tags | ({"sham_run_id": cell.sham_run_id} if cell.sham_run_id else {})
+        tags |= {"sham_run_id": cell.sham_run_id} if cell.sham_run_id else {}
+        return tags | (cell.healer.tags() if cell.healer else {})
 
     def params(self, cell: HealCell) -> dict[str, Any]:
         """The configuration, with the arm that was healed."""
@@ -169,14 +171,19 @@ class HealStage(StageDefaults):
         return cell.config.output_dir
 
     def prepare(self, cell: HealCell, tools: Tools) -> HealCell:
-        """Replace every ``auto`` by the checkpoint's own, and heal the sham where it is wanted.
+        """Take the healer's settings where one is named, replace every ``auto`` by the
+        checkpoint's own, and heal the sham where it is wanted, by the same healer.
 
         The sham is healed once per store, seed, replicate and settings; a finished one is found.
         """
         checkpoint = _checkpoint_of(cell)
-        cell = replace(
-            cell, config=resolve_from_checkpoint(cell.config, checkpoint, cell.checkpoint)
-        )
+        config, healer = with_healer(cell.config, tools.store)
+        config = resolve_from_checkpoint(config, checkpoint, cell.checkpoint)
+        cell = replace(cell, config=config, healer=healer)
+        if healer:
+            attacked = checkpoint.config.get("seed") if checkpoint else None
+            seeds = [config.seed] if attacked is None else [config.seed, int(attacked)]
+            healer.check_use(config.healer, config.label, seeds)
         use_threads(cell.config)
         if not cell.config.sham:
             return cell
@@ -239,7 +246,7 @@ def heal(config: HealConfig, driver: Driver | None = None) -> list[HealOutcome]:
     """
     driver = driver or Driver(Console(config.verbosity))
     with driver.process("heal", {"stage": HEAL.name}) as run:
-        METHODS.load(config.healing_method).check(config)
+        _check_early(config, driver.store)
         if config.checkpoint_dir:
             paths = find_checkpoints(config.checkpoint_dir)
             replicates = config.runs_per_checkpoint
@@ -251,6 +258,16 @@ def heal(config: HealConfig, driver: Driver | None = None) -> list[HealOutcome]:
         if len(cells) == 1:
             return [_outcome(driver.run_cell(HEAL, cells[0], run=run))]
         return _heal_children(cells, config, run, driver)
+
+
+def _check_early(config: HealConfig, store: Store) -> None:
+    """What would stop every run, before an attack is made for them."""
+    applied, healer = with_healer(config, store)
+    METHODS.load(applied.healing_method).check(applied)
+    given = (config.collapsed_checkpoint, config.attack_run_id, config.checkpoint_dir)
+    if healer and not any(given):
+        label = resolve_from_checkpoint(applied, None, "").label
+        healer.check_use(config.healer, label, [config.seed])
 
 
 def _fresh_attack(config: HealConfig, run: Run, driver: Driver) -> pathlib.Path:

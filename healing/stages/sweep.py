@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from healing.config.arm_tags import SHAM_ARM, arm_role, arms_of
+from healing.config.arm_tags import arm_role, arm_takes, arms_of
 from healing.config.attack import AttackConfig
 from healing.config.basin import BasinConfig
 from healing.config.fingerprint import as_params
 from healing.config.heal import HealConfig
+from healing.config.healer import Healer
 from healing.config.options import AUTO
-from healing.config.presets import MODELS, model_label, preset_for
+from healing.config.presets import preset_for
 from healing.config.summarize import SummarizeConfig
 from healing.config.sweep import SweepConfig
 from healing.errors import ConfigError, HealingError, SweepError
@@ -29,83 +30,16 @@ from healing.stages.basin import BASIN
 from healing.stages.cells.basin_outcome import BasinCell
 from healing.stages.cells.heal_outcome import HealCell
 from healing.stages.cells.inputs import resolve_from_model
+from healing.stages.cells.sweep_plan import SweepCell, plan
 from healing.stages.console import Cells, Console
 from healing.stages.driver import Driver
 from healing.stages.heal import HEAL
 from healing.stages.summarize import summarize
+from healing.stages.tuning.healer_files import healers_of
 from healing.statistics.heal_runs import HealRun
 from healing.statistics.summary import Summary
 from healing.tracking.queries import RunView
 from healing.tracking.run import Run
-
-
-@dataclass(frozen=True)
-class SweepCell:
-    """One attack and the healing of its checkpoint.
-
-    Attributes:
-        model: As given.
-        arm: Of the attack.
-        seed: Of attack and healing.
-        revision: Of the model.
-        deduped: Of the model.
-        matched_to: Arm whose attack of the same seed a damage control takes as its reference.
-    """
-
-    model: str
-    arm: str
-    seed: int
-    revision: str = ""
-    deduped: bool = False
-    matched_to: str = ""
-
-    @property
-    def role(self) -> str:
-        """Of the arm."""
-        return arm_role(self.arm)
-
-    @property
-    def label(self) -> str:
-        """The model as runs are grouped by."""
-        return model_label(self.model, self.revision, self.deduped)
-
-    @property
-    def title(self) -> str:
-        """For the progress bar."""
-        return f"{self.label} {self.arm} seed {self.seed}"
-
-
-def plan(config: SweepConfig) -> list[list[SweepCell]]:
-    """Chains of cells: the arms of one model and seed, the largest model first; before all a model
-    of unknown size.
-
-    Within a chain the sham comes first, since the others refer to it, and a damage control comes
-    after the attack that it is matched to: once for every treatment.
-    """
-    wanted = config.arm_list()
-    if config.sham and SHAM_ARM not in wanted:
-        wanted = (SHAM_ARM, *wanted)
-    arms = sorted(wanted, key=lambda arm: (arm_role(arm) != SHAM, arm_role(arm) == DAMAGE_CONTROL))
-    return [
-        [
-            SweepCell(model, arm, seed, config.revision, config.deduped, matched_to)
-            for arm in arms
-            for matched_to in _references(arm, arms)
-        ]
-        for model in sorted(config.model_list(), key=_size, reverse=True)
-        for seed in config.seed_list()
-    ]
-
-
-def _references(arm: str, arms: Sequence[str]) -> Sequence[str]:
-    """The arms that an arm is matched to, each in a cell of its own; an empty name for none."""
-    if arm_role(arm) != DAMAGE_CONTROL:
-        return ("",)
-    return [other for other in arms if arm_role(other) == TREATMENT] or ("",)
-
-
-def _size(model: str) -> int:
-    return MODELS.index(model) if model in MODELS else len(MODELS)
 
 
 def worker_count(config: SweepConfig) -> int:
@@ -135,8 +69,18 @@ def _shared(config: SweepConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in names} | {"verbosity": "quiet"}
 
 
-def attack_config(config: SweepConfig, cell: SweepCell, reference: str) -> AttackConfig:
-    """Resolved configuration of a cell's attack."""
+def attack_config(
+    config: SweepConfig, cell: SweepCell, reference: str, direction: str = ""
+) -> AttackConfig:
+    """Resolved configuration of a cell's attack.
+
+    Args:
+        config: Of the sweep.
+        cell: Says which attack.
+        reference: Checkpoint that a damage control is matched to; empty = none.
+        direction: Checkpoint that gives the direction of a ray; empty = none.
+    """
+    ranked = arm_takes(cell.arm, "noise_rank")
     return resolve_from_model(
         AttackConfig(
             model=cell.model,
@@ -144,28 +88,43 @@ def attack_config(config: SweepConfig, cell: SweepCell, reference: str) -> Attac
             seed=cell.seed,
             attack_steps=config.attack_steps,
             reference_checkpoint=reference,
-            match=config.noise_match if reference else "norm",
+            direction_checkpoint=direction,
+            match=config.match_of(cell.arm) if reference else "norm",
+            noise_draw=cell.draw,
+            noise_rank=config.noise_rank if ranked else 1,
             **_shared(config),
         )
     )
 
 
-def heal_config(config: SweepConfig, cell: SweepCell) -> HealConfig:
-    """Resolved configuration of a cell's healing."""
+def heal_config(
+    config: SweepConfig, cell: SweepCell, source: str = "", healer: Healer | None = None
+) -> HealConfig:
+    """Resolved configuration of a cell's healing.
+
+    Args:
+        config: Of the sweep.
+        cell: What is healed.
+        source: Of the healer, as it was named.
+        healer: Of the cell's model; ``None`` = the default one.
+
+    Raises:
+        ConfigError: A setting that was given contradicts the healer.
+    """
     steps = config.healing_steps
-    if steps == AUTO:
+    if steps == AUTO and healer is None:
         steps = preset_for(cell.model).sweep_healing_steps
-    return resolve_from_model(
-        HealConfig(
-            model=cell.model,
-            arm=cell.arm,
-            seed=cell.seed,
-            healing_steps=int(steps),
-            healing_lr=config.healing_lr,
-            sham=config.sham and cell.role != SHAM,
-            **_shared(config),
-        )
+    wanted = HealConfig(
+        model=cell.model,
+        arm=cell.arm,
+        seed=cell.seed,
+        healing_steps=steps,
+        healing_lr=config.healing_lr,
+        healer=source,
+        sham=config.sham and cell.role != SHAM,
+        **_shared(config),
     )
+    return resolve_from_model(healer.applied(wanted) if healer else wanted)
 
 
 @dataclass(frozen=True)
@@ -184,16 +143,21 @@ class Sweep:
 
     def __init__(self, config: SweepConfig, run: Run, driver: Driver) -> None:
         self.config, self.run, self.driver = config, run, driver
+        self.healers = healers_of(config, driver.store)
         self.stopped = threading.Event()
 
-    def _attack(self, driver: Driver, cell: SweepCell, reference: str) -> pathlib.Path:
-        settings = attack_config(self.config, cell, reference)
+    def _attack(self, driver: Driver, cell: SweepCell, attacks: dict[str, str]) -> pathlib.Path:
+        for arm in filter(None, (cell.matched_to, cell.direction)):
+            if arm not in attacks:
+                raise ConfigError(f"the attack {arm} that it refers to failed")
+        reference, direction = (attacks.get(a, "") for a in (cell.matched_to, cell.direction))
+        settings = attack_config(self.config, cell, reference, direction)
         done = driver.run_cell(ATTACK, settings, parent=self.run, reuse=True)
         return checkpoint_of(done, driver.store)
 
     def _basin(self, driver: Driver, cell: SweepCell, healed: RunView) -> RunView | None:
         """The landscape of a healing run, where it is wanted."""
-        if not self.config.basin or cell.role not in (TREATMENT, DAMAGE_CONTROL):
+        if not self.config.basin or cell.role not in (TREATMENT, DAMAGE_CONTROL) or cell.draw:
             return None
         shared = _shared(self.config)
         settings = BasinConfig(
@@ -213,13 +177,12 @@ class Sweep:
             cell: What to run.
             attacks: Arm → checkpoint, of the same model and seed; gains this cell's.
         """
-        if cell.matched_to and cell.matched_to not in attacks:
-            raise ConfigError("the attack that the noise is matched to failed")
         path = ""
         if cell.role != SHAM:
-            path = str(self._attack(driver, cell, attacks.get(cell.matched_to, "")))
+            path = str(self._attack(driver, cell, attacks))
             attacks[cell.arm] = path
-        heal_cell = HealCell(heal_config(self.config, cell), path)
+        healer = self.healers.get(cell.label, ("", None))
+        heal_cell = HealCell(heal_config(self.config, cell, *healer), path)
         done = driver.run_first(HEAL, heal_cell, self.run)
         view = driver.store.get_run(done.run_id)
         return CellResult(cell, view, done.reused, basin=self._basin(driver, cell, view))
@@ -341,7 +304,8 @@ def sweep(config: SweepConfig, driver: Driver | None = None) -> Summary:
                 treatments = " or ".join(arms_of(TREATMENT))
                 console.say(
                     f"note: {arm} is not matched to anything, since {treatments} is not among "
-                    "--arms: it gets noise of one standard deviation of each tensor"
+                    "--arms: it gets the strength 1 (noise of one standard deviation of each "
+                    "tensor)"
                 )
         results = Sweep(config, run, driver).run_all()
         views = [r.view for r in results if r.view is not None]

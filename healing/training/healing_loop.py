@@ -20,6 +20,7 @@ from healing.progress import Safe, without_safe_points
 from healing.randomness import named_generator
 from healing.registry import METHODS
 from healing.training.nonfinite import forward_failure
+from healing.training.norm_reset import reset_norms
 from healing.training.precision import Precision
 from healing.training.trainer import Trainer
 
@@ -136,10 +137,12 @@ def heal_events(
     Ends early after :data:`MAX_CONSECUTIVE_NONFINITE_STEPS` consecutive steps that are not finite,
     and at once where an update leaves weights that are not.
     """
-    model, total = loaded.model, config.healing_steps
+    model, total = loaded.model, int(config.healing_steps)
     precision = Precision(config.precision, config.precision_mode)
     stream = batches(windows, int(config.batch_size), generator)
     yield HealRecord(0, 0, collapsed, headroom=precision.headroom(collapsed.peaks))
+    if config.reset_norms and total:
+        reset_norms(model)
     with adapted(model, config, generator), precision.weights(model):
         trainer = Trainer(model, config)
         losses: list[float] = []
@@ -201,6 +204,8 @@ def replay_healthy(
     model = loaded.model
     stream = batches(windows, int(config.batch_size), generator)
     precision = Precision(config.precision, config.precision_mode)
+    if config.reset_norms:
+        reset_norms(model)
     with adapted(model, config, generator), precision.weights(model):
         trainer = Trainer(model, config)
         for _ in range(steps):

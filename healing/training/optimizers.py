@@ -8,9 +8,9 @@ import torch
 
 
 def make_optimizer(
-    name: str, parameters: Iterable[torch.Tensor], rate: float
+    name: str, parameters: Iterable[torch.Tensor], rate: float, momentum: float = 0.0
 ) -> torch.optim.Optimizer:
-    """AdamW or plain SGD at a constant rate, without weight decay or momentum.
+    """AdamW, or SGD (plain unless a momentum is given), without weight decay.
 
     Decay would shrink the weights even where the objective gives no gradient, which is neither an
     attack nor healing.
@@ -19,10 +19,12 @@ def make_optimizer(
         name: ``adamw`` or ``sgd``.
         parameters: What is trained.
         rate: Learning rate.
+        momentum: μ of SGD's heavy ball: v ← μv + g, w ← w − rate·v (Polyak 1964; Sutskever et al.
+            2013, without dampening). AdamW has its own.
     """
     trained = list(parameters)
     if name == "sgd":
-        return torch.optim.SGD(trained, lr=rate)
+        return torch.optim.SGD(trained, lr=rate, momentum=momentum)
     # Fused: one pass over the weights and no temporary copies of them. Only for float32: its
     # arithmetic is float32 whatever the weights, and a pure low format is to fail as it does.
     fused = all(p.dtype == torch.float32 for p in trained)

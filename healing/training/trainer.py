@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -13,6 +14,7 @@ from healing.models.token_loss import training_loss
 from healing.training.nonfinite import diagnose, first_nonfinite_parameter
 from healing.training.optimizers import make_optimizer
 from healing.training.precision import Precision, gradient_norm
+from healing.training.rate_schedule import rate_factor
 
 MAX_CONSECUTIVE_NONFINITE_STEPS = 10
 """Consecutive steps without a finite loss and gradient after which healing ends."""
@@ -46,7 +48,14 @@ class Trainer:
         self.precision = Precision(config.precision, config.precision_mode)
         trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = optimizer or make_optimizer(
-            config.healing_optimizer, trained, float(config.healing_lr)
+            config.healing_optimizer, trained, float(config.healing_lr), config.healing_momentum
+        )
+        self._rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+        self._schedule = functools.partial(
+            rate_factor,
+            total=int(config.healing_steps),
+            warmup=config.healing_warmup,
+            decay=config.healing_decay,
         )
         self.optimizer.zero_grad()
         self.scaler = self.precision.scaler(next(model.parameters()).device)
@@ -79,6 +88,7 @@ class Trainer:
             Loss before the step (nats per token) and gradient norm before clipping.
         """
         self.steps += 1
+        self._set_rate()
         scale = self.scaler.get_scale()
         with training_mode(self.model):
             with self.precision.forward(batch.device):
@@ -96,6 +106,14 @@ class Trainer:
         self.scaler.update()
         self.optimizer.zero_grad()  # measuring and the next forward pass have their room
         return value, norm
+
+    def _set_rate(self) -> None:
+        """The rate of this step. Torch's schedulers count the updates taken, and complain where the
+        first was not; here the budget goes on.
+        """
+        factor = self._schedule(self.steps)
+        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = factor * rate
 
     def _after_update(self) -> None:
         self.taken, self._in_a_row = self.taken + 1, 0

@@ -18,7 +18,7 @@ import click
 import pytest
 import yaml
 
-from entrypoints import attack, basin, heal, import_results, main, pretrain, summarize
+from entrypoints import attack, basin, heal, import_results, main, pretrain, summarize, tune
 from entrypoints._mlproject import render
 from healing.config.attack import AttackConfig
 from healing.config.basin import BasinConfig
@@ -31,6 +31,7 @@ from healing.config.pretrain import PretrainConfig
 from healing.config.resolve import resolve_from_presets
 from healing.config.summarize import SummarizeConfig
 from healing.config.sweep import SweepConfig
+from healing.config.tune import TuneConfig
 from healing.errors import ConfigError
 from tests.conftest import ROOT
 
@@ -42,6 +43,7 @@ STAGES = {
     "import_results": (import_results.main, ImportConfig),
     "pretrain": (pretrain.main, PretrainConfig),
     "basin": (basin.main, BasinConfig),
+    "tune": (tune.main, TuneConfig),
 }
 
 # The architecture: what a package (or module of the ground floor) may import beside itself. A new
@@ -87,6 +89,7 @@ ONLY_IN = {
     "jinja2": ("reporting", "models"),
     "peft": ("training.methods", "models"),
     "tqdm": ("stages",),
+    "optuna": ("stages.tuning",),
     "datasets": ("data",),
     "huggingface_hub": ("data", "models"),
     "scipy": ("curvature", "statistics", "reporting.plots", "predecessor"),

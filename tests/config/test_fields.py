@@ -25,7 +25,7 @@ from healing.config.options import Options, option, ordered_names
 # summary; "~name" determines numbers, but runs that differ in it are pooled; "-name" does neither.
 ANSWERS = {
     "main": "models revision deduped arms seeds noise_match sham basin healing_steps healing_lr "
-    "attack_steps corpus tokenizer text_column split_rule batch_size sequence_length "
+    "healer attack_steps corpus tokenizer text_column split_rule batch_size sequence_length "
     "measurement_interval workers -device -cache_dir -output_dir -verbosity",
     "attack": "model revision deduped tokenizer corpus max_documents text_column split_rule ~seed "
     "batch_size sequence_length probe_tokens measurement_interval ~measurements threads "
@@ -39,8 +39,9 @@ ANSWERS = {
     "-device -cache_dir -output_dir -verbosity ~collapsed_checkpoint -attack_run_id "
     "-checkpoint_dir "
     "-runs_per_checkpoint -num_runs ~arm healing_steps healing_lr healing_optimizer "
-    "healing_method lora_rank lora_alpha sham gradient_checkpointing gradient_clip "
-    "-save_healed precision precision_mode -dry_run",
+    "healing_momentum healing_warmup healing_decay "
+    "healing_method lora_rank lora_alpha sham gradient_checkpointing gradient_clip reset_norms "
+    "-healer -save_healed precision precision_mode -dry_run",
     "summarize": "experiment filter legacy confidence -output_dir -verbosity",
     "import_results": "folder -output_dir -verbosity",
     "pretrain": "model corpus max_documents tokens_per_parameter vocab_size batch_size "
@@ -52,6 +53,11 @@ ANSWERS = {
     "gradient_batches eigenvalues lanczos_iterations curvature_tolerance density_probes "
     "density_iterations path_points perturbations perturbation_radius escape_steps "
     "text_column split_rule threads -device -output_dir -verbosity",
+    "tune": "model revision deduped tokenizer corpus max_documents text_column split_rule seed "
+    "batch_size sequence_length probe_tokens measurement_interval ~measurements threads "
+    "-device -cache_dir -output_dir -verbosity arms seeds attack_steps trials token_budget rungs "
+    "sampler pruner startup_trials axes rate_lowest rate_highest grid_rates sgd_rate_ratio "
+    "sgd_momentum warmups clips batch_sizes -study",
 }
 
 

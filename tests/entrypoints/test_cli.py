@@ -9,7 +9,7 @@ import torch
 from click.testing import CliRunner, Result
 from mlflow.tracking import MlflowClient
 
-from entrypoints import attack, basin, heal, import_results, main, pretrain, summarize
+from entrypoints import attack, basin, heal, import_results, main, pretrain, summarize, tune
 from healing.models.checkpoints import CHECKPOINT_NAME, save_checkpoint
 from healing.models.loading import load_model
 
@@ -21,6 +21,7 @@ COMMANDS = {
     "main": main.main,
     "pretrain": pretrain.main,
     "summarize": summarize.main,
+    "tune": tune.main,
 }
 SMALL = ["--model", "nano", "--sequence-length", "64", "--probe-tokens", "1024"]
 
@@ -43,13 +44,15 @@ def test_help_explains_every_option(name):
     [
         ("heal", ["--model", "giga"], "unknown model 'giga': choose one of nano, micro, 70m"),
         ("heal", ["--healing-steps", "-5"], "--healing-steps must be at least 0, got -5"),
-        ("heal", ["--healing-steps", "many"], "'many' is not a valid integer"),
+        ("heal", ["--healing-steps", "many"], "'many' is neither a whole number nor 'auto'"),
         ("heal", ["--healing-lr", "fast"], "'fast' is neither a number nor 'auto'"),
         ("heal", ["--healing-optimizer", "lion"], "'lion' is not one of 'adamw', 'sgd'"),
         ("attack", ["--target-rank-reduction", "1.5"], "must be above 0 and at most 1, got 1.5"),
         ("main", ["--arms", "haep,magic"], "--arms: unknown magic; choose from haep"),
         ("main", ["--seeds", "a"], "--seeds must be whole numbers"),
         ("summarize", ["--confidence", "2"], "--confidence must be at least 0.5"),
+        ("tune", ["--axes", "rate,magic"], "--axes: unknown magic; choose from rate, optimizer"),
+        ("tune", ["--token-budget", "1000"], "does not make 5 rungs of whole steps"),
         ("pretrain", ["--learning-rate", "0"], "--learning-rate must be above 0, got 0"),
     ],
 )

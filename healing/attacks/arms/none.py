@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from healing.attacks.context import AttackContext
-from healing.attacks.noise import NoiseArm
+from healing.attacks.strength import NoiseArm
 from healing.config.attack import AttackConfig
 
 LABEL = "sham"

@@ -110,15 +110,19 @@ def attack_code(config: AttackConfig) -> str:
 
 
 def attack_fingerprint(config: AttackConfig, identity: str, digests: dict[str, str]) -> str:
-    """Fingerprint of an attack: configuration, healthy model, texts, code, and the referenced
-    attack's weights instead of its path.
+    """Fingerprint of an attack: configuration, healthy model, texts, code, and the weights of the
+    attacks it refers to instead of their paths.
     """
-    reference = ""
-    if config.reference_checkpoint:
-        reference = read_checkpoint(pathlib.Path(config.reference_checkpoint)).digest
+    reference = _digest(config.reference_checkpoint)
+    if config.direction_checkpoint:
+        reference += f" along {_digest(config.direction_checkpoint)}"
     return fingerprint(
         "attack", config, reference, identity, digests, attack_code(config), device_kind(config)
     )
+
+
+def _digest(checkpoint: str) -> str:
+    return read_checkpoint(pathlib.Path(checkpoint)).digest if checkpoint else ""
 
 
 def attack_cell(config: AttackConfig) -> Events[AttackOutcome]:
@@ -152,16 +156,21 @@ def attack_cell(config: AttackConfig) -> Events[AttackOutcome]:
 
 
 def _reference_tags(config: AttackConfig) -> dict[str, str]:
-    """The attack run that noise is matched to, where there is one."""
-    if not config.reference_checkpoint:
-        return {}
-    origin = read_checkpoint(pathlib.Path(config.reference_checkpoint)).config
-    return {"reference_run_id": origin.get("attack_run_id", "")}
+    """The attack runs that a control is matched to and whose direction it takes, if any."""
+    named = {
+        "reference_run_id": config.reference_checkpoint,
+        "direction_run_id": config.direction_checkpoint,
+    }
+    return {
+        tag: read_checkpoint(pathlib.Path(path)).config.get("attack_run_id", "")
+        for tag, path in named.items()
+        if path
+    }
 
 
 def noise_match(config: AttackConfig) -> str:
-    """What a damage control shares with its reference: ``norm``, ``loss`` or ``rank``; without a
-    reference ``scale``; empty for other arms.
+    """What a damage control shares with its reference (of :data:`healing.registry.MATCHES`);
+    without a reference ``scale``; empty for other arms.
     """
     if arm_role(config.arm) != DAMAGE_CONTROL:
         return ""

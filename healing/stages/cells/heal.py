@@ -125,6 +125,8 @@ def heal_fingerprint(
         digests,
         heal_code(cell.config, *measurement_modules(cell.config)),
         device_kind(cell.config),
+        # Equal numbers, another statement: a run found again would not say how it was selected.
+        *([cell.healer.digest] if cell.healer else []),
     )
 
 
@@ -183,7 +185,7 @@ def heal_cell(cell: HealCell) -> Events[tuple[HealOutcome, LoadedModel]]:
         run_fingerprint,
         heal_name(cell, checkpoint, run_fingerprint),
         stored_config(cell, checkpoint, run_fingerprint),
-        config.healing_steps,
+        int(config.healing_steps),
         tags={**loaded.tags, **lineage(checkpoint), "settings": settings},
         counts={
             "n_params": loaded.n_params,
@@ -282,6 +284,9 @@ def lineage(checkpoint: Checkpoint) -> dict[str, Any]:
         "attack_run_id": origin.get("attack_run_id", ""),
         "attack_seed": origin.get("seed", ""),
         "noise_match": origin.get("noise_match", ""),
+        # A control of one attack seed may be several checkpoints, one per draw of its noise.
+        "draw": origin.get("noise_draw", "") if origin.get("noise_match") else "",
+        "direction_arm": origin.get("direction_arm", ""),
         "reference_checkpoint_id": origin.get("reference_fingerprint", ""),
     }
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from healing.config.arm_tags import SHAM_ARM
 from healing.config.heal import HealConfig
+from healing.config.healer import Healer
 from healing.measurements.diagnosis import (
     Diagnosis,
     Failure,
@@ -35,6 +36,7 @@ class HealCell:
         replicate: Number of the run among those of the same checkpoint and seed.
         sham: Trajectory of the sham of the same seed, replicate and settings: step → state.
         sham_run_id: Run of that sham; empty without one.
+        healer: That the configuration's settings are of; ``None`` where none was selected.
     """
 
     config: HealConfig
@@ -42,6 +44,7 @@ class HealCell:
     replicate: int = 0
     sham: Mapping[int, State] = field(default_factory=dict, compare=False)
     sham_run_id: str = field(default="", compare=False)
+    healer: Healer | None = field(default=None, compare=False)
 
     def sham_cell(self) -> HealCell:
         """The healing of the healthy model that this cell is referred to."""

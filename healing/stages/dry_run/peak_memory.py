@@ -191,7 +191,7 @@ def _measure_healthy(usage: Usage, probe: _ShortProbe, model: PreTrainedModel) -
 def _loaded(config: BaseConfig, model: PreTrainedModel, device: torch.device) -> LoadedModel:
     """What the stages read of a loaded model; there is no tokenizer."""
     parts: dict[str, Any] = {"name": config.model, "model": model, "device": device}
-    parts |= {"digest": "", "opening": []}
+    parts |= {"digest": "", "source": "", "opening": []}
     parts["vocabulary"] = len(embedding_matrix(model))
     return cast(LoadedModel, SimpleNamespace(tokenizer=None, **parts))
 
@@ -214,7 +214,13 @@ def predict_healing(
         device: Where it will be.
     """
     base, asked = _base(config), config
-    config = replace(config, healing_steps=_STEPS, measurement_interval=_STEPS, sham=False)
+    config = replace(
+        config,
+        healing_steps=_STEPS,
+        measurement_interval=_STEPS,
+        sham=False,
+        reset_norms=False,  # looks at values, and takes no memory to speak of
+    )
     vocabulary = architecture.get_text_config().vocab_size
     with (
         shapes_only(),

@@ -45,7 +45,7 @@ def heal_plan(config: HealConfig, n_params: int) -> list[str]:
         config: Resolved.
         n_params: Parameters of the model.
     """
-    steps, tokens = config.healing_steps, int(config.batch_size) * config.sequence_length
+    steps, tokens = int(config.healing_steps), int(config.batch_size) * config.sequence_length
     runs = config.runs_per_checkpoint if config.checkpoint_dir else config.num_runs
     shams = " and as many of the sham" if config.sham and config.arm != "none" else ""
     per = " per checkpoint" if config.checkpoint_dir else ""

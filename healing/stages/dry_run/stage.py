@@ -7,6 +7,7 @@ import os
 import torch
 from transformers import PreTrainedConfig
 
+from healing.config.arm_tags import arm_needs
 from healing.config.attack import AttackConfig
 from healing.config.heal import HealConfig
 from healing.errors import ConfigError
@@ -20,6 +21,7 @@ from healing.stages.console import Console
 from healing.stages.dry_run.peak_memory import Prediction, predict_attack, predict_healing
 from healing.stages.dry_run.tensor_bytes import KINDS
 from healing.stages.heal_inputs import find_checkpoints, fresh_attack_config, local_checkpoint
+from healing.stages.tuning.healer_files import with_healer
 from healing.tracking import run_logger
 from healing.tracking.store import MlflowStore
 
@@ -69,8 +71,14 @@ def predictions(config: AttackConfig | HealConfig) -> dict[str, tuple[str, Predi
     """
     if isinstance(config, AttackConfig):
         _own_code(ARMS, config.arm)
+        if needed := arm_needs(config.arm):
+            raise ConfigError(
+                f"memory is not predicted for --arm {config.arm}, which needs the {needed[0]} of "
+                "another attack: it takes what --arm gaussian_noise takes"
+            )
         attack = resolve_from_model(config)
         return {"attack": (attack.label, predict_attack(attack, *_place(attack)))}
+    config, _ = with_healer(config, MlflowStore())
     _own_code(METHODS, config.healing_method)
     paths = find_checkpoints(config.checkpoint_dir) if config.checkpoint_dir else []
     path = paths[0] if paths else local_checkpoint(config, MlflowStore())

@@ -1,0 +1,104 @@
+"""Run a part of the protocol, or write docs/findings.md from the tables that are there.
+
+    python -m findings run nano [--jobs 2] [--out findings/tables]
+    python -m findings render
+
+Rows are on disk after every healing run, in a hidden file per seed and arm; what is there is not
+run again, so that a part that was stopped goes on where it was. The part's table appears when all
+its seeds are done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import pathlib
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from typing import Any
+
+TABLES = pathlib.Path(__file__).parent / "tables"
+
+
+def _chain(
+    part: str, seed: int, number: int, place: dict[str, Any], deadline: float, folder: str
+) -> list[dict[str, Any]]:
+    """In a process of its own: rows go to a file as soon as they are there."""
+    from findings import estimates
+    from findings.parts import PARTS
+    from findings.runs import chain_rows
+
+    whole = PARTS[part]
+    chain, begin = whole.chains(seed)[number], time.monotonic()
+    path = pathlib.Path(folder) / f".{part}-{seed}-{chain[0].name}.csv"
+    rows = estimates.read_rows(path) if path.exists() else []
+    done = {(row["arm"], row["healer"]) for row in rows}
+    for found in chain_rows(whole, chain, seed, whole.model, deadline, done, **place):
+        rows += found
+        estimates.write(path, rows)
+        last = found[-1]
+        print(
+            f"{part} seed {seed} {last['arm']} ({last['healer']}): rank "
+            f"{found[1]['effective_rank']} → {last['effective_rank']} of "
+            f"{found[0]['effective_rank']}, loss {last['loss']} "
+            f"[{time.monotonic() - begin:.0f} s]",
+            file=sys.stderr,
+            flush=True,
+        )
+    return rows
+
+
+def run(options: argparse.Namespace) -> None:
+    """All seeds of a part, ``--jobs`` at a time."""
+    from findings import estimates
+    from findings.parts import PARTS
+
+    part, folder = PARTS[options.part], pathlib.Path(options.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    place = {"model": options.model or part.model}
+    if options.device:
+        place["device"] = options.device
+    if options.corpus:
+        place["corpus"] = options.corpus
+    deadline = time.time() + 60 * options.minutes
+    seeds = [int(s) for s in options.seeds.split(",")] if options.seeds else list(part.seeds)
+    rows: list[dict[str, Any]] = []
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
+        running = [
+            pool.submit(_chain, options.part, seed, number, place, deadline, str(folder))
+            for seed in seeds
+            for number in range(len(part.chains(seed)))
+        ]
+        for done in as_completed(running):
+            rows += done.result()
+    estimates.write(folder / f"{options.part}.csv", rows)
+    if time.time() < deadline and not options.seeds:
+        for path in folder.glob(f".{options.part}-*.csv"):
+            path.unlink()
+
+
+def main() -> None:
+    """Parse and do."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    parser = argparse.ArgumentParser(prog="python -m findings", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    runs = commands.add_parser("run", help="Run a part and write its table.")
+    runs.add_argument("part")
+    runs.add_argument("--model", default="", help="Folder or file of the part's model.")
+    runs.add_argument("--corpus", default="")
+    runs.add_argument("--device", default="")
+    runs.add_argument("--seeds", default="", help="Some of the part's; empty = all.")
+    runs.add_argument("--jobs", type=int, default=2)
+    runs.add_argument("--minutes", type=float, default=1e6, help="Nothing begins later.")
+    runs.add_argument("--out", default=str(TABLES))
+    commands.add_parser("render", help="Write docs/findings.md and its figure.")
+    options = parser.parse_args()
+    if options.command == "run":
+        run(options)
+    else:
+        from findings.render import render
+
+        render()

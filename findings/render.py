@@ -1,0 +1,367 @@
+"""docs/findings.md from the tables: every number in it is computed here, none is typed.
+
+What is said follows from rules of docs/protocol.md: another table can turn a sentence round.
+"""
+
+from __future__ import annotations
+
+import math
+import pathlib
+from collections.abc import Iterator, Sequence
+
+from scipy import stats
+
+from findings.estimates import (
+    MEASURES,
+    Group,
+    Run,
+    excess_loss,
+    group,
+    paired,
+    pairs_needed,
+    read,
+    sham_of,
+    share_bounds,
+)
+from findings.figure import draw
+from findings.parts import PARTS
+from findings.protocol import PRESET, STRONG
+from healing.config.arm_tags import SHAM_ARM, arm_label
+from healing.measurements.recovery import IRREVERSIBLE_BELOW, REVERSIBLE_ABOVE
+from healing.statistics.intervals import Interval, t_interval
+from healing.statistics.paired_tests import holm_adjust
+
+ROOT = pathlib.Path(__file__).parents[1]
+TABLES = ROOT / "findings" / "tables"
+PAGE, FIGURE = ROOT / "docs" / "findings.md", ROOT / "docs" / "findings.png"
+SCRATCH_ARM = "reinitialised"
+TREATMENT = "haep"
+FINE_TUNING = ("random_tokens", "random_text")
+"""The controls of question 2."""
+MARGIN = 10.0
+
+
+def bounds(interval: Interval, digits: int = 0) -> str:
+    """``87 [83, 90]``; the mean alone where there are too few checkpoints."""
+    text = f"{interval.point:.{digits}f}"
+    if math.isnan(interval.low):
+        return text
+    return f"{text} [{interval.low:.{digits}f}, {interval.high:.{digits}f}]"
+
+
+def _count(own: Group) -> str:
+    """How many lie above 70 %, and what that says of others."""
+    k = own.above()
+    low, high = share_bounds(k, own.n, 0.90)  # one-sided 95 % each
+    bound = f"at least {low:.0f} %" if k == own.n else f"{low:.0f} to {high:.0f} %"
+    return f"{k} of {own.n} ({bound})"
+
+
+def beats_scratch(own: Group, scratch: Group | None) -> bool | None:
+    """Whether every checkpoint has a lower loss than the best run from scratch at equal tokens."""
+    if scratch is None:
+        return None
+    best = min(run.states[own.step]["loss"] for run in scratch.runs)
+    return all(run.states[own.step]["loss"] < best for run in own.runs)
+
+
+def verdict(own: Group, scratch: Group | None) -> str:
+    """By the rule of the protocol: interval and count and knowledge together."""
+    found, k = own.interval(), own.above()
+    if math.isnan(found.low) or own.n < 5:
+        return "no verdict: too few checkpoints"
+    above = found.low > REVERSIBLE_ABOVE and share_bounds(k, own.n, 0.90)[0] > 50
+    if above and beats_scratch(own, scratch) is not False:
+        return "heals"
+    low = sum(value < IRREVERSIBLE_BELOW for value in own.recoveries())
+    if found.high < IRREVERSIBLE_BELOW and share_bounds(low, own.n, 0.90)[0] > 50:
+        return "does not heal within this budget"
+    return "no verdict: neither under 20 nor over 70 % with certainty"
+
+
+def _arms(runs: Sequence[Run], model: str) -> list[str]:
+    part = next(p for p in PARTS.values() if p.model == model)
+    there = {r.arm for r in runs if r.model == model}
+    return [arm.name for arm in part.arms if arm.name in there]
+
+
+def _damage_table(runs: Sequence[Run], models: Sequence[str]) -> Iterator[str]:
+    yield "| model | arm | checkpoints | rank after the attack (healthy) | loss after (healthy) | steps | weight distance |"
+    yield "|---|---|---|---|---|---|---|"
+    for model in models:
+        for arm in _arms(runs, model):
+            own = group(runs, model, arm, STRONG, 0)
+            if own is None or arm == SHAM_ARM:
+                continue
+            steps = [int(run.facts["attack_steps"]) for run in own.runs]
+            distance = [float(run.facts["weight_change"]) for run in own.runs]
+            yield (
+                f"| {model} | {arm_label(arm)} | {own.n} | {own.mean('effective_rank'):.1f} "
+                f"({own.mean('effective_rank', -1):.1f}) | {own.mean('loss'):.1f} "
+                f"({own.mean('loss', -1):.2f}) | {min(steps)}–{max(steps)} | "
+                f"{min(distance):.2f}–{max(distance):.2f} |"
+            )
+
+
+def _recovery_table(runs: Sequence[Run], models: Sequence[str]) -> Iterator[str]:
+    yield (
+        "| model | arm | rank recovery % [95 %] | over 70 % (share of others) | loss above the sham's, "
+        "nats | accuracy % (sham) | by the protocol |"
+    )
+    yield "|---|---|---|---|---|---|---|"
+    for model in models:
+        last = _last(runs, model)
+        sham = sham_of(runs, model, STRONG, last)
+        scratch = group(runs, model, SCRATCH_ARM, STRONG, last)
+        for arm in _arms(runs, model):
+            own = group(runs, model, arm, STRONG, last)
+            if own is None or arm == SHAM_ARM:
+                continue
+            known = excess_loss(own, sham) if sham else None
+            shown = ["–", "–"] if arm == SCRATCH_ARM else [bounds(own.interval()), _count(own)]
+            reference = f"{sham.mean('accuracy'):.1f}" if sham else "–"
+            said = "yardstick" if arm == SCRATCH_ARM else verdict(own, scratch)
+            yield (
+                f"| {model} | {arm_label(arm)} | {shown[0]} | {shown[1]} | "
+                f"{bounds(known, 2) if known else '–'} | {own.mean('accuracy'):.1f} "
+                f"({reference}) | {said} |"
+            )
+
+
+def _last(runs: Sequence[Run], model: str) -> int:
+    return max(r.last for r in runs if r.model == model and r.healer == STRONG)
+
+
+def _budget_table(runs: Sequence[Run], models: Sequence[str]) -> Iterator[str]:
+    """Rank recovery of HAEP as a function of the budget and of the healer."""
+    for model in models:
+        part = next(p for p in PARTS.values() if p.model == model)
+        yield "| " + " | ".join([f"{model}: steps", *map(str, part.budgets)]) + " |"
+        yield "|---" * (1 + len(part.budgets)) + "|"
+        for arm in _arms(runs, model):
+            for healer in (STRONG, PRESET):
+                found = [group(runs, model, arm, healer, step) for step in part.budgets]
+                if arm in (SHAM_ARM, SCRATCH_ARM) or not all(found):
+                    continue
+                cells = [bounds(g.interval()) for g in found if g]
+                name = f"{arm_label(arm)}, {healer} healer"
+                yield "| " + " | ".join([name, *cells]) + " |"
+        yield ""
+
+
+def _contrasts(runs: Sequence[Run], models: Sequence[str]) -> Iterator[str]:
+    """HAEP minus each control, points of rank recovery, Holm over all of them."""
+    rows, values = [], []
+    for model in models:
+        part = next(p for p in PARTS.values() if p.model == model)
+        last = _last(runs, model)
+        for control in _arms(runs, model):
+            if control in (TREATMENT, SHAM_ARM, SCRATCH_ARM):
+                continue
+            for step in (part.steps // 4, last):
+                pair = [group(runs, model, arm, STRONG, step) for arm in (TREATMENT, control)]
+                if not all(pair):
+                    continue
+                differences = paired(*pair)  # type: ignore[arg-type]
+                found = t_interval(differences)
+                p = float(stats.ttest_1samp(differences, 0.0).pvalue) if len(differences) > 2 else 1
+                rows.append((model, control, step, differences, found))
+                values.append(p)
+    yield (
+        "| model | HAEP minus | step | difference, points [95 %] | pairs | p (Holm) | inside ± 10 | "
+        "pairs for ± 10 |"
+    )
+    yield "|---|---|---|---|---|---|---|---|"
+    for row, p in zip(rows, holm_adjust(values), strict=True):
+        model, control, step, differences, found = row
+        inside = found.low > -MARGIN and found.high < MARGIN
+        yield (
+            f"| {model} | {arm_label(control)} | {step} | {bounds(found, 1)} | {len(differences)} | "
+            f"{p:.2g} | {'yes' if inside else 'no'} | {pairs_needed(differences) or '–'} |"
+        )
+
+
+def _panel(runs: Sequence[Run], models: Sequence[str]) -> Iterator[str]:
+    """Every measure's mean recovery, HAEP and its controls, at the end of the budget."""
+    yield "| model | arm | " + " | ".join(MEASURES.values()) + " |"
+    yield "|---" * (2 + len(MEASURES)) + "|"
+    for model in models:
+        last = _last(runs, model)
+        for arm in _arms(runs, model):
+            own = group(runs, model, arm, STRONG, last)
+            if own is None or arm in (SHAM_ARM, SCRATCH_ARM):
+                continue
+            cells = [bounds(own.interval(measure)) for measure in MEASURES]
+            yield f"| {model} | {arm_label(arm)} | " + " | ".join(cells) + " |"
+
+
+def distance_correlation(runs: Sequence[Run], model: str) -> tuple[float, int]:
+    """Spearman's ρ of rank recovery and weight distance over all collapsed checkpoints, and n."""
+    last = _last(runs, model)
+    own = [
+        r
+        for r in runs
+        if r.model == model and r.healer == STRONG and r.arm not in (SHAM_ARM, SCRATCH_ARM)
+    ]
+    recovered = [r.recovery("effective_rank", last) for r in own]
+    distance = [float(r.facts["weight_change"]) for r in own]
+    return float(stats.spearmanr(distance, recovered).statistic), len(own)
+
+
+def disagreeing(runs: Sequence[Run], models: Sequence[str]) -> list[str]:
+    """Measures whose interval lies on the other side of 70 % than the primary one's, in words."""
+    found = []
+    for model in models:
+        own = group(runs, model, TREATMENT, STRONG, _last(runs, model))
+        if own is None or own.n < 3:
+            continue
+        primary = own.interval()
+        for measure, name in list(MEASURES.items())[1:]:
+            other = own.interval(measure)
+            turned = (primary.low > REVERSIBLE_ABOVE and other.high < REVERSIBLE_ABOVE) or (
+                primary.high < REVERSIBLE_ABOVE and other.low > REVERSIBLE_ABOVE
+            )
+            if turned:
+                found.append(f"{name} on {model}: {bounds(other)} %")
+    return found
+
+
+def answer(runs: Sequence[Run], models: Sequence[str]) -> str:
+    """The answer in a few sentences, as README and findings begin."""
+    said = []
+    for model in models:
+        part = next(p for p in PARTS.values() if p.model == model)
+        last = _last(runs, model)
+        own = group(runs, model, TREATMENT, STRONG, last)
+        sham = sham_of(runs, model, STRONG, last)
+        if own is None:
+            continue
+        first = group(runs, model, TREATMENT, STRONG, part.budgets[0])
+        preset = group(runs, model, TREATMENT, PRESET, part.budgets[0])
+        at_first = f", from {bounds(first.interval())} % after {first.step}" if first else ""
+        if preset:
+            at_first += f" ({bounds(preset.interval())} % with the preset's rate)"
+        loss = f", loss {bounds(excess_loss(own, sham), 2)} nats above the sham's" if sham else ""
+        said.append(
+            f"**{model}**: rank recovery {bounds(own.interval())} % after {last:,} steps "
+            f"({own.n} checkpoints, {own.above()} over 70 %){at_first}{loss}."
+        )
+    return "\n".join(f"* {sentence}" for sentence in said)
+
+
+def page(runs: Sequence[Run], models: Sequence[str]) -> str:
+    """The whole document."""
+    distances = [(model, *distance_correlation(runs, model)) for model in models]
+    apart = disagreeing(runs, models)
+    measures = (
+        "The measures disagree on what is healed: " + "; ".join(apart) + "."
+        if apart
+        else "No secondary measure puts HAEP on the other side of 70 % than the primary one."
+    )
+    far = "; ".join(f"{model} {rho:+.2f} ({n} checkpoints)" for model, rho, n in distances)
+    lines = [
+        "# Findings",
+        "",
+        "Written by `make findings` from `findings/tables/*.csv`: every number is computed, none is "
+        "typed. Protocol, fixed before: [protocol.md](protocol.md).",
+        "",
+        "## Answer",
+        "",
+        "Rank recovered by clean fine-tuning after HAEP, by the strongest healer that was tried:",
+        "",
+        answer(runs, models),
+        "",
+        measures,
+        "",
+        "![Rank recovery and loss above the sham's, against healing steps](findings.png)",
+        "",
+        "Each thin line is one checkpoint, each thick one the mean of an arm; dashed: 20 and 70 %.",
+        "",
+        "## What was done to the models",
+        "",
+        "All attacks stop at the first step at which the rank lies 35 % or more under the healthy one.",
+        "",
+        *_damage_table(runs, models),
+        "",
+        "## What came back at the end of the budget",
+        "",
+        *_recovery_table(runs, models),
+        "",
+        '"Over 70 %" counts checkpoints, with the share of other attacks that this allows (Clopper–'
+        "Pearson, 95 % one-sided each way). The sham is the healthy model through the same steps.",
+        "",
+        "## The verdict is the budget's and the healer's",
+        "",
+        *_budget_table(runs, models),
+        "## Is it HAEP?",
+        "",
+        *_contrasts(runs, models),
+        "",
+        f"Spearman's correlation of rank recovery with weight distance at the start, over all arms: {far}.",
+        "",
+        "## By other measures",
+        "",
+        *_panel(runs, models),
+        "",
+        *_conclusions(runs, models),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _conclusions(runs: Sequence[Run], models: Sequence[str]) -> Iterator[str]:
+    healed, open_, not_healed = [], [], []
+    for model in models:
+        last = _last(runs, model)
+        own = group(runs, model, TREATMENT, STRONG, last)
+        if own is None:
+            continue
+        said = verdict(own, group(runs, model, SCRATCH_ARM, STRONG, last))
+        place = {"heals": healed, "does not heal within this budget": not_healed}.get(said, open_)
+        place.append(f"{model} ({said})" if place is open_ else model)
+    yield "## What holds, and what does not"
+    yield ""
+    if healed:
+        yield (
+            f"* HAEP's collapse is reversible on {', '.join(healed)} by the protocol's rule, rank and "
+            'knowledge together. "Irreversible" from a short or weak healing was the healer\'s.'
+        )
+    if not_healed:
+        yield f"* Not healed within the budget: {', '.join(not_healed)}. More tokens may change that."
+    if open_:
+        yield f"* Undecided: {', '.join(open_)}."
+    yield (
+        "* Whether HAEP differs from the same fine-tuning without its idea is the table of differences "
+        "above: only a Holm-adjusted p under 0.05 against *both* would say that its catalyst matters to "
+        "healing."
+    )
+    yield (
+        "* Equal rank is not equal damage: arms that reach it by another road start from another loss "
+        "and another distance."
+    )
+    yield ""
+    yield "## What would change our mind"
+    yield ""
+    yield (
+        "A longer budget under which the plateau stays below 70 %; a healer that is stronger still; a "
+        "model of another size, text or tokenizer that stays collapsed; an attack that goes deeper. The "
+        "intervals speak of other attack seeds on these models, one probe and one corpus each."
+    )
+
+
+def load(folder: pathlib.Path = TABLES) -> tuple[list[Run], list[str]]:
+    """Runs of all tables that are there, and the models in the protocol's order."""
+    runs: list[Run] = []
+    for name in PARTS:
+        path = folder / f"{name}.csv"
+        if path.exists():
+            runs += read(path)
+    there = {run.model for run in runs}
+    return runs, [part.model for part in PARTS.values() if part.model in there]
+
+
+def render(folder: pathlib.Path = TABLES, page_path: pathlib.Path = PAGE) -> None:
+    """Write the page and its figure beside it."""
+    runs, models = load(folder)
+    page_path.write_text(page(runs, models), encoding="utf-8")
+    draw(runs, models, page_path.with_name(FIGURE.name))

@@ -1,0 +1,90 @@
+"""Where a healer is found: a file, a tune run, or one that is included."""
+
+from __future__ import annotations
+
+import pathlib
+
+from healing.config.heal import HealConfig
+from healing.config.healer import HEALER_NAME, INCLUDED, Healer, included_healers
+from healing.config.presets import model_label
+from healing.config.sweep import SweepConfig
+from healing.errors import ConfigError, TrackingError
+from healing.tracking.run_files import read_json
+from healing.tracking.store import Store
+
+
+def find_healer(source: str, store: Store) -> Healer:
+    """The healer that ``--healer`` names.
+
+    Args:
+        source: Name of an included one, path or MLflow URI of a file, or id of a tune run.
+        store: Where runs are.
+
+    Raises:
+        ConfigError: It is none of these, or the file is no healer.
+        TrackingError: The store cannot be reached.
+    """
+    path = _path_of(source, store)
+    try:
+        entries = read_json(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--healer {source} cannot be read ({error}): name another") from error
+    return Healer.of(entries, source)
+
+
+def _path_of(source: str, store: Store) -> pathlib.Path:
+    if source in included_healers():
+        return INCLUDED / f"{source}.json"
+    path = pathlib.Path(source).expanduser()
+    if path.is_file() or (source.endswith(".json") and ":/" not in source):
+        return path
+    uri = source if ":/" in source else f"runs:/{source}/{HEALER_NAME}"
+    try:
+        return store.download(uri)
+    except TrackingError as error:
+        known = ", ".join(included_healers())
+        raise ConfigError(
+            f"--healer {source} is no file, no tune run with a {HEALER_NAME} ({error})"
+            + (f", and none of those included ({known})" if known else "")
+        ) from error
+
+
+def with_healer(config: HealConfig, store: Store) -> tuple[HealConfig, Healer | None]:
+    """A healing configuration with the settings of the healer that it names, and the healer.
+
+    Raises:
+        ConfigError: There is no such healer, or a setting that was given contradicts it.
+    """
+    if not config.healer:
+        return config, None
+    healer = find_healer(config.healer, store)
+    return healer.applied(config), healer
+
+
+def healers_of(config: SweepConfig, store: Store) -> dict[str, tuple[str, Healer]]:
+    """Label of a model → its healer as it was named, and itself; empty where none is named.
+
+    Raises:
+        ConfigError: One cannot be had, two are for one model, a model has none or one has no model,
+            or a seed was used to select one.
+    """
+    found: dict[str, tuple[str, Healer]] = {}
+    seeds = {
+        model_label(model, config.revision, config.deduped): own
+        for model, own in config.seeds_by_model().items()
+    }
+    for source in config.healer_list():
+        healer = find_healer(source, store)
+        label = healer.model
+        if label in found or label not in seeds:
+            why = "two are" if label in found else "one is"
+            raise ConfigError(f"--healer {config.healer}: {why} for {label}; name one per model")
+        healer.check_use(source, label, seeds[label])
+        found[label] = (source, healer)
+    without = [label for label in seeds if label not in found]
+    if found and without:
+        raise ConfigError(
+            f"--healer {config.healer} has none for {', '.join(without)}: tune one, or leave the "
+            "model out of --models"
+        )
+    return found

@@ -1,0 +1,147 @@
+"""Findings: estimates against values by hand, runs that go on, the committed page."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+from scipy import stats
+
+ROOT = pathlib.Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # like benchmarks, findings is no installed package
+
+from findings import estimates, render  # noqa: E402
+from findings.parts import PARTS  # noqa: E402
+from findings.protocol import STRONG, Arm, Part  # noqa: E402
+from findings.runs import COLUMNS, chain_rows  # noqa: E402
+
+
+def row(**values: object) -> dict[str, object]:
+    plain = dict.fromkeys(COLUMNS, "")
+    numbers = dict.fromkeys(
+        ("last_block_rank", "min_block_rank", "participation_ratio", "accuracy", "tokens"), 1.0
+    )
+    facts = {"model": "nano", "arm": "haep", "seed": 0, "healer": STRONG, "status": "ok"}
+    return {**plain, **numbers, **facts, "weight_change": 0.5, "attack_steps": 3, **values}
+
+
+def trajectory(rank: float, loss: float, **facts: object) -> list[dict[str, object]]:
+    """Healthy 40 and 3 nats, collapsed 20 and 13, at step 60 as given."""
+    states = ((-1, 40.0, 3.0), (0, 20.0, 13.0), (60, rank, loss))
+    ranks = ("effective_rank", "last_block_rank", "min_block_rank", "participation_ratio")
+    return [row(step=s, loss=x, **dict.fromkeys(ranks, r), **facts) for s, r, x in states]
+
+
+@pytest.fixture
+def table(tmp_path: pathlib.Path) -> pathlib.Path:
+    """Ten checkpoints whose rank comes back by 80, 81 … 89 %; each control two points less."""
+    rows = trajectory(39.0, 3.5, arm="none")
+    for seed in range(10):
+        facts = {"seed": seed, "weight_change": 0.4 + 0.01 * seed}
+        loss = 4.0 + 0.01 * seed
+        rows += trajectory(36.0 + 0.2 * seed, loss, **facts)
+        # The difference itself differs, by turns.
+        rows += trajectory(
+            35.6 + 0.2 * seed + 0.1 * (-1) ** seed, loss, arm="random_tokens", **facts
+        )
+    path = tmp_path / "nano.csv"
+    estimates.write(path, rows)
+    return path
+
+
+def test_recoveries_counts_and_intervals_by_hand(table):
+    runs = estimates.read(table)
+    own = estimates.group(runs, "nano", "haep", STRONG, 60)
+    assert own is not None
+    assert own.recoveries() == pytest.approx([80.0 + i for i in range(10)])
+    found, values = own.interval(), np.arange(80.0, 90.0)
+    expected = stats.t.interval(0.95, 9, values.mean(), stats.sem(values))
+    assert (found.low, found.high) == pytest.approx(expected)
+    assert own.above() == 10
+    # 10 of 10: the share p with p^10 = 0.05.
+    assert estimates.share_bounds(10, 10, 0.90)[0] == pytest.approx(100 * 0.05**0.1)
+    sham = estimates.sham_of(runs, "nano", STRONG, 60)
+    assert estimates.excess_loss(own, sham).point == pytest.approx(0.545)
+    control = estimates.group(runs, "nano", "random_tokens", STRONG, 60)
+    assert estimates.paired(own, control) == pytest.approx([1.5, 2.5] * 5)
+    assert own.runs[0].reduction == 50.0
+
+
+def test_pairs_needed_give_the_width_that_is_asked_for():
+    differences = [0.0, 10.0, 20.0, 30.0]
+    n = estimates.pairs_needed(differences)
+    spread = np.std(differences, ddof=1)
+
+    def half_width(pairs: int) -> float:
+        return stats.t.ppf(0.975, pairs - 1) * spread / np.sqrt(pairs)
+
+    assert half_width(n) <= 10.0 < half_width(n - 1)
+
+
+@pytest.mark.parametrize(
+    ("rank", "scratch_loss", "said"),
+    [
+        (38.0, 6.0, "heals"),
+        (38.0, 3.9, "no verdict"),  # learning from scratch knows more
+        (20.5, 6.0, "does not heal within this budget"),
+        (30.0, 6.0, "no verdict"),
+    ],
+)
+def test_verdict_needs_rank_and_knowledge(tmp_path, rank, scratch_loss, said):
+    rows = trajectory(38.0, scratch_loss, arm=render.SCRATCH_ARM)
+    for seed in range(10):
+        rows += trajectory(rank + 0.01 * seed, 4.0, seed=seed)
+    estimates.write(tmp_path / "t.csv", rows)
+    runs = estimates.read(tmp_path / "t.csv")
+    own = estimates.group(runs, "nano", "haep", STRONG, 60)
+    scratch = estimates.group(runs, "nano", render.SCRATCH_ARM, STRONG, 60)
+    assert render.verdict(own, scratch).startswith(said)
+
+
+def test_a_page_is_written_from_its_table_alone_and_twice_alike(table, tmp_path):
+    pages = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        render.render(table.parent, tmp_path / name / "findings.md")
+        pages.append([p.read_bytes() for p in sorted((tmp_path / name).iterdir())])
+    assert pages[0] == pages[1]
+    text = pages[0][0].decode()
+    assert "rank recovery 84 [82, 87] % after 60 steps (10 checkpoints, 10 over 70 %)" in text
+
+
+def test_the_committed_page_is_what_the_committed_tables_give(tmp_path):
+    if not list(render.TABLES.glob("*.csv")):
+        pytest.skip("no table is committed")
+    render.render(page_path=tmp_path / "findings.md")
+    assert (tmp_path / "findings.md").read_text() == render.PAGE.read_text()
+
+
+@pytest.mark.slow
+def test_a_stopped_part_goes_on_and_equal_collapse_is_equal(tmp_path):
+    small = dataclasses.replace(
+        PARTS["nano"],
+        arms=(Arm("haep"), Arm("random_tokens", healers=(STRONG, "preset"))),
+        seeds=(7,),
+        steps=4,
+        interval=2,
+    )
+    chains = small.chains(7)
+    assert [[arm.name for arm in chain] for chain in chains] == [["haep"], ["random_tokens"]]
+    place = {"model": "nano"}
+    (found,) = chain_rows(small, chains[0], 7, "nano", **place)
+    assert [r["step"] for r in found] == [-1, 0, 2, 4]
+    assert not list(chain_rows(small, chains[0], 7, "nano", done={("haep", STRONG)}, **place))
+    (left,) = chain_rows(small, chains[1], 7, "nano", done={("random_tokens", STRONG)}, **place)
+    assert {r["healer"] for r in left} == {"preset"}
+    for rows in (found, left):
+        healthy, collapsed = (float(rows[i]["effective_rank"]) for i in (0, 1))
+        # The first step at which 35 % are gone: a little more than that, whatever the arm.
+        assert 0.55 * healthy < collapsed <= 0.65 * healthy
+
+
+def test_what_is_matched_runs_with_its_reference():
+    part = Part("x", (Arm("a"), Arm("b", reference="a"), Arm("c")), (0,), {}, 1, 1)
+    assert [[arm.name for arm in chain] for chain in part.chains(0)] == [["a", "b"], ["c"]]
