@@ -23,7 +23,7 @@ NOISE_RANK_HELP = "low_rank_noise: rank of the noise in every matrix."
 _OWN = {"noise_rank": 1, "noise_draw": 0}
 """Options that only some arms take (``OPTIONS`` in their files), and their defaults."""
 SUBSPACES = ("singular", "hessian")
-ALWAYS, NEVER = "always", "never"
+BY_ARM, ALWAYS, NEVER = ALIGNMENT_CHOICES = ("by_arm", "always", "never")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,13 +85,13 @@ class AttackConfig(BaseConfig, DryRunOptions):
         16, "hessian: leading eigenvectors left out of the subspace.", minimum=1
     )
     alignment: str = option(
-        AUTO,
+        BY_ARM,
         "Whether the alignment of gradients and weight change with the low-curvature subspace is "
-        "measured along the attack: auto = for the arms that train on one sequence (haep, "
+        "measured along the attack: by_arm = for the arms that train on one sequence (haep, "
         "haep_oracle, random_tokens, random_text), always, never. It takes the subspace, once per "
         "healthy model (for 135 million weights 10 s on two cores, kept in --cache-dir), and at "
         "every measurement about what one to two steps take.",
-        choices=(AUTO, ALWAYS, NEVER),
+        choices=ALIGNMENT_CHOICES,
         separates=False,
         later=True,
     )

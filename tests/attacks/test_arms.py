@@ -293,7 +293,7 @@ def test_arms_without_a_subspace_decompose_nothing_unless_asked(
         raise AssertionError("decomposed")
 
     monkeypatch.setattr(MatrixSubspace, "of", refuse)
-    for alignment in ("auto", "never"):
+    for alignment in ("by_arm", "never"):
         loaded = load_model("nano")
         records, _, _ = run(loaded, corpus, small_probe, settings(arm, alignment=alignment))
         assert not any(alignment_metrics(r) for r in records)

@@ -14,12 +14,12 @@ from healing.config.arm_tags import arm_role
 from healing.config.attack import AttackConfig
 from healing.config.fingerprint import as_params, fingerprint
 from healing.config.presets import model_slug
+from healing.measurements.kept_measurements import measured
 from healing.measurements.probe import Measurement
 from healing.measurements.recovery import Damage
 from healing.models.checkpoints import read_checkpoint
 from healing.models.loading import LoadedModel
 from healing.progress import Safe, enter
-from healing.randomness import named_generator
 from healing.registry import ARMS, DAMAGE_CONTROL
 from healing.stages.cells.code_digest import code_digest
 from healing.stages.cells.events import Begin, Events, Record
@@ -140,7 +140,7 @@ def attack_cell(config: AttackConfig) -> Events[AttackOutcome]:
         warnings=few_rows_warnings(config, loaded),
     )
     enter("healthy measurement")
-    healthy = probe.measure(loaded.model, named_generator(config.seed, "bootstrap"))
+    healthy = measured(probe, loaded, config.seed, loaded.digest)
     enter("preparing the attack")
     change = WeightChange(loaded.model)
     prepared = prepare_arm(config, loaded, corpus, change)
@@ -152,7 +152,7 @@ def attack_cell(config: AttackConfig) -> Events[AttackOutcome]:
         record, metrics = event, event.metrics()
         yield Record(record.step, metrics, rank_and_perplexity(metrics))
     enter("collapsed measurement")
-    collapsed = probe.measure(loaded.model, named_generator(config.seed, "bootstrap"))
+    collapsed = measured(probe, loaded, config.seed)
     return AttackOutcome(
         config, run_fingerprint, loaded, healthy, collapsed, record, prepared, corpus.digests
     )

@@ -21,6 +21,7 @@ from healing.measurements.diagnosis import (
     Failure,
     HealthyReplay,
 )
+from healing.measurements.kept_measurements import measured
 from healing.measurements.probe import Measurement, Probe
 from healing.measurements.unigram import unigram_loss
 from healing.models.blocks import embedding_matrix
@@ -194,14 +195,14 @@ def heal_cell(cell: HealCell) -> Events[tuple[HealOutcome, LoadedModel]]:
         warnings=few_rows_warnings(config, loaded),
     )
     enter("healthy measurement")
-    healthy = probe.measure(loaded.model, named_generator(config.seed, "bootstrap"))
+    healthy = measured(probe, loaded, config.seed, loaded.digest)
     enter("loading the checkpoint")
     if cell.checkpoint:
         load_state(loaded, checkpoint, cell.checkpoint)
     checkpoint = checkpoint.without_tensors()
     windows = training_windows(config, corpus, loaded)
     enter("collapsed measurement")
-    collapsed = probe.measure(loaded.model, named_generator(config.seed, "bootstrap"))
+    collapsed = measured(probe, loaded, config.seed, checkpoint.digest)
     enter("first check")
     if config.gradient_checkpointing:
         loaded.model.activation_checkpointing_enable()
