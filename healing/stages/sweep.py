@@ -255,16 +255,28 @@ def basin_sentences(results: Sequence[CellResult]) -> list[str]:
             groups.setdefault(key, []).append(result.basin)
     lines = []
     for (model, arm), views in groups.items():
-        answers = [view.tags["collapsed_is_minimum"] for view in views]
-        counts = ", ".join(f"{a} in {answers.count(a)}" for a in dict.fromkeys(answers))
+        counts, healthy = (
+            _counted([view.tags[f"{state}_is_minimum"] for view in views])
+            for state in ("collapsed", "healthy")
+        )
+        gain = [view.metrics.get("basin/collapsed/least_gain", math.nan) for view in views]
+        fall, own = (
+            [view.metrics.get(f"basin/{s}/best_probe_loss_drop", math.nan) for view in views]
+            for s in ("collapsed", "healthy")
+        )
         cosine = [view.metrics.get("basin/return_cosine", math.nan) for view in views]
         climb = [view.metrics.get("basin/climb/collapsed_healed", math.nan) for view in views]
         lines.append(
-            f"{model} {arm}: collapsed state a minimum? {counts} of {len(views)}; climb on the "
-            f"straight path collapsed → healed {_range(climb)} nats; cos(healing, −attack) "
-            f"{_range(cosine)}."
+            f"{model} {arm}: collapsed state a minimum? {counts} of {len(views)} (healthy: "
+            f"{healthy}); a step along the gradient gains at least {_range(gain)} nats, descent on "
+            f"held-out text {_range(fall)} (healthy: {_range(own)}); climb on the straight path "
+            f"collapsed → healed {_range(climb)} nats; cos(healing, −attack) {_range(cosine)}."
         )
     return lines
+
+
+def _counted(answers: Sequence[str]) -> str:
+    return ", ".join(f"{answer} in {answers.count(answer)}" for answer in dict.fromkeys(answers))
 
 
 def _range(values: Sequence[float]) -> str:

@@ -20,7 +20,7 @@ from healing.measurements.recovery import Damage
 from healing.models.checkpoints import read_checkpoint
 from healing.models.loading import LoadedModel
 from healing.progress import Safe, enter
-from healing.registry import ARMS, DAMAGE_CONTROL
+from healing.registry import ARMS, DAMAGE_CONTROL, HEALTHY
 from healing.stages.cells.code_digest import code_digest
 from healing.stages.cells.events import Begin, Events, Record
 from healing.stages.cells.inputs import (
@@ -140,6 +140,7 @@ def attack_cell(config: AttackConfig) -> Events[AttackOutcome]:
         warnings=few_rows_warnings(config, loaded),
     )
     enter("healthy measurement")
+    probe = probe.remembering(HEALTHY, loaded.model)
     healthy = measured(probe, loaded, config.seed, loaded.digest)
     enter("preparing the attack")
     change = WeightChange(loaded.model)

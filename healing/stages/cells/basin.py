@@ -17,7 +17,7 @@ from healing.config.fingerprint import as_params, fingerprint
 from healing.config.options import AUTO
 from healing.config.presets import model_slug
 from healing.config.shared import BaseConfig
-from healing.curvature.escape import escape
+from healing.curvature.escape import Direction, escape
 from healing.curvature.flat_weights import put_weights, weights_of
 from healing.curvature.gradient_noise import gradient_statistics
 from healing.curvature.hessian import HessianOperator
@@ -128,8 +128,10 @@ def _operator(loaded: LoadedModel, windows: Tensor) -> HessianOperator:
 
 def _spectrum(
     config: BasinConfig, operator: HessianOperator, part: Part
-) -> Generator[Safe, None, tuple[Curvature, SpectralDensity]]:
-    """Extreme eigenvalues, and the density from the search's own probe and further ones."""
+) -> Generator[Safe, None, tuple[Curvature, Direction | None, SpectralDensity]]:
+    """Extreme eigenvalues, the direction of the lowest where it is negative, and the density from
+    the search's own probe and further ones.
+    """
     enter("eigenvalues")
     with operator.retained_graphs():
         found = lanczos(
@@ -157,7 +159,10 @@ def _spectrum(
         found.status.value,
         found.products,
     )
-    return curvature, density.with_probe(found.nodes, found.weights)
+    lowest = None
+    if curvature.is_negative:
+        lowest = Direction(curvature.smallest[0], found.smallest.vectors[:, 0])
+    return curvature, lowest, density.with_probe(found.nodes, found.weights)
 
 
 def examine(
@@ -172,29 +177,32 @@ def examine(
     The random streams are the same for every state, so that states are compared pairwise.
     """
     count = config.curvature_tokens // windows.shape[1]
-    batches = gradient_batches(windows, config.gradient_batches, count)
+    batches = [
+        _operator(loaded, batch)
+        for batch in gradient_batches(windows, config.gradient_batches, count)
+    ]
     enter("gradient")
-    counted_batches = counted(batches, len(batches))
-    gradients = gradient_statistics([_operator(loaded, b).gradient() for b in counted_batches])
+    gradients = gradient_statistics([b.gradient() for b in counted(batches, len(batches))])
     yield part("gradient")
     fixed = curvature_batch(windows, count)
     operator = _operator(loaded, fixed)
-    curvature, density = yield from _spectrum(config, operator, part)
-    top = curvature.largest[0]
+    curvature, lowest, density = yield from _spectrum(config, operator, part)
     enter("escape")
     left = escape(
         loaded.model,
         functools.partial(Probe(fixed).loss, loaded.model),
-        functools.partial(probe.loss, loaded.model),
-        operator.gradient,
+        functools.partial(probe.window_losses, loaded.model),
+        # A fresh batch at every step: descent on one alone fits that one.
+        lambda step: batches[step % len(batches)].gradient(),
         named_generator(int(config.seed), "basin-escape"),
-        step_size=1 / top if top > 0 else math.nan,
+        step_size=1 / curvature.steepness if curvature.steepness > 0 else math.nan,
         steps=config.escape_steps,
         radius=config.perturbation_radius,
         perturbations=config.perturbations,
+        lowest=lowest,
     )
     yield part("escape")
-    evidence = Evidence(gradients, curvature, left, config.curvature_tolerance)
+    evidence = Evidence(gradients, curvature, left)
     return StateReport(evidence, is_minimum(evidence), density)
 
 
