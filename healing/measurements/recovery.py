@@ -8,7 +8,15 @@ from enum import StrEnum
 
 IRREVERSIBLE_BELOW, REVERSIBLE_ABOVE = 20.0, 70.0
 """Recovery in percent that separates the verdicts: of a run by its recovery, of a group by the
-interval of its mean. Every text and figure takes them from here."""
+interval of its mean and the count of its checkpoints. Every text and figure takes them from here.
+"""
+
+FURTHER_BELOW = -IRREVERSIBLE_BELOW
+"""Recovery in percent under which the damage grew: as far on the other side of 0 as what still
+counts as no recovery."""
+
+UNHEALED, HEALED = 0.0, 100.0
+"""Recovery in percent of the collapsed and of the healthy state."""
 
 
 class Verdict(StrEnum):
@@ -17,6 +25,8 @@ class Verdict(StrEnum):
     IRREVERSIBLE = "irreversible pathology"
     REVERSIBLE = "acute structural failure"
     PARTIAL = "partial"
+    FURTHER = "further collapse"
+    TOO_FEW = "too few checkpoints"
     INCONCLUSIVE = "inconclusive"
     UNDEFINED = "undefined"
 
@@ -27,7 +37,9 @@ class Verdict(StrEnum):
             Verdict.IRREVERSIBLE: "does not heal within this budget",
             Verdict.REVERSIBLE: "heals",
             Verdict.PARTIAL: "heals in part",
-            Verdict.INCONCLUSIVE: "the interval allows more than one verdict, or there is none",
+            Verdict.FURTHER: "moves further away from healthy while it is trained",
+            Verdict.TOO_FEW: "the checkpoints are counted, and decide nothing about others",
+            Verdict.INCONCLUSIVE: "interval and count allow more than one verdict",
             Verdict.UNDEFINED: "the attack did not change the measure, so nothing can recover",
         }[self]
 
@@ -37,7 +49,7 @@ class Verdict(StrEnum):
         return f"{self.value} ({self.meaning})" if self is Verdict.REVERSIBLE else self.value
 
 
-DECIDED = (Verdict.REVERSIBLE, Verdict.IRREVERSIBLE, Verdict.PARTIAL)
+DECIDED = (Verdict.REVERSIBLE, Verdict.IRREVERSIBLE, Verdict.PARTIAL, Verdict.FURTHER)
 """Verdicts that say something about the damage."""
 
 RELATIVE_CHANGE = 0.05
@@ -82,11 +94,14 @@ def ppl_improvement_pct(now: float, collapsed: float) -> float:
 
 
 def verdict_of(recovery: float) -> Verdict:
-    """Irreversible below :data:`IRREVERSIBLE_BELOW`, reversible above :data:`REVERSIBLE_ABOVE`,
-    partial between and on them; undefined for NaN.
+    """Further collapse below :data:`FURTHER_BELOW`, irreversible from there to below
+    :data:`IRREVERSIBLE_BELOW`, reversible above :data:`REVERSIBLE_ABOVE`, partial between and on
+    them; undefined for NaN.
     """
     if math.isnan(recovery):
         return Verdict.UNDEFINED
+    if recovery < FURTHER_BELOW:
+        return Verdict.FURTHER
     if recovery < IRREVERSIBLE_BELOW:
         return Verdict.IRREVERSIBLE
     return Verdict.REVERSIBLE if recovery > REVERSIBLE_ABOVE else Verdict.PARTIAL

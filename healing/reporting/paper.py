@@ -229,6 +229,8 @@ CLAIMS = {
         r"Recovery is \emph{partial}: the collapse is neither irreversible within this budget nor "
         r"does it heal"
     ),
+    Verdict.FURTHER: (r"The collapse \emph{goes further} under fine-tuning within this budget"),
+    Verdict.TOO_FEW: (r"There are \emph{too few checkpoints} for a verdict"),
     Verdict.INCONCLUSIVE: (
         r"The data are \emph{inconclusive}: neither irreversibility nor healing is established"
     ),

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from healing.measurements.recovery import (
     DECIDED,
+    FURTHER_BELOW,
     IRREVERSIBLE_BELOW,
     REVERSIBLE_ABOVE,
     Verdict,
@@ -14,14 +15,17 @@ from healing.measurements.recovery import (
 from healing.registry import TREATMENT
 from healing.statistics.checkpoint_estimates import Asymptotes, VerdictPlan
 from healing.statistics.heal_runs import UNIGRAM
-from healing.statistics.intervals import MIN_CHECKPOINTS, Interval
+from healing.statistics.intervals import Interval
 from healing.statistics.summary import GroupSummary, Summary
+from healing.statistics.verdicts import MIN_VERDICT_CHECKPOINTS, GroupVerdict, Open
 
 RANK, LOSS = "rank_recovery_pct", "loss_recovery_pct"
 VERDICT_NAMES = {
     Verdict.IRREVERSIBLE: "Irreversible Pathology",
     Verdict.REVERSIBLE: "Acute Structural Failure",
     Verdict.PARTIAL: "Partial Recovery",
+    Verdict.FURTHER: "Further Collapse",
+    Verdict.TOO_FEW: "Too Few Checkpoints",
     Verdict.INCONCLUSIVE: "Inconclusive",
     Verdict.UNDEFINED: "Undefined",
 }
@@ -97,14 +101,66 @@ def group_estimate(group: GroupSummary, endpoint: str) -> str:
     return text
 
 
-def _inconclusive_because(interval: Interval) -> str:
-    if not interval.defined:
-        if interval.n < MIN_CHECKPOINTS:
-            return f"an interval takes at least {MIN_CHECKPOINTS} checkpoints"
-        return "the checkpoints do not differ, so that their spread gives no interval"
+ZONE_NAMES = {
+    Verdict.FURTHER: f"under {FURTHER_BELOW:g} %",
+    Verdict.IRREVERSIBLE: f"under {IRREVERSIBLE_BELOW:g} %",
+    Verdict.PARTIAL: f"between {IRREVERSIBLE_BELOW:g} and {REVERSIBLE_ABOVE:g} %",
+    Verdict.REVERSIBLE: f"over {REVERSIBLE_ABOVE:g} %",
+}
+"""Where a checkpoint's recovery lies."""
+
+
+def percent(share: float) -> str:
+    """A share as ``63 %``; not rounded to nothing or everything."""
+    value = 100.0 * share
+    return f"{value:.0f} %" if 1.0 <= value <= 99.0 else f"{value:.2g} %"
+
+
+def count_sentence(found: GroupVerdict) -> str:
+    """What the count of checkpoints carries: ``3 of 3 checkpoints under (threshold): up to 63 % of
+    others may do otherwise (one-sided 95 %, Clopper–Pearson)``.
+    """
+    if found.side is None:
+        return ""
+    noun = "checkpoint" if found.n == 1 else "checkpoints"
+    others = (
+        f"up to {percent(found.others_at_most)} of others may do otherwise (one-sided "
+        f"{100 * found.interval.confidence:g} %, Clopper–Pearson)"
+    )
+    if found.n_on_side == found.n:
+        return f"{found.n} of {found.n} {noun} {ZONE_NAMES[found.side]}: {others}"
+    split = ", ".join(f"{n} {ZONE_NAMES[v]}" for v, n in found.counts.items())
+    return f"of {found.n} {noun} {split}"
+
+
+def _open_because(found: GroupVerdict) -> str:
+    """Why a group has no verdict, without a full stop."""
+    if found.why_open == Open.TOO_FEW:
+        return f"a verdict takes at least {MIN_VERDICT_CHECKPOINTS} checkpoints"
+    assert found.side is not None, "a group without a defined recovery is undefined"
+    if found.why_open == Open.COUNT:
+        needed = "" if found.n_needed is None else f"; {found.n_needed} that agree would decide"
+        return (
+            f"were these to do the opposite, the mean would be {found.worst_mean:.1f} %, no longer "
+            f"{ZONE_NAMES[found.side]}{needed}"
+        )
+    if found.why_open == Open.SPLIT:
+        return (
+            f"the checkpoints split: {found.n_on_side} of {found.n} are "
+            f"{ZONE_NAMES[found.side]}, and with as many others as that allows the mean would be "
+            f"{found.worst_mean:.1f} %"
+        )
+    if found.why_open == Open.MISSING:
+        what = count_text(found.n_missing, "checkpoint")
+        return (
+            f"{what} that {'was' if found.n_missing == 1 else 'were'} damaged and "
+            f"{_has(found.n_missing)} no recovery would overturn “{ZONE_NAMES[found.side]}” in the "
+            "worst case"
+        )
+    interval = found.interval
     crossed = [
         f"{t:g} %"
-        for t in (IRREVERSIBLE_BELOW, REVERSIBLE_ABOVE)
+        for t in (FURTHER_BELOW, IRREVERSIBLE_BELOW, REVERSIBLE_ABOVE)
         if interval.low <= t <= interval.high
     ]
     return f"the interval holds the threshold{'s' * (len(crossed) > 1)} {' and '.join(crossed)}"
@@ -127,23 +183,21 @@ def healer_note(summary: Summary) -> str:
 
 def verdict_reason(group: GroupSummary) -> str:
     """Why the verdict on rank recovery is what it is: one sentence without its full stop."""
-    interval, steps = group.intervals[RANK], budget(group)
-    within = "" if steps is None else f" after {count_text(steps, 'healing step')}"
-    estimate = estimate_text(interval, group.undefined_checkpoints(RANK))
-    mean = f"mean rank recovery{within} is {estimate}"
-    if group.verdict == Verdict.IRREVERSIBLE:
-        return f"{mean}; its upper bound lies under {IRREVERSIBLE_BELOW:g} %"
-    if group.verdict == Verdict.REVERSIBLE:
-        return f"{mean}; its lower bound lies over {REVERSIBLE_ABOVE:g} %: the damage heals"
-    if group.verdict == Verdict.PARTIAL:
-        zone = f"{IRREVERSIBLE_BELOW:g} and {REVERSIBLE_ABOVE:g} %"
-        return f"{mean}; the whole interval lies between {zone}"
-    if group.verdict == Verdict.UNDEFINED:
+    found, steps = group.verdicts[RANK], budget(group)
+    if found.verdict == Verdict.UNDEFINED:
         return (
             f"{group.n_undefined} of {count_text(group.n_runs, 'run')} {_has(group.n_undefined)} "
             "no defined rank recovery"
         )
-    return f"{mean}; {_inconclusive_because(interval)}"
+    within = "" if steps is None else f" after {count_text(steps, 'healing step')}"
+    estimate = estimate_text(group.intervals[RANK], group.undefined_checkpoints(RANK))
+    reason = f"mean rank recovery{within} is {estimate}; {count_sentence(found)}"
+    if found.verdict in DECIDED:
+        return (
+            f"{reason}; were these to do the opposite, the mean would still be "
+            f"{found.worst_mean:.1f} %"
+        )
+    return f"{reason}; {_open_because(found)}"
 
 
 def _has(n: int) -> str:

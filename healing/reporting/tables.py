@@ -14,7 +14,12 @@ from healing.measurements.diagnosis import (
     NONFINITE_STEPS,
     OPTIMISER_ARTIFACT,
 )
-from healing.measurements.recovery import IRREVERSIBLE_BELOW, REVERSIBLE_ABOVE, Verdict
+from healing.measurements.recovery import (
+    FURTHER_BELOW,
+    IRREVERSIBLE_BELOW,
+    REVERSIBLE_ABOVE,
+    Verdict,
+)
 from healing.registry import SHAM
 from healing.reporting.escaping import one_line
 from healing.reporting.phrases import (
@@ -43,12 +48,13 @@ STATUS_LABELS = {
 }
 """What the tables say of runs that are not simply ``ok``."""
 VERDICT_MEANING = (
-    f"Verdict by the interval of rank recovery: lower bound over {REVERSIBLE_ABOVE:g} % is "
-    f"*{Verdict.REVERSIBLE}* (it heals), upper bound under {IRREVERSIBLE_BELOW:g} % is "
-    f"*{Verdict.IRREVERSIBLE}* within this budget, an interval inside "
-    f"{IRREVERSIBLE_BELOW:g}–{REVERSIBLE_ABOVE:g} % is *{Verdict.PARTIAL}*, anything else "
-    f"*{Verdict.INCONCLUSIVE}*; *{Verdict.UNDEFINED}* where the attack did not change the rank "
-    "measurably."
+    f"Verdict by rank recovery within this budget: *{Verdict.REVERSIBLE}* (it heals) over "
+    f"{REVERSIBLE_ABOVE:g} %, *{Verdict.IRREVERSIBLE}* under {IRREVERSIBLE_BELOW:g} %, "
+    f"*{Verdict.PARTIAL}* between, *{Verdict.FURTHER}* under {FURTHER_BELOW:g} %. It needs two "
+    "things: the interval of the mean lies there, and the mean would still lie there if as many "
+    "checkpoints as the count leaves open (one-sided Clopper–Pearson bound) healed fully, or not "
+    f"at all. *{Verdict.TOO_FEW}*: they agree, but too few to carry it; *{Verdict.INCONCLUSIVE}*: "
+    f"they do not; *{Verdict.UNDEFINED}*: the attack did not change the rank measurably."
 )
 
 

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from healing.config.arm_tags import arm_label, arm_role
+from healing.measurements.diagnosis import UNTRAINED
+from healing.measurements.recovery import HEALED, UNHEALED
 from healing.statistics.checkpoint_estimates import CheckpointTrajectory
 from healing.statistics.paired_tests import PRIMARY_ENDPOINTS
 
@@ -51,6 +53,8 @@ class HealRun:
         running: The store does not say that it ended.
         role: Of the arm (:data:`healing.registry.ROLES`), as the run says; empty = by its name.
         label: Of the arm, for people, as the run says; empty = by its name.
+        rank_recovery_error: Standard error of measurement of its rank recovery, points; NaN where
+            unknown.
     """
 
     run_id: str
@@ -76,6 +80,7 @@ class HealRun:
     running: bool = False
     role: str = ""
     label: str = ""
+    rank_recovery_error: float = math.nan
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "role", arm_role(self.arm, self.role))
@@ -148,6 +153,36 @@ def without_raised_rank(run: HealRun) -> HealRun:
         trajectory={**run.trajectory, **paths},
         undefined_reason="the attack raised the effective rank: nothing had collapsed",
     )
+
+
+def is_missing(run: HealRun, endpoint: str) -> bool:
+    """Whether a run was damaged and has no recovery: it could not be trained, or its rank fell and
+    what came back of it is not known. What the attack did not damage is not missing: it has nothing
+    to recover.
+    """
+    if math.isfinite(run.final.get(endpoint, math.nan)):
+        return False
+    fell = endpoint in RANK_ENDPOINTS and run.spectral_state == "collapsed"
+    return run.status in UNTRAINED or fell
+
+
+def worst_case_values(runs: Sequence[HealRun], endpoint: str) -> tuple[list[float], list[float]]:
+    """Final values of the runs with what is missing counted as not healed, and as healed."""
+
+    def counted_as(value: float) -> list[float]:
+        known = [r.final.get(endpoint, math.nan) for r in runs]
+        return [value if is_missing(r, endpoint) else v for r, v in zip(runs, known, strict=True)]
+
+    return counted_as(UNHEALED), counted_as(HEALED)
+
+
+def measurement_error(runs: Sequence[HealRun], endpoint: str) -> float:
+    """Standard error of measurement that the checkpoints share, points: root mean square over the
+    runs that know theirs; 0 where none does, and for the loss, whose error is not measured.
+    """
+    errors = [r.rank_recovery_error for r in runs if endpoint in RANK_ENDPOINTS]
+    known = [e**2 for e in errors if math.isfinite(e)]
+    return math.sqrt(sum(known) / len(known)) if known else 0.0
 
 
 def defined_runs(runs: Sequence[HealRun], endpoint: str) -> list[HealRun]:

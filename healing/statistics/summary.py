@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -22,15 +22,18 @@ from healing.statistics.checkpoint_estimates import (
 )
 from healing.statistics.heal_runs import (
     ENDPOINTS,
+    SHAM_ENDPOINTS,
     HealRun,
     Repeat,
     checkpoint_trajectories,
     defined_runs,
     distinct_runs,
+    measurement_error,
     shared_steps,
     tokens_per_step,
     values_at,
     without_raised_rank,
+    worst_case_values,
 )
 from healing.statistics.intervals import (
     MIN_BOOTSTRAP_CHECKPOINTS,
@@ -39,14 +42,14 @@ from healing.statistics.intervals import (
     Interval,
     bca_interval,
     cluster_means,
-    group_verdict,
+    recovery_interval,
     scale_interval,
-    t_interval,
 )
 from healing.statistics.paired_tests import PRIMARY_ENDPOINTS, ArmComparison
 from healing.statistics.size_trend import ScalingSlope, scaling_slope
 from healing.statistics.treatment_against_control import Contrast, Gap, contrasts
 from healing.statistics.variance_components import VarianceComponents, variance_components
+from healing.statistics.verdicts import GroupVerdict, group_verdict
 from healing.statistics.warning_collector import WarningCollector
 
 
@@ -74,17 +77,16 @@ class GroupSummary:
         n_lockout: Runs whose collapsed model cannot compute in float32.
         spectral_states: State → number of runs.
         means: Endpoint → checkpoint means.
-        intervals: Endpoint → Student t interval.
+        intervals: Endpoint → Student t interval with the error of measurement.
         bootstrap: Endpoint → BCa interval (from 10 checkpoints).
-        verdict: By the interval of rank recovery.
-        verdict_loss: By the interval of loss recovery.
+        verdicts: Endpoint → verdict by interval and count, and what it rests on.
         half_recovery: Endpoint → Kaplan–Meier median of the steps to 50 %.
         bands: Endpoint → mean trajectory.
         notes: What the data did not determine.
         statuses: Status → number of runs.
         half_times: Endpoint → steps to 50 % of every checkpoint, and their Kaplan–Meier curve.
         asymptotes: Endpoint → fitted asymptotes and half-lives.
-        plans: Endpoint with an inconclusive verdict → checkpoints that would decide it.
+        plans: Endpoint without a decided verdict → checkpoints that would decide it.
         variance: Endpoint → variance between and within checkpoints.
         tokens_per_step: Training tokens of one healing step; 0 where unknown.
         role: Of the arm, as in :data:`healing.registry.ROLES`.
@@ -104,8 +106,7 @@ class GroupSummary:
     means: Mapping[str, ClusterMeans]
     intervals: Mapping[str, Interval]
     bootstrap: Mapping[str, Interval]
-    verdict: Verdict
-    verdict_loss: Verdict
+    verdicts: Mapping[str, GroupVerdict]
     half_recovery: Mapping[str, Interval]
     bands: Mapping[str, Band]
     notes: tuple[str, ...]
@@ -117,6 +118,16 @@ class GroupSummary:
     tokens_per_step: int = 0
     role: str = ""
     label: str = ""
+
+    @property
+    def verdict(self) -> Verdict:
+        """Of rank recovery."""
+        return self.verdicts["rank_recovery_pct"].verdict
+
+    @property
+    def verdict_loss(self) -> Verdict:
+        """Of loss recovery."""
+        return self.verdicts["loss_recovery_pct"].verdict
 
     @property
     def half_recovery_tokens(self) -> dict[str, Interval]:
@@ -180,23 +191,39 @@ def _band(runs: Sequence[HealRun], endpoint: str, confidence: float) -> Band:
     """Interval over checkpoints at every step that all runs with a value measured."""
     runs = defined_runs(runs, endpoint)
     steps, checkpoints = shared_steps(runs), [r.checkpoint for r in runs]
-    intervals = []
-    for values in zip(*(values_at(run, endpoint, steps) for run in runs), strict=True):
+    error, intervals = measurement_error(runs, endpoint), []
+    columns = zip(*(values_at(run, endpoint, steps) for run in runs), strict=True)
+    for step, values in zip(steps, columns, strict=True):
         with warnings.catch_warnings():
-            # Step 0 has no spread by definition; the summary notes speak of the final values.
+            # The summary's notes speak of the final values.
             warnings.simplefilter("ignore", DegenerateDataWarning)
             means = cluster_means(values, checkpoints).means
-            intervals.append(t_interval(means, confidence))
+            found = recovery_interval(means, confidence, error)
+        # At step 0 recovery is 0 by definition: no error, and no interval.
+        blank = {} if step else {"low": math.nan, "high": math.nan}
+        intervals.append(replace(found, **blank))
     return Band(tuple(steps), tuple(intervals))
 
 
+def _verdict(
+    runs: Sequence[HealRun], endpoint: str, means: ClusterMeans, confidence: float
+) -> GroupVerdict:
+    checkpoints = [r.checkpoint for r in runs]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DegenerateDataWarning)  # said of the means themselves
+        low, high = (
+            cluster_means(case, checkpoints).means for case in worst_case_values(runs, endpoint)
+        )
+    error = measurement_error(runs, endpoint)
+    return group_verdict(means.means, means.undefined_fraction, (low, high), confidence, error)
+
+
 def _plans(
-    means: Mapping[str, ClusterMeans], intervals: Mapping[str, Interval], confidence: float
+    means: Mapping[str, ClusterMeans], verdicts: Mapping[str, GroupVerdict], confidence: float
 ) -> dict[str, VerdictPlan]:
-    """Plans of the endpoints whose verdict is inconclusive."""
-    open_ones = [
-        e for e in PRIMARY_ENDPOINTS if _verdict(means, intervals, e) == Verdict.INCONCLUSIVE
-    ]
+    """Plans of the endpoints whose verdict more checkpoints would decide."""
+    more = (Verdict.INCONCLUSIVE, Verdict.TOO_FEW)
+    open_ones = [e for e in PRIMARY_ENDPOINTS if verdicts[e].verdict in more]
     plans = {e: plan_verdict(means[e].means, confidence) for e in open_ones}
     return {endpoint: plan for endpoint, plan in plans.items() if plan is not None}
 
@@ -216,7 +243,12 @@ def summarize_group(
     measured = [e for e in ENDPOINTS if any(e in r.final for r in runs)]
     finals = {e: [r.final.get(e, math.nan) for r in runs] for e in measured}
     means = {e: notes.call(e, cluster_means, finals[e], checkpoints) for e in measured}
-    intervals = {e: notes.call(e, t_interval, means[e].means, confidence) for e in measured}
+    intervals = {
+        e: notes.call(e, recovery_interval, means[e].means, confidence, measurement_error(runs, e))
+        for e in measured
+    }
+    judged = [e for e in (*PRIMARY_ENDPOINTS, *SHAM_ENDPOINTS) if e in measured]
+    verdicts = {e: _verdict(runs, e, means[e], confidence) for e in judged}
     enough = len(set(checkpoints)) >= MIN_BOOTSTRAP_CHECKPOINTS
     bootstrap = {
         e: notes.call(e, bca_interval, means[e].means, rng, confidence) for e in measured if enough
@@ -242,26 +274,19 @@ def summarize_group(
         means=means,
         intervals=intervals,
         bootstrap=bootstrap,
-        verdict=_verdict(means, intervals, "rank_recovery_pct"),
-        verdict_loss=_verdict(means, intervals, "loss_recovery_pct"),
+        verdicts=verdicts,
         half_recovery={e: h.curve.median for e, h in half.items()},
         bands={e: _band(runs, e, confidence) for e in PRIMARY_ENDPOINTS},
         notes=notes.texts,
         statuses={s: statuses.count(s) for s in sorted(set(statuses))},
         half_times=half,
         asymptotes={e: fit_asymptotes(p, confidence) for e, p in paths.items()},
-        plans=_plans(means, intervals, confidence),
+        plans=_plans(means, verdicts, confidence),
         variance=variance,
         tokens_per_step=tokens_per_step(runs),
         role=first.role,
         label=first.label,
     )
-
-
-def _verdict(
-    means: Mapping[str, ClusterMeans], intervals: Mapping[str, Interval], endpoint: str
-) -> Verdict:
-    return group_verdict(intervals[endpoint], means[endpoint].undefined_fraction)
 
 
 def sizes_of(groups: Sequence[GroupSummary], arm: str) -> tuple[list[GroupSummary], bool]:

@@ -104,7 +104,8 @@ def test_a_state_that_cannot_compute_is_undefined_with_a_reason():
 @pytest.mark.parametrize(
     ("recovery", "verdict"),
     [
-        (-30.0, "irreversible pathology"),
+        (-20.1, "further collapse"),
+        (-20.0, "irreversible pathology"),
         (19.9, "irreversible pathology"),
         (20.0, "partial"),
         (70.0, "partial"),
@@ -144,8 +145,8 @@ def test_stored_names_of_verdicts_and_what_people_read():
     explained.
     """
     assert [str(v) for v in Verdict] == [
-        "irreversible pathology", "acute structural failure", "partial", "inconclusive",
-        "undefined",
+        "irreversible pathology", "acute structural failure", "partial", "further collapse",
+        "too few checkpoints", "inconclusive", "undefined",
     ]  # fmt: skip
     assert json.dumps({"verdict": Verdict.PARTIAL}) == '{"verdict": "partial"}'
     assert Verdict("acute structural failure").shown == "acute structural failure (heals)"
