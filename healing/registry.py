@@ -27,11 +27,12 @@ NAME = re.compile(r"[a-z][a-z0-9_]{0,30}")
 """Names go into folder names, tags and metrics."""
 BUILT_IN = "built in"
 
-TREATMENT, POSITIVE_CONTROL, CONTROL, DAMAGE_CONTROL, SHAM = (
+TREATMENT, POSITIVE_CONTROL, CONTROL, DAMAGE_CONTROL, YARDSTICK, SHAM = (
     "treatment",
     "positive_control",
     "control",
     "damage_control",
+    "yardstick",
     "sham",
 )
 ROLES = {
@@ -45,8 +46,12 @@ ROLES = {
     ),
     CONTROL: "the same training without what is special to the treatment",
     DAMAGE_CONTROL: (
-        "harm without structure, of the size of a given attack's: takes a reference, runs after "
-        "the treatment of its seed and is paired with it"
+        "harm by other means, of the size of a given attack's: takes a reference, runs after the "
+        "treatment of its seed and is paired with it"
+    ),
+    YARDSTICK: (
+        "no attack: a model that knows nothing, healed through the same budget; a collapsed model "
+        "that ends no better has lost everything"
     ),
     SHAM: (
         "the healthy model itself: healed first, the reference of recoveries; has no damage, and "

@@ -58,6 +58,26 @@ RELATIVE_CHANGE = 0.05
 STANDARD_ERRORS = 3.0
 """Nor has an effective rank that changed by less than this many standard errors."""
 
+MAX_RECOVERY_ERROR = 10.0
+"""Nor has one whose recovery would have a larger standard error than this, in points: just above
+the other thresholds an error of 0.3 dimensions moves it from one verdict to another."""
+
+PANEL = {
+    "last_block": "last block",
+    "min_block": "lowest block",
+    "participation_ratio": "participation ratio",
+    "effective_rank_energy": "entropy of σ²",
+    "stable_rank": "stable rank",
+    "accuracy_top1": "next-token accuracy",
+}
+"""Other measures of the same states, whose recovery stands beside the effective rank's mean over
+blocks, which is the primary one; names in metrics → for people."""
+
+
+def panel_metric(measure: str) -> str:
+    """Name under which the recovery of a measure of :data:`PANEL` is logged, in percent."""
+    return f"panel/{measure}_recovery_pct"
+
 
 @dataclass(frozen=True)
 class State:
@@ -84,6 +104,13 @@ def recovery_pct(now: float, collapsed: float, healthy: float) -> float:
     if not all(map(math.isfinite, (now, collapsed, healthy))) or healthy == collapsed:
         return math.nan
     return 100.0 * (now - collapsed) / (healthy - collapsed)
+
+
+def measurable_recovery_pct(now: float, collapsed: float, healthy: float) -> float:
+    """As :func:`recovery_pct`; NaN where the attack changed the measure by under 5 % of healthy."""
+    if abs(healthy - collapsed) < RELATIVE_CHANGE * abs(healthy):
+        return math.nan
+    return recovery_pct(now, collapsed, healthy)
 
 
 def ppl_improvement_pct(now: float, collapsed: float) -> float:
@@ -121,6 +148,35 @@ class Damage:
         combined = math.hypot(*(0.0 if math.isnan(e) else e for e in errors))
         return max(RELATIVE_CHANGE * self.healthy.effective_rank, STANDARD_ERRORS * combined)
 
+    def rank_recovery_error(self, now: State) -> float:
+        """Standard error of measurement of a state's rank recovery R, points, by the delta method.
+
+        100/|h − c|·√(sₜ² + (1 − r)²·s_c² + r²·s_h²), r = R/100, s the standard errors of the state,
+        the collapsed and the healthy one. They are taken as independent; that the same probe
+        windows measure all three makes the true error smaller. One that is not known, as the
+        healed state's, is taken for the largest of the others; NaN where none is known.
+        """
+        states = (now, self.collapsed, self.healthy)
+        known = [s.rank_standard_error for s in states if math.isfinite(s.rank_standard_error)]
+        change = self.healthy.effective_rank - self.collapsed.effective_rank
+        if not known or change == 0.0 or math.isnan(change):
+            return math.nan
+        r = (now.effective_rank - self.collapsed.effective_rank) / change
+        errors = [
+            s.rank_standard_error if math.isfinite(s.rank_standard_error) else max(known)
+            for s in states
+        ]
+        parts = [share * e for share, e in zip((1.0, 1.0 - r, r), errors, strict=True)]
+        return 100.0 / abs(change) * math.hypot(*parts)
+
+    @property
+    def _largest_error(self) -> float:
+        """Standard error of a rank recovery at its largest between collapsed and healthy; 0 where
+        unknown. That of no single state, so that a trajectory is defined as a whole or not at all.
+        """
+        errors = [self.rank_recovery_error(state) for state in (self.collapsed, self.healthy)]
+        return max((e for e in errors if math.isfinite(e)), default=0.0)
+
     @property
     def rank_reason(self) -> str:
         """Why rank recovery is undefined; empty where it is defined."""
@@ -131,6 +187,13 @@ class Damage:
             return (
                 f"the attack changed the effective rank by {change:+.3g}, "
                 f"below the detection threshold of {self.rank_threshold:.3g}"
+            )
+        if self._largest_error > MAX_RECOVERY_ERROR:
+            return (
+                f"the attack changed the effective rank by {change:+.3g}, too little to know how "
+                f"much of it comes back: a recovery has a standard error of "
+                f"{self._largest_error:.3g} points, more than {MAX_RECOVERY_ERROR:g} (measure on "
+                "more text: --probe-tokens)"
             )
         return ""
 

@@ -30,6 +30,7 @@ from healing.models.checkpoints import (
     Checkpoint,
     load_state,
     read_checkpoint,
+    weight_distance,
 )
 from healing.models.loading import LoadedModel
 from healing.progress import Safe, enter
@@ -193,6 +194,7 @@ def heal_cell(cell: HealCell) -> Events[tuple[HealOutcome, LoadedModel]]:
     )
     enter("healthy measurement")
     healthy = probe.measure(loaded.model, named_generator(config.seed, "bootstrap"))
+    distance = weight_distance(loaded.model, checkpoint.state) if cell.checkpoint else 0.0
     if cell.checkpoint:
         load_state(loaded, checkpoint, cell.checkpoint)
     checkpoint = checkpoint.without_tensors()
@@ -215,6 +217,7 @@ def heal_cell(cell: HealCell) -> Events[tuple[HealOutcome, LoadedModel]]:
         corpus.digests,
         in_float32,
         unigram_loss=unigram_loss(windows, probe.windows, len(embedding_matrix(loaded.model))),
+        weight_change=distance,
     )
     for event in heal_events(loaded, config, windows, probe, collapsed, _data_order(cell)):
         if isinstance(event, Safe):
