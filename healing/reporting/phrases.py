@@ -5,31 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from healing.measurements.recovery import (
-    DECIDED,
-    FURTHER_BELOW,
-    IRREVERSIBLE_BELOW,
-    REVERSIBLE_ABOVE,
-    Verdict,
-)
 from healing.registry import TREATMENT
-from healing.statistics.checkpoint_estimates import Asymptotes, VerdictPlan
-from healing.statistics.heal_runs import UNIGRAM
+from healing.statistics.checkpoint_estimates import Asymptotes
+from healing.statistics.group import GroupSummary
 from healing.statistics.intervals import Interval
-from healing.statistics.summary import GroupSummary, Summary
-from healing.statistics.verdicts import MIN_VERDICT_CHECKPOINTS, GroupVerdict, Open
+from healing.statistics.summary import Summary
 
 RANK, LOSS = "rank_recovery_pct", "loss_recovery_pct"
-VERDICT_NAMES = {
-    Verdict.IRREVERSIBLE: "Irreversible Pathology",
-    Verdict.REVERSIBLE: "Acute Structural Failure",
-    Verdict.PARTIAL: "Partial Recovery",
-    Verdict.FURTHER: "Further Collapse",
-    Verdict.TOO_FEW: "Too Few Checkpoints",
-    Verdict.INCONCLUSIVE: "Inconclusive",
-    Verdict.UNDEFINED: "Undefined",
-}
-"""Verdicts as headlines and papers name them."""
 
 
 def number_text(value: float, digits: int = 1) -> str:
@@ -67,22 +49,29 @@ def count_text(n: int, noun: str) -> str:
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
+def listed(parts: Sequence[str]) -> str:
+    """``a``, ``a and b``, ``a, b and c``."""
+    *first, last = parts
+    return f"{', '.join(first)} and {last}" if first else last
+
+
 def budget(group: GroupSummary) -> int | None:
     """Last healing step that all runs of a group measured; ``None`` without one."""
     steps = [band.steps[-1] for band in group.bands.values() if band.steps]
     return max(steps, default=None)
 
 
-def estimate_text(interval: Interval, undefined: int = 0) -> str:
+def estimate_text(interval: Interval, undefined: int = 0, of: str = "") -> str:
     """A recovery with its interval, in words: ``18.5 % (95 % interval 1.3 to 35.8 %, n = 3)``.
 
     Args:
         interval: In per cent.
         undefined: Checkpoints that n does not count, because their recovery is undefined.
+        of: What n counts; empty = checkpoints, without saying so.
     """
     if math.isnan(interval.point):
         return "undefined"
-    n = f"n\u00a0=\u00a0{interval.n}"  # not parted at a line's end
+    n = f"n\u00a0=\u00a0{interval.n}" + (f" {of}" if of else "")  # not parted at a line's end
     if undefined:
         n += f", {count_text(undefined, 'checkpoint')} undefined"
     if not interval.defined:
@@ -99,129 +88,6 @@ def group_estimate(group: GroupSummary, endpoint: str) -> str:
     if undefined and not math.isnan(interval.point):
         text += f" (n = {interval.n}, {undefined} undefined)"
     return text
-
-
-ZONE_NAMES = {
-    Verdict.FURTHER: f"under {FURTHER_BELOW:g} %",
-    Verdict.IRREVERSIBLE: f"under {IRREVERSIBLE_BELOW:g} %",
-    Verdict.PARTIAL: f"between {IRREVERSIBLE_BELOW:g} and {REVERSIBLE_ABOVE:g} %",
-    Verdict.REVERSIBLE: f"over {REVERSIBLE_ABOVE:g} %",
-}
-"""Where a checkpoint's recovery lies."""
-
-
-def percent(share: float) -> str:
-    """A share as ``63 %``; not rounded to nothing or everything."""
-    value = 100.0 * share
-    return f"{value:.0f} %" if 1.0 <= value <= 99.0 else f"{value:.2g} %"
-
-
-def count_sentence(found: GroupVerdict) -> str:
-    """What the count of checkpoints carries: ``3 of 3 checkpoints under (threshold): up to 63 % of
-    others may do otherwise (one-sided 95 %, Clopper–Pearson)``.
-    """
-    if found.side is None:
-        return ""
-    noun = "checkpoint" if found.n == 1 else "checkpoints"
-    others = (
-        f"up to {percent(found.others_at_most)} of others may do otherwise (one-sided "
-        f"{100 * found.interval.confidence:g} %, Clopper–Pearson)"
-    )
-    if found.n_on_side == found.n:
-        return f"{found.n} of {found.n} {noun} {ZONE_NAMES[found.side]}: {others}"
-    split = ", ".join(f"{n} {ZONE_NAMES[v]}" for v, n in found.counts.items())
-    return f"of {found.n} {noun} {split}"
-
-
-def _open_because(found: GroupVerdict) -> str:
-    """Why a group has no verdict, without a full stop."""
-    if found.why_open == Open.TOO_FEW:
-        return f"a verdict takes at least {MIN_VERDICT_CHECKPOINTS} checkpoints"
-    assert found.side is not None, "a group without a defined recovery is undefined"
-    if found.why_open == Open.COUNT:
-        needed = "" if found.n_needed is None else f"; {found.n_needed} that agree would decide"
-        return (
-            f"were these to do the opposite, the mean would be {found.worst_mean:.1f} %, no longer "
-            f"{ZONE_NAMES[found.side]}{needed}"
-        )
-    if found.why_open == Open.SPLIT:
-        return (
-            f"the checkpoints split: {found.n_on_side} of {found.n} are "
-            f"{ZONE_NAMES[found.side]}, and with as many others as that allows the mean would be "
-            f"{found.worst_mean:.1f} %"
-        )
-    if found.why_open == Open.MISSING:
-        what = count_text(found.n_missing, "checkpoint")
-        return (
-            f"{what} that {'was' if found.n_missing == 1 else 'were'} damaged and "
-            f"{_has(found.n_missing)} no recovery would overturn “{ZONE_NAMES[found.side]}” in the "
-            "worst case"
-        )
-    interval = found.interval
-    crossed = [
-        f"{t:g} %"
-        for t in (FURTHER_BELOW, IRREVERSIBLE_BELOW, REVERSIBLE_ABOVE)
-        if interval.low <= t <= interval.high
-    ]
-    return f"the interval holds the threshold{'s' * (len(crossed) > 1)} {' and '.join(crossed)}"
-
-
-HEALER_NOTE = (
-    "A verdict holds for the healer and the budget that were used, and the default of 60 steps for "
-    "the embedded models is neither the longest nor the strongest: with 480 steps at a learning "
-    "rate of 3e-3 the HAEP states of seed 0 recovered 87.7 % of their rank on nano and 65.7 % on "
-    "micro, whatever verdict 60 steps at 1e-3 give."
-)
-"""Measured with ``heal``; README."""
-
-
-def healer_note(summary: Summary) -> str:
-    """What belongs beside verdicts on the embedded models; empty where there are none."""
-    embedded = {g.model for g in headline_groups(summary)} & {"nano", "micro"}
-    return HEALER_NOTE if embedded else ""
-
-
-def verdict_reason(group: GroupSummary) -> str:
-    """Why the verdict on rank recovery is what it is: one sentence without its full stop."""
-    found, steps = group.verdicts[RANK], budget(group)
-    if found.verdict == Verdict.UNDEFINED:
-        return (
-            f"{group.n_undefined} of {count_text(group.n_runs, 'run')} {_has(group.n_undefined)} "
-            "no defined rank recovery"
-        )
-    within = "" if steps is None else f" after {count_text(steps, 'healing step')}"
-    estimate = estimate_text(group.intervals[RANK], group.undefined_checkpoints(RANK))
-    reason = f"mean rank recovery{within} is {estimate}; {count_sentence(found)}"
-    if found.verdict in DECIDED:
-        return (
-            f"{reason}; were these to do the opposite, the mean would still be "
-            f"{found.worst_mean:.1f} %"
-        )
-    return f"{reason}; {_open_because(found)}"
-
-
-def _has(n: int) -> str:
-    return "has" if n == 1 else "have"
-
-
-def loss_sentence(group: GroupSummary) -> str:
-    """What recovery of the loss says, and whether it agrees with the rank."""
-    interval = group.intervals[LOSS]
-    if math.isnan(interval.point):
-        return "Loss recovery is undefined."
-    verdict = VERDICT_NAMES[group.verdict_loss].lower()
-    estimate = estimate_text(interval, group.undefined_checkpoints(LOSS))
-    text = f"The loss recovers by {estimate}, which on its own would be “{verdict}”"
-    unigram = group.intervals.get(UNIGRAM)
-    if unigram is not None and not math.isnan(unigram.point):
-        text += (
-            f" (for comparison: a model that knows only token frequencies scores "
-            f"{unigram.point:.1f} %)"
-        )
-    both = {group.verdict, group.verdict_loss}
-    if both <= set(DECIDED) and len(both) == 2:
-        return f"{text}: rank and loss disagree, and the verdict is about the rank."
-    return f"{text}."
 
 
 def half_sentence(group: GroupSummary) -> str:
@@ -290,44 +156,9 @@ def laws_text(found: Asymptotes) -> str:
     return ", ".join(f"{law} {n}" for law, n in counts.items()) or "–"
 
 
-def plan_sentence(plan: VerdictPlan) -> str:
-    """How many checkpoints would decide an inconclusive verdict."""
-    guess = (
-        f"If the observed mean ({plan.mean:.1f} %) and spread (SD {plan.sd:.1f}) were the true "
-        "ones,"
-    )
-    if plan.n_checkpoints is None:
-        return f"{guess} no attainable number of checkpoints would give “{plan.verdict}”."
-    return (
-        f"{guess} {plan.n_checkpoints} checkpoints in all would give “{plan.verdict}” with "
-        f"{100 * plan.power:g} % probability."
-    )
-
-
-def verdict_heading(group: GroupSummary, groups: Sequence[GroupSummary]) -> str:
-    """``nano, HAEP: Irreversible Pathology within this budget``."""
-    limit = " within this budget" if group.verdict == Verdict.IRREVERSIBLE else ""
-    if group.verdict == Verdict.REVERSIBLE:
-        limit = f" ({group.verdict.meaning})"
-    return f"{group_name(group, groups)}: {VERDICT_NAMES[group.verdict]}{limit}"
-
-
 def group_name(group: GroupSummary, groups: Sequence[GroupSummary]) -> str:
     """``nano, HAEP``."""
     return f"{group.model}, {shown_label(group, groups)}"
-
-
-def context_sentences(group: GroupSummary) -> list[str]:
-    """What belongs to a verdict: half-recovery, loss, and what would decide it."""
-    plan = group.plans.get(RANK)
-    sentences = [half_sentence(group), loss_sentence(group), plan_sentence(plan) if plan else ""]
-    return [s for s in sentences if s]
-
-
-def verdict_text(group: GroupSummary, groups: Sequence[GroupSummary]) -> str:
-    """Verdict with its reason and what belongs to it; plain text."""
-    first = f"{verdict_heading(group, groups)}: {verdict_reason(group)}."
-    return " ".join([first, *context_sentences(group)])
 
 
 def headline_groups(summary: Summary) -> list[GroupSummary]:

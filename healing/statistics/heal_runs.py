@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 
 from healing.config.arm_tags import arm_label, arm_role
 from healing.measurements.diagnosis import UNTRAINED
-from healing.measurements.recovery import HEALED, UNHEALED
 from healing.statistics.checkpoint_estimates import CheckpointTrajectory
 from healing.statistics.paired_tests import PRIMARY_ENDPOINTS
 
@@ -55,6 +54,14 @@ class HealRun:
         label: Of the arm, for people, as the run says; empty = by its name.
         rank_recovery_error: Standard error of measurement of its rank recovery, points; NaN where
             unknown.
+        panel: Measure of :data:`healing.measurements.recovery.PANEL` → its recovery after the last
+            step, percent.
+        rank_reduction_pct: What the attack took of the healthy rank, percent of it.
+        start_loss: Of the collapsed state, nats per token.
+        final_loss: After the last step, nats per token.
+        weight_change: ‖W−W₀‖/‖W₀‖ of the collapsed weights.
+        healer: What healed it, for people: ``AdamW at 0.001``.
+        healers_tried: Healers among which it was the strongest; 0 where none was searched.
     """
 
     run_id: str
@@ -81,6 +88,13 @@ class HealRun:
     role: str = ""
     label: str = ""
     rank_recovery_error: float = math.nan
+    panel: Mapping[str, float] = field(default_factory=dict)
+    rank_reduction_pct: float = math.nan
+    start_loss: float = math.nan
+    final_loss: float = math.nan
+    weight_change: float = math.nan
+    healer: str = ""
+    healers_tried: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "role", arm_role(self.arm, self.role))
@@ -164,16 +178,6 @@ def is_missing(run: HealRun, endpoint: str) -> bool:
         return False
     fell = endpoint in RANK_ENDPOINTS and run.spectral_state == "collapsed"
     return run.status in UNTRAINED or fell
-
-
-def worst_case_values(runs: Sequence[HealRun], endpoint: str) -> tuple[list[float], list[float]]:
-    """Final values of the runs with what is missing counted as not healed, and as healed."""
-
-    def counted_as(value: float) -> list[float]:
-        known = [r.final.get(endpoint, math.nan) for r in runs]
-        return [value if is_missing(r, endpoint) else v for r, v in zip(runs, known, strict=True)]
-
-    return counted_as(UNHEALED), counted_as(HEALED)
 
 
 def measurement_error(runs: Sequence[HealRun], endpoint: str) -> float:

@@ -126,7 +126,7 @@ def test_planned_checkpoints_decide_with_the_promised_probability(means) -> None
 
     # Standard error 0.003. By the count a few more than the fewest are planned.
     assert power(plan.n_checkpoints) > 0.79
-    assert power(math.ceil(0.6 * plan.n_checkpoints)) < 0.8
+    assert power(plan.n_checkpoints // 2) < 0.8
     assert group_verdict(means).verdict == "too few checkpoints"
 
 
