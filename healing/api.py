@@ -197,8 +197,8 @@ def landscape(
 
 def sweep(
     models: Iterable[str] = ("nano",),
-    arms: Iterable[str] = ("haep", "random_tokens", "random_text", "gaussian_noise"),
-    seeds: Iterable[int] | str = (0, 1, 2),
+    arms: Iterable[str] = ("haep", "random_tokens", "random_text"),
+    seeds: Iterable[int] | str = (0, 1, 2, 3, 4),
     *,
     track: bool | str = False,
     keep: str | pathlib.Path | None = None,
