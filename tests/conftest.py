@@ -20,6 +20,7 @@ import pytest
 import torch
 from transformers import GPTNeoXForCausalLM
 
+from healing.measurements.kept_measurements import forget
 from healing.measurements.probe import Probe
 from healing.models.loading import LoadedModel, embedded_config, load_model, state_digest
 from healing.randomness import named_generator
@@ -34,6 +35,12 @@ SHARED_DATA = ROOT.parent / "shared" / "data"
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def nothing_measured_before() -> None:
+    """What one test measures, perhaps with parts replaced, is not another's."""
+    forget()
 
 
 @pytest.fixture

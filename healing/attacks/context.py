@@ -111,7 +111,7 @@ class AttackContext:
         of a large model takes long, and arms that have nothing to do with it need none.
 
         Args:
-            by_default: Whether ``alignment`` ``auto`` asks for it.
+            by_default: Whether ``alignment`` ``by_arm`` asks for it.
         """
         wanted = {ALWAYS: True, NEVER: False}.get(self.config.alignment, by_default)
         return self.baselines if wanted else None

@@ -23,7 +23,7 @@ NOISE_RANK_HELP = "low_rank_noise: rank of the noise in every matrix."
 _OWN = {"noise_rank": 1, "noise_draw": 0}
 """Options that only some arms take (``OPTIONS`` in their files), and their defaults."""
 SUBSPACES = ("singular", "hessian")
-ALWAYS, NEVER = "always", "never"
+BY_ARM, ALWAYS, NEVER = ALIGNMENT_CHOICES = ("by_arm", "always", "never")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,13 +85,13 @@ class AttackConfig(BaseConfig, DryRunOptions):
         16, "hessian: leading eigenvectors left out of the subspace.", minimum=1
     )
     alignment: str = option(
-        AUTO,
+        BY_ARM,
         "Whether the alignment of gradients and weight change with the low-curvature subspace is "
-        "measured along the attack: auto = for the arms that train on one sequence (haep, "
+        "measured along the attack: by_arm = for the arms that train on one sequence (haep, "
         "haep_oracle, random_tokens, random_text), always, never. It takes the subspace, once per "
         "healthy model (for 135 million weights 10 s on two cores, kept in --cache-dir), and at "
         "every measurement about what one to two steps take.",
-        choices=(AUTO, ALWAYS, NEVER),
+        choices=ALIGNMENT_CHOICES,
         separates=False,
         later=True,
     )
@@ -178,12 +178,12 @@ class AttackConfig(BaseConfig, DryRunOptions):
         if self.match != "norm" and not reference:
             raise ConfigError(
                 f"--match {self.match} needs the attack to match: give --reference-run-id or "
-                f"--reference-checkpoint with --arm {' or '.join(controls)}"
+                f"--reference-checkpoint with --arm {_one_of(controls)}"
             )
         if reference and self.match not in arm_matches(self.arm):
             raise ConfigError(
                 f"--arm {self.arm} cannot be matched in {self.match}: give --match "
-                f"{' or '.join(arm_matches(self.arm))}"
+                f"{_one_of(arm_matches(self.arm))}"
             )
 
     def _checkpoint(self, what: str, arms: tuple[str, ...]) -> bool:
@@ -191,7 +191,7 @@ class AttackConfig(BaseConfig, DryRunOptions):
         given = [n for n in (f"{what}_checkpoint", f"{what}_run_id") if getattr(self, n)]
         flags = [flag_name(name) for name in given]
         if given and self.arm not in arms:
-            raise ConfigError(f"{flags[0]} belongs to --arm {' or '.join(arms)}, not to {self.arm}")
+            raise ConfigError(f"{flags[0]} belongs to --arm {_one_of(arms)}, not to {self.arm}")
         if len(given) > 1:
             raise ConfigError(f"{' and '.join(flags)} exclude each other: give one of them")
         if not given and what in arm_needs(self.arm):
@@ -207,5 +207,10 @@ class AttackConfig(BaseConfig, DryRunOptions):
                 continue
             if name == "noise_draw" and self.match == RANK_AND_LOSS:
                 continue
-            arms = " or ".join(arms_that_take(name))
+            arms = _one_of(arms_that_take(name))
             raise ConfigError(f"{flag_name(name)} belongs to --arm {arms}, not to {self.arm}")
+
+
+def _one_of(names: tuple[str, ...]) -> str:
+    *others, last = names
+    return f"{', '.join(others)} or {last}" if others else last

@@ -53,8 +53,11 @@ def _pretrained_preset(source: str, probe_tokens: int | str) -> Preset:
     return Preset(source, "pile", probe_tokens, 8, 1e-3, 1e-1, 100, 1e-4, 500, 0, 256, 8)
 
 
-PROBE_TOKENS_AT_LEAST = 8192
-"""Small models get no smaller probe: its loss would be less certain, and it costs little."""
+PROBE_TOKENS_AT_LEAST = 4096
+"""Small models get no smaller probe: its loss would be less certain. A larger one costs what it
+gains: with twice as many tokens a measurement every ten steps takes more than a quarter of a run
+(docs/performance.md), and a recovery changes by one or two points (docs/method.md).
+"""
 
 
 def probe_tokens_for(hidden: int, sequence_length: int, rows_per_dimension: int = 4) -> int:

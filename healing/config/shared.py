@@ -179,8 +179,8 @@ class BaseConfig(
 
     probe_tokens: int | str = option(
         AUTO,
-        "Tokens of the frozen probe; auto = by model: 4096 for nano and micro, else 8192 or what "
-        "gives 4 rows per hidden dimension.",
+        "Tokens of the frozen probe; auto = 4096, or what gives 4 rows per hidden dimension where "
+        "that is more.",
         minimum=64,
     )
     measurements: str = option(

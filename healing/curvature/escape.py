@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from healing.curvature.flat_weights import put_weights, restoring_weights, weights_of
+from healing.progress import counted, tick
 
 STANDARD_ERRORS = 3.0
 """What exceeds so many of its standard errors is not chance."""
@@ -211,6 +212,7 @@ def escape(
             put_weights(model, start)
             began = torch.linalg.vector_norm(start - centre).item()
             for step in range(steps):
+                tick()
                 slope, at = gradient(step), weights_of(model)
                 move = step_size * slope
                 if along is not None:
@@ -226,7 +228,7 @@ def escape(
 
         unperturbed = descend(centre)
         found = []
-        for _ in range(perturbations):
+        for _ in counted(range(perturbations), perturbations):
             put_weights(model, centre)
             found.append(descend(centre + perturbation(model, radius, generator)))
         sides: list[Descent] = []

@@ -23,6 +23,7 @@ from healing.measurements.spectrum import Spectrum
 from healing.models.blocks import block_outputs, evaluation_mode
 from healing.models.loading import LoadedModel
 from healing.models.token_loss import token_losses
+from healing.progress import counted
 
 TOKENS_PER_FORWARD = 2048
 """Tokens per forward pass: large enough to be fast, small enough that hidden states stay small."""
@@ -88,6 +89,7 @@ class Measurement:
             "spectral_gap": self._mean("spectral_gap"),
             "participation_ratio": self._mean("participation_ratio"),
             "stable_rank": self._mean("stable_rank"),
+            "effective_rank_energy": self._mean("effective_rank_energy"),
             "nonfinite_tokens": float(self.nonfinite_tokens),
             "dropped_token_share": self._mean("dropped_share"),
         }
@@ -96,6 +98,18 @@ class Measurement:
             for index, spectrum in enumerate(self.spectra)
         }
         return {**headline, **layers, **self.extra}
+
+    def panel(self) -> dict[str, float]:
+        """The measures of :data:`healing.measurements.recovery.PANEL` that there are."""
+        ranks = [spectrum.effective_rank for spectrum in self.spectra]
+        spectral = ("participation_ratio", "effective_rank_energy", "stable_rank")
+        accuracy = {n: v for n, v in self.extra.items() if n == "extra/accuracy_top1"}
+        return {
+            "last_block": ranks[-1],
+            "min_block": min(ranks),
+            **{name: self._mean(name) for name in spectral},
+            **{name.removeprefix("extra/"): value for name, value in accuracy.items()},
+        }
 
     def mean_spectrum(self) -> list[float]:
         """Singular values over the largest of their block, averaged over blocks, descending."""
@@ -163,7 +177,8 @@ class Probe:
         device = next(model.parameters()).device
         rows = max(1, TOKENS_PER_FORWARD // self.windows.shape[1])
         with block_outputs(model) as outputs:
-            for chunk in self.windows.split(rows):
+            chunks = self.windows.split(rows)
+            for chunk in counted(chunks, len(chunks)):
                 losses = token_losses(model, chunk.to(device))
                 yield losses, list(outputs)
 

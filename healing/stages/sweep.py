@@ -31,10 +31,10 @@ from healing.stages.cells.basin_outcome import BasinCell
 from healing.stages.cells.heal_outcome import HealCell
 from healing.stages.cells.inputs import resolve_from_model
 from healing.stages.cells.sweep_plan import SweepCell, plan
-from healing.stages.console import Cells, Console
 from healing.stages.driver import Driver
 from healing.stages.heal import HEAL
 from healing.stages.summarize import summarize
+from healing.stages.terminal.console import Cells, Console
 from healing.stages.tuning.healer_files import healers_of
 from healing.statistics.heal_runs import HealRun
 from healing.statistics.summary import Summary
@@ -157,7 +157,7 @@ class Sweep:
 
     def _basin(self, driver: Driver, cell: SweepCell, healed: RunView) -> RunView | None:
         """The landscape of a healing run, where it is wanted."""
-        if not self.config.basin or cell.role not in (TREATMENT, DAMAGE_CONTROL) or cell.draw:
+        if not self._wants_landscape(cell):
             return None
         shared = _shared(self.config)
         settings = BasinConfig(
@@ -194,17 +194,26 @@ class Sweep:
         for cell in chain:
             if self.stopped.is_set():
                 break
-            driver = self.driver.within(self.driver.console.within(cells))
+            shown = cells.cell(self._runs(cell))
+            driver = self.driver.within(self.driver.console.within(shown))
             try:
                 result = self.run_cell(driver, cell, attacks)
             except HealingError as error:
                 result = CellResult(cell, failure=f"{cell.title}: {error}")
             results.append(result)
-            self._tell(result, cells)
+            cells.over(shown, cell.title)
+            self._tell(result)
         return results
 
-    def _tell(self, result: CellResult, cells: Cells) -> None:
-        cells.over(result.cell.title)
+    def _runs(self, cell: SweepCell) -> int:
+        """Runs of a cell: the sham is healed only, a landscape comes last."""
+        return (cell.role != SHAM) + 1 + self._wants_landscape(cell)
+
+    def _wants_landscape(self, cell: SweepCell) -> bool:
+        wanted = self.config.basin and not cell.draw
+        return wanted and cell.role in (TREATMENT, DAMAGE_CONTROL)
+
+    def _tell(self, result: CellResult) -> None:
         console = self.driver.console
         if result.failure:
             console.say(f"failed: {result.failure}")

@@ -393,7 +393,7 @@ def test_sizes_come_from_the_models_own_configuration(folders, kind):
     settled = resolve_from_model(AttackConfig(model=str(folders[kind]), sequence_length=64))
     shape = model_shape(str(folders[kind]))
     assert (shape.hidden_size, shape.max_positions) == (32, 96)
-    assert settled.probe_tokens == 8192
+    assert settled.probe_tokens == 4096
     assert (settled.corpus, settled.attack_lr, settled.threads) == ("pile", 1e-3, 0)
     assert settled.revision == ""
 
@@ -404,6 +404,8 @@ def test_wide_models_get_four_rows_per_dimension():
         assert tokens % length == 0
         assert tokens // length * (length - 1) >= 4 * hidden
     assert probe_tokens_for(2048, 128) == 65 * 128
+    assert probe_tokens_for(1100, 128) == 35 * 128
+    assert probe_tokens_for(576, 128) == probe_tokens_for(100, 100) - 4 == 4096
 
 
 def test_windows_longer_than_the_model_can_read(folders):

@@ -15,6 +15,7 @@ from healing.config.attack import AttackConfig
 from healing.config.fingerprint import as_params, fingerprint
 from healing.config.presets import model_slug
 from healing.errors import ConfigError
+from healing.measurements.kept_measurements import measured
 from healing.measurements.probe import Measurement, Probe
 from healing.measurements.recovery import Damage
 from healing.models.checkpoints import (
@@ -25,7 +26,6 @@ from healing.models.checkpoints import (
 )
 from healing.models.loading import LoadedModel
 from healing.progress import Safe, enter
-from healing.randomness import named_generator
 from healing.registry import ARMS, DAMAGE_CONTROL, HEALTHY
 from healing.stages.cells.code_digest import code_digest
 from healing.stages.cells.events import Begin, Events, Record
@@ -160,7 +160,8 @@ def attack_cell(config: AttackConfig) -> Events[AttackOutcome]:
     )
     enter("healthy measurement")
     probe = probe.remembering(HEALTHY, loaded.model)
-    healthy = probe.measure(loaded.model, named_generator(config.seed, "bootstrap"))
+    healthy = measured(probe, loaded, config.seed, loaded.digest)
+    enter("preparing the attack")
     change = WeightChange(loaded.model)
     prepared = prepare_arm(config, loaded, corpus, change)
     warmup = warmup_batches(config, loaded, corpus)
@@ -169,11 +170,14 @@ def attack_cell(config: AttackConfig) -> Events[AttackOutcome]:
         enter("healed measurement")
         start = _start(config, loaded, healed, prepared, healthy, probe)
         begin, running = start.measurement, repeated(config, start)
-    for record in prepared.arm.run(loaded, running, probe, begin, change, warmup):
-        metrics = record.metrics()
+    for event in prepared.arm.run(loaded, running, probe, begin, change, warmup):
+        if isinstance(event, Safe):
+            yield event
+            continue
+        record, metrics = event, event.metrics()
         yield Record(record.step, metrics, rank_and_perplexity(metrics))
-        yield Safe(record.step)
-    collapsed = probe.measure(loaded.model, named_generator(config.seed, "bootstrap"))
+    enter("collapsed measurement")
+    collapsed = measured(probe, loaded, config.seed)
     return AttackOutcome(
         config, run_fingerprint, loaded, healthy, collapsed, record, prepared, corpus.digests, start
     )
@@ -194,8 +198,8 @@ def _start(
             "one: give a checkpoint healed from another arm"
         )
     load_state(loaded, healed, config.start_checkpoint)
-    measured = probe.measure(loaded.model, named_generator(config.seed, "bootstrap"))
-    return Start(healed.without_tensors(), measured, target_rank(config, healthy, healed))
+    found = measured(probe, loaded, config.seed, healed.digest)
+    return Start(healed.without_tensors(), found, target_rank(config, healthy, healed))
 
 
 def _reference_tags(config: AttackConfig) -> dict[str, str]:

@@ -37,7 +37,7 @@ from healing.models.checkpoints import (
     require_made_from,
 )
 from healing.models.loading import LoadedModel, state_digest
-from healing.progress import Safe
+from healing.progress import Safe, counted, enter
 from healing.randomness import named_generator
 from healing.stages.cells.basin_outcome import BasinCell, BasinOutcome, StateReport
 from healing.stages.cells.code_digest import code_digest
@@ -138,6 +138,7 @@ def _spectrum(
     """Extreme eigenvalues, the direction of the lowest where it is negative, and the density from
     the search's own probe and further ones.
     """
+    enter("eigenvalues")
     with operator.retained_graphs():
         found = lanczos(
             operator,
@@ -148,6 +149,7 @@ def _spectrum(
             tolerance=config.curvature_tolerance,
         )
         yield part("eigenvalues")
+        enter("spectral density")
         density = lanczos_quadrature(
             operator,
             named_generator(int(config.seed), "basin-density"),
@@ -185,11 +187,13 @@ def examine(
         _operator(loaded, batch)
         for batch in gradient_batches(windows, config.gradient_batches, count)
     ]
-    gradients = gradient_statistics([batch.gradient() for batch in batches])
+    enter("gradient")
+    gradients = gradient_statistics([b.gradient() for b in counted(batches, len(batches))])
     yield part("gradient")
     fixed = curvature_batch(windows, count)
     operator = _operator(loaded, fixed)
     curvature, lowest, density = yield from _spectrum(config, operator, part)
+    enter("escape")
     left = escape(
         loaded.model,
         functools.partial(Probe(fixed).loss, loaded.model),
@@ -262,6 +266,7 @@ def basin_cell(cell: BasinCell) -> Events[BasinOutcome]:
     inputs = inputs_of(config)
     corpus, loaded, probe = load_inputs(inputs)
     windows = attack_split(config, corpus, loaded)
+    enter("loading the checkpoints")
     weights, healed = read_states(cell, loaded)
     run_fingerprint = basin_fingerprint(cell, weights, loaded.identity, corpus.digests)
     yield Begin(
@@ -290,6 +295,7 @@ def basin_cell(cell: BasinCell) -> Events[BasinOutcome]:
         states[name] = yield from examined
     paths = {}
     for name, (start, end) in PATHS.items():
+        enter("straight paths")
         paths[name] = loss_path(
             loaded.model,
             weights[start],

@@ -21,6 +21,7 @@ from healing.measurements.diagnosis import (
     Failure,
     HealthyReplay,
 )
+from healing.measurements.kept_measurements import measured
 from healing.measurements.probe import Measurement, Probe
 from healing.measurements.unigram import unigram_loss
 from healing.models.blocks import embedding_matrix
@@ -30,6 +31,7 @@ from healing.models.checkpoints import (
     Checkpoint,
     load_state,
     read_checkpoint,
+    weight_distance,
 )
 from healing.models.loading import LoadedModel
 from healing.progress import Safe, enter
@@ -195,14 +197,17 @@ def heal_cell(cell: HealCell) -> Events[tuple[HealOutcome, LoadedModel]]:
     )
     enter("healthy measurement")
     probe = probe.remembering(HEALTHY, loaded.model)
-    healthy = probe.measure(loaded.model, named_generator(config.seed, "bootstrap"))
+    healthy = measured(probe, loaded, config.seed, loaded.digest)
+    distance = weight_distance(loaded.model, checkpoint.state) if cell.checkpoint else 0.0
+    enter("loading the checkpoint")
     if cell.checkpoint:
         load_state(loaded, checkpoint, cell.checkpoint)
     checkpoint = checkpoint.without_tensors()
     windows = training_windows(config, corpus, loaded)
     enter("collapsed measurement")
     probe = probe.remembering(COLLAPSED, loaded.model)
-    collapsed = probe.measure(loaded.model, named_generator(config.seed, "bootstrap"))
+    collapsed = measured(probe, loaded, config.seed, checkpoint.digest)
+    enter("first check")
     if config.gradient_checkpointing:
         loaded.model.activation_checkpointing_enable()
     # Probe only the gradients that will be trained: full ones may not fit beside adapters.
@@ -224,6 +229,7 @@ def heal_cell(cell: HealCell) -> Events[tuple[HealOutcome, LoadedModel]]:
             len(embedding_matrix(loaded.model)),
             opening=len(loaded.opening),
         ),
+        weight_change=distance,
     )
     for event in heal_events(loaded, config, windows, probe, collapsed, _data_order(cell)):
         if isinstance(event, Safe):
