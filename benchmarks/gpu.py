@@ -50,6 +50,7 @@ from healing.curvature.subspaces import LowCurvatureSubspace, MatrixSubspace
 from healing.data.splits import Corpus
 from healing.measurements.probe import Probe
 from healing.models.loading import LoadedModel, resolve_device
+from healing.progress import without_safe_points
 from healing.randomness import named_generator
 from healing.stages.cells.inputs import cached_corpus, use_threads
 from healing.training.healing_loop import heal
@@ -123,7 +124,8 @@ def attack(loaded: LoadedModel, config: AttackConfig, probe: Probe, corpus: Corp
         "measurement": (Probe, "measure"),
     }
     with watch.on(running):
-        for record in made.arm.run(loaded, config, probe, healthy, change):
+        events = made.arm.run(loaded, config, probe, healthy, change)
+        for record in without_safe_points(events):
             done = record.step
     synchronize(device)
     took, seconds = time.perf_counter() - begin, watch.seconds

@@ -20,6 +20,7 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
 from entrypoints._stages import STAGES, EntryPoint
 from healing.config.options import AUTO, choices_of, fields_of, flag_name, help_of
 from healing.errors import ConfigError, HealingError
+from healing.stages.console import Console
 
 
 class NumberOrAuto(click.ParamType):
@@ -90,8 +91,9 @@ def run_stage(entry: EntryPoint, values: dict[str, Any]) -> None:
 
             mark_failed(str(error))
         raise click.UsageError(str(error)) from error
-    # Imports torch, which --help and errors of options do not need.
-    stage = entry.load(values)
+    # Imports torch, which --help and errors of options do not need, and which takes seconds.
+    with Console(str(values.get("verbosity", "normal"))).waiting("starting"):
+        stage = entry.load(values)
     try:
         stage(config)
     except HealingError as error:

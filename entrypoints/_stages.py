@@ -61,7 +61,9 @@ STAGES = {
         "healing.stages.heal:heal",
         "Fine-tune a collapsed model on clean text and measure how far it recovers.\n\n"
         "Give one checkpoint (--collapsed-checkpoint or --attack-run-id), a folder of checkpoints "
-        "(--checkpoint-dir), or nothing: then a fresh attack (--arm) is made and healed.",
+        "(--checkpoint-dir), or nothing: then a fresh attack (--arm, --attack-steps, "
+        "--attack-optimizer, --attack-lr, --target-rank-reduction, --catalyst-length) is made and "
+        "healed. Others of its options need two steps: attack, then heal --attack-run-id.",
         (DRY_RUN,),
     ),
     "summarize": EntryPoint(

@@ -94,11 +94,11 @@ def main() -> None:
     runs.add_argument("--jobs", type=int, default=2)
     runs.add_argument("--minutes", type=float, default=1e6, help="Nothing begins later.")
     runs.add_argument("--out", default=str(TABLES))
-    commands.add_parser("render", help="Write docs/findings.md and its figure.")
+    commands.add_parser("render", help="Write docs/findings.md, its figure and README's block.")
     options = parser.parse_args()
     if options.command == "run":
         run(options)
     else:
-        from findings.render import render
+        from findings.render import ROOT, render
 
-        render()
+        render(readme=ROOT / "README.md")

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from findings.estimates import Group, Run, group, sham_of
-from findings.protocol import STRONG
+from findings.protocol import SCRATCH_ARM, STRONG
 from healing.config.arm_tags import SHAM_ARM, arm_label
 from healing.measurements.recovery import IRREVERSIBLE_BELOW, REVERSIBLE_ABOVE
 from healing.reporting.plots.style import arm_style, figure
@@ -28,6 +28,8 @@ def _drawn(ax: Axes, runs: Sequence[Run], values: Sequence[Sequence[float]], arm
 
 def _rank(ax: Axes, found: Sequence[Group]) -> None:
     for own in found:
+        if own.runs[0].arm == SCRATCH_ARM:
+            continue  # an untrained model was not collapsed: it has nothing to recover
         values = [[r.recovery("effective_rank", s) for s in _steps(own.runs)] for r in own.runs]
         _drawn(ax, own.runs, values, own.runs[0].arm)
     for limit in (IRREVERSIBLE_BELOW, REVERSIBLE_ABOVE):
@@ -68,4 +70,4 @@ def draw(runs: Sequence[Run], models: Sequence[str], path: pathlib.Path) -> None
             for ax in (left, right):
                 ax.set_title(f"{model}, {found[0].n} checkpoints per arm")
                 ax.set_xlabel("healing step")
-            left.legend(fontsize=8)
+            right.legend(fontsize=8)

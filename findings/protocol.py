@@ -10,6 +10,8 @@ from typing import Any
 
 STRONG = "strong"
 """The healer whose results answer the question: the tuner's winner, frozen before."""
+SCRATCH_ARM = "reinitialised"
+"""The untrained model: what learning from scratch makes of the same tokens."""
 PRESET = "preset"
 """The model's default rate, constant: what somebody would use without tuning."""
 

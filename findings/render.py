@@ -25,7 +25,7 @@ from findings.estimates import (
 )
 from findings.figure import draw
 from findings.parts import PARTS
-from findings.protocol import PRESET, STRONG
+from findings.protocol import PRESET, SCRATCH_ARM, STRONG
 from healing.config.arm_tags import SHAM_ARM, arm_label
 from healing.measurements.recovery import IRREVERSIBLE_BELOW, REVERSIBLE_ABOVE
 from healing.statistics.intervals import Interval, t_interval
@@ -34,7 +34,6 @@ from healing.statistics.paired_tests import holm_adjust
 ROOT = pathlib.Path(__file__).parents[1]
 TABLES = ROOT / "findings" / "tables"
 PAGE, FIGURE = ROOT / "docs" / "findings.md", ROOT / "docs" / "findings.png"
-SCRATCH_ARM = "reinitialised"
 TREATMENT = "haep"
 FINE_TUNING = ("random_tokens", "random_text")
 """The controls of question 2."""
@@ -195,13 +194,24 @@ def _panel(runs: Sequence[Run], models: Sequence[str]) -> Iterator[str]:
             yield f"| {model} | {arm_label(arm)} | " + " | ".join(cells) + " |"
 
 
-def distance_correlation(runs: Sequence[Run], model: str) -> tuple[float, int]:
-    """Spearman's ρ of rank recovery and weight distance over all collapsed checkpoints, and n."""
+def distance_correlation(
+    runs: Sequence[Run], model: str, arms: Sequence[str] = ()
+) -> tuple[float, int]:
+    """Spearman's ρ of rank recovery and weight distance over collapsed checkpoints, and n.
+
+    Args:
+        runs: Of the tables.
+        model: Of the runs.
+        arms: Which; empty = all that collapsed a model.
+    """
     last = _last(runs, model)
     own = [
         r
         for r in runs
-        if r.model == model and r.healer == STRONG and r.arm not in (SHAM_ARM, SCRATCH_ARM)
+        if r.model == model
+        and r.healer == STRONG
+        and r.arm not in (SHAM_ARM, SCRATCH_ARM)
+        and (not arms or r.arm in arms)
     ]
     recovered = [r.recovery("effective_rank", last) for r in own]
     distance = [float(r.facts["weight_change"]) for r in own]
@@ -258,7 +268,12 @@ def page(runs: Sequence[Run], models: Sequence[str]) -> str:
         if apart
         else "No secondary measure puts HAEP on the other side of 70 % than the primary one."
     )
-    far = "; ".join(f"{model} {rho:+.2f} ({n} checkpoints)" for model, rho, n in distances)
+    tuned = (TREATMENT, *FINE_TUNING)
+    within = [(model, *distance_correlation(runs, model, tuned)) for model in models]
+    far, near = (
+        "; ".join(f"{model} {rho:+.2f} ({n} checkpoints)" for model, rho, n in found)
+        for found in (distances, within)
+    )
     lines = [
         "# Findings",
         "",
@@ -297,7 +312,9 @@ def page(runs: Sequence[Run], models: Sequence[str]) -> str:
         "",
         *_contrasts(runs, models),
         "",
-        f"Spearman's correlation of rank recovery with weight distance at the start, over all arms: {far}.",
+        f"Spearman's correlation of rank recovery with weight distance at the start: over all arms {far}; "
+        f"among HAEP and its fine-tuning controls alone {near}. Where the first is strong and the second "
+        "is not, arms differ in both, and distance need not be the cause.",
         "",
         "## By other measures",
         "",
@@ -349,6 +366,34 @@ def _conclusions(runs: Sequence[Run], models: Sequence[str]) -> Iterator[str]:
     )
 
 
+BEGIN, END = "<!-- answer: written by make findings -->", "<!-- end -->"
+
+
+def readme_block(runs: Sequence[Run], models: Sequence[str]) -> str:
+    """What README's first screen says between its two marks."""
+    return "\n".join(
+        [
+            BEGIN,
+            answer(runs, models),
+            "",
+            "![Rank recovery and loss above the sham's, against healing steps](docs/findings.png)",
+            END,
+        ]
+    )
+
+
+def with_block(readme: str, block: str) -> str:
+    """README with its block replaced.
+
+    Raises:
+        ValueError: It has no place for one.
+    """
+    begin, end = readme.find(BEGIN), readme.find(END, readme.find(BEGIN))
+    if begin < 0 or end < 0:
+        raise ValueError(f"README.md has no block from {BEGIN} to {END}")
+    return readme[:begin] + block + readme[end + len(END) :]
+
+
 def load(folder: pathlib.Path = TABLES) -> tuple[list[Run], list[str]]:
     """Runs of all tables that are there, and the models in the protocol's order."""
     runs: list[Run] = []
@@ -360,8 +405,15 @@ def load(folder: pathlib.Path = TABLES) -> tuple[list[Run], list[str]]:
     return runs, [part.model for part in PARTS.values() if part.model in there]
 
 
-def render(folder: pathlib.Path = TABLES, page_path: pathlib.Path = PAGE) -> None:
-    """Write the page and its figure beside it."""
+def render(
+    folder: pathlib.Path = TABLES,
+    page_path: pathlib.Path = PAGE,
+    readme: pathlib.Path | None = None,
+) -> None:
+    """Write the page and its figure beside it, and README's block where README is named."""
     runs, models = load(folder)
     page_path.write_text(page(runs, models), encoding="utf-8")
     draw(runs, models, page_path.with_name(FIGURE.name))
+    if readme:
+        text = with_block(readme.read_text(encoding="utf-8"), readme_block(runs, models))
+        readme.write_text(text, encoding="utf-8")

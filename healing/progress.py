@@ -16,48 +16,122 @@ T = TypeVar("T")
 
 
 class Listener(Protocol):
-    """Told before each item of a phase; it may end the computation by raising."""
+    """Told of every phase and before each item of one; it may end the computation by raising."""
 
-    def __call__(self, name: str, done: int, total: int | None) -> None:
-        """``done`` of ``total`` items (``None`` = unknown) of the phase ``name`` are over."""
+    def __call__(self, name: str, done: int, total: int | None, note: str = "") -> None:
+        """``done`` of ``total`` items (``None`` = unknown) of the phase ``name`` are over; a note
+        says what came out so far.
+        """
+
+
+@dataclass(frozen=True)
+class _Where:
+    """A phase, and how far it is."""
+
+    name: str
+    done: int = 0
+    total: int | None = None
+    note: str = ""
+
+
+class _Telling:
+    """A listener, and the phase that a computation is in."""
+
+    def __init__(self, listener: Listener) -> None:
+        self.listener = listener
+        self.now: _Where | None = None
+
+    def tell(self, where: _Where | None) -> None:
+        """Go on to another phase, or to the next item of one."""
+        self.now = where
+        if where is not None:
+            self.listener(where.name, where.done, where.total, where.note)
 
 
 # One per thread of a sweep: threads do not inherit the value.
-_listener: contextvars.ContextVar[Listener | None] = contextvars.ContextVar(
-    "listener", default=None
-)
+_telling: contextvars.ContextVar[_Telling | None] = contextvars.ContextVar("telling", default=None)
 
 
 @contextlib.contextmanager
 def listening(listener: Listener) -> Iterator[None]:
     """Tell a listener of every phase in the block."""
-    token = _listener.set(listener)
+    token = _telling.set(_Telling(listener))
     try:
         yield
     finally:
-        _listener.reset(token)
+        _telling.reset(token)
 
 
-def phase(name: str, items: Iterable[T], total: int | None = None) -> Iterator[T]:
-    """The items of a long loop, with word to the listener before each.
+def _no_note() -> str:
+    return ""
+
+
+def phase(
+    name: str, items: Iterable[T], total: int | None = None, note: Callable[[], str] = _no_note
+) -> Iterator[T]:
+    """The items of a long loop, with word to the listener before each. Afterwards the phase that
+    it is a part of goes on.
 
     Args:
         name: What is done, as a person reads it: ``"singular bases"``.
         items: What is looped over.
         total: Their number, where it is known.
+        note: What came out so far, asked before each item.
     """
-    listener = _listener.get()
+    telling = _telling.get()
+    outer = telling.now if telling else None
     for done, item in enumerate(items):
-        if listener is not None:
-            listener(name, done, total)
+        if telling is not None:
+            telling.tell(_Where(name, done, total, note()))
         yield item
+    if telling is not None:
+        telling.tell(outer)
+
+
+def counted(items: Iterable[T], total: int | None = None) -> Iterator[T]:
+    """The items of a loop that has no name of its own: their number is shown beside the phase that
+    it is a part of, whatever that is (a measurement is one of many states), unless that has a
+    number itself.
+    """
+    telling = _telling.get()
+    outer = telling.now if telling else None
+    if outer is None:
+        yield from items
+    elif outer.total is None:
+        yield from phase(outer.name, items, total, lambda: outer.note)
+    else:
+        for item in items:
+            tick()
+            yield item
+
+
+@contextlib.contextmanager
+def during(name: str) -> Iterator[None]:
+    """A part of a phase that is named and has no loop: one measurement. Afterwards the phase that
+    it is a part of goes on.
+    """
+    telling = _telling.get()
+    if telling is None:
+        yield
+        return
+    outer = telling.now
+    telling.tell(_Where(name))
+    yield
+    telling.tell(outer)  # not after a failure: what failed stays named
+
+
+def tick() -> None:
+    """The phase goes on, and nobody knows how far it is: before a step that takes long."""
+    telling = _telling.get()
+    if telling is not None:
+        telling.tell(telling.now)
 
 
 def enter(name: str) -> None:
-    """Say that a phase begins which has no loop: loading, one measurement."""
-    listener = _listener.get()
-    if listener is not None:
-        listener(name, 0, None)
+    """Say that a phase begins which is part of no other and has no loop: loading."""
+    telling = _telling.get()
+    if telling is not None:
+        telling.tell(_Where(name))
 
 
 class Stopped(KeyboardInterrupt):

@@ -67,6 +67,10 @@ NEEDS = ("reference", "direction")
 """Other attacks without whose checkpoint there is nothing that an arm could do."""
 
 
+REFERENCES = HEALTHY, COLLAPSED = ("healthy", "collapsed")
+"""States that a measurement can compare with."""
+
+
 @dataclass(frozen=True)
 class Facts:
     """What a file says of itself in its text.
@@ -326,7 +330,22 @@ METHODS = Registry(
 )
 """``check(config)``, ``n_trainable(model, config)``, ``adapted(model, config, generator)``;
 RATE_RATIO, KEEPS_WEIGHTS and OPTIONS as literals (see ``training/methods/lora.py``)."""
+
+
+def _measurement_objection(facts: Facts) -> str:
+    needs = facts.get("NEEDS", ())
+    if not isinstance(needs, tuple) or not set(needs) <= set(REFERENCES):
+        return f"NEEDS is {needs!r}, not a tuple of {', '.join(REFERENCES)}"
+    return ""
+
+
 MEASUREMENTS = Registry(
-    "healing.measurements.extra", "llm_healing.measurements", "measurement", ("measure",)
+    "healing.measurements.extra",
+    "llm_healing.measurements",
+    "measurement",
+    ("measure",),
+    objection=_measurement_objection,
 )
-"""``measure(state: ProbeState) -> Mapping[str, float]``; UNITS as a literal: name → unit."""
+"""``measure(state: ProbeState) -> Mapping[str, float]``; UNITS as a literal: name → unit. One that
+compares states names those it compares with in NEEDS, of :data:`REFERENCES`, and has
+``remember(model, windows) -> object``, which is called at each of them."""

@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))  # like benchmarks, findings is no installed packa
 
 from findings import estimates, render  # noqa: E402
 from findings.parts import PARTS  # noqa: E402
-from findings.protocol import STRONG, Arm, Part  # noqa: E402
+from findings.protocol import SCRATCH_ARM, STRONG, Arm, Part  # noqa: E402
 from findings.runs import COLUMNS, chain_rows  # noqa: E402
 
 
@@ -91,13 +91,13 @@ def test_pairs_needed_give_the_width_that_is_asked_for():
     ],
 )
 def test_verdict_needs_rank_and_knowledge(tmp_path, rank, scratch_loss, said):
-    rows = trajectory(38.0, scratch_loss, arm=render.SCRATCH_ARM)
+    rows = trajectory(38.0, scratch_loss, arm=SCRATCH_ARM)
     for seed in range(10):
         rows += trajectory(rank + 0.01 * seed, 4.0, seed=seed)
     estimates.write(tmp_path / "t.csv", rows)
     runs = estimates.read(tmp_path / "t.csv")
     own = estimates.group(runs, "nano", "haep", STRONG, 60)
-    scratch = estimates.group(runs, "nano", render.SCRATCH_ARM, STRONG, 60)
+    scratch = estimates.group(runs, "nano", SCRATCH_ARM, STRONG, 60)
     assert render.verdict(own, scratch).startswith(said)
 
 
@@ -117,6 +117,8 @@ def test_the_committed_page_is_what_the_committed_tables_give(tmp_path):
         pytest.skip("no table is committed")
     render.render(page_path=tmp_path / "findings.md")
     assert (tmp_path / "findings.md").read_text() == render.PAGE.read_text()
+    readme = (ROOT / "README.md").read_text()
+    assert render.with_block(readme, render.readme_block(*render.load())) == readme
 
 
 @pytest.mark.slow

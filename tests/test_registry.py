@@ -34,7 +34,8 @@ PRUNE = '''
 
 def test_the_folder_of_a_registry_holds_its_names_and_nothing_else():
     assert set(ARMS.names()) == {
-        "haep", "haep_oracle", "spectral", "random_tokens", "random_text", "gaussian_noise", "none",
+        "haep", "haep_oracle", "spectral", "random_tokens", "random_text", "gaussian_noise",
+        "low_rank_noise", "ray", "reinitialised", "rotated_change", "sharpened_spectrum", "none",
     }  # fmt: skip
     assert METHODS.names() == ("full", "lora")
     for own in (ARMS, METHODS, MEASUREMENTS):
@@ -86,6 +87,14 @@ def test_roles_and_labels_of_arms_that_are_not_installed_are_those_of_their_runs
         ('"""X."""\nROLE = "sham"\n', "arm 'prune' of plug_in_0: the sham is the healthy model"),
         ('"""X."""\nCOLOUR = "red"\n', "arm 'prune' of plug_in_0: COLOUR is 'red'"),
         ('"""X."""\nMARKER = "oo"\n', "arm 'prune' of plug_in_0: MARKER is 'oo'"),
+        (
+            '"""X."""\nMATCHES = ("all",)\n',
+            r"plug_in_0: MATCHES is \('all',\), not a tuple of some of",
+        ),
+        (
+            '"""X."""\nNEEDS = "reference"\n',
+            "plug_in_0: NEEDS is 'reference', not a tuple of some of",
+        ),
         (
             "def make(:\n",
             r"arm 'prune' of plug_in_0: plug_in_0 cannot be imported \(invalid syntax",

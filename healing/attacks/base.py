@@ -15,6 +15,7 @@ from healing.attacks.weight_change import WeightChange
 from healing.config.attack import AttackConfig
 from healing.measurements.probe import Measurement, Probe
 from healing.models.loading import LoadedModel
+from healing.progress import Safe
 
 
 class Arm(Protocol):
@@ -40,8 +41,10 @@ class Arm(Protocol):
         healthy: Measurement,
         change: WeightChange,
         warmup: Iterable[torch.Tensor] = (),
-    ) -> Iterator[AttackRecord]:
-        """Change the model in place, yielding a record at step 0 and at every measured one."""
+    ) -> Iterator[AttackRecord | Safe]:
+        """Change the model in place, yielding a record at step 0 and at every measured one, and a
+        safe point after every step.
+        """
 
     @abstractmethod
     def advance(

@@ -19,7 +19,7 @@ from healing.attacks.gram_alignment import differentiable_alignment
 from healing.curvature.hessian import twice_differentiable_attention
 from healing.curvature.subspaces import LowCurvatureSubspace, SingularSubspace
 from healing.models.blocks import embedding_matrix
-from healing.progress import phase
+from healing.progress import during, phase
 
 TOP_TOKENS = 64
 """Swaps are drawn from this many tokens of steepest ascent per position."""
@@ -149,11 +149,12 @@ def search_catalyst(
     device = next(model.parameters()).device
     vocabulary = vocabulary or len(embedding_matrix(model))
     tokens = random_sequences(1, length, vocabulary, generator, opening)[0].to(device)
-    # The start stands among the random sequences of one batch.
-    best, *randoms = sequence_alignments(model, subspace, torch.cat([tokens[None], baseline]))
+    with during("alignment of random tokens"):
+        # The start stands among the random sequences of one batch.
+        best, *randoms = sequence_alignments(model, subspace, torch.cat([tokens[None], baseline]))
     history = [best]
     gradient: torch.Tensor | None = None
-    for _ in phase("catalyst search", range(steps), steps):
+    for _ in phase("catalyst search", range(steps), steps, lambda: f"ρ {history[-1]:.4f}"):
         if gradient is None:  # a round without improvement leaves it as it was
             gradient = token_gradient(model, subspace, tokens)[:, :vocabulary]
         proposals = propose_swaps(tokens, gradient, candidates, generator, len(opening))

@@ -24,6 +24,7 @@ from healing.measurements.probe import Measurement, Probe
 from healing.measurements.recovery import RELATIVE_CHANGE
 from healing.models.blocks import readout_parameters
 from healing.models.loading import LoadedModel
+from healing.progress import Safe, during
 
 TOLERANCE = 0.02
 """Largest difference from the target that counts as equal, over the target and over the damage."""
@@ -37,6 +38,12 @@ rank is not monotone in the strength, so that neither end says what lies between
 """
 
 BISECTIONS = 24
+
+HINTS = {
+    "rank": "use --match loss, or an arm that lowers the rank",
+    "loss": "use --match norm, or another arm",
+}
+"""What to do where nothing matches."""
 
 
 class Strengths(Protocol):
@@ -141,6 +148,7 @@ class _Trials:
         target: The damage to reach.
         place: Puts the weights at a strength.
         subject: What is scaled, for messages.
+        hint: What to do where nothing matches.
         names: Of the metrics that hold strength and error.
         known: Numbers that every record holds beside these.
         first: Number of the first trial.
@@ -153,25 +161,28 @@ class _Trials:
     target: DamageTarget
     place: Callable[[float], None]
     subject: str
+    hint: str
     names: tuple[str, str] = ("noise_scale", "match_error_pct")
     known: Mapping[str, float] = field(default_factory=dict)
     first: int = 1
     tried: list[tuple[float, Measurement]] = field(default_factory=list)
 
-    def at(self, strength: float) -> AttackRecord:
+    def at(self, strength: float) -> Iterator[AttackRecord | Safe]:
         """Put the weights at a strength and measure."""
-        self.place(strength)
-        measurement = self.probe.measure(self.loaded.model)
-        step = self.first + len(self.tried)
-        self.tried.append((strength, measurement))
-        found = (strength, 100.0 * self.target.error(measurement))
-        numbers = {
-            **self.known,
-            **dict(zip(self.names, found, strict=True)),
-            **diagnosed(self.arm, self.config, step, last=self.matched),
-        }
-        moved = self.arm.change.relative(self.loaded.model)
-        return AttackRecord(step, measurement, StepOutcome(), moved, numbers)
+        with during("measuring a strength"):
+            self.place(strength)
+            measurement = self.probe.measure(self.loaded.model)
+            step = self.first + len(self.tried)
+            self.tried.append((strength, measurement))
+            found = (strength, 100.0 * self.target.error(measurement))
+            numbers = {
+                **self.known,
+                **dict(zip(self.names, found, strict=True)),
+                **diagnosed(self.arm, self.config, step, last=self.matched),
+            }
+            moved = self.arm.change.relative(self.loaded.model)
+        yield AttackRecord(step, measurement, StepOutcome(), moved, numbers)
+        yield Safe(step)
 
     @property
     def last(self) -> Measurement:
@@ -188,7 +199,7 @@ class _Trials:
         """Whether the strength tried last does more."""
         return self.target.beyond(self.last)
 
-    def failure(self, hint: str) -> MatchError:
+    def failure(self) -> MatchError:
         """How close it came, and between which values it stayed."""
         name = self.target.name
         finite = [(s, m) for s, m in self.tried if math.isfinite(self.target.error(m))]
@@ -203,7 +214,8 @@ class _Trials:
             f"{name} stays between {min(values):.4g} and {max(values):.4g} for strengths from "
             f"{min(s for s, _ in finite):.3g} to {max(s for s, _ in finite):.3g}, closest was "
             f"{_value(name, at):.4g} ({100 * abs(self.target.error(at)):.1f} % off) at "
-            f"{closest:.4g}, in {len(self.tried)} tried (healthy {self.target.healthy:.4g}): {hint}"
+            f"{closest:.4g}, in {len(self.tried)} tried (healthy {self.target.healthy:.4g}): "
+            f"{self.hint}"
         )
 
 
@@ -215,7 +227,7 @@ def match_damage(
     healthy: Measurement,
     target: DamageTarget,
     subject: str = "the noise",
-) -> Iterator[AttackRecord]:
+) -> Iterator[AttackRecord | Safe]:
     """Find the strength at which the damage is the target's within :data:`TOLERANCE`.
 
     Every strength tried is a record; its step is the number of the trial. A loss grows with the
@@ -236,37 +248,34 @@ def match_damage(
         MatchError: After the last record, saying what was reached.
     """
     yield AttackRecord(0, healthy, StepOutcome(), 0.0, diagnosed(arm, config, 0, last=False))
-    yield from _search(_Trials(loaded, arm, config, probe, target, arm.place, subject))
+    hint = HINTS[target.name]
+    yield from _search(_Trials(loaded, arm, config, probe, target, arm.place, subject, hint))
 
 
-def _search(trials: _Trials) -> Iterator[AttackRecord]:
-    if trials.target.name == "rank":
-        hint = "use --match loss, or an arm that lowers the rank"
-        yield from _smallest(trials, hint)
-    else:
-        yield from _from_one(trials, "use --match norm, or another arm")
+def _search(trials: _Trials) -> Iterator[AttackRecord | Safe]:
+    yield from (_smallest if trials.target.name == "rank" else _from_one)(trials)
 
 
-def _from_one(trials: _Trials, hint: str) -> Iterator[AttackRecord]:
+def _from_one(trials: _Trials) -> Iterator[AttackRecord | Safe]:
     """The strength at which a growing damage is the target's."""
-    yield trials.at(1.0)
+    yield from trials.at(1.0)
     if trials.matched:
         return
     direction = -1 if trials.beyond else 1
     for power in range(1, LARGEST_POWER + 1):
-        yield trials.at(2.0 ** (direction * power))
+        yield from trials.at(2.0 ** (direction * power))
         if trials.matched:
             return
         if trials.beyond == (direction > 0):
-            yield from _between(trials, hint)
+            yield from _between(trials)
             return
-    raise trials.failure(hint)
+    raise trials.failure()
 
 
-def _smallest(trials: _Trials, hint: str) -> Iterator[AttackRecord]:
+def _smallest(trials: _Trials) -> Iterator[AttackRecord | Safe]:
     """The smallest strength at which the target is met, to the resolution of what is tried."""
     for strength in SCANNED:
-        yield trials.at(strength)
+        yield from trials.at(strength)
         if trials.matched:
             return
         if trials.last.nonfinite_tokens:  # what cannot be computed brackets no rank
@@ -274,26 +283,26 @@ def _smallest(trials: _Trials, hint: str) -> Iterator[AttackRecord]:
         if not trials.beyond:
             continue
         if len(trials.tried) == 1:
-            yield trials.at(strength / 2.0**LARGEST_POWER)
+            yield from trials.at(strength / 2.0**LARGEST_POWER)
             if trials.matched:
                 return
             if trials.beyond:
                 break
-        yield from _between(trials, hint)
+        yield from _between(trials)
         return
-    raise trials.failure(hint)
+    raise trials.failure()
 
 
-def _between(trials: _Trials, hint: str) -> Iterator[AttackRecord]:
+def _between(trials: _Trials) -> Iterator[AttackRecord | Safe]:
     """Bisect the exponent between the last two strengths tried."""
     low, high = sorted(math.log2(strength) for strength, _ in trials.tried[-2:])
     for _ in range(BISECTIONS):
         middle = (low + high) / 2.0
-        yield trials.at(2.0**middle)
+        yield from trials.at(2.0**middle)
         if trials.matched:
             return
         low, high = (low, middle) if trials.beyond else (middle, high)
-    raise trials.failure(hint)
+    raise trials.failure()
 
 
 def matched(
@@ -303,7 +312,7 @@ def matched(
     probe: Probe,
     healthy: Measurement,
     change: WeightChange,
-) -> Iterator[AttackRecord]:
+) -> Iterator[AttackRecord | Safe]:
     """Match an arm to the reference of its configuration, in what ``match`` names.
 
     Args:
@@ -319,10 +328,12 @@ def matched(
     """
     both = config.match == RANK_AND_LOSS
     state = reference_state(config, change, loaded.digest)
-    damaged = measure_state(loaded, state, change, probe)
+    with during("measuring the reference"):
+        damaged = measure_state(loaded, state, change, probe)
     target = DamageTarget.of("rank" if both else config.match, damaged, healthy)
     loss = DamageTarget.of("loss", damaged, healthy) if both else None  # before any search
-    trials = _Trials(loaded, arm, config, probe, target, arm.place, config.arm)
+    hint = HINTS[target.name]
+    trials = _Trials(loaded, arm, config, probe, target, arm.place, config.arm, hint)
     yield AttackRecord(0, healthy, StepOutcome(), 0.0, diagnosed(arm, config, 0, last=False))
     yield from _search(trials)
     if loss is not None and not loss.reached(trials.last):
@@ -340,7 +351,7 @@ def _readout_trials(
         MatchError: The loss is above already.
     """
     strength, reached = done.tried[-1]
-    if loss.beyond(reached):
+    if reached.nonfinite_tokens or reached.loss > loss.value:
         raise MatchError(
             f"{config.arm} reaches {done.target.wish} at a loss of {reached.loss:.4g}, above "
             f"{loss.wish.removeprefix('the loss ')}: noise on the readout can only add to it; use "
@@ -366,6 +377,7 @@ def _readout_trials(
         loss,
         place,
         f"noise on {' and '.join(readout)}",
+        "use --match rank",
         ("readout_scale", "readout_match_error_pct"),
         {"noise_scale": strength, "match_error_pct": 100.0 * done.target.error(reached)},
         1 + len(done.tried),

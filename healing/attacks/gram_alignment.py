@@ -25,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from healing.curvature.subspaces import SingularSubspace, product_energy
 from healing.models.blocks import block_matrices, embedding_matrix, evaluation_mode, next_token_loss
+from healing.progress import counted
 
 BATCH_BYTES = 256 * 2**20
 """A batch may take as much memory as two gradients of all block matrices (AdamW's moments will),
@@ -222,7 +223,8 @@ def alignments(
         return None
     found: list[float] = []
     together = sequences_per_batch(model, sequences.shape[1], len(sequences))
-    for batch in sequences.split(together):
+    batches = sequences.split(together)
+    for batch in counted(batches, len(batches)):
         factors = _factors(model, layers, {"input_ids": batch[:, :-1]}, batch[:, 1:])
         if factors is None:
             return None

@@ -16,7 +16,7 @@ from healing.config.attack import AttackConfig
 from healing.measurements.probe import Measurement, Probe
 from healing.models.blocks import next_token_loss
 from healing.models.loading import LoadedModel
-from healing.progress import phase
+from healing.progress import Safe, during, phase
 from healing.training.optimizers import make_optimizer
 
 
@@ -60,7 +60,7 @@ def warm_second_moment(
     rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         group["lr"] = 0.0
-    for batch in clean_batches:
+    for batch in phase("warm-up", clean_batches):
         gradient_step(optimizer, next_token_loss(model, batch))
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
@@ -120,8 +120,9 @@ def run_attack(
     healthy: Measurement,
     change: WeightChange,
     warmup: Iterable[torch.Tensor] = (),
-) -> Iterator[AttackRecord]:
-    """Attack a model in place, yielding a record at step 0, every interval and the last step.
+) -> Iterator[AttackRecord | Safe]:
+    """Attack a model in place, yielding a record at step 0, every interval and the last step, and
+    a safe point after every step.
 
     The attack ends with its budget, when the effective rank on the probe fell by
     ``target_rank_reduction`` (arms that stop early), or at the first step that is not finite.
@@ -142,20 +143,26 @@ def run_attack(
     warm_second_moment(optimizer, model, warmup)
     if optimizer.state:
         prime_first_moment(optimizer, arm)
-    yield AttackRecord(0, healthy, StepOutcome(), 0.0, diagnosed(arm, config, 0, last=False))
+    with during("measurement"):
+        numbers = diagnosed(arm, config, 0, last=False)
+    yield AttackRecord(0, healthy, StepOutcome(), 0.0, numbers)
     measured = 0
     target = healthy.effective_rank * (1.0 - config.target_rank_reduction)
     for step in phase("attack", range(1, total + 1), total):
         watched = step % config.measurement_interval == 0 or step == total
         outcome = arm.advance(optimizer, step, total, watched=watched)
         if outcome.finite and not watched:
+            yield Safe(step)
             continue
-        measurement = probe.measure(model)
-        measured += 1
-        reached = arm.stops_early and measurement.effective_rank <= target
-        last = reached or not outcome.finite or step == total
-        numbers = diagnosed(arm, config, measured, last=last)
-        yield AttackRecord(step, measurement, outcome, change.relative(model), numbers)
+        with during("measurement"):
+            measurement = probe.measure(model)
+            measured += 1
+            reached = arm.stops_early and measurement.effective_rank <= target
+            last = reached or not outcome.finite or step == total
+            numbers = diagnosed(arm, config, measured, last=last)
+            moved = change.relative(model)
+        yield AttackRecord(step, measurement, outcome, moved, numbers)
+        yield Safe(step)
         if last:
             return
 
@@ -184,6 +191,6 @@ class LoopArm(Arm):
         healthy: Measurement,
         change: WeightChange,
         warmup: Iterable[torch.Tensor] = (),
-    ) -> Iterator[AttackRecord]:
+    ) -> Iterator[AttackRecord | Safe]:
         """As :func:`run_attack`."""
         return run_attack(loaded, self, config, probe, healthy, change, warmup)

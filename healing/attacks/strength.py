@@ -16,6 +16,7 @@ from healing.attacks.weight_change import WeightChange
 from healing.config.attack import AttackConfig
 from healing.measurements.probe import Measurement, Probe
 from healing.models.loading import LoadedModel
+from healing.progress import Safe
 
 
 class StrengthArm(LoopArm):
@@ -59,7 +60,7 @@ class StrengthArm(LoopArm):
         healthy: Measurement,
         change: WeightChange,
         warmup: Iterable[torch.Tensor] = (),
-    ) -> Iterator[AttackRecord]:
+    ) -> Iterator[AttackRecord | Safe]:
         """The common loop, or the search of the strength with another ``match`` than ``norm``.
 
         Raises:

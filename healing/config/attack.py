@@ -171,12 +171,12 @@ class AttackConfig(BaseConfig, DryRunOptions):
         if self.match != "norm" and not reference:
             raise ConfigError(
                 f"--match {self.match} needs the attack to match: give --reference-run-id or "
-                f"--reference-checkpoint with --arm {' or '.join(controls)}"
+                f"--reference-checkpoint with --arm {_one_of(controls)}"
             )
         if reference and self.match not in arm_matches(self.arm):
             raise ConfigError(
                 f"--arm {self.arm} cannot be matched in {self.match}: give --match "
-                f"{' or '.join(arm_matches(self.arm))}"
+                f"{_one_of(arm_matches(self.arm))}"
             )
 
     def _checkpoint(self, what: str, arms: tuple[str, ...]) -> bool:
@@ -184,7 +184,7 @@ class AttackConfig(BaseConfig, DryRunOptions):
         given = [n for n in (f"{what}_checkpoint", f"{what}_run_id") if getattr(self, n)]
         flags = [flag_name(name) for name in given]
         if given and self.arm not in arms:
-            raise ConfigError(f"{flags[0]} belongs to --arm {' or '.join(arms)}, not to {self.arm}")
+            raise ConfigError(f"{flags[0]} belongs to --arm {_one_of(arms)}, not to {self.arm}")
         if len(given) > 1:
             raise ConfigError(f"{' and '.join(flags)} exclude each other: give one of them")
         if not given and what in arm_needs(self.arm):
@@ -200,5 +200,10 @@ class AttackConfig(BaseConfig, DryRunOptions):
                 continue
             if name == "noise_draw" and self.match == RANK_AND_LOSS:
                 continue
-            arms = " or ".join(arms_that_take(name))
+            arms = _one_of(arms_that_take(name))
             raise ConfigError(f"{flag_name(name)} belongs to --arm {arms}, not to {self.arm}")
+
+
+def _one_of(names: tuple[str, ...]) -> str:
+    *others, last = names
+    return f"{', '.join(others)} or {last}" if others else last

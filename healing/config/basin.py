@@ -79,8 +79,7 @@ class BasinConfig(ModelOptions, ThreadOptions, DeviceOptions, OutputOptions):
     )
     curvature_tolerance: float = option(
         1e-3,
-        "Share of the largest |eigenvalue| below which a residual counts as converged and a "
-        "negative eigenvalue as zero.",
+        "Share of the largest |eigenvalue| below which a residual counts as converged.",
         minimum=0,
         maximum=0.1,
         exclusive_minimum=True,
@@ -95,7 +94,10 @@ class BasinConfig(ModelOptions, ThreadOptions, DeviceOptions, OutputOptions):
         minimum=21,
     )
     perturbations: int = option(
-        2, "Random perturbations of each state that are followed downhill.", minimum=1
+        2,
+        "Random perturbations of each state that are followed downhill, beside the descents from "
+        "the state itself and along its lowest curvature.",
+        minimum=1,
     )
     perturbation_radius: float = option(
         1e-3,

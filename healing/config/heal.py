@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
-from healing.config.options import AUTO, option
+from healing.config.attack import AttackConfig
+from healing.config.options import AUTO, flag_name, help_of, option
 from healing.config.presets import (
     DEFAULT_MODEL,
     MODELS_HELP,
@@ -36,11 +39,39 @@ def _ratios() -> str:
     return "".join(f"; for {name} {r:g} times that" for name, r in ratios.items() if r != 1.0)
 
 
+OF_THE_ATTACK = (
+    "attack_steps",
+    "attack_optimizer",
+    "attack_lr",
+    "target_rank_reduction",
+    "catalyst_length",
+)
+"""Options of the fresh attack, by the names that they have there; ``auto`` is the attack's own
+default, so that what is given can be told from what is not. They are no part of a fingerprint: the
+collapsed weights are.
+"""
+
+
+def _of_the_attack(name: str, choices: tuple[str, ...] | None = None) -> Any:
+    """The attack's own option of this name, with its range."""
+    (field,) = (f for f in dataclasses.fields(AttackConfig) if f.name == name)
+    default = "" if field.default == AUTO else f" auto = {field.default}."
+    kept = ("minimum", "maximum", "exclusive_minimum")
+    return option(
+        AUTO,
+        f"Of the fresh attack, where no checkpoint is given: {help_of(field)}{default}",
+        choices=choices,
+        determines=False,
+        **{key: field.metadata[key] for key in kept},
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class HealConfig(BaseConfig, DryRunOptions):
     """Healing of one checkpoint, of a folder of checkpoints, or of a fresh attack."""
 
     order = (..., "dry_run")
+    unresolved: ClassVar[tuple[str, ...]] = OF_THE_ATTACK
 
     model: str = option(
         AUTO,
@@ -75,6 +106,11 @@ class HealConfig(BaseConfig, DryRunOptions):
         choices=ARMS.names,
         separates=False,
     )
+    attack_steps: int | str = _of_the_attack("attack_steps")
+    attack_optimizer: str = _of_the_attack("attack_optimizer", (AUTO, *OPTIMIZERS))
+    attack_lr: float | str = _of_the_attack("attack_lr")
+    target_rank_reduction: float | str = _of_the_attack("target_rank_reduction")
+    catalyst_length: int | str = _of_the_attack("catalyst_length")
     healing_steps: int | str = option(
         DEFAULT_STEPS,
         "Fine-tuning steps on clean text; auto = as many as the --healer was selected with, "
@@ -154,8 +190,14 @@ class HealConfig(BaseConfig, DryRunOptions):
             if getattr(self, name)
         ]
         if len(given) > 1:
-            flags = " and ".join("--" + name.replace("_", "-") for name in given)
+            flags = " and ".join(map(flag_name, given))
             raise ConfigError(f"{flags} exclude each other: give one of them")
+        if given and (of_the_attack := self.given_of_the_attack()):
+            raise ConfigError(
+                f"{flag_name(next(iter(of_the_attack)))} is of the fresh attack, and "
+                f"{flag_name(given[0])} names a state that was attacked before: leave one of them "
+                "out"
+            )
         ARMS.check(self.arm)
         METHODS.check(self.healing_method)
         self._check_method(METHODS.facts(self.healing_method))
@@ -164,6 +206,11 @@ class HealConfig(BaseConfig, DryRunOptions):
                 "--healing-momentum belongs to --healing-optimizer sgd: leave it out with "
                 f"--healing-optimizer {self.healing_optimizer}"
             )
+
+    def given_of_the_attack(self) -> dict[str, Any]:
+        """The options of the fresh attack that are not left to it."""
+        values = {name: getattr(self, name) for name in OF_THE_ATTACK}
+        return {name: value for name, value in values.items() if value != AUTO}
 
     def _check_method(self, method: Facts) -> None:
         rounds = self.precision_mode == "pure" and self.precision != "fp32"

@@ -89,6 +89,8 @@ class Options:
     """
 
     order: ClassVar[tuple[Any, ...]] = (...,)
+    unresolved: ClassVar[tuple[str, ...]] = ()
+    """Fields whose ``auto`` is not replaced by this stage: another's configuration has them."""
 
     def __post_init__(self) -> None:
         validate_fields(self)

@@ -44,7 +44,8 @@ def resolve_from_presets(config: ConfigT, *, accelerated: bool = False) -> Confi
     if not config.revision and model_kind(model) in (PYTHIA, HUB):
         values["revision"] = MAIN
     for field in dataclasses.fields(config):
-        if getattr(config, field.name) == AUTO and hasattr(preset, field.name):
+        is_auto = getattr(config, field.name) == AUTO and field.name not in config.unresolved
+        if is_auto and hasattr(preset, field.name):
             values[field.name] = getattr(preset, field.name)
     if getattr(config, "healing_steps", "") == AUTO and hasattr(config, "healing_method"):
         values["healing_steps"] = DEFAULT_STEPS

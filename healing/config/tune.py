@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from healing.config.arm_tags import arm_role
+from healing.config.arm_tags import arm_needs, arm_role
 from healing.config.options import AUTO, listed, option
 from healing.config.presets import MODELS_HELP, preset_for
 from healing.config.shared import BaseConfig
@@ -119,10 +119,10 @@ class TuneConfig(BaseConfig):
         arms = listed(self.arms, "--arms", ARMS.names())
         for arm in arms:
             ARMS.check(arm)
-            if arm_role(arm) in (DAMAGE_CONTROL, SHAM):
+            if arm_role(arm) in (DAMAGE_CONTROL, SHAM) or arm_needs(arm):
                 raise ConfigError(
-                    f"--arms {arm}: a healer is selected on states of an attack of its own, which "
-                    "a damage control and the sham are not"
+                    f"--arms {arm}: a healer is selected on states of attacks that need no other, "
+                    "which a damage control, a ray and the sham are not"
                 )
         return arms
 

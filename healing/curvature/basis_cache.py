@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from healing.curvature.subspaces import MatrixSubspace, SingularSubspace
+from healing.progress import phase
 
 FORMAT = "gram-1"
 """Part of every key: another way of making the bases needs another name."""
@@ -124,7 +125,7 @@ def _read(path: pathlib.Path, weights: Mapping[str, torch.Tensor]) -> SingularSu
         with safe_open(path, "pt") as file:
             wide = set(file.metadata()["wide"].split("\n"))
             matrices = {}
-            for name, weight in weights.items():
+            for name, weight in phase("reading kept bases", weights.items(), len(weights)):
                 parts = (file.get_tensor(f"{name}/{side}") for side in ("leading", "rest"))
                 leading, rest = (part.to(weight.device) for part in parts)
                 matrices[name] = space = MatrixSubspace(leading, rest, name in wide)

@@ -1,4 +1,4 @@
-"""Descent from perturbed weights: does it leave the state?"""
+"""Descent from a state and from points beside it: does it find a lower held-out loss?"""
 
 from __future__ import annotations
 
@@ -10,73 +10,109 @@ import torch
 from torch import Tensor, nn
 
 from healing.curvature.flat_weights import put_weights, restoring_weights, weights_of
+from healing.progress import counted, tick
+
+STANDARD_ERRORS = 3.0
+"""What exceeds so many of its standard errors is not chance."""
+
+SMALL_GAIN = 0.01
+"""Nats per token: the smallest fall of the loss that counts."""
+
+FLOOR_SHARE = 0.1
+"""A perturbation treats a tensor as having at least this share of the root mean square of all
+tensors with as many axes: tensors that are zero (biases, adapters) move too."""
 
 
 @dataclass(frozen=True)
 class Descent:
-    """Gradient descent from a point near a state.
+    """Gradient descent from a state or from a point near it.
 
     Attributes:
         initial_distance: To the state, before the first step.
         final_distance: To the state, after the last.
-        initial_loss: On the batch that is descended, nats per token.
-        final_loss: The same after the last step.
-        final_heldout_loss: On other text, after the last step.
+        loss_drop: L(state) - L(end) on the batch of the curvature, nats per token.
+        heldout_drop: The same on held-out text.
+        heldout_error: Standard error of `heldout_drop` over windows, each compared with itself;
+            NaN with fewer than two windows.
     """
 
     initial_distance: float
     final_distance: float
-    initial_loss: float
-    final_loss: float
-    final_heldout_loss: float
+    loss_drop: float
+    heldout_drop: float
+    heldout_error: float
 
     @property
     def finite(self) -> bool:
-        """Whether the model could compute all the way."""
-        return math.isfinite(self.initial_loss) and math.isfinite(self.final_loss)
+        """Whether the model could compute at the end."""
+        return math.isfinite(self.loss_drop) and math.isfinite(self.heldout_drop)
 
-    def escaped_from(self, loss: float) -> bool:
-        """Whether it left a state of this loss: twice as far away as it began, and lower than
-        the state by more than the perturbation itself changed the loss.
-        """
-        further = self.final_distance > 2 * self.initial_distance
-        return further and loss - self.final_loss > abs(self.initial_loss - loss)
+    @property
+    def least_gain(self) -> float:
+        """Held-out drop less three standard errors; NaN where there is no error."""
+        return self.heldout_drop - STANDARD_ERRORS * self.heldout_error
+
+    @property
+    def most_gain(self) -> float:
+        """Held-out drop and three standard errors; NaN where there is no error."""
+        return self.heldout_drop + STANDARD_ERRORS * self.heldout_error
+
+    @property
+    def escaped(self) -> bool:
+        """Whether it lowered the held-out loss by more than the smallest gain that counts."""
+        return self.least_gain > SMALL_GAIN
 
 
 @dataclass(frozen=True)
 class Escape:
-    """What follows small random perturbations of a state, downhill.
+    """Where descent leads from a state.
 
     Attributes:
-        loss: Of the state itself on the batch that is descended, nats per token.
-        heldout_loss: Of the state itself on other text.
+        loss: Of the state itself on the batch of the curvature, nats per token.
+        heldout_loss: Of the state itself on held-out text.
         step_size: Of gradient descent.
+        weight_norm: ‖W‖ of the state.
         unperturbed: Descent from the state itself: what the gradient alone does.
-        perturbed: One descent per perturbation.
+        perturbed: One descent per random perturbation.
+        along: Both ways along the direction of lowest curvature, where that is negative.
         reason: Why nothing was tried; empty otherwise.
     """
 
     loss: float
     heldout_loss: float
     step_size: float
+    weight_norm: float
     unperturbed: Descent | None = None
     perturbed: tuple[Descent, ...] = ()
+    along: tuple[Descent, ...] = ()
     reason: str = ""
 
     @property
+    def descents(self) -> tuple[Descent, ...]:
+        """All that were tried, the unperturbed one first."""
+        own = (self.unperturbed,) if self.unperturbed else ()
+        return (*own, *self.perturbed, *self.along)
+
+    @property
+    def best(self) -> Descent | None:
+        """The one with the largest bound of the held-out drop, of those that could be followed."""
+        known = [d for d in self.descents if d.finite]
+        return max(known, key=lambda d: d.least_gain, default=None)
+
+    @property
     def escaped(self) -> int:
-        """Number of perturbations that led away."""
-        return sum(descent.escaped_from(self.loss) for descent in self.perturbed)
+        """Number of random perturbations that led to a lower held-out loss."""
+        return sum(descent.escaped for descent in self.perturbed)
 
     @property
     def loss_drop(self) -> float:
-        """Mean of L(state) - L(end) over perturbations, nats; NaN where nothing was tried."""
-        return _mean([self.loss - descent.final_loss for descent in self.perturbed])
+        """Mean over perturbations of the drop on the batch, nats; NaN where nothing was tried."""
+        return _mean([descent.loss_drop for descent in self.perturbed])
 
     @property
     def heldout_loss_drop(self) -> float:
-        """The same on other text: what of the drop is more than fitting one batch."""
-        return _mean([self.heldout_loss - d.final_heldout_loss for d in self.perturbed])
+        """The same on held-out text."""
+        return _mean([descent.heldout_drop for descent in self.perturbed])
 
     @property
     def distance_ratio(self) -> float:
@@ -86,72 +122,118 @@ class Escape:
     @property
     def finite(self) -> bool:
         """Whether every descent could be followed to its end."""
-        return bool(self.perturbed) and all(d.finite for d in self.perturbed)
+        return bool(self.descents) and all(d.finite for d in self.descents)
 
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
+@dataclass(frozen=True)
+class Direction:
+    """A direction of negative curvature.
+
+    Attributes:
+        curvature: Its Rayleigh quotient, below 0.
+        vector: Of unit length, `(n,)`.
+    """
+
+    curvature: float
+    vector: Tensor
+
+
 def perturbation(model: nn.Module, radius: float, generator: torch.Generator) -> Tensor:
     """A Gaussian direction in which every tensor moves by `radius` times its own norm, `(n,)`.
 
-    Its norm is then `radius·‖W‖`; tensors that are zero stay so.
+    A tensor whose root mean square is less than a tenth of that of all tensors with as many axes
+    (of all tensors, where those are zero too; 1, where all are) moves as if it had that: one that
+    is zero, as biases and adapters begin, would stay so, and what hides there would not be seen.
     """
+    parameters = [parameter.detach() for parameter in model.parameters()]
     parts = []
-    for parameter in model.parameters():
+    for parameter in parameters:
         draw = torch.randn(parameter.shape, generator=generator).to(parameter)
-        scale = torch.linalg.vector_norm(parameter.detach()) / torch.linalg.vector_norm(draw)
-        parts.append((radius * scale * draw).reshape(-1))
+        alike = _root_mean_square([p for p in parameters if p.ndim == parameter.ndim])
+        floor = FLOOR_SHARE * (alike or _root_mean_square(parameters) or 1.0)
+        size = max(_root_mean_square([parameter]), floor) * math.sqrt(parameter.numel())
+        parts.append((radius * size / torch.linalg.vector_norm(draw) * draw).reshape(-1))
     return torch.cat(parts)
+
+
+def _root_mean_square(tensors: Sequence[Tensor]) -> float:
+    total = sum(float(torch.linalg.vector_norm(t)) ** 2 for t in tensors)
+    return math.sqrt(total / sum(t.numel() for t in tensors))
 
 
 def escape(
     model: nn.Module,
     loss: Callable[[], float],
-    heldout_loss: Callable[[], float],
-    gradient: Callable[[], Tensor],
+    heldout_losses: Callable[[], Tensor],
+    gradient: Callable[[int], Tensor],
     generator: torch.Generator,
     *,
     step_size: float,
     steps: int,
     radius: float,
     perturbations: int,
+    lowest: Direction | None = None,
 ) -> Escape:
-    """Perturb the current state and follow plain gradient descent; the weights are put back.
+    """Follow plain gradient descent from the current state, from random perturbations of it, and
+    both ways along a direction of negative curvature; the weights are put back.
 
     With step size 1/λ_max descent is stable in every direction of positive curvature, and a
-    component along a direction of curvature -μ grows by 1 + μ/λ_max per step.
+    component along a direction of curvature -μ grows by 1 + μ/λ_max per step: hardly, where
+    μ ≪ λ_max. So the descents along `lowest` take steps of 1/μ in that direction, in which the
+    component doubles, but at most by as much as it has come already (or began with), since beyond
+    its neighbourhood the state's curvature says nothing.
 
     Args:
         model: At the state in question.
-        loss: Loss at the current weights, nats per token.
-        heldout_loss: Loss there on other text.
-        gradient: Gradient of `loss` there, shape `(n,)`.
+        loss: Loss at the current weights on the batch of the curvature, nats per token.
+        heldout_losses: Losses there of the windows of other text, float64 `(windows,)`: what a
+            descent is judged by, since fitting the text that it follows proves nothing.
+        gradient: Gradient at the current weights for a step's number, shape `(n,)`: of the same
+            text at every step, or better of fresh text each time.
         generator: Draws the perturbations.
         step_size: 1/λ_max of that state.
         steps: Gradient-descent steps.
         radius: Norm of a perturbation relative to the weights'.
-        perturbations: How many.
+        perturbations: How many random ones.
+        lowest: Direction of negative curvature; ``None`` where there is none.
     """
     with restoring_weights(model) as centre:
-        level, heldout = loss(), heldout_loss()
+        level, heldout = loss(), heldout_losses()
+        size = torch.linalg.vector_norm(centre).item()
         if not (math.isfinite(step_size) and step_size > 0):
-            reason = "no positive curvature to take the step size from"
-            return Escape(level, heldout, math.nan, reason=reason)
+            reason = "no curvature to take the step size from"
+            return Escape(level, float(heldout.mean()), math.nan, size, reason=reason)
 
-        def descend(start: Tensor) -> Descent:
+        def descend(start: Tensor, along: Direction | None = None) -> Descent:
             put_weights(model, start)
-            begin = loss()
-            for _ in range(steps):
-                put_weights(model, weights_of(model) - step_size * gradient())
-            distances = [torch.linalg.vector_norm(w - centre).item()
-                         for w in (start, weights_of(model))]  # fmt: skip
-            return Descent(distances[0], distances[1], begin, loss(), heldout_loss())
+            began = torch.linalg.vector_norm(start - centre).item()
+            for step in range(steps):
+                tick()
+                slope, at = gradient(step), weights_of(model)
+                move = step_size * slope
+                if along is not None:
+                    reach = max(abs(torch.dot(at - centre, along.vector).item()), began)
+                    part = torch.dot(slope, along.vector).item()
+                    own = max(-reach, min(reach, part / -along.curvature))
+                    move += (own - step_size * part) * along.vector
+                put_weights(model, at - move)
+            drops = heldout - heldout_losses()
+            error = drops.std().item() / math.sqrt(len(drops)) if len(drops) > 1 else math.nan
+            final = torch.linalg.vector_norm(weights_of(model) - centre).item()
+            return Descent(began, final, level - loss(), drops.mean().item(), error)
 
         unperturbed = descend(centre)
         found = []
-        for _ in range(perturbations):
+        for _ in counted(range(perturbations), perturbations):
             put_weights(model, centre)
             found.append(descend(centre + perturbation(model, radius, generator)))
-    return Escape(level, heldout, step_size, unperturbed, tuple(found))
+        sides: list[Descent] = []
+        if lowest is not None:
+            reach = radius * (size or math.sqrt(len(centre))) * lowest.vector
+            sides += (descend(side, lowest) for side in (centre + reach, centre - reach))
+    mean = float(heldout.mean())
+    return Escape(level, mean, step_size, size, unperturbed, tuple(found), tuple(sides))

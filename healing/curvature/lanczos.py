@@ -14,6 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from healing.progress import tick
+
 # Rows of the stored basis that are widened to the working dtype (and moved to the operator's
 # device) at once, and at most how many numbers (1 GB in float32): they bound the extra memory of a
 # narrow or host-side basis.
@@ -298,6 +300,7 @@ def _iterate(
 ) -> LanczosStatus:
     """Step until the estimated residuals |βₘ·sₘᵢ| meet the tolerance or no step is left."""
     while True:
+        tick()
         recurrence.step()
         steps = len(recurrence.diagonal)
         if not recurrence.finite:
@@ -351,6 +354,7 @@ def _pairs(operator: SymmetricOperator, vectors: Tensor) -> Eigenpairs:
     """
     values, residuals = [], []
     for vector in vectors.unbind(1):
+        tick()
         product = operator(vector)
         values.append(torch.dot(vector, product).item())
         residuals.append(torch.linalg.vector_norm(product - values[-1] * vector).item())

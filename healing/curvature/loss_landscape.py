@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from healing.curvature.flat_weights import put_weights, restoring_weights
+from healing.progress import counted
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def loss_path(
     positions = tuple(index / (points - 1) for index in range(points))
     losses = []
     with restoring_weights(model):
-        for alpha in positions:
+        for alpha in counted(positions, points):
             put_weights(model, _interpolate(start, end, alpha))
             losses.append(loss())
     return LossPath(positions, tuple(losses))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from healing.curvature.lanczos import Device, Recurrence, SymmetricOperator, gaussian
-from healing.progress import phase
+from healing.progress import counted, phase, tick
 
 
 @dataclass(frozen=True)
@@ -191,11 +191,12 @@ def lanczos_quadrature(
     n = operator.shape[0]
     nodes = torch.zeros(n_probes, min(n_iterations, n), dtype=torch.float64)
     weights = torch.zeros_like(nodes)
-    for probe in range(n_probes):
+    for probe in counted(range(n_probes), n_probes):
         start = rademacher(operator, generator)
         recurrence = Recurrence(operator, start, n_iterations, basis_dtype, basis_device)
         recurrence.step()
         while recurrence.finite and not (recurrence.invariant or recurrence.exhausted):
+            tick()
             recurrence.step()
         if not recurrence.finite:
             nodes[probe] = weights[probe] = math.nan

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from healing.curvature.hessian import LeadingSubspace
+from healing.progress import phase
 
 
 @dataclass(frozen=True)
@@ -233,7 +234,8 @@ class SingularSubspace(LowCurvatureSubspace):
     @classmethod
     def of(cls, weights: Mapping[str, torch.Tensor], energy: float) -> SingularSubspace:
         """Subspaces of the given matrices at one energy share."""
-        return cls({name: MatrixSubspace.of(w, energy) for name, w in weights.items()})
+        found = phase("singular bases", weights.items(), len(weights))
+        return cls({name: MatrixSubspace.of(w, energy) for name, w in found})
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ import torch
 
 from healing.data.windows import opening, pack
 from healing.errors import CorpusError
+from healing.progress import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,7 +45,7 @@ def split_documents(name: str, texts: Iterable[str]) -> Corpus:
     Raises:
         CorpusError: A split is left without a document.
     """
-    by_hash = {_hash(text): text for text in texts if text.strip()}
+    by_hash = {_hash(text): text for text in counted(texts) if text.strip()}
     parts: dict[str, list[str]] = {split: [] for split in SPLITS}
     for key in sorted(by_hash):
         parts[split_of(by_hash[key])].append(by_hash[key])

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from healing.errors import CorpusError
+from healing.progress import phase
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -75,7 +76,7 @@ def _stream(
     """Tokens of documents, each followed by end-of-text; at least ``wanted`` where there are."""
     stream: list[int] = []
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    for group in batched(texts, DOCUMENTS_PER_CALL):
+    for group in phase("tokenizing", batched(texts, DOCUMENTS_PER_CALL)):
         if wanted is None or sum(map(len, group)) <= CHARACTERS_PER_TOKEN * wanted:
             for ids in _encode(group, tokenizer):
                 stream += ids + separator

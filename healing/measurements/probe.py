@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
 from healing.data.splits import Corpus
 from healing.measurements.covariance import MomentAccumulator, Moments, spectra
-from healing.measurements.extra_metrics import ProbeState, extra_metrics
+from healing.measurements.extra_metrics import ProbeState, Remembered, extra_metrics, remember
 from healing.measurements.rank_standard_error import (
     BOOTSTRAP_MAX_DIMENSION,
     RankInfluence,
@@ -23,6 +23,7 @@ from healing.measurements.spectrum import Spectrum
 from healing.models.blocks import block_outputs, evaluation_mode
 from healing.models.loading import LoadedModel
 from healing.models.token_loss import token_losses
+from healing.progress import counted
 
 TOKENS_PER_FORWARD = 2048
 """Tokens per forward pass: large enough to be fast, small enough that hidden states stay small."""
@@ -111,10 +112,12 @@ class Probe:
     Attributes:
         windows: int64 (windows, tokens), on the CPU.
         extra: Names of extra measurements.
+        remembered: What those keep that compare states (:meth:`remembering`).
     """
 
     windows: torch.Tensor
     extra: tuple[str, ...] = field(default=(), kw_only=True)
+    remembered: Remembered = field(default_factory=dict, kw_only=True, repr=False)
 
     @classmethod
     def of(
@@ -132,6 +135,25 @@ class Probe:
         """
         return cls(corpus.windows("probe", loaded.tokenizer, length, tokens), extra=extra)
 
+    @torch.no_grad()
+    def remembering(self, state: str, model: nn.Module) -> Probe:
+        """A probe that also knows the model's present state, for measurements that compare with it;
+        this one where none does. The model's mode is restored.
+
+        Args:
+            state: ``healthy`` or ``collapsed``.
+            model: In that state.
+
+        Raises:
+            ConfigError: A measurement would keep more of it than there is room for.
+        """
+        with evaluation_mode(model):
+            found = remember(state, model, self.windows, self.extra)
+        if not found:
+            return self
+        known = {name: {**self.remembered.get(name, {}), state: x} for name, x in found.items()}
+        return replace(self, remembered={**self.remembered, **known})
+
     @property
     def tokens(self) -> int:
         """Of all windows."""
@@ -142,7 +164,8 @@ class Probe:
         device = next(model.parameters()).device
         rows = max(1, TOKENS_PER_FORWARD // self.windows.shape[1])
         with block_outputs(model) as outputs:
-            for chunk in self.windows.split(rows):
+            chunks = self.windows.split(rows)
+            for chunk in counted(chunks, len(chunks)):
                 losses = token_losses(model, chunk.to(device))
                 yield losses, list(outputs)
 
@@ -154,6 +177,15 @@ class Probe:
         with evaluation_mode(model):
             parts = [(float(x.double().sum()), x.numel()) for x, _ in self._forward(model)]
         return sum(total for total, _ in parts) / sum(count for _, count in parts)
+
+    @torch.no_grad()
+    def window_losses(self, model: nn.Module) -> torch.Tensor:
+        """Mean cross entropy of every window: float64 (windows,), nats per token, on the CPU. Their
+        mean is :meth:`loss`. The model's mode is restored.
+        """
+        with evaluation_mode(model):
+            losses = torch.cat([x.double() for x, _ in self._forward(model)]).cpu()
+        return losses.view(len(self.windows), -1).mean(1)
 
     @torch.no_grad()
     def measure(
@@ -175,7 +207,7 @@ class Probe:
             if error_generator is not None and all(m.finite and m.rows for m in moments):
                 error = self._rank_error(passes, moments, error_generator)
             state = ProbeState(model, self.windows, losses, tuple(moments))
-            extra = extra_metrics(state, self.extra)
+            extra = extra_metrics(state, self.extra, self.remembered)
         mask = torch.isfinite(losses)
         finite = int(mask.sum())
         loss = float(losses[mask].double().sum()) / finite if finite else math.nan

@@ -31,7 +31,7 @@ from healing.data.windows import opening
 from healing.errors import ModelError
 from healing.models.architectures import neox_config
 from healing.models.blocks import embedding_matrix, transformer_blocks
-from healing.models.conversions import fresh_copy, merged, quantization_of
+from healing.models.conversions import fresh_copy, merged, quantization_of, told_as_phases
 from healing.models.local_models import OLD_BUFFERS, UnusableError, refuse_adapter_beside_weights
 from healing.models.model_files import (
     LOADING_ERRORS,
@@ -42,6 +42,7 @@ from healing.models.model_files import (
     read_tokenizer,
     unloadable,
 )
+from healing.progress import during
 
 logger = logging.getLogger(__name__)
 transformers_logging.disable_progress_bar()  # its bars would break ours
@@ -124,11 +125,7 @@ def new_embedded_model(
     Matrices are N(0, 0.02²) and the two residual outputs of each block N(0, (0.02/√(2·layers))²)
     (GPT-2's scaling); biases are 0 and layer norms 1.
     """
-    return _initialised(GPTNeoXForCausalLM(embedded_config(name, vocab_size)), generator)
-
-
-def _initialised(model: GPTNeoXForCausalLM, generator: torch.Generator) -> GPTNeoXForCausalLM:
-    """As :func:`new_embedded_model` says; the rest of a new GPT-NeoX is as it has to be."""
+    model = GPTNeoXForCausalLM(embedded_config(name, vocab_size))
     shrink = (2 * model.config.num_hidden_layers) ** -0.5
     with torch.no_grad():
         for key, parameter in model.named_parameters():
@@ -157,21 +154,17 @@ class _DrawsFrom(TorchDispatchMode):
 
 
 def untrained_model(loaded: LoadedModel, generator: torch.Generator) -> PreTrainedModel:
-    """A model of the same architecture before its training, float32, on the CPU.
+    """A model of the same architecture before any training, as its class in transformers
+    initialises itself from the same configuration; float32, on the CPU.
 
-    Embedded models begin as :func:`new_embedded_model` makes them; others as their class in
-    transformers initialises itself from the same configuration.
+    (Embedded models began with smaller residual outputs, see :func:`new_embedded_model`.)
 
     Args:
         loaded: Left as it is.
         generator: CPU generator of all draws.
     """
-    with _ONE_AT_A_TIME:
-        with _DrawsFrom(generator):
-            fresh: PreTrainedModel = type(loaded.model)(copy.deepcopy(loaded.model.config))
-        if loaded.source == "embedded":
-            assert isinstance(fresh, GPTNeoXForCausalLM), "what embedded models are"
-            return _initialised(fresh, generator)
+    with _ONE_AT_A_TIME, _DrawsFrom(generator):
+        fresh: PreTrainedModel = type(loaded.model)(copy.deepcopy(loaded.model.config))
     return fresh.eval()
 
 
@@ -366,7 +359,7 @@ def load_model(
     location = locate(name, revision, deduped)
     config = read_config(label, location)
     tokenizer = read_tokenizer(label, location, tokenizer_name)
-    with _ONE_AT_A_TIME:
+    with _ONE_AT_A_TIME, told_as_phases():
         model, report, origin = _weights(label, location, config, attention)
     if tokenizer_name:
         origin["tokenizer_source"] = tokenizer.name_or_path
@@ -375,9 +368,11 @@ def load_model(
             module.p = 0.0
     model.config.use_cache = False
     model.eval()
-    if objection := next(_objections(model, tokenizer, report), None):
-        raise unloadable(label, location, *objection)
+    with during("checking model"):
+        if objection := next(_objections(model, tokenizer, report), None):
+            raise unloadable(label, location, *objection)
     model.to(target)  # type: ignore[arg-type]
-    digest = state_digest(model.state_dict())
+    with during("hashing weights"):
+        digest = state_digest(model.state_dict())
     whole = location.whole
     return LoadedModel(label, model, tokenizer, digest, location.source, whole.commit, origin)

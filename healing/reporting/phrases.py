@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from healing.measurements.recovery import (
     DECIDED,
@@ -274,6 +274,29 @@ def verdict_text(group: GroupSummary, groups: Sequence[GroupSummary]) -> str:
     """Verdict with its reason and what belongs to it; plain text."""
     first = f"{verdict_heading(group, groups)}: {verdict_reason(group)}."
     return " ".join([first, *context_sentences(group)])
+
+
+def minimum_text(state: str, numbers: Mapping[str, float], answer: str) -> str:
+    """A state's answer to "is it a minimum?", with what can be gained from there, in nats.
+
+    Args:
+        state: Its name.
+        numbers: ``least_gain``, ``most_gain``, ``best_probe_loss_drop`` and its ``_error``, of
+            :meth:`healing.stages.cells.basin_outcome.StateReport.metrics`.
+        answer: The statement's.
+    """
+    low, high, drop, error = (
+        numbers.get(name, math.nan)
+        for name in (
+            "least_gain",
+            "most_gain",
+            "best_probe_loss_drop",
+            "best_probe_loss_drop_error",
+        )
+    )
+    gain = "undefined" if math.isnan(low) else f"{low:.2g} to {high:.2g} nats"
+    fall = "not tried" if math.isnan(drop) else f"{drop:.2g} ± {error:.1g} nats"
+    return f"{state} {answer} (a step along the gradient gains {gain}; descent, held-out: {fall})"
 
 
 def headline_groups(summary: Summary) -> list[GroupSummary]:

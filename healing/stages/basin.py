@@ -13,6 +13,7 @@ from healing.config.basin import BasinConfig
 from healing.config.fingerprint import as_params
 from healing.errors import CheckpointError, TrackingError
 from healing.models.checkpoints import CHECKPOINT_NAME, HEALED_NAME, read_checkpoint
+from healing.reporting.phrases import minimum_text
 from healing.reporting.plots import basin as figures
 from healing.stages.cells.basin import STATES, basin_cell, inputs_of, resolve_from_checkpoint
 from healing.stages.cells.basin_outcome import BasinCell, BasinOutcome
@@ -29,11 +30,15 @@ SHOWN = (
     "loss",
     "gradient_norm",
     "gradient_snr",
+    "least_gain",
+    "most_gain",
     "lambda_max",
     "lambda_min",
     "trace",
-    "escape_loss_drop",
-    "escape_probe_loss_drop",
+    "descent_probe_loss_drop",
+    "best_probe_loss_drop",
+    "best_probe_loss_drop_error",
+    "best_loss_drop",
 )
 """Numbers of a state in the description's table."""
 
@@ -107,14 +112,13 @@ def find_cell(config: BasinConfig, store: Store) -> BasinCell:
 
 def describe(outcome: BasinOutcome) -> str:
     """Markdown description: the statement, its evidence, the tables."""
-    collapsed = outcome.states["collapsed"].statement
+    collapsed, healthy = (outcome.states[s].statement for s in ("collapsed", "healthy"))
     lines = [
         f"**Is the collapsed state a minimum? {collapsed.answer}**: {collapsed.because}.",
+        f"The healthy state, by the same rule: {healthy.answer} ({healthy.because}).",
         "",
         *(f"* {state}: **{r.statement.answer}** ({r.statement.because}). {r.statement.evidence}."
           for state, r in outcome.states.items()),
-        "",
-        "A trained model is no minimum in this sense either where `healthy` says no: compare.",
         "",
         "| | " + " | ".join(STATES) + " |",
         "|---|" + "---|" * len(STATES),
@@ -256,11 +260,11 @@ class BasinStage(StageDefaults):
     ) -> Report:
         """The summary, paths, densities and three figures."""
         _write_files(outcome, folder)
-        collapsed = outcome.states["collapsed"].statement
-        line = (
-            f"{self.title(outcome.cell)}: collapsed state a minimum? {collapsed.answer} "
-            f"({collapsed.because}) → {folder}"
+        answers = ", ".join(
+            minimum_text(name, report.metrics(), report.statement.answer)
+            for name, report in outcome.states.items()
         )
+        line = f"{self.title(outcome.cell)}: a minimum? {answers} → {folder}"
         points = [(0, outcome.metrics()), *_path_points(outcome)]
         return Report(points, _tags(outcome), describe(outcome), line, result=outcome)
 

@@ -1,29 +1,33 @@
 """What a person sees in the terminal while a stage runs.
 
-On a terminal a bar per run, with the phase it is in; in a pipe or a log file a line per phase, and
-one every half minute of a long one. ``quiet`` shows nothing but errors.
+On a terminal a bar per run and under it the phase it is in; both are redrawn every second, so that
+what takes long is seen to go on. In a pipe or a log file a line per phase, and one every half
+minute of a long one. ``quiet`` shows nothing but errors.
 """
 
 from __future__ import annotations
 
+import contextlib
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, Protocol, Self
 
 from tqdm import tqdm
 
-REDRAW_SECONDS = 0.2
+from healing.stages import bars
+from healing.stages.bars import Bar, phase_text
+
 LINE_SECONDS = 30.0
-
-
-def phase_text(name: str, done: int, total: int | None) -> str:
-    """``singular bases 12/210``; before the first item and without a number the name alone."""
-    return f"{name} {done + 1}/{total}" if total else name
 
 
 class Progress(Protocol):
     """Shows how far one run is."""
+
+    def rename(self, title: str) -> None:
+        """More is known of what runs."""
 
     def begin(self, total: int, unit: str) -> None:
         """The number of steps is known."""
@@ -31,8 +35,11 @@ class Progress(Protocol):
     def step(self, done: int, note: str = "") -> None:
         """So many steps are done; a note says what came out."""
 
-    def phase(self, name: str, done: int, total: int | None) -> None:
+    def phase(self, name: str, done: int, total: int | None, note: str = "") -> None:
         """A phase goes on to its next item."""
+
+    def part(self, share: float, text: str) -> None:
+        """Of the steps under way so much is done (1 = one step), and this is being done."""
 
     def close(self) -> None:
         """The run is over."""
@@ -41,57 +48,36 @@ class Progress(Protocol):
 class Silence:
     """Shows nothing."""
 
+    def rename(self, title: str) -> None:
+        """Nothing."""
+
     def begin(self, total: int, unit: str) -> None:
         """Nothing."""
 
     def step(self, done: int, note: str = "") -> None:
         """Nothing."""
 
-    def phase(self, name: str, done: int, total: int | None) -> None:
+    def phase(self, name: str, done: int, total: int | None, note: str = "") -> None:
+        """Nothing."""
+
+    def part(self, share: float, text: str) -> None:
         """Nothing."""
 
     def close(self) -> None:
         """Nothing."""
-
-
-class Bar:
-    """A bar with the time left, and the phase beside it."""
-
-    def __init__(self, title: str) -> None:
-        # No rate and no time left before the number of steps is known.
-        self._bar = tqdm(desc=title, bar_format="{desc}: {postfix} [{elapsed}]", dynamic_ncols=True)
-        self._note, self._drawn = "", 0.0
-
-    def begin(self, total: int, unit: str) -> None:
-        """From here on a bar."""
-        self._bar.bar_format, self._bar.unit = None, unit
-        self._bar.reset(total)
-
-    def step(self, done: int, note: str = "") -> None:
-        """Move the bar."""
-        self._note = note or self._note
-        self._bar.set_postfix_str(self._note, refresh=False)
-        self._bar.update(done - self._bar.n)
-
-    def phase(self, name: str, done: int, total: int | None) -> None:
-        """Say the phase beside the last note, a few times a second at most."""
-        words = [phase_text(name, done, total), self._note]
-        self._bar.set_postfix_str(", ".join(filter(None, words)), refresh=False)
-        if time.monotonic() - self._drawn > REDRAW_SECONDS:
-            self._drawn = time.monotonic()
-            self._bar.refresh()
-
-    def close(self) -> None:
-        """Leave the bar as it stands."""
-        self._bar.close()
 
 
 class Lines:
     """For a pipe or a log file: whole lines, few of them."""
 
     def __init__(self, title: str) -> None:
-        self._title, self._name, self._said = title, "", 0.0
+        self._title, self._said = title, 0.0
+        self._names: set[str] = set()
         self._total, self._unit = 0, "step"
+
+    def rename(self, title: str) -> None:
+        """Another title."""
+        self._title = title
 
     def begin(self, total: int, unit: str) -> None:
         """The number of steps is known."""
@@ -99,17 +85,25 @@ class Lines:
 
     def step(self, done: int, note: str = "") -> None:
         """A line at the last step, and now and then before."""
-        if done == self._total or time.monotonic() - self._said >= LINE_SECONDS:
+        if done == self._total or self._is_time():
             self._say(f"{self._unit} {done}/{self._total} {note}".rstrip())
 
-    def phase(self, name: str, done: int, total: int | None) -> None:
-        """A line where a phase begins, and every half minute of it."""
-        if name != self._name or time.monotonic() - self._said >= LINE_SECONDS:
-            self._name = name
-            self._say(phase_text(name, done, total))
+    def phase(self, name: str, done: int, total: int | None, note: str = "") -> None:
+        """A line where a phase begins for the first time, and every half minute."""
+        if name not in self._names or self._is_time():
+            self._names.add(name)
+            self._say(phase_text(name, done, total, note))
+
+    def part(self, share: float, text: str) -> None:
+        """A line every half minute."""
+        if self._is_time():
+            self._say(text)
 
     def close(self) -> None:
         """Nothing is left to say."""
+
+    def _is_time(self) -> bool:
+        return time.monotonic() - self._said >= LINE_SECONDS
 
     def _say(self, text: str) -> None:
         self._said = time.monotonic()
@@ -117,10 +111,14 @@ class Lines:
 
 
 class Cells:
-    """Progress of many runs at once: cells done, and what the one that spoke last is doing."""
+    """Progress of many cells at once: those that are over, how far the others are, and what the
+    one that spoke last is doing.
+    """
 
     def __init__(self, shown: Progress, total: int, unit: str) -> None:
         self._shown, self._done = shown, 0
+        self._under_way: dict[CellProgress, float] = {}
+        self._lock = threading.Lock()
         shown.begin(total, unit)
 
     def __enter__(self) -> Self:
@@ -134,21 +132,60 @@ class Cells:
     ) -> None:
         self._shown.close()
 
-    def over(self, title: str) -> None:
+    def cell(self, runs: int) -> CellProgress:
+        """Progress of a cell of so many runs."""
+        return CellProgress(self, runs)
+
+    def over(self, cell: CellProgress, title: str) -> None:
         """One more is done."""
-        self._done += 1
-        self._shown.step(self._done, f"last: {title}")
+        with self._lock:
+            self._under_way.pop(cell, None)
+            self._done += 1
+            text = f"last: {title}"
+            self._shown.step(self._done, text)
+            self._shown.part(sum(self._under_way.values()), text)
 
-    def cell(self, title: str) -> Progress:
-        """Progress of one of them."""
-        return _Cell(self._shown, title)
+    def tell(self, cell: CellProgress, share: float, text: str) -> None:
+        """A cell that is under way speaks."""
+        with self._lock:
+            self._under_way[cell] = share
+            self._shown.part(sum(self._under_way.values()), text)
 
 
-class _Cell(Silence):
-    """One of several runs: speaks through the bar of all."""
+class CellProgress:
+    """One of several cells: its runs, one after the other, speak through the bar of all.
 
-    def __init__(self, shown: Progress, title: str) -> None:
-        self._shown, self._title, self._total = shown, title, 0
+    Args:
+        cells: All of them.
+        runs: Of this cell, as far as is known before.
+    """
+
+    def __init__(self, cells: Cells, runs: int) -> None:
+        self._cells, self._runs, self._over = cells, runs, 0
+        self._share = 0.0
+
+    def run(self, title: str) -> Progress:
+        """Progress of one of its runs."""
+        return _CellRun(self, title)
+
+    def tell(self, share: float, text: str, *, over: bool = False) -> None:
+        """So much of the run under way is done; the bar never goes back."""
+        self._over += over
+        done = (self._over + share) / self._runs
+        self._share = max(self._share, min(done, 1.0))
+        self._cells.tell(self, self._share, text)
+
+
+class _CellRun(Silence):
+    """One run of a cell."""
+
+    def __init__(self, cell: CellProgress, title: str) -> None:
+        self._cell, self._title = cell, title
+        self._total, self._done, self._closed = 0, 0, False
+
+    def rename(self, title: str) -> None:
+        """Another title."""
+        self._title = title
 
     def begin(self, total: int, unit: str) -> None:
         """The number of steps is known."""
@@ -156,11 +193,22 @@ class _Cell(Silence):
 
     def step(self, done: int, note: str = "") -> None:
         """Steps of this run."""
-        self._shown.phase(self._title, done - 1, self._total)
+        self._done = done
+        self._cell.tell(self._share, f"{self._title} {done}/{self._total}")
 
-    def phase(self, name: str, done: int, total: int | None) -> None:
+    def phase(self, name: str, done: int, total: int | None, note: str = "") -> None:
         """A phase of this run."""
-        self._shown.phase(f"{self._title}, {name}", done, total)
+        self._cell.tell(self._share, f"{self._title}, {phase_text(name, done, total, note)}")
+
+    def close(self) -> None:
+        """The cell goes on to its next run."""
+        if not self._closed:
+            self._closed = True
+            self._cell.tell(0.0, self._title, over=True)
+
+    @property
+    def _share(self) -> float:
+        return min(self._done / self._total, 1.0) if self._total else 0.0
 
 
 class Console:
@@ -168,11 +216,11 @@ class Console:
 
     Args:
         verbosity: ``quiet`` (errors only), ``normal`` (bars and results) or ``verbose``.
-        cells: Of which the runs shown here are some; ``None`` = each has a bar of its own.
+        cell: Whose runs are shown here; ``None`` = each has a bar of its own.
     """
 
-    def __init__(self, verbosity: str, cells: Cells | None = None) -> None:
-        self.verbosity, self._cells = verbosity, cells
+    def __init__(self, verbosity: str, cell: CellProgress | None = None) -> None:
+        self.verbosity, self._cell = verbosity, cell
 
     def say(self, text: str) -> None:
         """A line of result."""
@@ -186,19 +234,28 @@ class Console:
 
     def progress(self, title: str) -> Progress:
         """Progress of one run."""
-        if self._cells is not None:
-            return self._cells.cell(title)
+        if self._cell is not None:
+            return self._cell.run(title)
         if self.verbosity == "quiet":
             return Silence()
         return Bar(title) if sys.stderr.isatty() else Lines(title)
 
+    @contextlib.contextmanager
+    def waiting(self, text: str) -> Iterator[None]:
+        """On a terminal a line with a clock, which is gone afterwards: what is no run."""
+        if self._cell is not None or self.verbosity == "quiet" or not sys.stderr.isatty():
+            yield
+            return
+        with bars.waiting(text):
+            yield
+
     def cells(self, total: int, title: str, unit: str) -> Cells:
-        """Progress of many runs, which :meth:`within` consoles speak through."""
+        """Progress of many cells, which :meth:`within` consoles speak through."""
         return Cells(self.progress(title), total, unit)
 
-    def within(self, cells: Cells) -> Console:
-        """A console for the runs among many: results are told by whoever runs them all."""
-        return Console("quiet", cells)
+    def within(self, cell: CellProgress) -> Console:
+        """A console for the runs of one cell: results are told by whoever runs them all."""
+        return Console("quiet", cell)
 
     def bar(self, total: int, title: str, unit: str = "step", **options: Any) -> tqdm[Any]:
         """A plain bar, for loops that are no runs."""

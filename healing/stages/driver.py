@@ -12,6 +12,7 @@ import contextlib
 import functools
 import pathlib
 import threading
+import time
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -20,10 +21,11 @@ from typing import Any, TypeVar
 import torch
 
 from healing import progress
-from healing.errors import ConfigError, HealingError
+from healing.errors import ConfigError, HealingError, TrackingError
 from healing.progress import Safe, Stopped
 from healing.stages.cells.events import Begin, Events, Record
 from healing.stages.console import Console, Progress
+from healing.stages.phase_times import TAG, Clock, PhaseTag, PhaseTimes, metric_name
 from healing.stages.stage import Done, Kept, NoSnapshots, Report, Snapshots, Stage, Tools
 from healing.tracking.journal import Journal, OnOutage, give_up
 from healing.tracking.run import Run
@@ -32,6 +34,12 @@ from healing.tracking.store import MlflowStore, Store
 
 C = TypeVar("C")
 R = TypeVar("R")
+
+
+PREPARING = "preparing"
+"""Phase of a run before its cell begins."""
+DONE = "done"
+"""Phase of a run that ended well."""
 
 
 class Stop(threading.Event):
@@ -53,6 +61,7 @@ class Driver:
         stop: Set from elsewhere to end cells early.
         snapshots: Where states are kept.
         on_outage: Asked where the store does not take a record that is on disk.
+        clock: Tells the seconds of phases.
     """
 
     def __init__(
@@ -63,9 +72,10 @@ class Driver:
         stop: Stop | None = None,
         snapshots: Snapshots | None = None,
         on_outage: OnOutage = give_up,
+        clock: Clock = time.monotonic,
     ) -> None:
         self.console, self.store = console, store or MlflowStore()
-        self.stop, self.on_outage = stop or Stop(), on_outage
+        self.stop, self.on_outage, self.clock = stop or Stop(), on_outage, clock
         self.snapshots: Snapshots = snapshots or NoSnapshots()
         self._known: dict[Hashable, Done] = {}
 
@@ -77,6 +87,7 @@ class Driver:
             stop=self.stop,
             snapshots=self.snapshots,
             on_outage=self.on_outage,
+            clock=self.clock,
         )
         other._known = self._known
         return other
@@ -88,7 +99,9 @@ class Driver:
         """
         threads = torch.get_num_threads()
         try:
-            with self.store.start(title, tags) as run:
+            with contextlib.ExitStack() as ending:
+                with self.console.waiting("opening the store"):
+                    run = ending.enter_context(self.store.start(title, tags))
                 yield run
         finally:
             torch.set_num_threads(threads)
@@ -121,15 +134,26 @@ class Driver:
             reuse: Whether a finished run with the same fingerprint is taken instead.
         """
         with contextlib.ExitStack() as ending:
-            own = _OwnRun(self.store, stage, ending, run, parent)
+            shown = ending.enter_context(
+                contextlib.closing(self.console.progress(stage.title(config)))
+            )
+            heard = _Heard(shown, self.stop, self.clock)
+            own = _OwnRun(self.store, stage, ending, run, parent, heard.tag)
             try:
-                tools = Tools(self.store, functools.partial(self._first, own, config))
-                config = stage.prepare(config, tools)
-                own.prepared(config)
-                return self._drive(stage, config, own, reuse)
+                with progress.listening(heard):
+                    progress.enter(PREPARING)
+                    tools = Tools(self.store, functools.partial(self._first, own, config))
+                    config = stage.prepare(config, tools)
+                    own.prepared(config)
+                    shown.rename(stage.title(config))
+                    return self._drive(stage, config, own, heard, reuse)
             except HealingError:
                 own.open(config)  # the failure has a run to be recorded in
                 raise
+            finally:
+                heard.tag.stop()
+                if heard.times.now != DONE:
+                    own.left_in(heard.times.now)
 
     def run_first(self, stage: Stage[C, R], config: C, parent: Run) -> Done:
         """A cell that others may need: run once by this driver, or found in the store.
@@ -144,15 +168,13 @@ class Driver:
         return self._known[key]
 
     def _first(self, own: _OwnRun, config: Any, stage: Stage[Any, Any], wanted: Any) -> Done:
-        return self.run_first(stage, wanted, own.parent or own.open(config))
+        with progress.during("runs that come first"):
+            return self.run_first(stage, wanted, own.parent or own.open(config))
 
-    def _drive(self, stage: Stage[C, R], config: C, own: _OwnRun, reuse: bool) -> Done:
-        shown = self.console.progress(stage.title(config))
-        with (
-            contextlib.closing(shown),
-            contextlib.closing(stage.cell(config)) as events,  # hooks and modes are undone
-            progress.listening(functools.partial(self._listen, shown)),
-        ):
+    def _drive(
+        self, stage: Stage[C, R], config: C, own: _OwnRun, heard: _Heard, reuse: bool
+    ) -> Done:
+        with contextlib.closing(stage.cell(config)) as events:  # hooks and modes are undone
             begin = next(events)
             assert isinstance(begin, Begin), "a cell begins with Begin"
             folder = run_folder(stage.output_dir(config), stage.place, begin.name)
@@ -165,17 +187,14 @@ class Driver:
             self._announce(stage, begin, run, folder, fresh=kept is None)
             lines = None if stage.keeps_folder else folder / "metrics.jsonl"
             journal = Journal(lines, run, self.on_outage)
-            outcome, records = self._compute(begin, events, kept, folder, journal, shown)
+            outcome, records = self._compute(begin, events, kept, folder, journal, heard)
+            heard.computed = True
+            progress.enter("files and figures")
             report = stage.store(outcome, records, folder, run.run_id)
             del outcome
-        self._finish(stage, report, run, folder)
+        self._finish(stage, report, own, run, folder, heard)
         self.snapshots.drop(folder)
         return Done(run.run_id, folder, report)
-
-    def _listen(self, shown: Progress, name: str, done: int, total: int | None) -> None:
-        if self.stop.is_set():
-            raise Stopped(self.stop.signum)
-        shown.phase(name, done, total)
 
     def _announce(
         self, stage: Stage[Any, Any], begin: Begin, run: Run, folder: pathlib.Path, *, fresh: bool
@@ -201,9 +220,10 @@ class Driver:
         kept: Kept | None,
         folder: pathlib.Path,
         journal: Journal,
-        shown: Progress,
+        heard: _Heard,
     ) -> tuple[R, list[Record]]:
         """Run a cell to its end; every record is on disk before it is logged."""
+        shown = heard.shown
         records: list[Record] = []
         for record in kept.records if kept else ():
             records.append(record)
@@ -219,9 +239,10 @@ class Driver:
             answer = None
             if isinstance(event, Record):
                 records.append(event)
-                journal.record(event.step, event.metrics)
-                if event.write is not None:
-                    event.write(folder)
+                with heard.times.within("logging"):
+                    journal.record(event.step, event.metrics)
+                    if event.write is not None:
+                        event.write(folder)
                 shown.step(event.step, event.note)
             elif isinstance(event, Safe):
                 shown.step(event.done, event.note)
@@ -231,13 +252,46 @@ class Driver:
                     raise Stopped(self.stop.signum)
 
     def _finish(
-        self, stage: Stage[Any, Any], report: Report, run: Run, folder: pathlib.Path
+        self,
+        stage: Stage[Any, Any],
+        report: Report,
+        own: _OwnRun,
+        run: Run,
+        folder: pathlib.Path,
+        heard: _Heard,
     ) -> None:
+        progress.enter("uploading")
         run.history(report.points)
         run.tags(report.tags)
         run.describe(report.markdown)
         upload(run, folder, stage.artifacts)
+        heard.tag.stop()
+        seconds = heard.times.seconds()
+        heard.times.enter(DONE)
+        own.left_in(DONE)
+        try:
+            run.history([(0, {metric_name(name): spent for name, spent in seconds.items()})])
+        except TrackingError as error:
+            self.on_outage(error)
+        heard.shown.close()
         (self.console.detail if report.detail else self.console.say)(report.line)
+
+
+class _Heard:
+    """What a cell says of its phases, shown, timed and kept as the run's tag; a stop takes effect
+    where it speaks, until it has computed everything.
+    """
+
+    def __init__(self, shown: Progress, stop: Stop, clock: Clock) -> None:
+        self.shown, self._stop, self.computed = shown, stop, False
+        self.times = PhaseTimes(PREPARING, clock)
+        self.tag = PhaseTag(self.times)
+
+    def __call__(self, name: str, done: int, total: int | None, note: str = "") -> None:
+        if self._stop.is_set() and not self.computed:
+            raise Stopped(self._stop.signum)
+        self.times.enter(name)
+        self.shown.phase(name, done, total, note)
 
 
 class _OwnRun:
@@ -250,10 +304,13 @@ class _OwnRun:
         ending: contextlib.ExitStack,
         run: Run | None,
         parent: Run | None,
+        tag: PhaseTag,
     ) -> None:
-        self._store, self._stage, self._ending = store, stage, ending
+        self._store, self._stage, self._ending, self._tag = store, stage, ending, tag
         self._run, self.parent = run, parent
         self._is_prepared = False
+        if run is not None:
+            tag.start(run)
 
     @property
     def experiment_id(self) -> str:
@@ -274,9 +331,15 @@ class _OwnRun:
             assert self.parent is not None, "a child has a parent"
             child = self._store.child(self.parent, self._stage.title(config), self._tags(config))
             self._run = self._ending.enter_context(child)
+            self._tag.start(self._run)
             if self._is_prepared:
                 self._run.params(self._stage.name, self._stage.params(config))
         return self._run
+
+    def left_in(self, phase: str) -> None:
+        """The run ends here, well or not: its phase goes with what is sent next."""
+        if self._run is not None:
+            self._run.tags({TAG: phase}, later=True)
 
     def _tags(self, config: Any) -> dict[str, Any]:
         return {"stage": self._stage.name, **self._stage.tags(config)}
@@ -302,8 +365,8 @@ def run_folder(output_dir: str, place: str, name: str) -> pathlib.Path:
 
 def upload(run: Run, folder: pathlib.Path, artifacts: str | None = None) -> None:
     """Store every file of a local folder as artifacts, in the same layout."""
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            parent = path.parent.relative_to(folder).as_posix()
-            parts = [part for part in (artifacts, parent) if part and part != "."]
-            run.artifact(path, "/".join(parts) or None)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in progress.phase("uploading", files, len(files)):
+        parent = path.parent.relative_to(folder).as_posix()
+        parts = [part for part in (artifacts, parent) if part and part != "."]
+        run.artifact(path, "/".join(parts) or None)

@@ -72,4 +72,4 @@ def fresh_attack_config(config: HealConfig) -> AttackConfig:
             "verbosity",
         )
     }
-    return AttackConfig(arm=config.arm, **shared)
+    return AttackConfig(arm=config.arm, **shared, **config.given_of_the_attack())

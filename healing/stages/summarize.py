@@ -168,15 +168,20 @@ def summarize(
     console = driver.console
     with driver.run_of("summary", {"stage": "summarize"}, parent) as run:
         run.params("summarize", as_params(config))
-        found = find_runs(config) if views is None else views
-        runs = read_runs(found, console.say, driver.store)
+        with console.waiting("reading the healing runs"):
+            found = find_runs(config) if views is None else views
+            runs = read_runs(found, console.say, driver.store)
         runs += failed
-        summary = summarize_runs(runs, config.confidence, np.random.default_rng(BOOTSTRAP_SEED))
+        with console.waiting(f"statistics of {len(runs)} runs"):
+            draws = np.random.default_rng(BOOTSTRAP_SEED)
+            summary = summarize_runs(runs, config.confidence, draws)
         folder = pathlib.Path(config.output_dir).expanduser().resolve() / "summaries" / run.run_id
         folder.mkdir(parents=True, exist_ok=True)
-        _log_groups(run, summary)
-        write_summary(folder, summary)
-        upload(run, folder)
+        with console.waiting("tables, figures and a report"):
+            _log_groups(run, summary)
+            write_summary(folder, summary)
+        with console.waiting("uploading"):
+            upload(run, folder)
         run.tags(
             {
                 "runs": len(runs),

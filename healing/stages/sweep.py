@@ -157,7 +157,7 @@ class Sweep:
 
     def _basin(self, driver: Driver, cell: SweepCell, healed: RunView) -> RunView | None:
         """The landscape of a healing run, where it is wanted."""
-        if not self.config.basin or cell.role not in (TREATMENT, DAMAGE_CONTROL) or cell.draw:
+        if not self._wants_landscape(cell):
             return None
         shared = _shared(self.config)
         settings = BasinConfig(
@@ -194,17 +194,26 @@ class Sweep:
         for cell in chain:
             if self.stopped.is_set():
                 break
-            driver = self.driver.within(self.driver.console.within(cells))
+            shown = cells.cell(self._runs(cell))
+            driver = self.driver.within(self.driver.console.within(shown))
             try:
                 result = self.run_cell(driver, cell, attacks)
             except HealingError as error:
                 result = CellResult(cell, failure=f"{cell.title}: {error}")
             results.append(result)
-            self._tell(result, cells)
+            cells.over(shown, cell.title)
+            self._tell(result)
         return results
 
-    def _tell(self, result: CellResult, cells: Cells) -> None:
-        cells.over(result.cell.title)
+    def _runs(self, cell: SweepCell) -> int:
+        """Runs of a cell: the sham is healed only, a landscape comes last."""
+        return (cell.role != SHAM) + 1 + self._wants_landscape(cell)
+
+    def _wants_landscape(self, cell: SweepCell) -> bool:
+        wanted = self.config.basin and not cell.draw
+        return wanted and cell.role in (TREATMENT, DAMAGE_CONTROL)
+
+    def _tell(self, result: CellResult) -> None:
         console = self.driver.console
         if result.failure:
             console.say(f"failed: {result.failure}")
@@ -246,16 +255,28 @@ def basin_sentences(results: Sequence[CellResult]) -> list[str]:
             groups.setdefault(key, []).append(result.basin)
     lines = []
     for (model, arm), views in groups.items():
-        answers = [view.tags["collapsed_is_minimum"] for view in views]
-        counts = ", ".join(f"{a} in {answers.count(a)}" for a in dict.fromkeys(answers))
+        counts, healthy = (
+            _counted([view.tags[f"{state}_is_minimum"] for view in views])
+            for state in ("collapsed", "healthy")
+        )
+        gain = [view.metrics.get("basin/collapsed/least_gain", math.nan) for view in views]
+        fall, own = (
+            [view.metrics.get(f"basin/{s}/best_probe_loss_drop", math.nan) for view in views]
+            for s in ("collapsed", "healthy")
+        )
         cosine = [view.metrics.get("basin/return_cosine", math.nan) for view in views]
         climb = [view.metrics.get("basin/climb/collapsed_healed", math.nan) for view in views]
         lines.append(
-            f"{model} {arm}: collapsed state a minimum? {counts} of {len(views)}; climb on the "
-            f"straight path collapsed → healed {_range(climb)} nats; cos(healing, −attack) "
-            f"{_range(cosine)}."
+            f"{model} {arm}: collapsed state a minimum? {counts} of {len(views)} (healthy: "
+            f"{healthy}); a step along the gradient gains at least {_range(gain)} nats, descent on "
+            f"held-out text {_range(fall)} (healthy: {_range(own)}); climb on the straight path "
+            f"collapsed → healed {_range(climb)} nats; cos(healing, −attack) {_range(cosine)}."
         )
     return lines
+
+
+def _counted(answers: Sequence[str]) -> str:
+    return ", ".join(f"{answer} in {answers.count(answer)}" for answer in dict.fromkeys(answers))
 
 
 def _range(values: Sequence[float]) -> str:

@@ -193,14 +193,15 @@ class Search:
         total, console = self.config.trials, self.driver.console
         with console.cells(total, f"tune {self.config.label}", "trial") as cells:
             for trial in study.trials():
-                cells.over(f"trial {trial.number}")
+                cells.over(cells.cell(1), f"trial {trial.number}")
             while len(study.trials()) < total:
                 proposal = study.propose()
                 if proposal is None:
                     console.say(f"the grid is used up after {len(study.trials())} healers")
                     return
-                line = self.try_out(study, proposal, self.driver.within(console.within(cells)))
-                cells.over(f"trial {proposal.number}")
+                shown = cells.cell(1)
+                line = self.try_out(study, proposal, self.driver.within(console.within(shown)))
+                cells.over(shown, f"trial {proposal.number}")
                 console.say(line)
 
     def healer(self, study: Study) -> Healer:

@@ -38,7 +38,7 @@ class LocalRun:
         """Keep a number of parameters."""
         self._params[name] = str(count)
 
-    def tags(self, values: Mapping[str, Any]) -> None:
+    def tags(self, values: Mapping[str, Any], *, later: bool = False) -> None:
         """Keep tags."""
         self._tags |= {name: str(value) for name, value in values.items()}
         self.name = self._tags.get("mlflow.runName", self.name)

@@ -19,8 +19,8 @@ class Run(Protocol):
     def n_params(self, count: int, name: str = "n_params") -> None:
         """Log a number of parameters under its bare name."""
 
-    def tags(self, values: Mapping[str, Any]) -> None:
-        """Set tags."""
+    def tags(self, values: Mapping[str, Any], *, later: bool = False) -> None:
+        """Set tags; ``later``: with what is sent next."""
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         """Log the metrics of one step."""

@@ -89,6 +89,7 @@ class RunLogger:
         # What `mlflow run` logged itself, in its own spelling: a parameter cannot be changed.
         self._taken = set(run.data.params)
         self._buffer: list[Metric] = []
+        self._later: dict[str, str] = {}
         self._flushed = time.monotonic()
         self._rescued: tuple[pathlib.Path, ...] = ()
 
@@ -110,10 +111,18 @@ class RunLogger:
             self._send("parameters", params=[Param(name, str(count))])
             self._taken.add(name)
 
-    def tags(self, values: Mapping[str, Any]) -> None:
-        """Set tags in one request."""
-        tags = [RunTag(name, _text(value)) for name, value in values.items()]
-        self._send("tags", tags=tags)
+    def tags(self, values: Mapping[str, Any], *, later: bool = False) -> None:
+        """Set tags in one request; ``later``: in the next that sends tags or metrics."""
+        tags = {name: _text(value) for name, value in values.items()}
+        if later:
+            self._later = {**self._later, **tags}
+        else:
+            self._send("tags", tags=self._tags_due(tags))
+
+    def _tags_due(self, tags: Mapping[str, str]) -> list[RunTag]:
+        """These tags, and those that were to go with what is sent next."""
+        due, self._later = {**self._later, **tags}, {}
+        return [RunTag(name, value) for name, value in due.items()]
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         """Log the metrics of one step (NaN and infinities included).
@@ -130,7 +139,9 @@ class RunLogger:
         """Send what is still held back."""
         for start in range(0, len(self._buffer), METRICS_PER_REQUEST):
             chunk = self._buffer[start : start + METRICS_PER_REQUEST]
-            self._send("metrics", metrics=chunk)
+            self._send("metrics", metrics=chunk, tags=self._tags_due({}))
+        if self._later:
+            self.tags({})
         self._buffer = []
         self._flushed = time.monotonic()
 

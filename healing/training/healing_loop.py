@@ -16,7 +16,7 @@ from healing.data.windows import batches
 from healing.measurements.diagnosis import FORWARD, Failure, HealthyReplay
 from healing.measurements.probe import Measurement, Probe
 from healing.models.loading import LoadedModel
-from healing.progress import Safe, without_safe_points
+from healing.progress import Safe, during, phase, without_safe_points
 from healing.randomness import named_generator
 from healing.registry import METHODS
 from healing.training.nonfinite import forward_failure
@@ -149,7 +149,7 @@ def heal_events(
         norms: list[float] = []
         seconds, since = 0.0, 0
         tokens_per_step = int(config.batch_size) * config.sequence_length
-        for step in range(1, total + 1):
+        for step in phase("healing", range(1, total + 1), total):
             begin = time.perf_counter()
             loss, norm = trainer.step(next(stream).to(loaded.device))
             seconds += time.perf_counter() - begin
@@ -159,7 +159,7 @@ def heal_events(
                 norms.append(norm)
             last = step == total or trainer.must_stop
             if step % config.measurement_interval == 0 or last:
-                with precision.measuring(model):
+                with precision.measuring(model), during("measurement"):
                     measurement = probe.measure(model)
                     failure = trainer.first_failure
                     unsound = last and measurement.nonfinite_tokens > 0

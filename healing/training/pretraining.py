@@ -17,6 +17,7 @@ from healing.data.splits import Corpus
 from healing.data.windows import batches, pack
 from healing.models.blocks import evaluation_mode
 from healing.models.loading import new_embedded_model
+from healing.progress import phase
 
 END_OF_TEXT = "<|endoftext|>"
 WARMUP_SHARE = 0.02
@@ -145,7 +146,7 @@ class Pretraining:
         yield PretrainRecord(0, 0, 0.0, math.nan, heldout_loss(model, self.heldout), math.nan)
         model.train()
         losses: list[float] = []
-        for step in range(1, total + 1):
+        for step in phase("training", range(1, total + 1), total):
             rate = learning_rate_at(step - 1, total, config.learning_rate)
             for group in optimizer.param_groups:
                 group["lr"] = rate

@@ -320,7 +320,7 @@ def test_resolving_leaves_no_auto_but_the_device():
     for model in MODELS:
         for config in (AttackConfig(model=model), HealConfig(model=model)):
             left = {k for k, v in as_params(resolve_from_presets(config)).items() if v == "auto"}
-            assert left <= {"device"}
+            assert left == {"device", *config.unresolved}
 
 
 def test_what_the_user_passes_wins():
@@ -389,7 +389,7 @@ def test_fingerprint_follows_results_not_places():
         ),
         (
             lambda: AttackConfig(arm="haep", reference_checkpoint="a"),
-            "--reference-checkpoint belongs to --arm gaussian_noise, not to haep",
+            "--reference-checkpoint belongs to --arm gaussian_noise, low_rank_noise, ray, ",
         ),
         (
             lambda: AttackConfig(arm="gaussian_noise", match="loss"),
@@ -409,6 +409,19 @@ def test_fingerprint_follows_results_not_places():
         (lambda: SweepConfig(arms=""), "--arms is empty"),
         (lambda: SweepConfig(seeds="0,x"), "--seeds must be whole numbers"),
         (lambda: SweepConfig(seeds="1,1"), "--seeds names one entry twice"),
+        (lambda: SweepConfig(seeds="0-2,1"), "--seeds names one entry twice"),
+        (lambda: SweepConfig(seeds="3-1"), "--seeds must be whole numbers from 0 or ranges"),
+        (lambda: SweepConfig(seeds="nano=0-4"), "--seeds has none for model micro"),
+        (lambda: SweepConfig(models="nano", seeds="0,micro=1"), "names micro, which is not among"),
+        (lambda: SweepConfig(seeds="nano=0,micro=1,nano=2"), "--seeds names model nano twice"),
+        (
+            lambda: SweepConfig(arms="haep,ray"),
+            "--arms names ray, whose direction is that of random_text (--ray-of): add random_text",
+        ),
+        (
+            lambda: SweepConfig(arms="haep,sharpened_spectrum", noise_match="norm"),
+            "--noise-match norm is not for sharpened_spectrum of --arms: choose from auto, rank,",
+        ),
         (lambda: resolve_from_presets(HealConfig(model="big")), "unknown model 'big'"),
     ],
 )

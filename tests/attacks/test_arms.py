@@ -31,6 +31,7 @@ from healing.measurements.probe import Probe
 from healing.models.blocks import block_matrices
 from healing.models.checkpoints import COLLAPSED_KIND, HEALED_KIND, save_checkpoint
 from healing.models.loading import LoadedModel, load_model, state_digest
+from healing.progress import Safe, without_safe_points
 from healing.randomness import named_generator
 from tests.measurements.test_covariance import reference_rank
 from tests.measurements.test_probe import hand_written_loss
@@ -232,7 +233,8 @@ def run(nano, corpus, probe, config):
     healthy = probe.measure(nano.model)
     change = WeightChange(nano.model)
     made = prepare_arm(config, nano, corpus, change)
-    records = list(run_attack(nano, made.arm, config, probe, healthy, change))
+    events = run_attack(nano, made.arm, config, probe, healthy, change)
+    records = list(without_safe_points(events))
     return records, change, made.catalyst
 
 
@@ -411,10 +413,28 @@ def test_attack_stops_on_a_step_that_is_not_finite(nano, corpus, small_probe):
     arm = prepare_arm(config, nano, corpus, change).arm
     weight = next(iter(block_matrices(nano.model).values()))
     arm.objective = lambda: (weight * math.inf).sum()  # type: ignore[attr-defined]
-    records = list(run_attack(nano, arm, config, small_probe, healthy, change))
+    events = run_attack(nano, arm, config, small_probe, healthy, change)
+    records = list(without_safe_points(events))
     assert [r.step for r in records] == [0, 1]
     assert not records[-1].outcome.finite
     assert records[-1].weight_change == 0.0
+
+
+@pytest.mark.parametrize("arm", ["random_tokens", "gaussian_noise"])
+def test_every_step_ends_in_a_safe_point_and_measured_ones_after_their_record(
+    nano, corpus, small_probe, arm
+):
+    healthy, change = small_probe.measure(nano.model), WeightChange(nano.model)
+    config = settings(arm, attack_steps=5, target_rank_reduction=1.0)
+    made = prepare_arm(config, nano, corpus, change).arm
+    events = [
+        f"safe {e.done}" if isinstance(e, Safe) else f"record {e.step}"
+        for e in made.run(nano, config, small_probe, healthy, change)
+    ]
+    assert events == [
+        "record 0", "safe 1", "record 2", "safe 2", "safe 3", "record 4", "safe 4",
+        "record 5", "safe 5",
+    ]  # fmt: skip
 
 
 def test_gradient_step_reports_the_gradient_norm():
@@ -542,7 +562,8 @@ def test_a_spectral_attack_on_what_cannot_be_computed_ends_instead_of_raising(na
     probe = Probe(corpus.windows("probe", nano.tokenizer, 32)[:4])
     healthy, change = probe.measure(nano.model), WeightChange(nano.model)
     made = prepare_arm(config, nano, corpus, change)
-    records = list(run_attack(nano, made.arm, config, probe, healthy, change))
+    events = run_attack(nano, made.arm, config, probe, healthy, change)
+    records = list(without_safe_points(events))
     assert [r.step for r in records] == [0, 1]
     assert not records[-1].outcome.finite
     # Measuring and the next forward pass have the gradients' room.

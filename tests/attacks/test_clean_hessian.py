@@ -25,6 +25,7 @@ from healing.errors import ConfigError
 from healing.measurements.probe import Probe
 from healing.models.blocks import block_matrices
 from healing.models.loading import LoadedModel, load_model, state_digest
+from healing.progress import without_safe_points
 from healing.randomness import named_generator
 from healing.training.optimizers import make_optimizer
 
@@ -42,7 +43,8 @@ def run(loaded, corpus, config):
     healthy, change = probe.measure(loaded.model), WeightChange(loaded.model)
     made = prepare_arm(config, loaded, corpus, change)
     warmup = warmup_batches(config, loaded, corpus)
-    records = run_attack(loaded, made.arm, config, probe, healthy, change, warmup)
+    events = run_attack(loaded, made.arm, config, probe, healthy, change, warmup)
+    records = without_safe_points(events)
     return list(records), change, made
 
 

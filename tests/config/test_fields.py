@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,12 +21,17 @@ from healing.config.fingerprint import (
 )
 from healing.config.heal import HealConfig
 from healing.config.options import Options, option, ordered_names
+from healing.config.resolve import resolve_from_presets
+from healing.errors import ConfigError
+from healing.stages.cells.heal_outcome import HealCell
+from healing.stages.heal_inputs import fresh_attack_config
 
 # Stage → every field, each with its answer: "name" determines numbers and separates runs in a
 # summary; "~name" determines numbers, but runs that differ in it are pooled; "-name" does neither.
 ANSWERS = {
-    "main": "models revision deduped arms seeds noise_match sham basin healing_steps healing_lr "
-    "healer attack_steps corpus tokenizer text_column split_rule batch_size sequence_length "
+    "main": "models revision deduped arms seeds noise_match noise_rank control_draws ray_of sham "
+    "basin healing_steps healing_lr healer attack_steps corpus tokenizer text_column split_rule "
+    "batch_size sequence_length "
     "measurement_interval workers -device -cache_dir -output_dir -verbosity",
     "attack": "model revision deduped tokenizer corpus max_documents text_column split_rule ~seed "
     "batch_size sequence_length probe_tokens measurement_interval ~measurements threads "
@@ -33,12 +39,13 @@ ANSWERS = {
     "warmup_steps target_rank_reduction catalyst_length search_steps search_candidates "
     "baseline_draws subspace subspace_energy hessian_directions ~alignment ~baseline_interval "
     "curvature_tokens rayleigh_draws -reference_checkpoint -reference_run_id match noise_scale "
-    "-dry_run",
+    "noise_rank ~noise_draw -direction_checkpoint -direction_run_id -dry_run",
     "heal": "model revision deduped tokenizer corpus max_documents text_column split_rule ~seed "
     "batch_size sequence_length probe_tokens measurement_interval ~measurements threads "
     "-device -cache_dir -output_dir -verbosity ~collapsed_checkpoint -attack_run_id "
     "-checkpoint_dir "
-    "-runs_per_checkpoint -num_runs ~arm healing_steps healing_lr healing_optimizer "
+    "-runs_per_checkpoint -num_runs ~arm -attack_steps -attack_optimizer -attack_lr "
+    "-target_rank_reduction -catalyst_length healing_steps healing_lr healing_optimizer "
     "healing_momentum healing_warmup healing_decay "
     "healing_method lora_rank lora_alpha sham gradient_checkpointing gradient_clip reset_norms "
     "-healer -save_healed precision precision_mode -dry_run",
@@ -100,12 +107,53 @@ def test_a_fingerprint_holds_what_determines(config, name, same):
     assert (fingerprint(config) == fingerprint(changed(config, name))) is same
 
 
+GIVEN: dict[str, Any] = {
+    "attack_steps": 3, "attack_optimizer": "sgd", "attack_lr": 0.5, "target_rank_reduction": 0.9,
+    "catalyst_length": 32,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_what_heal_takes_for_its_fresh_attack_reaches_it_and_nothing_else(name):
+    config, plain = HealConfig(model="nano", **{name: GIVEN[name]}), HealConfig(model="nano")
+    attack, usual = fresh_attack_config(config), fresh_attack_config(plain)
+    different = {k for k, v in as_params(attack).items() if v != as_params(usual)[k]}
+    assert different == {name}
+    assert getattr(attack, name) == GIVEN[name]
+    assert usual == AttackConfig(model="nano", corpus="stdlib", batch_size=8, probe_tokens=4096,
+                                 threads=1)  # fmt: skip
+    assert fingerprint(config) == fingerprint(plain)
+    assert HealCell(config, "").sham_cell() == HealCell(plain, "").sham_cell()
+    # What is not given stays the attack's business: no number of its presets is logged here.
+    assert getattr(resolve_from_presets(plain), name) == "auto"
+    assert getattr(resolve_from_presets(config), name) == GIVEN[name]
+
+
+@pytest.mark.parametrize("source", ["collapsed_checkpoint", "attack_run_id", "checkpoint_dir"])
+@pytest.mark.parametrize("name", GIVEN)
+def test_a_fresh_attacks_option_beside_a_stored_state_is_refused(name, source):
+    flags = [re.escape("--" + word.replace("_", "-")) for word in (name, source)]
+    with pytest.raises(ConfigError, match=f"{flags[0]} is of the fresh attack, and {flags[1]} "):
+        HealConfig(**{name: GIVEN[name], source: "x"})
+
+
+def test_heal_checks_the_ranges_of_its_fresh_attack():
+    for name, wrong in {"attack_steps": -1, "catalyst_length": 7, "attack_optimizer": "lion",
+                        "target_rank_reduction": 1.5, "attack_lr": 0.0}.items():  # fmt: skip
+        flag = "--" + name.replace("_", "-")
+        with pytest.raises(ConfigError, match=f"{flag} must be"):
+            HealConfig(**{name: wrong})
+        with pytest.raises(ConfigError, match=f"{flag} must be"):
+            AttackConfig(**{name: wrong})
+
+
 def test_entries_of_a_checkpoint_that_separate_no_runs():
     """Written down from the list that stored checkpoints were pooled by."""
     assert set(NOT_SETTINGS) == {
         "seed", "fingerprint", "attack_run_id", "reference_checkpoint", "reference_run_id",
         "reference_fingerprint", "model_commit", "output_dir", "verbosity", "device", "dry_run",
-        "measurements", "cache_dir", "alignment", "baseline_interval",
+        "measurements", "cache_dir", "alignment", "baseline_interval", "noise_draw",
+        "direction_checkpoint", "direction_run_id", "direction_fingerprint",
     }  # fmt: skip
     # What is named beside the fields is a field of no attack: else it would have two answers.
     assert not set(LINEAGE) & set(ordered_names(AttackConfig))

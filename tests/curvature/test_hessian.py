@@ -450,6 +450,29 @@ def test_finite_difference_in_float64_and_of_a_zero_vector() -> None:
     assert torch.equal(difference(torch.zeros_like(vector)), torch.zeros_like(vector))
 
 
+def test_a_float64_model_whose_loss_is_float32_takes_the_step_of_float32() -> None:
+    model = gpt_neox(torch.float64)
+    batches = token_batches(4, 2)
+
+    def own_loss(model: nn.Module, tokens: Tensor) -> Tensor:
+        loss: Tensor = model(input_ids=tokens, labels=tokens).loss
+        return loss
+
+    assert own_loss(model, batches[0]).dtype is torch.float32  # why it matters
+    exact = HessianOperator(model, next_token_loss, batches, [2, 1])
+    vector = gaussian(exact, generator())
+    product = exact(vector)
+
+    def error(step: float | None) -> float:
+        difference = HessianOperator(
+            model, own_loss, batches, [2, 1], method="finite_difference", relative_step=step
+        )
+        return relative_error(difference(vector), product)
+
+    assert error(None) < 1e-3
+    assert error(1.8e-6) > 10 * error(None)  # what float64 by itself would take
+
+
 def test_lanczos_on_finite_differences() -> None:
     exact = lanczos(neox_operator(), generator(), tolerance=1e-3)
     operator = neox_operator(torch.float32, method="finite_difference")

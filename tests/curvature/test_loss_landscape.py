@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from healing.curvature.escape import Descent, Escape, escape, perturbation
+from healing.curvature.escape import Descent, Direction, Escape, escape, perturbation
 from healing.curvature.flat_weights import put_weights, restoring_weights, weights_of
 from healing.curvature.gradient_noise import gradient_statistics
 from healing.curvature.loss_landscape import LossPath, displacement, loss_path
@@ -235,17 +235,55 @@ def test_perturbation_moves_every_tensor_by_its_own_share(nano):
     drawn = perturbation(nano.model, 1e-3, named_generator(0, "p"))
     sizes = [p.numel() for p in nano.model.parameters()]
     for parameter, part in zip(nano.model.parameters(), drawn.split(sizes), strict=True):
-        assert float(part.norm()) == pytest.approx(
-            1e-3 * float(parameter.detach().norm()), rel=1e-4
-        )
-    assert float(drawn.norm()) == pytest.approx(1e-3 * float(weights_of(nano.model).norm()), 1e-4)
+        alike = [p.detach() for p in nano.model.parameters() if p.ndim == parameter.ndim]
+        rms = float(torch.cat([p.flatten() for p in alike]).square().mean().sqrt())
+        own = float(parameter.detach().square().mean().sqrt())
+        size = max(own, 0.1 * rms) * math.sqrt(parameter.numel())
+        assert float(part.norm()) == pytest.approx(1e-3 * size, rel=1e-4)
+    assert float(drawn.norm()) == pytest.approx(1e-3 * float(weights_of(nano.model).norm()), 1e-2)
 
 
-def follow(model: nn.Module, function, step_size: float, steps: int = 40) -> Escape:
+class Adapter(nn.Module):
+    """Matrices of root mean square 2 and 0, a gain of 3, a bias of 0, a scalar of 0."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.full((4, 5), 2.0 * scale))
+        self.b = nn.Parameter(torch.zeros(5, 12))
+        self.gain = nn.Parameter(torch.full((8,), 3.0 * scale))
+        self.bias = nn.Parameter(torch.zeros(8))
+        self.scalar = nn.Parameter(torch.zeros(()))
+
+
+def test_tensors_that_are_zero_are_perturbed_too():
+    model = Adapter()
+    sizes = [p.numel() for p in model.parameters()]
+    parts = perturbation(model, 1.0, named_generator(0, "p")).split(sizes)
+    norms = [float(part.norm()) for part in parts]
+    matrices = math.sqrt(4 * 20 / 80)  # 20 entries of 2, 60 of 0
+    vectors = math.sqrt(9 * 8 / 16)
+    everything = math.sqrt((4 * 20 + 9 * 8) / 97)  # no other tensor has no axes
+    expected = [
+        2 * math.sqrt(20),
+        0.1 * matrices * math.sqrt(60),
+        3 * math.sqrt(8),
+        0.1 * vectors * math.sqrt(8),
+        0.1 * everything,
+    ]
+    assert norms == pytest.approx(expected, rel=1e-5)
+    nothing = perturbation(Adapter(0.0), 1.0, named_generator(0, "p"))
+    assert float(nothing.norm()) == pytest.approx(0.1 * math.sqrt(97), rel=1e-5)
+
+
+def follow(
+    model: nn.Module, function, step_size: float, steps: int = 40, lowest: Direction | None = None
+) -> Escape:
+    """Ten held-out windows whose losses are 1, 2 … 10 times the loss that is descended."""
     loss, gradient = closures(model, function)
     return escape(
-        model, loss, lambda: 2 * loss(), gradient, named_generator(0, "escape"),
-        step_size=step_size, steps=steps, radius=1e-2, perturbations=3,
+        model, loss, lambda: loss() * torch.arange(1.0, 11.0, dtype=torch.float64),
+        lambda _step: gradient(), named_generator(0, "escape"),
+        step_size=step_size, steps=steps, radius=1e-2, perturbations=3, lowest=lowest,
     )  # fmt: skip
 
 
@@ -272,20 +310,56 @@ def test_descent_leaves_a_saddle():
     assert found.perturbed[0].initial_distance == pytest.approx(0.01 * math.sqrt(2), rel=1e-4)
     assert found.perturbed[0].final_distance == pytest.approx(0.01 * 1.5**20, rel=1e-2)
     assert found.loss_drop == pytest.approx(0.5 * (0.01 * 1.5**20) ** 2, rel=2e-2)
-    assert found.heldout_loss_drop == pytest.approx(2 * found.loss_drop)
+    assert found.heldout_loss_drop == pytest.approx(5.5 * found.loss_drop)
+    first = found.perturbed[0]
+    spread = math.sqrt(sum((k - 5.5) ** 2 for k in range(1, 11)) / 9 / 10)  # over ten windows
+    assert first.heldout_error == pytest.approx(spread * first.loss_drop)
     assert found.unperturbed.final_distance == 0.0  # a stationary point, undisturbed
+    assert found.along == ()
 
 
-def test_escape_takes_both_distance_and_depth():
-    assert Descent(1.0, 3.0, 5.1, 4.0, 0.0).escaped_from(5.0)
-    assert not Descent(1.0, 1.9, 5.1, 4.0, 0.0).escaped_from(5.0)  # not far enough
-    assert not Descent(1.0, 3.0, 5.1, 4.95, 0.0).escaped_from(5.0)  # no deeper than the nudge
-    assert not Descent(1.0, 3.0, 5.1, math.nan, 0.0).escaped_from(5.0)
+def test_descent_along_the_lowest_curvature_doubles_its_distance():
+    """Curvatures 1e4 and -1e-2: by steps of 1/λ_max nothing moves, by 1/|λ_min| all does."""
+    slopes = torch.tensor([1e4, -1e-2])
+    model = Point(3.0, 4.0)
+    centre = torch.tensor([3.0, 4.0])
+    lowest = Direction(-1e-2, torch.tensor([0.0, 1.0]))
+    found = follow(
+        model, lambda w: 0.5 * (slopes * (w - centre) ** 2).sum(), 1e-4, steps=8, lowest=lowest
+    )
+    assert found.weight_norm == 5.0
+    assert found.escaped == 0
+    assert found.distance_ratio < 1.1
+    for side in found.along:
+        assert side.initial_distance == pytest.approx(0.01 * 5, rel=1e-4)
+        assert side.final_distance == pytest.approx(0.05 * 2**8, rel=1e-4)
+        assert side.loss_drop == pytest.approx(0.5 * 1e-2 * (0.05 * 2**8) ** 2, rel=1e-3)
+        assert side.escaped
+    assert found.best in found.along
+    assert torch.equal(weights_of(model), centre)
 
 
-def test_escape_is_not_tried_without_positive_curvature():
+def test_descent_along_the_lowest_curvature_goes_no_further_than_twice_as_far():
+    """A slope that is large beside the curvature: 1/|λ_min| times it would be 1,000 away."""
+    model = Point(3.0, 4.0)
+    lowest = Direction(-1e-3, torch.tensor([0.0, 1.0]))
+    found = follow(model, lambda w: -w[1], 1e-9, steps=3, lowest=lowest)
+    distances = sorted(side.final_distance for side in found.along)
+    # Up: 0.05, 0.1, 0.2, 0.4. Down: -0.05, 0, 0.05, 0.1, since it may always go 0.05.
+    assert distances == pytest.approx([0.1, 0.4], rel=1e-3)
+
+
+def test_a_lower_heldout_loss_counts_beyond_its_error_and_a_hundredth():
+    assert Descent(1.0, 3.0, 0.0, 0.05, 0.01).escaped
+    assert not Descent(1.0, 3.0, 5.0, 0.05, 0.02).escaped  # whatever the batch says
+    assert not Descent(1.0, 3.0, 0.0, 0.009, 0.0).escaped
+    assert not Descent(1.0, 3.0, 0.0, math.nan, 0.0).escaped
+    assert not Descent(1.0, 3.0, 0.0, 1.0, math.nan).escaped  # one window has no error
+
+
+def test_escape_is_not_tried_without_curvature():
     found = follow(Point(1.0, 1.0), lambda w: -(w**2).sum(), math.nan)
-    assert found.reason == "no positive curvature to take the step size from"
+    assert found.reason == "no curvature to take the step size from"
     assert math.isnan(found.loss_drop)
     assert not found.finite
 
@@ -301,3 +375,9 @@ def test_the_probes_loss_alone_is_the_measured_one(nano, probe):
     with torch.no_grad():
         next(nano.model.parameters())[0, 0] = math.nan
     assert math.isnan(Probe(probe.windows * 0).loss(nano.model))
+
+
+def test_the_probes_windows_have_the_losses_of_each_alone(nano, probe):
+    apart = [Probe(window[None]).loss(nano.model) for window in probe.windows]
+    assert probe.window_losses(nano.model).tolist() == pytest.approx(apart, rel=1e-5)
+    assert float(probe.window_losses(nano.model).mean()) == pytest.approx(probe.loss(nano.model))

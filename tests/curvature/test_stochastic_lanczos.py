@@ -185,7 +185,7 @@ def test_every_product_is_announced_before_it_is_made() -> None:
 
     with listening(lambda *news: told.append((*news, len(made)))):
         rayleigh_percentile(Counted(torch.eye(4)), torch.ones(4), generator(), n_random=2)
-    assert told == [("curvature ranks", i, 3, i) for i in range(3)]
+    assert told == [("curvature ranks", i, 3, "", i) for i in range(3)]
     assert torch.equal(made[0] / made[0].norm(), torch.full((4,), 0.5))
 
 

@@ -69,8 +69,10 @@ SCENARIOS = {
     "--verbosity quiet",
 }
 
-TIMED = ("seconds", "tokens_per_second")
-"""Numbers that differ from run to run."""
+TIMED = re.compile(r"seconds(/.*)?|tokens_per_second")
+"""Names of numbers that differ from run to run."""
+PHASE = "phase"
+"""Tag of a run under way: which phases last long enough for it differs from run to run."""
 PICTURES = (".png", ".pdf")
 KEPT_TAGS = ("mlflow.runName", "mlflow.note.content", "mlflow.parentRunId")
 """Tags of MLflow's own that this project sets."""
@@ -187,7 +189,7 @@ class Store:
     def untimed(self, value: Any) -> Any:
         """Without times."""
         if isinstance(value, dict):
-            return {k: self.untimed(v) for k, v in value.items() if k not in TIMED}
+            return {k: self.untimed(v) for k, v in value.items() if not TIMED.fullmatch(k)}
         if isinstance(value, list):
             return [self.untimed(v) for v in value]
         return value
@@ -197,7 +199,7 @@ class Store:
         return {
             name: [[m.step, m.value] for m in self.client.get_metric_history(run.info.run_id, name)]
             for name in sorted(run.data.metrics)
-            if name not in TIMED
+            if not TIMED.fullmatch(name)
         }
 
     def view(self, run: Any) -> dict[str, Any]:
@@ -205,7 +207,7 @@ class Store:
         tags = {
             k: v
             for k, v in sorted(run.data.tags.items())
-            if k in KEPT_TAGS or not k.startswith(("mlflow.", "git_"))
+            if k in KEPT_TAGS or not k.startswith(("mlflow.", "git_", PHASE))
         }
         inputs = [
             [i.dataset.name, i.dataset.digest, i.tags[0].value] for i in run.inputs.dataset_inputs

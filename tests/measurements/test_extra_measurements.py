@@ -107,7 +107,8 @@ def _without(config, name: str):
 def test_they_are_logged_at_every_measured_step(store):
     small = {
         "model": "nano", "sequence_length": 64, "probe_tokens": 512, "batch_size": 4,
-        "measurement_interval": 2, "verbosity": "quiet", "measurements": "accuracy",
+        "measurement_interval": 2, "verbosity": "quiet",
+        "measurements": "accuracy,cka,agreement,weight_distance",
     }  # fmt: skip
     run_id, checkpoint = attack(AttackConfig(arm="random_tokens", attack_steps=4, **small))
     (outcome,) = heal(HealConfig(collapsed_checkpoint=str(checkpoint), healing_steps=2, **small))
@@ -115,7 +116,18 @@ def test_they_are_logged_at_every_measured_step(store):
     assert [point.step for point in history] == [0, 2, 4]
     assert history[0].value > history[-1].value
     # Of the collapsed state both stages say the same.
-    assert outcome.records[0].measurement.extra["extra/accuracy_top1"] == history[-1].value
+    first, last = outcome.records[0].measurement.extra, outcome.records[-1].measurement.extra
+    assert first["extra/accuracy_top1"] == history[-1].value
+    # Those that compare have the same healthy state in both.
+    metrics = MlflowClient().get_run(run_id).data.metrics
+    for name in ("cka_mean", "agreement_kl", "agreement_top1", "weight_distance_healthy"):
+        assert first[f"extra/{name}"] == pytest.approx(metrics[f"extra/{name}"], rel=1e-6)
+    (start, *_) = MlflowClient().get_metric_history(run_id, "extra/agreement_kl")
+    assert (start.step, start.value) == (0, 0.0)
+    # What the attack itself says of its weights, by other code.
+    assert metrics["extra/weight_distance_healthy"] == pytest.approx(metrics["weight_change"])
+    assert "extra/weight_distance_collapsed" not in metrics
+    assert first["extra/weight_distance_collapsed"] == 0.0 < last["extra/weight_distance_collapsed"]
 
 
 def test_a_name_that_no_metric_can_have_is_refused(nano, probe, plug_ins):

@@ -18,6 +18,7 @@ from healing.reporting.phrases import (
     headline_groups,
     loss_sentence,
     median_text,
+    minimum_text,
     percent_text,
     plan_sentence,
     steps_text,
@@ -159,3 +160,20 @@ def test_verdicts_on_embedded_models_come_with_what_a_stronger_healer_did() -> N
     for written in (markdown, lambda summary: render(summary, {})):
         assert "87.7 %" in written(ours)
         assert "87.7 %" not in written(others)
+
+
+def test_a_states_answer_comes_with_what_can_be_gained_from_there() -> None:
+    numbers = {
+        "least_gain": -0.00115,
+        "most_gain": 0.0273,
+        "best_probe_loss_drop": -0.0226,
+        "best_probe_loss_drop_error": 0.0064,
+    }
+    assert minimum_text("healthy", numbers, "undetermined") == (
+        "healthy undetermined (a step along the gradient gains -0.0011 to 0.027 nats; descent, "
+        "held-out: -0.023 ± 0.006 nats)"
+    )
+    assert minimum_text("healed", {}, "undetermined") == (
+        "healed undetermined (a step along the gradient gains undefined; descent, held-out: not "
+        "tried)"
+    )

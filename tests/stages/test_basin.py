@@ -19,9 +19,10 @@ from healing.config.attack import AttackConfig
 from healing.config.basin import BasinConfig
 from healing.config.fingerprint import fingerprint
 from healing.config.heal import HealConfig
-from healing.curvature.flat_weights import weights_of
+from healing.curvature.flat_weights import put_weights, weights_of
 from healing.curvature.hessian import HessianOperator
 from healing.curvature.loss_landscape import loss_path
+from healing.curvature.minimum import FLAT
 from healing.curvature.stochastic_lanczos import SpectralDensity, lanczos_quadrature
 from healing.data.splits import Corpus
 from healing.data.windows import batches
@@ -141,7 +142,8 @@ def test_basin_logs_statement_numbers_paths_and_figures(store, healed):
     tags, metrics = run.data.tags, run.data.metrics
     assert run.info.status == "FINISHED"
     for state in ("healthy", "collapsed", "healed"):
-        assert tags[f"{state}_is_minimum"] in ("yes", "no", "undetermined")
+        assert tags[f"{state}_is_minimum"] in ("yes", "no", FLAT, "undetermined")
+        assert metrics[f"basin/{state}/least_gain"] < metrics[f"basin/{state}/most_gain"]
         assert metrics[f"basin/{state}/lambda_max"] > metrics[f"basin/{state}/lambda_min"]
     assert (tags["stage"], tags["model"], tags["arm"]) == ("basin", "nano", "random_tokens")
     assert tags["heal_run_id"] == healed
@@ -149,6 +151,10 @@ def test_basin_logs_statement_numbers_paths_and_figures(store, healed):
     assert tags["fingerprint"] == outcome.fingerprint
     assert "standard error" in tags["collapsed_is_minimum_evidence"]
     assert "Is the collapsed state a minimum?" in tags["mlflow.note.content"]
+    healthy = f"The healthy state, by the same rule: {tags['healthy_is_minimum']} ("
+    assert healthy in tags["mlflow.note.content"]
+    fall = metrics["basin/healthy/best_probe_loss_drop"]
+    assert f"| best_probe_loss_drop | {fall:.4g} |" in tags["mlflow.note.content"]
     assert run.data.params["basin.sequence_length"] == "64"  # the healing run's, not the default
     # The collapsed and healed losses on the probe are those that healing measured there.
     healing = client.get_run(healed).data.metrics
@@ -178,13 +184,15 @@ def test_numbers_are_those_of_an_independent_computation(store, healed):
     load_state(loaded, read_checkpoint(collapsed), collapsed)
     windows = cached().windows("attack", loaded.tokenizer, 64)
     starts = [i * len(windows) // 8 for i in range(8)]
-    gradients = []
-    for start in starts:
+
+    def gradient(start: int) -> torch.Tensor:
         loaded.model.zero_grad()
         ids = windows[start : start + 1]
         logits = loaded.model(input_ids=ids).logits[0, :-1]
         nn.functional.cross_entropy(logits, ids[0, 1:]).backward()
-        gradients.append(torch.cat([p.grad.reshape(-1) for p in loaded.model.parameters()]))
+        return torch.cat([p.grad.reshape(-1) for p in loaded.model.parameters()])
+
+    gradients = [gradient(start) for start in starts]
     mean = torch.stack(gradients).mean(0)
     report = outcome.states["collapsed"].evidence
     assert report.gradient.norm == pytest.approx(float(mean.norm()), rel=1e-4)
@@ -194,6 +202,23 @@ def test_numbers_are_those_of_an_independent_computation(store, healed):
     quotient = float(unit @ operator(unit))
     slack = report.curvature.largest_residuals[0] + 1e-3 * report.curvature.scale
     assert report.curvature.smallest[0] - slack <= quotient <= report.curvature.largest[0] + slack
+    # Two steps from the state itself, on one batch after the other, judged window by window.
+    probe = Probe.of(cached(), loaded, 512, 64)
+    losses = [[Probe(window[None]).loss(loaded.model) for window in probe.windows]]
+    start = weights_of(loaded.model)
+    for number in (0, 1):
+        step = gradient(starts[number]) / report.curvature.largest[0]
+        put_weights(loaded.model, weights_of(loaded.model) - step)
+    losses.append([Probe(window[None]).loss(loaded.model) for window in probe.windows])
+    drops = torch.tensor(losses[0]) - torch.tensor(losses[1])
+    descent = report.escape.unperturbed
+    assert descent.heldout_drop == pytest.approx(float(drops.mean()), rel=1e-3)
+    error = float(drops.std()) / math.sqrt(len(drops))
+    assert descent.heldout_error == pytest.approx(error, rel=1e-2)
+    distance = float((weights_of(loaded.model) - start).norm())
+    assert descent.final_distance == pytest.approx(distance, rel=1e-3)
+    assert report.curvature.is_negative
+    assert len(report.escape.along) == 2
     states = []
     for path in (collapsed, after):
         load_state(loaded, read_checkpoint(path), path)

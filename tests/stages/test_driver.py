@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import pathlib
@@ -15,7 +16,7 @@ import torch
 from healing.errors import ConfigError, CorpusError, TrackingError
 from healing.progress import Safe, Stopped, phase
 from healing.stages.cells.events import Begin, Input, Record
-from healing.stages.console import Cells, Console, Lines, Silence, phase_text
+from healing.stages.console import Console, Silence
 from healing.stages.driver import Driver, Stop, run_folder
 from healing.stages.stage import Kept, Report, StageDefaults
 from healing.tracking.local_store import LocalStore
@@ -109,7 +110,8 @@ def test_a_run_has_everything_that_its_cell_and_stage_said(tmp_path):
         "toy.output_dir": str(tmp_path), "toy.steps": "6", "toy.first": "0", "toy.name": "toy",
         "n_params": "7",
     }  # fmt: skip
-    assert view.metrics == {"total": 21.0, "summary/total": 21.0}
+    numbers = {name: value for name, value in view.metrics.items() if "seconds/" not in name}
+    assert numbers == {"total": 21.0, "summary/total": 21.0}
     assert done.folder == tmp_path / "priority5_healing/raw_data/toy"
     assert json.loads((done.folder / "config.json").read_text()) == {"steps": 6}
     rows = read_jsonl(done.folder / "metrics.jsonl")
@@ -285,7 +287,7 @@ def test_a_store_that_is_away_ends_the_run_unless_something_else_is_decided(tmp_
     stage.store = lambda outcome, *_: Report([], {}, "", "", result=outcome)
     done = run(driver(Away(), on_outage=told.append), stage, Config(str(tmp_path)))
     assert done.report.result == 21
-    assert len(told) == 3
+    assert len(told) == 4  # three records, and the seconds of its phases
     assert [row["step"] for row in read_jsonl(lines)] == [2, 4, 6]
 
 
@@ -335,7 +337,7 @@ def test_phases_reach_the_progress_of_the_run_they_are_in(tmp_path, monkeypatch)
         def begin(self, total, unit):
             said.append((self.title, "begin", total))
 
-        def phase(self, name, done, total):
+        def phase(self, name, done, total, note=""):
             said.append((self.title, name, done))
 
         def step(self, done, note=""):
@@ -345,45 +347,84 @@ def test_phases_reach_the_progress_of_the_run_they_are_in(tmp_path, monkeypatch)
     monkeypatch.setattr(d.console, "progress", Noting)
     run(d, Toy(), Config(str(tmp_path), steps=2))
     assert said == [
-        ("toy 2", "bases", 0), ("toy 2", "bases", 1), ("toy 2", "bases", 2), ("toy 2", "begin", 2),
+        ("toy 2", "preparing", 0),
+        ("toy 2", "bases", 0), ("toy 2", "bases", 1), ("toy 2", "bases", 2),
+        ("toy 2", "preparing", 0), ("toy 2", "begin", 2),
         ("toy 2", "step", 1), ("toy 2", "step", 2), ("toy 2", "step", 2),
+        ("toy 2", "files and figures", 0),
+        ("toy 2", "uploading", 0), *[("toy 2", "uploading", i) for i in range(3)],
+        ("toy 2", "uploading", 0),
     ]  # fmt: skip
 
 
-def test_lines_in_a_pipe_are_few(capsys):
-    lines = Lines("attack")
-    for done in range(200):
-        lines.phase("bases", done, 200)
-    lines.begin(100, "step")
-    for done in range(1, 101):
-        lines.step(done, f"rank {done}")
-    assert capsys.readouterr().err.splitlines() == [
-        "attack: bases 1/200", "attack: step 100/100 rank 100",
-    ]  # fmt: skip
+class Ticking:
+    """A clock that a stage moves."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def work(self, seconds: float) -> None:
+        self.now += seconds
 
 
-def test_a_cell_of_many_speaks_through_the_bar_of_all():
-    said: list[str] = []
+def test_every_second_of_a_cell_belongs_to_one_phase(tmp_path):
+    clock = Ticking()
+    spent = {"prepare": 2.0, "base 0": 4.0, "base 1": 8.0, "1": 16.0, "2": 32.0}
+    stage = Toy(lambda point: clock.work(spent.get(point, 0.0)))
+    keep = stage.store
+    stage.store = lambda *given: (clock.work(64.0), keep(*given))[1]
+    d = driver(clock=clock)
+    with d.process("process", {"stage": "toy"}) as own:
+        log = own.metrics
+        own.metrics = lambda values, step=0: (clock.work(0.25), log(values, step))[1]
+        save = own.artifact
+        own.artifact = lambda *given: (clock.work(1.0), save(*given))[1]
+        d.run_cell(stage, Config(str(tmp_path), steps=2), run=own)
+    found = d.store.get_run(own.run_id).metrics
+    seconds = {k: v for k, v in found.items() if k.startswith("seconds/")}
+    assert seconds == {
+        "seconds/preparing": 2.0 + 48.0,  # the steps of this toy are in no phase of their own
+        "seconds/bases": 12.0,
+        "seconds/logging": 0.25,
+        "seconds/files_and_figures": 64.0,
+        "seconds/uploading": 3.25,
+    }
+    # All but sending these numbers themselves.
+    assert sum(seconds.values()) == clock.now - 100.0 - 0.25
 
-    class Noting(Silence):
-        def begin(self, total, unit):
-            said.append(f"{total} {unit}")
 
-        def phase(self, name, done, total):
-            said.append(phase_text(name, done, total))
+def test_a_run_that_comes_first_is_a_phase_of_the_one_that_waits(tmp_path):
+    clock = Ticking()
+    d = driver(clock=clock)
+    stage = Toy(lambda point: clock.work(1.0) if point == "1" else None)
+    run(d, stage, Config(str(tmp_path), first=2))
+    first = d.store.get_run(stage.found.run_id).metrics
+    (own,) = [r.view() for r in d.store._runs.values() if r.run_id != stage.found.run_id]
+    assert own.metrics["seconds/runs_that_come_first"] == 1.0
+    assert own.metrics["seconds/preparing"] == first["seconds/preparing"] == 1.0
 
-        def step(self, done, note=""):
-            said.append(f"{done}: {note}")
 
-    with Cells(Noting(), 2, "cell") as cells:
-        cell = Console("quiet").within(cells).progress("nano haep")
-        cell.begin(60, "step")
-        cell.phase("bases", 3, 9)
-        cell.step(10)
-        cells.over("nano haep")
-    assert said == [
-        "2 cell",
-        "nano haep, bases 4/9",
-        "nano haep 10/60",
-        "1: last: nano haep",
-    ]
+@pytest.mark.parametrize(
+    ("at", "phase_left"), [("prepare", "preparing"), ("base 1", "bases"), ("", "done")]
+)
+def test_the_tag_says_in_which_phase_a_run_ended(tmp_path, at, phase_left):
+    def fail(point: str) -> None:
+        if point == at:
+            raise CorpusError("no text")
+
+    d = driver()
+    with contextlib.suppress(CorpusError):
+        run(d, Toy(fail), Config(str(tmp_path)))
+    (own,) = d.store._runs.values()
+    assert own.view().tags["phase"] == phase_left
+
+
+def test_a_stop_does_not_end_what_has_computed_everything(tmp_path):
+    stop, stage = Stop(), Toy()
+    keep = stage.store
+    stage.store = lambda *given: (stop.set(), keep(*given))[1]
+    done = run(driver(stop=stop), stage, Config(str(tmp_path)))
+    assert done.report.result == 21

@@ -23,7 +23,8 @@ from healing.measurements.probe import Probe
 from healing.models.architectures import pythia_config
 from healing.stages.cells.attack import attack_cell
 from healing.stages.cells.events import outcome_of
-from healing.stages.dry_run import peak_memory, tensor_bytes
+from healing.stages.dry_run import peak_memory
+from healing.stages.dry_run import shapes_only as shapes_only_module
 from healing.stages.dry_run.peak_memory import (
     ATTACKING,
     CHECKING,
@@ -36,8 +37,9 @@ from healing.stages.dry_run.peak_memory import (
     predict_healing,
 )
 from healing.stages.dry_run.plan import attack_plan, heal_plan
+from healing.stages.dry_run.shapes_only import shapes_only
 from healing.stages.dry_run.stage import dry_run
-from healing.stages.dry_run.tensor_bytes import Usage, shapes_only
+from healing.stages.dry_run.tensor_bytes import Usage
 
 pytestmark = pytest.mark.slow
 
@@ -86,11 +88,13 @@ def test_the_short_way_of_common_operations_counts_the_same(monkeypatch, family)
     )
     heal = resolve_from_presets(HealConfig(model="nano", probe_tokens=1024))
     ran = []
-    plain = tensor_bytes._run_on_meta
-    monkeypatch.setattr(tensor_bytes, "_run_on_meta", lambda *a: (ran.append(1), plain(*a))[1])
+    plain = shapes_only_module._run_on_meta
+    monkeypatch.setattr(
+        shapes_only_module, "_run_on_meta", lambda *a: (ran.append(1), plain(*a))[1]
+    )
     short = predict_attack(attack, shape, CPU).phases, predict_healing(heal, shape, CPU).phases
     assert len(ran) > 1000
-    monkeypatch.setattr(tensor_bytes, "_PLAIN", set())
+    monkeypatch.setattr(shapes_only_module, "_PLAIN", set())
     assert short == (
         predict_attack(attack, shape, CPU).phases, predict_healing(heal, shape, CPU).phases
     )  # fmt: skip

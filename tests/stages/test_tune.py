@@ -178,6 +178,7 @@ def test_one_seed_proposes_the_same_healers_twice_and_another_others(tmp_path, s
     assert a.healer.study_digest == b.healer.study_digest
     assert a.healer.study_digest != c.healer.study_digest
     assert comparable(a.trials)[1:] != comparable(c.trials)[1:]
+    assert len({t.values["rate"] for t in a.trials}) == 9  # nor is one proposed again and again
 
 
 def test_a_hopeless_healer_is_ended_early_and_marked(tmp_path, stubbed):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import json
 import math
@@ -103,6 +104,35 @@ def test_metrics_are_sent_together(store, monkeypatch):
     assert sum(calls) == 2400
     assert max(calls) <= 1000  # the store's limit per request
     assert len(calls) <= 8
+
+
+@pytest.mark.parametrize("ending", ["metrics", "nothing", "failure"])
+def test_tags_for_later_go_with_the_next_request(store, monkeypatch, ending):
+    sent = []
+    original = MlflowClient.log_batch
+
+    def spy(self, run_id, **content):
+        sent.append({kind: [x.key for x in entries] for kind, entries in content.items()})
+        return original(self, run_id, **content)
+
+    with contextlib.suppress(ValueError), run_logger.start("a", {"stage": "heal"}) as run:
+        monkeypatch.setattr(MlflowClient, "log_batch", spy)
+        run.tags({"phase": "bases"}, later=True)
+        run.tags({"phase": "done"}, later=True)
+        assert sent == []
+        if ending == "metrics":
+            run.metrics({"seconds/bases": 1.0})
+        if ending == "failure":
+            raise ValueError("broken")
+    assert (
+        sent
+        == {
+            "metrics": [{"metrics": ["seconds/bases"], "tags": ["phase"]}],
+            "nothing": [{"tags": ["phase"]}],
+            "failure": [{"tags": ["phase", "failure", "failure_type"]}],
+        }[ending]
+    )
+    assert MlflowClient().get_run(run.run_id).data.tags["phase"] == "done"
 
 
 def test_search_and_find_finished(store):

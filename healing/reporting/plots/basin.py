@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 
+from healing.curvature.escape import SMALL_GAIN, STANDARD_ERRORS
 from healing.curvature.loss_landscape import LossPath
 from healing.curvature.minimum import Evidence
 from healing.curvature.stochastic_lanczos import SpectralDensity
@@ -114,11 +115,13 @@ def _eigenvalue_ticks(ax: Axes, scale: float, reach: float) -> None:
 def gradient_and_eigenvalues(
     path: pathlib.Path, evidence: Mapping[str, Evidence], title: str
 ) -> None:
-    """Squared gradient norm with its error, and extreme eigenvalues with residuals, by state."""
+    """Squared gradient norm with its error, extreme eigenvalues with residuals, and how far each
+    descent lowers the held-out loss, by state.
+    """
     names = list(evidence)
     colours = [STATE_STYLES[name][0] for name in names]
     places = np.arange(len(names))
-    with figure(path, 1, 2, (8.8, 3.9)) as (fig, (left, right)):
+    with figure(path, 1, 3, (12.8, 3.9)) as (fig, (left, right, last)):
         squared = [e.gradient.squared_norm for e in evidence.values()]
         errors = [e.gradient.standard_error for e in evidence.values()]
         for x, value, error, colour in zip(places, squared, errors, colours, strict=True):
@@ -141,7 +144,32 @@ def gradient_and_eigenvalues(
                 for e in evidence.values()]  # fmt: skip
         _state_axis(right, names, tops)
         right.set(ylabel="eigenvalues (± residual)", title="extreme eigenvalues of the Hessian")
+        _heldout_panel(last, evidence, colours)
         fig.suptitle(title)
+
+
+def _heldout_panel(ax: Axes, evidence: Mapping[str, Evidence], colours: Sequence[str]) -> None:
+    """What each descent lowers the held-out loss by, with three standard errors."""
+    reach = [SMALL_GAIN]
+    for x, (found, colour) in enumerate(zip(evidence.values(), colours, strict=True)):
+        tried = found.escape
+        own = (tried.unperturbed,) if tried.unperturbed else ()
+        kinds = (("o", own), ("s", tried.perturbed), ("D", tried.along))
+        shown = [(marker, d) for marker, descents in kinds for d in descents if d.finite]
+        for place, (marker, descent) in enumerate(shown):
+            at = x + 0.12 * (place - (len(shown) - 1) / 2)
+            error = 0.0 if math.isnan(descent.heldout_error) else descent.heldout_error
+            ax.errorbar([at], [descent.heldout_drop], yerr=[STANDARD_ERRORS * error], fmt=marker,
+                        color=colour, markersize=5, capsize=3)  # fmt: skip
+            reach += [descent.heldout_drop + s * error for s in (-STANDARD_ERRORS, STANDARD_ERRORS)]
+    ax.axhline(0, color=BLACK, linewidth=0.8)
+    ax.axhline(SMALL_GAIN, color="#999999", linestyle=":", linewidth=1.2)
+    _symlog(ax, reach, SMALL_GAIN)
+    _state_axis(ax, list(evidence), ["" for _ in evidence])
+    ax.set(ylabel="fall of the held-out loss (nats, ± 3 s.e.)",
+           title="descent: o from the state, □ perturbed,\n◇ along the lowest curvature; dotted: "
+           f"{SMALL_GAIN:g} nats")  # fmt: skip
+    ax.title.set_fontsize(9)
 
 
 def _symlog(ax: Axes, values: Sequence[float], threshold: float) -> None:

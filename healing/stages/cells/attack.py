@@ -20,7 +20,7 @@ from healing.measurements.recovery import Damage
 from healing.models.checkpoints import read_checkpoint
 from healing.models.loading import LoadedModel
 from healing.progress import Safe, enter
-from healing.registry import ARMS, DAMAGE_CONTROL
+from healing.registry import ARMS, DAMAGE_CONTROL, HEALTHY
 from healing.stages.cells.code_digest import code_digest
 from healing.stages.cells.events import Begin, Events, Record
 from healing.stages.cells.inputs import (
@@ -140,14 +140,18 @@ def attack_cell(config: AttackConfig) -> Events[AttackOutcome]:
         warnings=few_rows_warnings(config, loaded),
     )
     enter("healthy measurement")
+    probe = probe.remembering(HEALTHY, loaded.model)
     healthy = measured(probe, loaded, config.seed, loaded.digest)
+    enter("preparing the attack")
     change = WeightChange(loaded.model)
     prepared = prepare_arm(config, loaded, corpus, change)
     warmup = warmup_batches(config, loaded, corpus)
-    for record in prepared.arm.run(loaded, config, probe, healthy, change, warmup):
-        metrics = record.metrics()
+    for event in prepared.arm.run(loaded, config, probe, healthy, change, warmup):
+        if isinstance(event, Safe):
+            yield event
+            continue
+        record, metrics = event, event.metrics()
         yield Record(record.step, metrics, rank_and_perplexity(metrics))
-        yield Safe(record.step)
     enter("collapsed measurement")
     collapsed = measured(probe, loaded, config.seed)
     return AttackOutcome(

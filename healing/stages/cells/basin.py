@@ -17,7 +17,7 @@ from healing.config.fingerprint import as_params, fingerprint
 from healing.config.options import AUTO
 from healing.config.presets import model_slug
 from healing.config.shared import BaseConfig
-from healing.curvature.escape import escape
+from healing.curvature.escape import Direction, escape
 from healing.curvature.flat_weights import put_weights, weights_of
 from healing.curvature.gradient_noise import gradient_statistics
 from healing.curvature.hessian import HessianOperator
@@ -31,7 +31,7 @@ from healing.measurements.probe import Probe
 from healing.models.blocks import next_token_loss
 from healing.models.checkpoints import HEALED_KIND, Checkpoint, load_state, read_checkpoint
 from healing.models.loading import LoadedModel, state_digest
-from healing.progress import Safe
+from healing.progress import Safe, counted, enter
 from healing.randomness import named_generator
 from healing.stages.cells.basin_outcome import BasinCell, BasinOutcome, StateReport
 from healing.stages.cells.code_digest import code_digest
@@ -128,8 +128,11 @@ def _operator(loaded: LoadedModel, windows: Tensor) -> HessianOperator:
 
 def _spectrum(
     config: BasinConfig, operator: HessianOperator, part: Part
-) -> Generator[Safe, None, tuple[Curvature, SpectralDensity]]:
-    """Extreme eigenvalues, and the density from the search's own probe and further ones."""
+) -> Generator[Safe, None, tuple[Curvature, Direction | None, SpectralDensity]]:
+    """Extreme eigenvalues, the direction of the lowest where it is negative, and the density from
+    the search's own probe and further ones.
+    """
+    enter("eigenvalues")
     with operator.retained_graphs():
         found = lanczos(
             operator,
@@ -140,6 +143,7 @@ def _spectrum(
             tolerance=config.curvature_tolerance,
         )
         yield part("eigenvalues")
+        enter("spectral density")
         density = lanczos_quadrature(
             operator,
             named_generator(int(config.seed), "basin-density"),
@@ -155,7 +159,10 @@ def _spectrum(
         found.status.value,
         found.products,
     )
-    return curvature, density.with_probe(found.nodes, found.weights)
+    lowest = None
+    if curvature.is_negative:
+        lowest = Direction(curvature.smallest[0], found.smallest.vectors[:, 0])
+    return curvature, lowest, density.with_probe(found.nodes, found.weights)
 
 
 def examine(
@@ -170,26 +177,32 @@ def examine(
     The random streams are the same for every state, so that states are compared pairwise.
     """
     count = config.curvature_tokens // windows.shape[1]
-    batches = gradient_batches(windows, config.gradient_batches, count)
-    gradients = gradient_statistics([_operator(loaded, batch).gradient() for batch in batches])
+    batches = [
+        _operator(loaded, batch)
+        for batch in gradient_batches(windows, config.gradient_batches, count)
+    ]
+    enter("gradient")
+    gradients = gradient_statistics([b.gradient() for b in counted(batches, len(batches))])
     yield part("gradient")
     fixed = curvature_batch(windows, count)
     operator = _operator(loaded, fixed)
-    curvature, density = yield from _spectrum(config, operator, part)
-    top = curvature.largest[0]
+    curvature, lowest, density = yield from _spectrum(config, operator, part)
+    enter("escape")
     left = escape(
         loaded.model,
         functools.partial(Probe(fixed).loss, loaded.model),
-        functools.partial(probe.loss, loaded.model),
-        operator.gradient,
+        functools.partial(probe.window_losses, loaded.model),
+        # A fresh batch at every step: descent on one alone fits that one.
+        lambda step: batches[step % len(batches)].gradient(),
         named_generator(int(config.seed), "basin-escape"),
-        step_size=1 / top if top > 0 else math.nan,
+        step_size=1 / curvature.steepness if curvature.steepness > 0 else math.nan,
         steps=config.escape_steps,
         radius=config.perturbation_radius,
         perturbations=config.perturbations,
+        lowest=lowest,
     )
     yield part("escape")
-    evidence = Evidence(gradients, curvature, left, config.curvature_tolerance)
+    evidence = Evidence(gradients, curvature, left)
     return StateReport(evidence, is_minimum(evidence), density)
 
 
@@ -256,6 +269,7 @@ def basin_cell(cell: BasinCell) -> Events[BasinOutcome]:
     inputs = inputs_of(config)
     corpus, loaded, probe = load_inputs(inputs)
     windows = attack_split(config, corpus, loaded)
+    enter("loading the checkpoints")
     weights, healed = read_states(cell, loaded)
     run_fingerprint = basin_fingerprint(cell, weights, loaded.identity, corpus.digests)
     yield Begin(
@@ -284,6 +298,7 @@ def basin_cell(cell: BasinCell) -> Events[BasinOutcome]:
         states[name] = yield from examined
     paths = {}
     for name, (start, end) in PATHS.items():
+        enter("straight paths")
         paths[name] = loss_path(
             loaded.model,
             weights[start],

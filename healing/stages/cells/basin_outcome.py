@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from healing.config.basin import BasinConfig
+from healing.curvature.escape import Descent
 from healing.curvature.loss_landscape import Displacement, LossPath
 from healing.curvature.minimum import Evidence, Statement
 from healing.curvature.stochastic_lanczos import SpectralDensity
@@ -68,6 +69,8 @@ class StateReport:
             "gradient_squared_norm": g.squared_norm,
             "gradient_squared_norm_error": g.standard_error,
             "gradient_snr": g.snr,
+            "least_gain": self.evidence.least_gain,
+            "most_gain": self.evidence.most_gain,
             "lambda_max": c.largest[0],
             "lambda_max_residual": c.largest_residuals[0],
             "lambda_min": c.smallest[0],
@@ -79,9 +82,25 @@ class StateReport:
             "escape_loss_drop": e.loss_drop,
             "escape_probe_loss_drop": e.heldout_loss_drop,
             "escape_distance_ratio": e.distance_ratio,
-            "descent_loss_drop": e.loss - e.unperturbed.final_loss if e.unperturbed else math.nan,
-            "descent_distance": e.unperturbed.final_distance if e.unperturbed else math.nan,
+            **_descent("descent", e.unperturbed),
+            **_descent("best", e.best),
+            **{
+                name: value
+                for side, descent in zip(("up", "down"), e.along or (None, None), strict=True)
+                for name, value in _descent(f"lowest_curvature_{side}", descent).items()
+            },
         }
+
+
+def _descent(name: str, found: Descent | None) -> dict[str, float]:
+    """Numbers of one descent; NaN where it was not tried."""
+    nan = math.nan
+    return {
+        f"{name}_loss_drop": found.loss_drop if found else nan,
+        f"{name}_probe_loss_drop": found.heldout_drop if found else nan,
+        f"{name}_probe_loss_drop_error": found.heldout_error if found else nan,
+        f"{name}_distance": found.final_distance if found else nan,
+    }
 
 
 @dataclass(frozen=True)
@@ -133,5 +152,5 @@ class BasinOutcome:
         }
 
     def statements(self) -> dict[str, str]:
-        """``collapsed_is_minimum`` and so on: yes, no or undetermined."""
+        """``collapsed_is_minimum`` and so on: yes, no, flat within 0.01 nats or undetermined."""
         return {f"{state}_is_minimum": r.statement.answer for state, r in self.states.items()}

@@ -35,7 +35,7 @@ from healing.models.checkpoints import (
 from healing.models.loading import LoadedModel
 from healing.progress import Safe, enter
 from healing.randomness import named_generator
-from healing.registry import METHODS
+from healing.registry import COLLAPSED, HEALTHY, METHODS
 from healing.stages.cells.code_digest import code_digest
 from healing.stages.cells.events import Begin, Events, Record
 from healing.stages.cells.heal_outcome import HealCell, HealOutcome
@@ -195,13 +195,17 @@ def heal_cell(cell: HealCell) -> Events[tuple[HealOutcome, LoadedModel]]:
         warnings=few_rows_warnings(config, loaded),
     )
     enter("healthy measurement")
+    probe = probe.remembering(HEALTHY, loaded.model)
     healthy = measured(probe, loaded, config.seed, loaded.digest)
+    enter("loading the checkpoint")
     if cell.checkpoint:
         load_state(loaded, checkpoint, cell.checkpoint)
     checkpoint = checkpoint.without_tensors()
     windows = training_windows(config, corpus, loaded)
     enter("collapsed measurement")
+    probe = probe.remembering(COLLAPSED, loaded.model)
     collapsed = measured(probe, loaded, config.seed, checkpoint.digest)
+    enter("first check")
     if config.gradient_checkpointing:
         loaded.model.activation_checkpointing_enable()
     # Probe only the gradients that will be trained: full ones may not fit beside adapters.

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from healing.config.arm_tags import SHAM_ARM
-from healing.config.heal import HealConfig
+from healing.config.heal import OF_THE_ATTACK, HealConfig
 from healing.config.healer import Healer
+from healing.config.options import AUTO
 from healing.measurements.diagnosis import (
     Diagnosis,
     Failure,
@@ -51,7 +52,9 @@ class HealCell:
         bare = replace(
             self.config, sham=False, arm=SHAM_ARM, collapsed_checkpoint="", attack_run_id=""
         )
-        return HealCell(replace(bare, checkpoint_dir=""), "", self.replicate)
+        # What was asked of a fresh attack is no difference between shams.
+        left_out: dict[str, Any] = dict.fromkeys(OF_THE_ATTACK, AUTO)
+        return HealCell(replace(bare, checkpoint_dir="", **left_out), "", self.replicate)
 
 
 @dataclass(frozen=True)

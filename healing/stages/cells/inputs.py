@@ -92,7 +92,7 @@ def resolve_from_model(config: ConfigT) -> ConfigT:
         return config  # the presets know their sizes, and read windows of any admissible length
     shape = model_shape(config.model, config.revision, config.deduped)
     for name in ("sequence_length", "catalyst_length"):
-        length = getattr(config, name, 0)
+        length = 0 if name in config.unresolved else getattr(config, name, 0)
         if shape.max_positions is not None and length > shape.max_positions:
             raise ConfigError(
                 f"{flag_name(name)} {length} is more than the {shape.max_positions} positions that "

@@ -4,6 +4,7 @@ tensors without content (:mod:`healing.stages.dry_run.tensor_bytes`).
 
 from __future__ import annotations
 
+import functools
 import itertools
 import pathlib
 import resource
@@ -15,9 +16,11 @@ from typing import Any, cast
 from unittest import mock
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from healing.attacks import clean_hessian, gram_alignment
+from healing.attacks.clean_hessian import basis_place
 from healing.attacks.context import prepare_arm
 from healing.attacks.gram_alignment import sequences_per_batch
 from healing.attacks.weight_change import WeightChange
@@ -28,14 +31,16 @@ from healing.curvature.hessian import HessianOperator
 from healing.curvature.lanczos import gaussian
 from healing.curvature.stochastic_lanczos import RayleighPercentile, rayleigh_quotient
 from healing.curvature.subspaces import MatrixSubspace
-from healing.measurements.probe import KEPT_SHARE, TOKENS_PER_FORWARD, Measurement, Probe
+from healing.measurements.probe import TOKENS_PER_FORWARD, Measurement, Probe
 from healing.measurements.rank_standard_error import BOOTSTRAP_MAX_DIMENSION
-from healing.models.blocks import embedding_matrix, transformer_blocks
+from healing.models.blocks import block_matrices, embedding_matrix, transformer_blocks
 from healing.models.loading import LoadedModel
 from healing.randomness import named_generator
 from healing.registry import METHODS
+from healing.stages.dry_run.depth import Run, at_full_depth
 from healing.stages.dry_run.plan import attack_plan, heal_plan
-from healing.stages.dry_run.tensor_bytes import COPIES, WEIGHTS, Usage, shapes_only
+from healing.stages.dry_run.shapes_only import shapes_only
+from healing.stages.dry_run.tensor_bytes import COPIES, WEIGHTS, Usage, peaks
 from healing.training.healing_loop import adapted, heal
 from healing.training.nonfinite import takes_a_step
 
@@ -68,32 +73,38 @@ class _ShortProbe(Probe):
     """The first windows of a probe: a measurement's peak does not grow with their number.
 
     Attributes:
-        whole: Tokens of the probe that it stands for.
+        count: Tokens of the probe that it stands for.
+        whole: The model that is measured, in its full depth.
     """
 
-    whole: int
+    count: int
+    whole: PreTrainedModel
 
     @classmethod
-    def of_config(cls, config: BaseConfig, architecture: PreTrainedConfig) -> _ShortProbe:
+    def of_config(cls, config: BaseConfig, whole: PreTrainedModel) -> _ShortProbe:
         """Zeros; all windows where each one's moments are kept."""
         length = config.sequence_length
-        count = -(-int(config.probe_tokens) // length)
-        whole = count * length
-        if architecture.get_text_config().hidden_size > BOOTSTRAP_MAX_DIMENSION:
-            count = min(count, _CHUNKS * max(1, TOKENS_PER_FORWARD // length))
-        return cls(torch.zeros(count, length, dtype=torch.long), whole)
+        windows = -(-int(config.probe_tokens) // length)
+        tokens = windows * length
+        if whole.config.get_text_config().hidden_size > BOOTSTRAP_MAX_DIMENSION:
+            windows = min(windows, _CHUNKS * max(1, TOKENS_PER_FORWARD // length))
+        return cls(torch.zeros(windows, length, dtype=torch.long), tokens, whole)
 
     @property
     def tokens(self) -> int:
         """Of the whole probe: whether its states are kept depends on them."""
-        return self.whole
+        return self.count
+
+    def _may_keep(self, model: nn.Module, outputs: list[torch.Tensor]) -> bool:
+        """As for the whole model."""
+        return super()._may_keep(self.whole, outputs[:1] * len(transformer_blocks(self.whole)))
 
     def states_left_out(self, model: PreTrainedModel) -> torch.Tensor:
         """Room of the states that a measurement with its error would keep beside these windows'."""
-        width = len(transformer_blocks(model)) * embedding_matrix(model).shape[1]
-        left_out = self.whole - self.windows.numel()
-        kept = self.whole * width <= KEPT_SHARE * sum(p.numel() for p in model.parameters())
-        return torch.empty(left_out * width if kept else 0, device=next(model.parameters()).device)
+        hidden, device = embedding_matrix(model).shape[1], next(model.parameters()).device
+        kept = self._may_keep(model, [torch.empty(1, hidden, device="meta")])
+        states = (self.count - self.windows.numel()) * hidden * len(transformer_blocks(model))
+        return torch.empty(states if kept else 0, device=device)
 
 
 @dataclass(frozen=True)
@@ -166,11 +177,12 @@ def _bare_model(
     (where the file holds float32, its pages are the weights until they change), and a copy of one
     tensor to hash.
     """
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        architecture, dtype=torch.float32, attn_implementation="sdpa"
+    ).to(device)
+    model.config.use_cache = False
+    usage.watch_blocks(transformer_blocks(model))
     with usage.phase(LOADING):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            architecture, dtype=torch.float32, attn_implementation="sdpa"
-        ).to(device)
-        model.config.use_cache = False
         usage.claim(WEIGHTS, [*model.parameters(), *model.buffers()])
         state = model.state_dict()
         largest = max(state.values(), key=torch.Tensor.numel)
@@ -191,7 +203,7 @@ def _measure_healthy(usage: Usage, probe: _ShortProbe, model: PreTrainedModel) -
 def _loaded(config: BaseConfig, model: PreTrainedModel, device: torch.device) -> LoadedModel:
     """What the stages read of a loaded model; there is no tokenizer."""
     parts: dict[str, Any] = {"name": config.model, "model": model, "device": device}
-    parts |= {"digest": "", "source": "", "opening": []}
+    parts |= {"digest": "", "opening": []}
     parts["vocabulary"] = len(embedding_matrix(model))
     return cast(LoadedModel, SimpleNamespace(tokenizer=None, **parts))
 
@@ -213,7 +225,20 @@ def predict_healing(
         architecture: Of the model.
         device: Where it will be.
     """
-    base, asked = _base(config), config
+    base = _base(config)
+    whole, found = at_full_depth(functools.partial(_healing, config, device), architecture)
+    count = sum(p.numel() for p in whole.parameters())
+    plan = heal_plan(config, count)
+    return Prediction(count, found.n_trainable, device, base, peaks(found.moments), plan)
+
+
+def _healing(
+    config: HealConfig,
+    device: torch.device,
+    architecture: PreTrainedConfig,
+    whole: PreTrainedModel,
+) -> Run:
+    """A healing run of a model of any depth that stands for the whole one."""
     config = replace(
         config,
         healing_steps=_STEPS,
@@ -228,11 +253,8 @@ def predict_healing(
         mock.patch.object(torch.amp.GradScaler, "_maybe_opt_step", _always_step),
     ):
         model = _bare_model(usage, architecture, device)
-        probe = _ShortProbe.of_config(config, architecture)
-        count, trainable = (
-            sum(p.numel() for p in model.parameters()),
-            METHODS.load(config.healing_method).n_trainable(model, config),
-        )
+        probe = _ShortProbe.of_config(config, whole)
+        trainable = METHODS.load(config.healing_method).n_trainable(model, config)
         collapsed = _measure_healthy(usage, probe, model)
         if config.gradient_checkpointing:
             model.activation_checkpointing_enable()
@@ -241,15 +263,12 @@ def predict_healing(
         with usage.phase(CHECKING), adapted(model, config, order):
             usage.watch_gradients(model)
             takes_a_step(model, windows.to(device))
-        loaded, watched = (
-            _loaded(config, model, device),
-            _WatchedProbe(probe.windows, probe.whole, usage),
-        )
+        loaded = _loaded(config, model, device)
+        watched = _WatchedProbe(probe.windows, probe.count, whole, usage)
         with usage.phase(HEALING):
             for _ in heal(loaded, config, windows, watched, collapsed, order):
                 pass
-    plan = heal_plan(asked, count)
-    return Prediction(count, trainable, device, base, usage.peaks, plan)
+    return Run(usage.moments, trainable)
 
 
 def _largest_space(
@@ -306,7 +325,25 @@ def predict_attack(
         architecture: Of the model.
         device: Where it will be.
     """
-    base, asked = _base(config), config
+    base = _base(config)
+    whole, found = at_full_depth(functools.partial(_attack, config, device), architecture)
+    count = sum(p.numel() for p in whole.parameters())
+    plan = attack_plan(config, count)
+    return Prediction(count, count, device, base, peaks(found.moments), plan)
+
+
+def _attack(
+    config: AttackConfig,
+    device: torch.device,
+    architecture: PreTrainedConfig,
+    whole: PreTrainedModel,
+) -> Run:
+    """An attack on a model of any depth that stands for the whole one."""
+    candidates, with_start = (
+        sequences_per_batch(whole, config.catalyst_length, count)
+        for count in (config.search_candidates, config.baseline_draws + 1)
+    )
+    matrices = sum(p.numel() for p in block_matrices(whole).values())
     config = replace(  # the fewest of what comes one after the other
         config,
         attack_steps=1,
@@ -315,6 +352,9 @@ def predict_attack(
         rayleigh_draws=min(int(config.rayleigh_draws), 1),
         reference_checkpoint="",
         match="norm",
+        # One batch of candidates, one of baselines (which the start joins).
+        search_candidates=candidates,
+        baseline_draws=max(3, with_start - 1),
     )
     vocabulary = architecture.get_text_config().vocab_size
     with (
@@ -325,19 +365,22 @@ def predict_attack(
         mock.patch.object(clean_hessian, "require_room", return_value=None),
         # A comparison of numbers that are not there.
         mock.patch.object(gram_alignment, "_trial_succeeds", return_value=True),
+        # Decided by the size of the whole model.
+        mock.patch.object(
+            gram_alignment, "sequences_per_batch", lambda model, length, count: count
+        ),
+        mock.patch.object(clean_hessian, "basis_place", return_value=basis_place(matrices)),
         mock.patch.object(clean_hessian, "rayleigh_percentile", _one_product),
+        mock.patch.object(
+            MatrixSubspace,
+            "energies_of_product",
+            usage.on_block_of(MatrixSubspace.energies_of_product, lambda space: space.leading),
+        ),
     ):
         model = _bare_model(usage, architecture, device)
-        probe = _ShortProbe.of_config(config, architecture)
+        probe = _ShortProbe.of_config(config, whole)
         loaded, corpus = _loaded(config, model, device), cast(Any, _Corpus())
         healthy = _measure_healthy(usage, probe, model)
-        candidates, with_start = (
-            sequences_per_batch(model, config.catalyst_length, count)
-            for count in (config.search_candidates, config.baseline_draws + 1)
-        )
-        config = replace(  # one batch of candidates, one of baselines
-            config, search_candidates=candidates, baseline_draws=max(3, with_start - 1)
-        )
         with usage.phase(PREPARING):
             change = WeightChange(model)
             arm = _without_the_first_diagnosis(prepare_arm(config, loaded, corpus, change).arm)
@@ -345,5 +388,4 @@ def predict_attack(
         with usage.phase(ATTACKING):
             for _ in arm.run(loaded, config, probe, healthy, change):
                 pass
-        count = sum(p.numel() for p in model.parameters())
-    return Prediction(count, count, device, base, usage.peaks, attack_plan(asked, count))
+    return Run(usage.moments, 0)

@@ -18,7 +18,7 @@ def attack_plan(config: AttackConfig, n_params: int) -> list[str]:
         config: Resolved; at most all steps are taken, fewer where the target is reached.
         n_params: Parameters of the model.
     """
-    steps = 0 if config.arm == "none" else int(config.attack_steps)
+    steps = {"none": 0, "reinitialised": 1}.get(config.arm, int(config.attack_steps))
     lines = [
         f"plan: one attack ({config.arm}) of at most {steps:,} steps, "
         f"{_measurements(steps, config.measurement_interval)} measurements of "

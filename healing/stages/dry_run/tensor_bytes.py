@@ -13,17 +13,14 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
-from unittest import mock
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import (
     FakeTensor,
-    FakeTensorMode,
-    in_kernel_invocation_manager,
 )
 from torch.optim.optimizer import (
     Optimizer,
@@ -46,127 +43,36 @@ WEIGHTS, GRADIENTS, OPTIMIZER, LOGITS, ACTIVATIONS, COPIES = KINDS = (
 """What a storage holds; activations: everything else, temporary tensors too."""
 
 CPU = torch.device("cpu")
-_aten = torch.ops.aten
-_ELEMENTWISE = {
-    getattr(getattr(_aten, name), overload)
-    for name, overload in (
-        ("mul", "Tensor"), ("add", "Tensor"), ("sub", "Tensor"), ("div", "Tensor"),
-        ("mul", "Scalar"), ("pow", "Tensor_Scalar"), ("neg", "default"), ("silu", "default"),
-    )
-}  # fmt: skip
-"""Their results are like their arguments; torch finds that out in Python, and slowly."""
-_PLAIN = _ELEMENTWISE | {
-    getattr(getattr(_aten, name), overload)
-    for name, overload in (
-        ("view", "default"), ("_unsafe_view", "default"), ("t", "default"),
-        ("transpose", "int"), ("expand", "default"), ("unsqueeze", "default"),
-        ("slice", "Tensor"), ("permute", "default"), ("detach", "default"), ("mm", "default"),
-        ("bmm", "default"), ("sum", "dim_IntList"), ("clone", "default"), ("select", "int"),
-        ("slice_backward", "default"),
-    )
-}  # fmt: skip
-"""The commonest operations, of one result on the device of their tensors."""
 _DEVICE = torch.ops.prim.device.default
-
-
-class _EverythingSelected(TorchDispatchMode):
-    """Answers what depends on content: every number is 1, every test holds, every mask selects all.
-
-    So losses are finite, steps are taken and no token is an outlier.
-    """
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func is _aten._local_scalar_dense.default:
-            return _one(args[0].dtype)
-        if func in (_aten.allclose.default, _aten.equal.default):
-            return True
-        if func is _aten.nonzero.default:
-            return args[0].new_empty(args[0].numel(), args[0].ndim, dtype=torch.int64)
-        if func is _aten.index.Tensor:
-            args = (args[0], [i for index in args[1] for i in _as_positions(index)])
-        if func in _PLAIN and (owner := _common_owner(args)) is not None:
-            if func in _ELEMENTWISE and (model := _model_of_result(args)) is not None:
-                func, args, kwargs = _aten.empty_like.default, (model,), None
-            return _run_on_meta(func, args, kwargs or {}, *owner)
-        return func(*args, **kwargs or {})
-
-
-def _common_owner(args: tuple[Any, ...]) -> tuple[FakeTensorMode, torch.device] | None:
-    """Mode and device of the tensors among the arguments; ``None`` where they differ, or one is a
-    number or a tensor with content.
-    """
-    tensors = [a for a in args if isinstance(a, FakeTensor)]
-    if len(tensors) < sum(isinstance(a, torch.Tensor) for a in args):
-        return None
-    first = tensors[0]
-    if any(t.fake_device != first.fake_device or not t.ndim for t in tensors):
-        return None
-    return first.fake_mode, first.fake_device
-
-
-def _model_of_result(args: tuple[Any, ...]) -> torch.Tensor | None:
-    """The argument that an elementwise operation's result is like in shape and (floating) format;
-    ``None`` where there is none such.
-    """
-    tensors = [a for a in args if isinstance(a, torch.Tensor)]
-    kinds = {t.dtype for t in tensors}
-    if len(kinds) > 1 or not tensors[0].is_floating_point():
-        return None
-    shape = torch.broadcast_shapes(*(t.shape for t in tensors))
-    return next((t for t in tensors if t.shape == shape), None)
-
-
-def _run_on_meta(
-    func: Any, args: tuple[Any, ...], kwargs: Any, mode: FakeTensorMode, device: torch.device
-) -> FakeTensor:
-    """What ``FakeTensorMode`` does with an operation of one result that has no rule of its own,
-    without the search for such rules, which takes several times as long.
-    """
-    with in_kernel_invocation_manager(mode):
-        result = func(*args, **kwargs)
-    return FakeTensor(mode, result, device)
-
-
-def _one(dtype: torch.dtype) -> bool | int | float:
-    if dtype == torch.bool:
-        return True
-    return 1.0 if dtype.is_floating_point else 1
-
-
-def _as_positions(index: torch.Tensor | None) -> list[torch.Tensor | None]:
-    if index is None or index.dtype != torch.bool:
-        return [index]
-    return [index.new_empty(index.numel(), dtype=torch.int64)] * index.ndim
-
-
-def _apply(module: nn.Module, change: Callable[[Any], Any], recurse: bool = True) -> nn.Module:
-    """``Module._apply`` for tensors without content, which cannot be swapped in place."""
-    for part in module.modules() if recurse else [module]:
-        for name, parameter in part._parameters.items():
-            if parameter is not None and (new := change(parameter)) is not parameter:
-                part._parameters[name] = nn.Parameter(new.detach(), parameter.requires_grad)
-        for name, buffer in part._buffers.items():
-            part._buffers[name] = None if buffer is None else change(buffer)
-    return module
-
-
-@contextlib.contextmanager
-def shapes_only() -> Iterator[None]:
-    """Inside, tensors have shape, dtype and device, and take no memory."""
-    with (
-        FakeTensorMode(allow_non_fake_inputs=True),
-        _EverythingSelected(),
-        mock.patch.object(nn.Module, "_apply", _apply),
-    ):
-        yield
 
 
 @dataclass
 class _Storage:
     kind: str
     size: int
+    block: int | None = None
+    lasting: bool = False
+
+
+class Moment(NamedTuple):
+    """What is alive at one operation.
+
+    Attributes:
+        phase: That it is in.
+        block: Of the model, that it works on; ``None``: on none.
+        operation: torch's, or what else happens.
+        sizes: Bytes by kind, in the order of :data:`KINDS`.
+    """
+
+    phase: str
+    block: int | None
+    operation: object
+    sizes: tuple[int, ...]
+
+    @property
+    def total(self) -> int:
+        """Bytes of all storages."""
+        return sum(self.sizes)
 
 
 def _inside_fused_loss(func: Any, args: tuple[Any, ...]) -> int:
@@ -178,6 +84,15 @@ def _inside_fused_loss(func: Any, args: tuple[Any, ...]) -> int:
     return int(chunk * len(weight) * rows.element_size())
 
 
+def peaks(moments: Iterable[Moment]) -> dict[str, Mapping[str, int]]:
+    """Phase → kind → bytes at the moment of the phase's largest total, the first of equal ones."""
+    highest: dict[str, Moment] = {}
+    for moment in moments:
+        if moment.phase not in highest or moment.total > highest[moment.phase].total:
+            highest[moment.phase] = moment
+    return {m.phase: dict(zip(KINDS, m.sizes, strict=True)) for m in highest.values()}
+
+
 class Usage(TorchDispatchMode):
     """Bytes of all storages alive, by kind, and their peak in every phase.
 
@@ -186,15 +101,21 @@ class Usage(TorchDispatchMode):
         device: Whose memory is counted.
 
     Attributes:
-        peaks: Phase → kind → bytes at the moment of the phase's largest total; what happens
-            outside of any phase has no peak, but its storages count as long as they live.
+        moments: One for every operation that takes memory; what happens outside of any phase has
+            none, but its storages count as long as they live.
     """
 
     def __init__(self, vocabulary: int, device: torch.device = CPU) -> None:
         super().__init__()
         self._device = device.type
-        self.peaks: dict[str, dict[str, int]] = {}
+        self.moments: list[Moment] = []
         self._vocabulary, self._phase, self._stepping = vocabulary, "", False
+        # Of the operation under way; of those that made the graph, by their nodes' numbers.
+        self._storages = 0  # made so far
+        self._block: int | None = None
+        self._outside = False
+        self._inside: list[int] = []
+        self._made_in: dict[int, int | None] = {}
         self._unnamed = ACTIVATIONS
         self._entries: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._now = dict.fromkeys(KINDS, 0)
@@ -204,6 +125,7 @@ class Usage(TorchDispatchMode):
         """Watch every operation and the optimisers' steps."""
         before = register_optimizer_step_pre_hook(lambda o, *_: self._step(o, inside=True))
         after = register_optimizer_step_post_hook(lambda o, *_: self._step(o, inside=False))
+        self._noted = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
         self._hooks.callback(before.remove)
         self._hooks.callback(after.remove)
         super().__enter__()
@@ -226,7 +148,7 @@ class Usage(TorchDispatchMode):
     def phase(self, name: str) -> Iterator[None]:
         """Peaks inside are those of this phase."""
         previous, self._phase = self._phase, name
-        self._compare()
+        self._note("begin")
         try:
             yield
         finally:
@@ -241,7 +163,8 @@ class Usage(TorchDispatchMode):
             self._now[entry.kind] -= entry.size
             self._now[kind] += entry.size
             entry.kind = kind
-        self._compare()
+            entry.lasting = True
+        self._note("claim")
 
     def new(self, kind: str, shapes: Iterable[torch.Tensor]) -> list[torch.Tensor]:
         """Storages of the sizes of others, known as what they hold from the start."""
@@ -262,8 +185,9 @@ class Usage(TorchDispatchMode):
         storage = tensor.untyped_storage()
         found: _Storage | None = self._entries.get(storage)
         if found is None:
-            found = _Storage(kind, storage.nbytes())
+            found = _Storage(kind, storage.nbytes(), self._block, self._outside)
             self._entries[storage] = found
+            self._storages += 1
             self._now[kind] += found.size
             weakref.finalize(storage, self._drop, found)
         return found
@@ -271,12 +195,85 @@ class Usage(TorchDispatchMode):
     def _drop(self, entry: _Storage) -> None:
         self._now[entry.kind] -= entry.size
 
-    def _compare(self, logits: int = 0) -> None:
-        if not self._phase:
-            return
-        known = self.peaks.get(self._phase)
-        if known is None or sum(self._now.values()) + logits > sum(known.values()):
-            self.peaks[self._phase] = {**self._now, LOGITS: self._now[LOGITS] + logits}
+    def _sizes(self, logits: int = 0) -> tuple[int, ...]:
+        before = self._now[LOGITS]
+        self._now[LOGITS] += logits
+        sizes = tuple(self._now.values())
+        self._now[LOGITS] = before
+        return sizes
+
+    def _note(self, operation: object, *sizes: tuple[int, ...]) -> None:
+        """Add a moment: the higher one of what is given and of now."""
+        if self._phase:
+            highest = max(*sizes, self._sizes(), key=sum) if sizes else self._sizes()
+            self.moments.append(Moment(self._phase, self._block, operation, highest))
+
+    def watch_blocks(self, blocks: Iterable[nn.Module]) -> None:
+        """Tell the operations of each block from those of others: in its forward pass, in the
+        derivatives of what was done there, and where its parameters are all that is worked on.
+        """
+        for number, block in enumerate(blocks):
+            for parameter in block.parameters():
+                entry = self._entry(parameter, WEIGHTS)
+                entry.block, entry.lasting = number, True
+            block.register_forward_pre_hook(lambda *_, n=number: self._inside.append(n))
+            block.register_forward_hook(self._leave, always_call=True)
+
+    def _leave(self, *_: Any) -> None:
+        self._inside.pop()
+
+    def _block_of(self, args: tuple[Any, ...]) -> int | None:
+        """Whose operation one is."""
+        self._outside = False
+        block = self._inside[-1] if self._inside else self._block_of_node(args)
+        # What autograd has noted since the operation before is of this one.
+        number = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
+        for made in range(self._noted, number):
+            self._made_in[made] = block
+        self._noted = number
+        return block
+
+    def _block_of_node(self, args: tuple[Any, ...]) -> int | None:
+        node = torch._C._current_autograd_node()
+        self._outside = node is None
+        if node is None:
+            return self._block_of_arguments(args)
+        variable = getattr(node, "variable", None)  # where a gradient comes to rest
+        if variable is not None:
+            return self._block_of_tensors([variable])
+        return self._made_in.get(node._sequence_nr())
+
+    def _block_of_arguments(self, args: tuple[Any, ...]) -> int | None:
+        if args and isinstance(args[0], (tuple, list)):  # of many blocks together it is on none
+            blocks = {self._block_of_tensors([a]) for a in args[0] if isinstance(a, torch.Tensor)}
+            return blocks.pop() if len(blocks) == 1 else None
+        return self._block_of_tensors(a for a in args if isinstance(a, torch.Tensor))
+
+    def _block_of_tensors(self, tensors: Iterable[torch.Tensor]) -> int | None:
+        """Whose tensors they are; what a pass left there tells less than what lasts, since it may
+        have been made by the block behind.
+        """
+        found = [self._entries.get(tensor.untyped_storage()) for tensor in tensors]
+        owned = [entry for entry in found if entry is not None and entry.block is not None]
+        lasting = [entry for entry in owned if entry.lasting]
+        return next((entry.block for entry in lasting or owned), None)
+
+    def on_block_of(
+        self, method: Callable[..., Any], tensor: Callable[[Any], torch.Tensor]
+    ) -> Callable[..., Any]:
+        """A method whose operations are on the block that a tensor of its object belongs to."""
+
+        def watched(owner: Any, *args: Any, **options: Any) -> Any:
+            block = self._block_of_tensors([tensor(owner)])
+            if block is None:
+                return method(owner, *args, **options)
+            self._inside.append(block)
+            try:
+                return method(owner, *args, **options)
+            finally:
+                self._inside.pop()
+
+        return watched
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -284,12 +281,15 @@ class Usage(TorchDispatchMode):
         """Run one operation and take its new storages into account."""
         if func is _DEVICE and isinstance(args[0], FakeTensor):
             return args[0].fake_device  # asked twice per operation, and nothing is computed
+        self._block = self._block_of(args)
         result = func(*args, **kwargs or {})
-        self._compare(_inside_fused_loss(func, args))
+        known, kernel = self._storages, _inside_fused_loss(func, args)
+        beside = self._sizes(kernel)
         for value in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(value, torch.Tensor) and value.device.type == self._device:
                 is_logits = value.ndim >= 2 and value.shape[-1] == self._vocabulary
                 other = OPTIMIZER if self._stepping else self._unnamed
                 self._entry(value, LOGITS if is_logits else other)
-        self._compare()
+        if self._storages > known or kernel:
+            self._note(func, beside)
         return result

@@ -40,15 +40,9 @@ LEAST_FOR_IMPORTANCE = 8
 
 @dataclass
 class Proposal:
-    """A healer to try next.
-
-    Attributes:
-        trial: Optuna's.
-        spared: Not to be ended early: the default healer, with which the others are compared.
-    """
+    """A healer to try next."""
 
     trial: optuna.Trial
-    spared: bool = False
 
     @property
     def number(self) -> int:
@@ -61,9 +55,11 @@ class Proposal:
         return dict(self.trial.params)
 
     def judge(self, rung: int, loss: float) -> bool:
-        """Whether a healer with this loss at this rung is to be ended."""
+        """Whether a healer with this loss at this rung is to be ended; the first of a study never
+        is, as there is nothing to hold it against.
+        """
         self.trial.report(loss if math.isfinite(loss) else math.inf, rung)
-        return self.trial.should_prune() and not self.spared
+        return self.trial.should_prune()
 
 
 def _distribution(axis: Axis) -> BaseDistribution:
@@ -182,7 +178,7 @@ class Study:
             n_startup_trials=self._config.startup_trials,
             seed=named_generator(self._config.seed, "trial", done).initial_seed() % 2**32,
         )
-        return Proposal(self._study.ask(self._distributions), spared=done == 0)
+        return Proposal(self._study.ask(self._distributions))
 
     def _queue(self, values: Mapping[str, Any]) -> None:
         if not self._study.get_trials(states=(TrialState.WAITING,)):

@@ -1,0 +1,38 @@
+"""What a sweep says of its landscapes."""
+
+from __future__ import annotations
+
+import math
+
+from healing.stages.sweep import CellResult, SweepCell, basin_sentences
+from healing.tracking.queries import RunView
+
+
+def result(collapsed: str, healthy: str, gain: float, fall: float, own: float) -> CellResult:
+    tags = {"collapsed_is_minimum": collapsed, "healthy_is_minimum": healthy}
+    metrics = {
+        "basin/collapsed/least_gain": gain,
+        "basin/collapsed/best_probe_loss_drop": fall,
+        "basin/healthy/best_probe_loss_drop": own,
+        "basin/climb/collapsed_healed": 0.0,
+        "basin/return_cosine": 0.125,
+    }
+    view = RunView("1", "n", "FINISHED", "0", {}, tags, metrics)
+    return CellResult(SweepCell("nano", "haep", 0), basin=view)
+
+
+def test_the_healthy_answer_stands_beside_the_collapsed_one():
+    results = [
+        result("no", "undetermined", 0.81, 12.0, -0.023),
+        result("no", "flat within 0.01 nats", 0.5, 9.0, -0.02),
+        result("undetermined", "undetermined", math.nan, math.nan, -0.02),
+        CellResult(SweepCell("nano", "none", 0)),
+    ]
+    (line,) = basin_sentences(results)
+    assert line == (
+        "nano haep: collapsed state a minimum? no in 2, undetermined in 1 of 3 (healthy: "
+        "undetermined in 2, flat within 0.01 nats in 1); a step along the gradient gains at least "
+        "0.5 to 0.81 (undefined in 1) nats, descent on held-out text 9 to 12 (undefined in 1) "
+        "(healthy: -0.023 to -0.02); climb on the straight path collapsed → healed 0 nats; "
+        "cos(healing, −attack) 0.125."
+    )
