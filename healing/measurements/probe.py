@@ -89,6 +89,7 @@ class Measurement:
             "spectral_gap": self._mean("spectral_gap"),
             "participation_ratio": self._mean("participation_ratio"),
             "stable_rank": self._mean("stable_rank"),
+            "effective_rank_energy": self._mean("effective_rank_energy"),
             "nonfinite_tokens": float(self.nonfinite_tokens),
             "dropped_token_share": self._mean("dropped_share"),
         }
@@ -97,6 +98,18 @@ class Measurement:
             for index, spectrum in enumerate(self.spectra)
         }
         return {**headline, **layers, **self.extra}
+
+    def panel(self) -> dict[str, float]:
+        """The measures of :data:`healing.measurements.recovery.PANEL` that there are."""
+        ranks = [spectrum.effective_rank for spectrum in self.spectra]
+        spectral = ("participation_ratio", "effective_rank_energy", "stable_rank")
+        accuracy = {n: v for n, v in self.extra.items() if n == "extra/accuracy_top1"}
+        return {
+            "last_block": ranks[-1],
+            "min_block": min(ranks),
+            **{name: self._mean(name) for name in spectral},
+            **{name.removeprefix("extra/"): value for name, value in accuracy.items()},
+        }
 
     def mean_spectrum(self) -> list[float]:
         """Singular values over the largest of their block, averaged over blocks, descending."""

@@ -8,6 +8,7 @@ centred A and λᵢ = σᵢ²:
 =====================  ===========================================  =============================
 ``effective_rank``     exp(−Σ pᵢ ln pᵢ), pᵢ = σᵢ/Σσ, no threshold   Roy & Vetterli 2007
 ``participation_ratio``  (Σλ)² / Σλ²                                  Gao et al. 2017
+``effective_rank_energy``  the same entropy with pᵢ = λᵢ/Σλ            Roy & Vetterli 2007
 ``stable_rank``        ‖A‖²_F / ‖A‖²₂ = Σλ / λ₁                     Rudelson & Vershynin 2007
 ``spectral_gap``       λ₁ / λ₂
 =====================  ===========================================  =============================
@@ -50,6 +51,11 @@ class Spectrum:
     def effective_rank(self) -> float:
         """Exp of the entropy of σ/Σσ; between 1 and the hidden size."""
         return float(effective_rank(self.eigenvalues))
+
+    @property
+    def effective_rank_energy(self) -> float:
+        """Exp of the entropy of λ/Σλ: as ``effective_rank``, of the energies σ²."""
+        return float(effective_rank(self.eigenvalues.clamp_min(0).square()))
 
     @property
     def participation_ratio(self) -> float:

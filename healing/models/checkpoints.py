@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import pathlib
 import pickle
@@ -236,6 +237,24 @@ def _torn_ties(own: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor
         if twin != name and not torch.equal(state[twin].nan_to_num(), state[name].nan_to_num()):
             return [f"{twin} and {name} are tied in the model and differ here"]
     return []
+
+
+@torch.no_grad()
+def weight_distance(model: nn.Module, state: Mapping[str, torch.Tensor]) -> float:
+    """‖W−W₀‖/‖W₀‖ of a state against a model's parameters, as an attack's ``weight_change``.
+
+    One tensor at a time; NaN where the state lacks a parameter or has another shape.
+    """
+    moved, own = 0.0, 0.0
+    for name, parameter in model.named_parameters():
+        other = state.get(name)
+        if other is None or other.shape != parameter.shape:
+            return math.nan
+        here = parameter.detach().cpu()
+        difference = other.to(here.dtype) - here
+        moved += float(torch.linalg.vector_norm(difference, dtype=torch.float64)) ** 2
+        own += float(torch.linalg.vector_norm(here, dtype=torch.float64)) ** 2
+    return math.sqrt(moved / own) if own else math.nan
 
 
 def load_state(loaded: LoadedModel, checkpoint: Checkpoint, path: object) -> None:

@@ -11,24 +11,18 @@ from typing import Any
 
 import jinja2
 
-from healing.measurements.recovery import IRREVERSIBLE_BELOW, REVERSIBLE_ABOVE
+from healing.measurements.recovery import IRREVERSIBLE_BELOW, REVERSIBLE_ABOVE, Verdict
 from healing.reporting.markdown import REPEATS_NOTE, RUNNING_NOTE, all_notes
-from healing.reporting.phrases import (
-    context_sentences,
-    count_text,
-    headline_groups,
-    healer_note,
-    interval_text,
-    shown_label,
-    verdict_heading,
-    verdict_reason,
-)
+from healing.reporting.phrases import count_text, headline_groups, interval_text, shown_label
 from healing.reporting.tables import (
     Table,
     asymptote_table,
     bootstrap_table,
+    budget_table,
+    damage_table,
     half_table,
     main_table,
+    panel_table,
     plan_table,
     sham_table,
     variance_table,
@@ -38,8 +32,21 @@ from healing.reporting.treatment_against_control import (
     contrast_sentences,
     pair_names,
 )
+from healing.reporting.verdict_context import (
+    context_sentences,
+    healer_note,
+    lead_sentence,
+    multiplicity_sentence,
+)
+from healing.reporting.verdict_sentences import (
+    OUTCOMES,
+    verdict_heading,
+    verdict_reason,
+)
+from healing.statistics.budgets import MAX_LAST_GAIN, MIN_BUDGETS
+from healing.statistics.group import GroupSummary
 from healing.statistics.heal_runs import HealRun
-from healing.statistics.summary import GroupSummary, Summary
+from healing.statistics.summary import Summary
 
 CSS_PIXELS_PER_INCH = 96
 MAX_WIDTH = 900
@@ -82,18 +89,28 @@ METHODS = (
     "went past it.",
     "The unit is the checkpoint: one collapsed state. Replicates, healing runs from one "
     "checkpoint, are averaged first. Intervals are Student t over checkpoint means, from three "
-    "checkpoints on; n counts the checkpoints that an interval rests on, those whose recovery is "
-    "undefined are stated beside it. A finished run that repeats another (equal fingerprint: "
-    "configuration, weights, texts, code) is no replicate and counts once. No outlier is removed; "
-    "failed, unfinished, repeated and undefined runs are listed below.",
+    "checkpoints on, with the error of measurement where it is known; n counts the checkpoints "
+    "that an interval rests on, those whose recovery is undefined are stated beside it. A finished "
+    "run that repeats another (equal fingerprint: configuration, weights, texts, code) is no "
+    "replicate and counts once. No outlier is removed; failed, unfinished, repeated and undefined "
+    "runs are listed below.",
     "{0} against {1}: two one-sided t tests for equivalence within ±10 points, and two-sided "
     "paired t tests for superiority, Holm-adjusted over rank and loss; these make the statement. "
     "Half-recovery times are right-censored at the last measured step and compared by a log-rank "
     "test over checkpoints, positive where {0} damage heals sooner. It is secondary: not paired, "
     "not adjusted, and exact (all splits of the checkpoints) where there are at most 200,000 "
     "splits, so that three and three checkpoints cannot give a p under 0.1.",
-    "“Irreversible” means: not within this budget of fine-tuning, by this measure. It does not "
-    "show that the collapsed state is a stable minimum.",
+    "A verdict on the rank takes its interval and its count of checkpoints: in as many of further "
+    "checkpoints as the count leaves open (one-sided Clopper–Pearson bound) the opposite may "
+    "happen, and the mean must still lie on the same side. Runs that were damaged and have no "
+    "recovery count as not healed against healing, as healed against the contrary. "
+    f"“{OUTCOMES[Verdict.IRREVERSIBLE].capitalize()}” (stored as {Verdict.IRREVERSIBLE}) means: "
+    "not within this budget, by this healer and this measure; it does not show that the collapsed "
+    "state is a stable minimum. “Irreversible” is said only after at least "
+    f"{MIN_BUDGETS} times the default tokens, by the strongest of several healers, by every "
+    f"measure, and where the last doubling of the budget gained under {MAX_LAST_GAIN:g} points. "
+    "“Healed” takes rank and loss, both against the healthy model after the same training where "
+    "there is one: an untrained model has a high rank and knows nothing.",
 )
 
 
@@ -202,7 +219,12 @@ def render(summary: Summary, figures: Mapping[str, pathlib.Path]) -> str:
             subtitle=_subtitle(summary),
             verdicts=[_verdict(g, groups) for g in headline_groups(summary)],
             comparisons=[*contrast_sentences(summary), *comparison_gaps(summary)],
+            lead=lead_sentence(summary),
+            multiplicity=multiplicity_sentence(summary),
             groups=_plain(main_table(summary)),
+            damage=damage_table(summary),
+            budgets=budget_table(summary),
+            panel=_plain(panel_table(summary)),
             sham=sham_table(summary),
             half=half_table(summary),
             bootstrap=bootstrap_table(summary),

@@ -13,16 +13,12 @@ from healing.reporting.latex import Macros, bounds, escape, number, spell_out
 from healing.reporting.phrases import (
     LOSS,
     RANK,
-    VERDICT_NAMES,
     budget,
-    context_sentences,
     count_text,
     group_estimate,
     group_name,
     headline_groups,
     shown_label,
-    verdict_reason,
-    verdict_text,
 )
 from healing.reporting.treatment_against_control import (
     comparison_gaps,
@@ -32,8 +28,21 @@ from healing.reporting.treatment_against_control import (
     pair_names,
     unfinished_sentences,
 )
+from healing.reporting.verdict_context import (
+    context_sentences,
+    lead_sentence,
+    multiplicity_sentence,
+    verdict_text,
+)
+from healing.reporting.verdict_sentences import (
+    verdict_cell,
+    verdict_claim,
+    verdict_reason,
+)
+from healing.statistics.budgets import MAX_LAST_GAIN, MIN_BUDGETS
+from healing.statistics.group import GroupSummary
 from healing.statistics.intervals import Interval
-from healing.statistics.summary import GroupSummary, Summary
+from healing.statistics.summary import Summary
 from healing.statistics.treatment_against_control import Contrast
 
 NOTICE = "% Made by the summarize entry point; edits are lost. Packages: booktabs, graphicx.\n"
@@ -50,8 +59,9 @@ def _estimate(prefix: str, interval: Interval) -> dict[str, str]:
 def _group_values(group: GroupSummary, summary: Summary) -> dict[str, str]:
     steps = budget(group)
     values = {
-        "Verdict": VERDICT_NAMES[group.verdict],
-        "VerdictLoss": VERDICT_NAMES.get(group.verdict_loss, group.verdict_loss),
+        "Verdict": escape(verdict_claim(group)),
+        "Endpoint": str(group.verdict),
+        "EndpointLoss": str(group.verdict_loss),
         "Sentence": escape(verdict_text(group, summary.groups)),
         "Checkpoints": str(group.n_checkpoints),
         "Runs": str(group.n_runs),
@@ -169,7 +179,7 @@ def _row(group: GroupSummary, summary: Summary) -> str:
             _table_estimate(interval),
             f"{interval.n} ({undefined})" if undefined else f"{interval.n}",
         ]
-    cells.append(r"\raggedright " + VERDICT_NAMES[group.verdict].lower())
+    cells.append(r"\raggedright " + escape(verdict_cell(group)))
     return " & ".join(cells) + r" \tabularnewline"
 
 
@@ -196,7 +206,7 @@ _TABLE = r"""\begin{{table*}}[t]
 \caption{{Recovery of collapsed models under clean fine-tuning: mean over checkpoints with its
 {level} Student $t$ interval. $n$ counts the checkpoints that the interval rests on: collapsed
 states with a defined recovery, whose healing runs are averaged first; in brackets those whose
-recovery is undefined. The verdict is read from the interval of rank recovery.{failed}}}
+recovery is undefined. The verdict is on the rank, within this budget and by this healer.{failed}}}
 \label{{tab:recovery}}
 \vspace{{4pt}}
 \footnotesize
@@ -217,30 +227,10 @@ def left_out_sentences(summary: Summary) -> str:
     return "".join(f" {escape(sentence)}" for sentence in unfinished_sentences(summary))
 
 
-CLAIMS = {
-    Verdict.IRREVERSIBLE: (
-        r"The collapse meets our criterion of an \emph{Irreversible Pathology} within this budget"
-    ),
-    Verdict.REVERSIBLE: (
-        r"The collapse is an \emph{Acute Structural Failure}: it heals, and the claim of an "
-        r"irreversible state is not supported"
-    ),
-    Verdict.PARTIAL: (
-        r"Recovery is \emph{partial}: the collapse is neither irreversible within this budget nor "
-        r"does it heal"
-    ),
-    Verdict.INCONCLUSIVE: (
-        r"The data are \emph{inconclusive}: neither irreversibility nor healing is established"
-    ),
-    Verdict.UNDEFINED: (
-        r"Rank recovery is \emph{undefined}, so that nothing can be said about irreversibility"
-    ),
-}
-
-
 def _claim(group: GroupSummary, summary: Summary) -> str:
     """A paragraph on one group, worded by its verdict."""
-    claim = CLAIMS[group.verdict]
+    claim = escape(verdict_claim(group))
+    claim = rf"\emph{{{claim[:1].upper()}{claim[1:]}}}"
     rest = escape(" ".join([f"{verdict_reason(group)}.", *context_sentences(group)]))
     return rf"\paragraph{{{escape(group_name(group, summary.groups))}.}} {claim}: {rest}"
 
@@ -249,7 +239,7 @@ def _others(summary: Summary, shown: Sequence[GroupSummary]) -> Iterable[str]:
     """One sentence per group that is not the question's own."""
     for group in summary.groups:
         if group not in shown:
-            name = VERDICT_NAMES[group.verdict].lower()
+            name = verdict_cell(group)
             why = f"rank {group_estimate(group, RANK)} %"
             if group.verdict == Verdict.UNDEFINED:
                 why = verdict_reason(group)
@@ -263,11 +253,13 @@ def _limits(summary: Summary) -> str:
     if len(steps) > 1:
         span = f"{steps[0]} to {steps[-1]} healing steps"
     text = (
-        f"All statements hold within the budget of {span} and for the probe text used; a longer "
-        "or different fine-tuning may recover more. An upper bound under "
-        f"{IRREVERSIBLE_BELOW:g} % after this budget does not show that the collapsed state is a "
-        "stable minimum: that takes its gradient, curvature and barrier."
+        f"All statements hold within the budget of {span}, by the healer and for the probe text "
+        "used; a longer or different fine-tuning may recover more. A rank that does not come back "
+        "within this budget does not show that the collapsed state is a stable minimum: that takes "
+        "its gradient, curvature and barrier."
     )
+    if several := multiplicity_sentence(summary):
+        text += f" {several}"
     n = len(summary.undefined)
     if n:
         text += (
@@ -278,12 +270,14 @@ def _limits(summary: Summary) -> str:
 
 
 _QUESTION = r"""Does a collapsed model heal if it is fine-tuned on clean text, and does it do so
-otherwise than a model hurt by noise? We follow the effective rank of the hidden states and the loss
-on held-out text (Figure~\ref{fig:recovery}, Table~\ref{tab:recovery}) and read a verdict from the
-\RecoveryConfidence{} interval of mean rank recovery over independent checkpoints:
-\emph{Irreversible Pathology} where its upper bound lies under LOWER\,\%, \emph{Acute Structural
-Failure} where its lower bound lies over UPPER\,\%, \emph{partial} where the whole interval lies
-between, \emph{inconclusive} otherwise.
+otherwise than a model hurt by other means? We follow the effective rank of the hidden states and
+the loss on held-out text (Figure~\ref{fig:recovery}, Table~\ref{tab:recovery}). A verdict on the
+rank takes the \RecoveryConfidence{} interval of its mean recovery over independent checkpoints
+\emph{and} their count: \emph{not recovered} under LOWER\,\%, \emph{over UPPER\,\% recovered},
+\emph{in part} between, each only if the mean would still lie there if as many further checkpoints
+as the count leaves open did the opposite. \emph{Healed} takes rank and loss. \emph{Irreversible} is
+said only after MULTIPLE times the default budget, by the strongest of several healers, by every
+measure, and where the last doubling of the budget gained under GAIN points.
 """
 _FIGURE = r"""\begin{figure}[t]
 \centering
@@ -299,7 +293,8 @@ model; grey: the zone of partial recovery, LOWER to UPPER\,\%.}
 def _with_bounds(text: str) -> str:
     """A text with the verdict's bounds in it."""
     upper = f"{REVERSIBLE_ABOVE:g}"
-    return text.replace("LOWER", f"{IRREVERSIBLE_BELOW:g}").replace("UPPER", upper)
+    text = text.replace("LOWER", f"{IRREVERSIBLE_BELOW:g}").replace("UPPER", upper)
+    return text.replace("MULTIPLE", str(MIN_BUDGETS)).replace("GAIN", f"{MAX_LAST_GAIN:g}")
 
 
 def subsection_file(summary: Summary) -> str:
@@ -315,6 +310,8 @@ def subsection_file(summary: Summary) -> str:
         r"\input{\RecoveryPath recovery_table}",
         "",
     ]
+    if lead := lead_sentence(summary):
+        lines += [escape(lead), ""]
     shown = headline_groups(summary)
     for group in shown:
         lines += [_claim(group, summary), ""]

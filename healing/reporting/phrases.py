@@ -5,27 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from healing.measurements.recovery import (
-    DECIDED,
-    IRREVERSIBLE_BELOW,
-    REVERSIBLE_ABOVE,
-    Verdict,
-)
 from healing.registry import TREATMENT
-from healing.statistics.checkpoint_estimates import Asymptotes, VerdictPlan
-from healing.statistics.heal_runs import UNIGRAM
-from healing.statistics.intervals import MIN_CHECKPOINTS, Interval
-from healing.statistics.summary import GroupSummary, Summary
+from healing.statistics.checkpoint_estimates import Asymptotes
+from healing.statistics.group import GroupSummary
+from healing.statistics.intervals import Interval
+from healing.statistics.summary import Summary
 
 RANK, LOSS = "rank_recovery_pct", "loss_recovery_pct"
-VERDICT_NAMES = {
-    Verdict.IRREVERSIBLE: "Irreversible Pathology",
-    Verdict.REVERSIBLE: "Acute Structural Failure",
-    Verdict.PARTIAL: "Partial Recovery",
-    Verdict.INCONCLUSIVE: "Inconclusive",
-    Verdict.UNDEFINED: "Undefined",
-}
-"""Verdicts as headlines and papers name them."""
 
 
 def number_text(value: float, digits: int = 1) -> str:
@@ -63,22 +49,29 @@ def count_text(n: int, noun: str) -> str:
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
+def listed(parts: Sequence[str]) -> str:
+    """``a``, ``a and b``, ``a, b and c``."""
+    *first, last = parts
+    return f"{', '.join(first)} and {last}" if first else last
+
+
 def budget(group: GroupSummary) -> int | None:
     """Last healing step that all runs of a group measured; ``None`` without one."""
     steps = [band.steps[-1] for band in group.bands.values() if band.steps]
     return max(steps, default=None)
 
 
-def estimate_text(interval: Interval, undefined: int = 0) -> str:
+def estimate_text(interval: Interval, undefined: int = 0, of: str = "") -> str:
     """A recovery with its interval, in words: ``18.5 % (95 % interval 1.3 to 35.8 %, n = 3)``.
 
     Args:
         interval: In per cent.
         undefined: Checkpoints that n does not count, because their recovery is undefined.
+        of: What n counts; empty = checkpoints, without saying so.
     """
     if math.isnan(interval.point):
         return "undefined"
-    n = f"n\u00a0=\u00a0{interval.n}"  # not parted at a line's end
+    n = f"n\u00a0=\u00a0{interval.n}" + (f" {of}" if of else "")  # not parted at a line's end
     if undefined:
         n += f", {count_text(undefined, 'checkpoint')} undefined"
     if not interval.defined:
@@ -95,79 +88,6 @@ def group_estimate(group: GroupSummary, endpoint: str) -> str:
     if undefined and not math.isnan(interval.point):
         text += f" (n = {interval.n}, {undefined} undefined)"
     return text
-
-
-def _inconclusive_because(interval: Interval) -> str:
-    if not interval.defined:
-        if interval.n < MIN_CHECKPOINTS:
-            return f"an interval takes at least {MIN_CHECKPOINTS} checkpoints"
-        return "the checkpoints do not differ, so that their spread gives no interval"
-    crossed = [
-        f"{t:g} %"
-        for t in (IRREVERSIBLE_BELOW, REVERSIBLE_ABOVE)
-        if interval.low <= t <= interval.high
-    ]
-    return f"the interval holds the threshold{'s' * (len(crossed) > 1)} {' and '.join(crossed)}"
-
-
-HEALER_NOTE = (
-    "A verdict holds for the healer and the budget that were used, and the default of 60 steps for "
-    "the embedded models is neither the longest nor the strongest: with 480 steps at a learning "
-    "rate of 3e-3 the HAEP states of seed 0 recovered 87.7 % of their rank on nano and 65.7 % on "
-    "micro, whatever verdict 60 steps at 1e-3 give."
-)
-"""Measured with ``heal``; README."""
-
-
-def healer_note(summary: Summary) -> str:
-    """What belongs beside verdicts on the embedded models; empty where there are none."""
-    embedded = {g.model for g in headline_groups(summary)} & {"nano", "micro"}
-    return HEALER_NOTE if embedded else ""
-
-
-def verdict_reason(group: GroupSummary) -> str:
-    """Why the verdict on rank recovery is what it is: one sentence without its full stop."""
-    interval, steps = group.intervals[RANK], budget(group)
-    within = "" if steps is None else f" after {count_text(steps, 'healing step')}"
-    estimate = estimate_text(interval, group.undefined_checkpoints(RANK))
-    mean = f"mean rank recovery{within} is {estimate}"
-    if group.verdict == Verdict.IRREVERSIBLE:
-        return f"{mean}; its upper bound lies under {IRREVERSIBLE_BELOW:g} %"
-    if group.verdict == Verdict.REVERSIBLE:
-        return f"{mean}; its lower bound lies over {REVERSIBLE_ABOVE:g} %: the damage heals"
-    if group.verdict == Verdict.PARTIAL:
-        zone = f"{IRREVERSIBLE_BELOW:g} and {REVERSIBLE_ABOVE:g} %"
-        return f"{mean}; the whole interval lies between {zone}"
-    if group.verdict == Verdict.UNDEFINED:
-        return (
-            f"{group.n_undefined} of {count_text(group.n_runs, 'run')} {_has(group.n_undefined)} "
-            "no defined rank recovery"
-        )
-    return f"{mean}; {_inconclusive_because(interval)}"
-
-
-def _has(n: int) -> str:
-    return "has" if n == 1 else "have"
-
-
-def loss_sentence(group: GroupSummary) -> str:
-    """What recovery of the loss says, and whether it agrees with the rank."""
-    interval = group.intervals[LOSS]
-    if math.isnan(interval.point):
-        return "Loss recovery is undefined."
-    verdict = VERDICT_NAMES[group.verdict_loss].lower()
-    estimate = estimate_text(interval, group.undefined_checkpoints(LOSS))
-    text = f"The loss recovers by {estimate}, which on its own would be “{verdict}”"
-    unigram = group.intervals.get(UNIGRAM)
-    if unigram is not None and not math.isnan(unigram.point):
-        text += (
-            f" (for comparison: a model that knows only token frequencies scores "
-            f"{unigram.point:.1f} %)"
-        )
-    both = {group.verdict, group.verdict_loss}
-    if both <= set(DECIDED) and len(both) == 2:
-        return f"{text}: rank and loss disagree, and the verdict is about the rank."
-    return f"{text}."
 
 
 def half_sentence(group: GroupSummary) -> str:
@@ -236,44 +156,9 @@ def laws_text(found: Asymptotes) -> str:
     return ", ".join(f"{law} {n}" for law, n in counts.items()) or "–"
 
 
-def plan_sentence(plan: VerdictPlan) -> str:
-    """How many checkpoints would decide an inconclusive verdict."""
-    guess = (
-        f"If the observed mean ({plan.mean:.1f} %) and spread (SD {plan.sd:.1f}) were the true "
-        "ones,"
-    )
-    if plan.n_checkpoints is None:
-        return f"{guess} no attainable number of checkpoints would give “{plan.verdict}”."
-    return (
-        f"{guess} {plan.n_checkpoints} checkpoints in all would give “{plan.verdict}” with "
-        f"{100 * plan.power:g} % probability."
-    )
-
-
-def verdict_heading(group: GroupSummary, groups: Sequence[GroupSummary]) -> str:
-    """``nano, HAEP: Irreversible Pathology within this budget``."""
-    limit = " within this budget" if group.verdict == Verdict.IRREVERSIBLE else ""
-    if group.verdict == Verdict.REVERSIBLE:
-        limit = f" ({group.verdict.meaning})"
-    return f"{group_name(group, groups)}: {VERDICT_NAMES[group.verdict]}{limit}"
-
-
 def group_name(group: GroupSummary, groups: Sequence[GroupSummary]) -> str:
     """``nano, HAEP``."""
     return f"{group.model}, {shown_label(group, groups)}"
-
-
-def context_sentences(group: GroupSummary) -> list[str]:
-    """What belongs to a verdict: half-recovery, loss, and what would decide it."""
-    plan = group.plans.get(RANK)
-    sentences = [half_sentence(group), loss_sentence(group), plan_sentence(plan) if plan else ""]
-    return [s for s in sentences if s]
-
-
-def verdict_text(group: GroupSummary, groups: Sequence[GroupSummary]) -> str:
-    """Verdict with its reason and what belongs to it; plain text."""
-    first = f"{verdict_heading(group, groups)}: {verdict_reason(group)}."
-    return " ".join([first, *context_sentences(group)])
 
 
 def minimum_text(state: str, numbers: Mapping[str, float], answer: str) -> str:

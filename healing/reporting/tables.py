@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,11 +15,16 @@ from healing.measurements.diagnosis import (
     NONFINITE_STEPS,
     OPTIMISER_ARTIFACT,
 )
-from healing.measurements.recovery import IRREVERSIBLE_BELOW, REVERSIBLE_ABOVE, Verdict
+from healing.measurements.recovery import (
+    FURTHER_BELOW,
+    IRREVERSIBLE_BELOW,
+    Verdict,
+)
 from healing.registry import SHAM
 from healing.reporting.escaping import one_line
 from healing.reporting.phrases import (
     asymptote_texts,
+    duration,
     group_estimate,
     group_label,
     interval_text,
@@ -27,10 +33,21 @@ from healing.reporting.phrases import (
     number_text,
     time_text,
 )
+from healing.reporting.verdict_context import (
+    MEASURES,
+    PRIMARY_MEASURE,
+)
+from healing.reporting.verdict_sentences import (
+    OUTCOMES,
+    ZONE_NAMES,
+    verdict_cell,
+)
 from healing.statistics.checkpoint_estimates import HalfTimes
+from healing.statistics.group import GroupSummary
 from healing.statistics.heal_runs import SHAM_ENDPOINTS
 from healing.statistics.paired_tests import PRIMARY_ENDPOINTS
-from healing.statistics.summary import GroupSummary, Summary
+from healing.statistics.summary import Summary
+from healing.statistics.verdicts import GroupVerdict
 
 T = TypeVar("T")
 
@@ -43,12 +60,14 @@ STATUS_LABELS = {
 }
 """What the tables say of runs that are not simply ``ok``."""
 VERDICT_MEANING = (
-    f"Verdict by the interval of rank recovery: lower bound over {REVERSIBLE_ABOVE:g} % is "
-    f"*{Verdict.REVERSIBLE}* (it heals), upper bound under {IRREVERSIBLE_BELOW:g} % is "
-    f"*{Verdict.IRREVERSIBLE}* within this budget, an interval inside "
-    f"{IRREVERSIBLE_BELOW:g}–{REVERSIBLE_ABOVE:g} % is *{Verdict.PARTIAL}*, anything else "
-    f"*{Verdict.INCONCLUSIVE}*; *{Verdict.UNDEFINED}* where the attack did not change the rank "
-    "measurably."
+    f"Verdict on the rank within this budget and by this healer: *{OUTCOMES[Verdict.REVERSIBLE]}* "
+    f"(*healed* only where the loss is too), *{OUTCOMES[Verdict.IRREVERSIBLE]}* under "
+    f"{IRREVERSIBLE_BELOW:g} %, *{OUTCOMES[Verdict.PARTIAL]}* between, "
+    f"*{OUTCOMES[Verdict.FURTHER]}* under {FURTHER_BELOW:g} %. It needs two things: the interval "
+    "of the mean lies there, and the mean would still lie there if as many checkpoints as the "
+    "count leaves open (one-sided Clopper–Pearson bound) healed fully, or not at all. *Too few*: "
+    "the checkpoints are counted and decide nothing about others; *undecided*: interval or count "
+    "allow more than one verdict; *undefined*: the attack did not change the rank measurably."
 )
 
 
@@ -105,7 +124,7 @@ def _main_row(group: GroupSummary, summary: Summary) -> tuple[str, ...]:
         f"{group.n_checkpoints} ({group.n_runs})",
         states,
         *(group_estimate(group, endpoint) for endpoint in PRIMARY_ENDPOINTS),
-        group.verdict.shown,
+        verdict_cell(group),
     )
 
 
@@ -250,7 +269,7 @@ def plan_table(summary: Summary) -> Table:
         lambda g, endpoint, plan: (
             str(g.intervals[endpoint].n),
             "out of reach" if plan.n_checkpoints is None else str(plan.n_checkpoints),
-            plan.verdict.shown,
+            OUTCOMES[plan.verdict],
         ),
     )
     note = (
@@ -261,9 +280,102 @@ def plan_table(summary: Summary) -> Table:
     return Table("Checkpoints needed for a verdict", header, rows, note)
 
 
+def _count_cell(found: GroupVerdict) -> str:
+    """Checkpoints by zone: ``3 under …, 1 between …``."""
+    return ", ".join(f"{n} {ZONE_NAMES[v]}" for v, n in found.counts.items()) or "–"
+
+
+def _zone_cell(found: GroupVerdict) -> str:
+    if found.verdict in OUTCOMES:
+        return OUTCOMES[found.verdict]
+    return "too few" if found.verdict == Verdict.TOO_FEW else "undecided"
+
+
+def budget_table(summary: Summary) -> Table:
+    """The verdict as a function of the budget."""
+    header = (
+        "model", "arm", "endpoint", "steps", "tokens", f"recovery % {_level(summary)}",
+        "checkpoints", "verdict",
+    )  # fmt: skip
+    rows = tuple(
+        _row(
+            g,
+            summary,
+            endpoint_name(endpoint),
+            str(point.step),
+            duration(point.tokens) if point.tokens else "unknown",
+            interval_text(point.verdict.interval),
+            _count_cell(point.verdict),
+            _zone_cell(point.verdict),
+        )
+        for g in summary.groups
+        for endpoint, points in g.by_budget.items()
+        for point in points
+        if point.verdict.n and g.role != SHAM
+    )
+    note = (
+        "By the same rule at the measured steps nearest to an eighth, a quarter and half of the "
+        "window and at its end. A verdict is the budget's and the healer's before it is the "
+        "model's."
+    )
+    return Table("Verdict by budget", header, rows, note)
+
+
+def panel_table(summary: Summary) -> Table:
+    """Recovery by every measure beside the primary one."""
+    header = (
+        "model", "arm", "measure", f"recovery % {_level(summary)}", "checkpoints", "verdict",
+    )  # fmt: skip
+    rows = []
+    for g in summary.groups:
+        primary = g.verdicts["rank_recovery_pct"]
+        if primary.side is None or not g.panel:
+            continue
+        named = {PRIMARY_MEASURE.removeprefix("the "): primary}
+        named |= {MEASURES[m]: found for m, found in g.panel.items()}
+        for name, found in named.items():
+            apart = " (differs)" if found.side not in (None, primary.side) else ""
+            cells = interval_text(found.interval), _count_cell(found), _zone_cell(found) + apart
+            rows.append(_row(g, summary, name, *cells))
+    note = (
+        f"The first is the primary one, fixed in advance: {PRIMARY_MEASURE}. The others are of the "
+        "same states and the same probe. *Differs*: interval, or most checkpoints, on another side "
+        "of a threshold. Not among them, since it is not stored: other probes, other lengths of "
+        "windows, and spectra with outlying tokens left in."
+    )
+    return Table("By other measures", header, tuple(rows), note)
+
+
+def damage_table(summary: Summary) -> Table:
+    """What every attack did, and how far it went."""
+    header = (
+        "model", "arm", "rank taken (%)", "loss at the start of healing (nats)",
+        "loss at its end (nats)", "weight distance",
+    )  # fmt: skip
+    rows = tuple(
+        _row(
+            g,
+            summary,
+            number_text(g.damage.rank_reduction_pct),
+            number_text(g.damage.start_loss, 2),
+            number_text(g.damage.final_loss, 2),
+            number_text(g.damage.weight_change, 2),
+        )
+        for g in summary.groups
+        if any(map(math.isfinite, dataclasses.astuple(g.damage)))
+    )
+    note = (
+        "Means over checkpoints. Rank taken: share of the healthy effective rank that the attack "
+        "took. Weight distance: ‖W−W₀‖/‖W₀‖ of the collapsed weights. Arms that differ in these "
+        "differ in more than their idea."
+    )
+    return Table("What the attacks did", header, rows, note)
+
+
 def secondary_tables(summary: Summary) -> Sequence[Table]:
     """All tables after the main one that have rows, in the order of the report."""
     made = (
-        sham_table, half_table, bootstrap_table, variance_table, asymptote_table, plan_table,
+        damage_table, budget_table, panel_table, sham_table, half_table, bootstrap_table,
+        variance_table, asymptote_table, plan_table,
     )  # fmt: skip
     return [table for table in (make(summary) for make in made) if table.rows]

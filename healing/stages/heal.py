@@ -26,6 +26,7 @@ from healing.models.loading import LoadedModel
 from healing.registry import METHODS
 from healing.reporting.phrases import percent_text
 from healing.reporting.plots import runs as figures
+from healing.reporting.verdict_sentences import run_outcome
 from healing.stages.attack import ATTACK, checkpoint_of
 from healing.stages.cells.events import Record
 from healing.stages.cells.heal import heal_cell, resolve_from_checkpoint, stored_config
@@ -50,8 +51,8 @@ def describe(outcome: HealOutcome) -> str:
     loss = f"undefined ({loss})" if loss else f"{s['loss_recovery_pct']:.1f} %"
     return "\n".join(
         [
-            f"**{s['verdict']}**: rank recovery {rank}, loss recovery {loss} "
-            f"after {s['steps']} steps on {config.label}.",
+            f"**{run_outcome(s['verdict'], s['steps'])}** on {config.label}: rank recovery {rank}, "
+            f"loss recovery {loss}.",
             "",
             "| | healthy | collapsed | healed |",
             "|---|---|---|---|",
@@ -210,7 +211,7 @@ class HealStage(StageDefaults):
         if not math.isnan(s["nonfinite_step"]):
             tags["nonfinite_step"] = s["nonfinite_step"]
         line = (
-            f"{self.title(found.cell)}: {s['verdict']} (rank recovery "
+            f"{self.title(found.cell)}: {run_outcome(s['verdict'], s['steps'])} (rank recovery "
             f"{percent_text(s['rank_recovery_pct'])}, loss recovery "
             f"{percent_text(s['loss_recovery_pct'])}) → {folder}"
         )

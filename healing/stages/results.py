@@ -165,7 +165,7 @@ class SummaryResult:
         """One row per group."""
         import pandas as pd
 
-        from healing.reporting.markdown import group_rows
+        from healing.reporting.plain_data import group_rows
 
         return pd.DataFrame(group_rows(self.summary))
 

@@ -17,9 +17,9 @@ from healing.errors import TrackingError
 from healing.registry import SHAM
 from healing.reporting import html as html_report
 from healing.reporting import markdown as report
-from healing.reporting import paper, tables
+from healing.reporting import paper, plain_data, tables
 from healing.reporting.escaping import csv_cell, one_line
-from healing.reporting.phrases import group_label
+from healing.reporting.phrases import group_label, headline_groups
 from healing.reporting.plots import groups as groups_figures
 from healing.reporting.plots.style import COLUMN
 from healing.reporting.treatment_against_control import (
@@ -27,11 +27,14 @@ from healing.reporting.treatment_against_control import (
     contrast_sentences,
     pair_names,
 )
+from healing.reporting.verdict_context import lead_sentence
+from healing.reporting.verdict_sentences import verdict_heading, verdict_reason
 from healing.stages.console import Console
 from healing.stages.driver import Driver, upload
 from healing.stages.summarize_inputs import read_runs
+from healing.statistics.group import GroupSummary
 from healing.statistics.heal_runs import HealRun
-from healing.statistics.summary import GroupSummary, Summary, summarize_runs
+from healing.statistics.summary import Summary, summarize_runs
 from healing.tracking import queries, run_logger
 from healing.tracking.queries import RunView
 from healing.tracking.run import Run
@@ -105,8 +108,10 @@ def write_summary(folder: pathlib.Path, summary: Summary) -> None:
 
     Where no run finished there is nothing to draw and the figures are missing.
     """
-    write_json(folder / "summary.json", report.as_json(summary))
-    write_csv(folder / "summary.csv", report.group_rows(summary))
+    write_json(folder / "summary.json", plain_data.as_json(summary))
+    write_csv(folder / "summary.csv", plain_data.group_rows(summary))
+    write_csv(folder / "budgets.csv", plain_data.budget_rows(summary))
+    write_csv(folder / "measures.csv", plain_data.panel_rows(summary))
     (folder / "summary.md").write_text(report.markdown(summary), encoding="utf-8")
     figures = _draw(folder / "figures", summary)
     (folder / "report.html").write_text(html_report.render(summary, figures), encoding="utf-8")
@@ -193,6 +198,12 @@ def summarize(
         )
         run.describe(description(summary))
         console.say("\n" + tables.text_table(summary))
+        for group in headline_groups(summary):
+            console.say(
+                one_line(f"{verdict_heading(group, summary.groups)}: {verdict_reason(group)}.")
+            )
+        if lead := lead_sentence(summary):
+            console.say(one_line(lead))
         for line in (*contrast_sentences(summary), *comparison_gaps(summary)):
             console.say(one_line(line))
         for line in _left_out(summary):

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from healing.config.arm_tags import arm_label, arm_role
 from healing.errors import TrackingError
 from healing.measurements.diagnosis import UNTRAINED
+from healing.measurements.recovery import PANEL, panel_metric
 from healing.statistics.heal_runs import ENDPOINTS, SHAM_ENDPOINTS, HealRun
 from healing.tracking import queries
 from healing.tracking.metric_history import Point, Trajectory, trajectories
@@ -107,7 +108,40 @@ def _heal_run(view: RunView, trajectory: Trajectory) -> HealRun:
         reference=tags.get("reference_checkpoint_id", ""),
         fingerprint=tags.get("fingerprint", ""),
         tokens_per_step=tokens_per_step(view),
+        healer=healer(view),
+        healers_tried=int(tags.get("healers_tried", 0)),
+        panel=panel(view),
+        rank_recovery_error=_number(view, "rank_recovery_error"),
+        rank_reduction_pct=_number(view, "rank_reduction_pct"),
+        start_loss=_number(view, "collapsed_loss"),
+        final_loss=math.nan if tags["status"] in UNTRAINED else _number(view, "final_loss"),
+        weight_change=_number(view, "weight_change"),
     )
+
+
+def _number(view: RunView, name: str) -> float:
+    """Entry of a run's summary; NaN where it was stored without it, or was not finite."""
+    return view.metrics.get(f"summary/{name}", math.nan)
+
+
+def panel(view: RunView) -> dict[str, float]:
+    """Final recovery by the other measures; empty for a run that was stored without them."""
+    if view.tags["status"] in UNTRAINED:
+        return {}
+    logged = {name: view.metrics.get(panel_metric(name), math.nan) for name in PANEL}
+    return {name: value for name, value in logged.items() if math.isfinite(value)}
+
+
+def healer(view: RunView) -> str:
+    """Optimiser and rate for people; empty where a run does not say."""
+    names = {"adamw": "AdamW", "sgd": "SGD"}
+    optimizer = view.params.get("heal.healing_optimizer", "")
+    rate = view.params.get("heal.healing_lr", "")
+    method = view.params.get("heal.healing_method", "full")
+    if not (optimizer and rate):
+        return ""
+    adapters = "" if method == "full" else f", {method}"
+    return f"{names.get(optimizer, optimizer)} at {rate}{adapters}"
 
 
 def tokens_per_step(view: RunView) -> int:

@@ -15,19 +15,28 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import ArrayLike
 
-from healing.measurements.recovery import IRREVERSIBLE_BELOW, REVERSIBLE_ABOVE, Verdict
+from healing.measurements.recovery import (
+    FURTHER_BELOW,
+    IRREVERSIBLE_BELOW,
+    REVERSIBLE_ABOVE,
+    Verdict,
+)
 from healing.statistics.curve_fits import Law, TrajectoryFit, fit_trajectory
 from healing.statistics.intervals import (
+    SPREAD_FLOOR,
     DegenerateDataWarning,
     FloatArray,
     Interval,
     as_vector,
     drop_undefined,
     exp_interval,
-    has_no_spread,
     t_interval,
 )
-from healing.statistics.power import MAX_CHECKPOINTS, required_checkpoints
+from healing.statistics.power import (
+    MAX_CHECKPOINTS,
+    counted_checkpoints,
+    required_checkpoints,
+)
 from healing.statistics.survival import (
     HalfRecovery,
     SurvivalCurve,
@@ -96,7 +105,8 @@ class VerdictPlan:
     verdict: Verdict
     """The verdict on whose side the observed mean lies."""
     n_checkpoints: int | None
-    """Checkpoints in all; ``None`` where even 100,000 would not do."""
+    """Checkpoints in all; ``None`` where even 100,000 would not do, or where too many of them would
+    lie on the other side of a threshold."""
     mean: float
     sd: float
     power: float
@@ -163,10 +173,10 @@ def _reasons(fits: Sequence[TrajectoryFit]) -> tuple[str, ...]:
 def plan_verdict(
     checkpoint_means: ArrayLike, confidence: float, power: float = POWER
 ) -> VerdictPlan | None:
-    """Checkpoints that would give the verdict on whose side the mean lies.
+    """Checkpoints that would give the verdict on whose side the mean lies, by interval and count.
 
-    The plan takes the observed mean and standard deviation for the true ones. From three
-    checkpoints both are rough: it is an order of magnitude.
+    The plan takes the observed mean and standard deviation for the true ones, and checkpoints for
+    normal. From three of them all of this is rough: it is an order of magnitude.
 
     Args:
         checkpoint_means: per cent, shape ``(checkpoints,)``; NaN is left out.
@@ -174,21 +184,22 @@ def plan_verdict(
         power: probability wanted.
 
     Returns:
-        ``None`` where fewer than two means are defined, they are all equal, or their mean lies
-        exactly on a threshold.
+        ``None`` where fewer than two means are defined or their mean lies exactly on a threshold.
 
     Raises:
         ValueError: bad shape, infinite entries, confidence or power outside (0, 1).
     """
     means = drop_undefined(as_vector("checkpoint_means", checkpoint_means))
-    if len(means) < 2 or has_no_spread(means):
+    if len(means) < 2:
         return None
-    mean, sd = float(means.mean()), float(means.std(ddof=1))
+    mean, sd = float(means.mean()), max(SPREAD_FLOOR, float(means.std(ddof=1)))
     verdict = _side(mean)
     if verdict is None:
         return None
     try:
         n: int | None = required_checkpoints(mean, sd, verdict, power, confidence=confidence)
+        counted = counted_checkpoints(mean, sd, verdict, power, confidence=confidence)
+        n = None if n is None or counted is None else max(n, counted)
     except ValueError as error:
         if f"over {MAX_CHECKPOINTS} checkpoints" not in str(error):
             raise
@@ -197,6 +208,8 @@ def plan_verdict(
 
 
 def _side(mean: float) -> Verdict | None:
+    if mean < FURTHER_BELOW:
+        return Verdict.FURTHER
     if mean < IRREVERSIBLE_BELOW:
         return Verdict.IRREVERSIBLE
     if mean > REVERSIBLE_ABOVE:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from healing.config.arm_tags import arm_label, arm_role
+from healing.measurements.diagnosis import UNTRAINED
 from healing.statistics.checkpoint_estimates import CheckpointTrajectory
 from healing.statistics.paired_tests import PRIMARY_ENDPOINTS
 
@@ -51,6 +52,16 @@ class HealRun:
         running: The store does not say that it ended.
         role: Of the arm (:data:`healing.registry.ROLES`), as the run says; empty = by its name.
         label: Of the arm, for people, as the run says; empty = by its name.
+        rank_recovery_error: Standard error of measurement of its rank recovery, points; NaN where
+            unknown.
+        panel: Measure of :data:`healing.measurements.recovery.PANEL` → its recovery after the last
+            step, percent.
+        rank_reduction_pct: What the attack took of the healthy rank, percent of it.
+        start_loss: Of the collapsed state, nats per token.
+        final_loss: After the last step, nats per token.
+        weight_change: ‖W−W₀‖/‖W₀‖ of the collapsed weights.
+        healer: What healed it, for people: ``AdamW at 0.001``.
+        healers_tried: Healers among which it was the strongest; 0 where none was searched.
     """
 
     run_id: str
@@ -76,6 +87,14 @@ class HealRun:
     running: bool = False
     role: str = ""
     label: str = ""
+    rank_recovery_error: float = math.nan
+    panel: Mapping[str, float] = field(default_factory=dict)
+    rank_reduction_pct: float = math.nan
+    start_loss: float = math.nan
+    final_loss: float = math.nan
+    weight_change: float = math.nan
+    healer: str = ""
+    healers_tried: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "role", arm_role(self.arm, self.role))
@@ -148,6 +167,26 @@ def without_raised_rank(run: HealRun) -> HealRun:
         trajectory={**run.trajectory, **paths},
         undefined_reason="the attack raised the effective rank: nothing had collapsed",
     )
+
+
+def is_missing(run: HealRun, endpoint: str) -> bool:
+    """Whether a run was damaged and has no recovery: it could not be trained, or its rank fell and
+    what came back of it is not known. What the attack did not damage is not missing: it has nothing
+    to recover.
+    """
+    if math.isfinite(run.final.get(endpoint, math.nan)):
+        return False
+    fell = endpoint in RANK_ENDPOINTS and run.spectral_state == "collapsed"
+    return run.status in UNTRAINED or fell
+
+
+def measurement_error(runs: Sequence[HealRun], endpoint: str) -> float:
+    """Standard error of measurement that the checkpoints share, points: root mean square over the
+    runs that know theirs; 0 where none does, and for the loss, whose error is not measured.
+    """
+    errors = [r.rank_recovery_error for r in runs if endpoint in RANK_ENDPOINTS]
+    known = [e**2 for e in errors if math.isfinite(e)]
+    return math.sqrt(sum(known) / len(known)) if known else 0.0
 
 
 def defined_runs(runs: Sequence[HealRun], endpoint: str) -> list[HealRun]:

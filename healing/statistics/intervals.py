@@ -1,4 +1,4 @@
-"""Recovery statistics whose unit is the checkpoint: cluster means, intervals, group verdicts.
+"""Recovery statistics whose unit is the checkpoint: cluster means and intervals.
 
 A *checkpoint* is one collapsed state, a *replicate* is one healing run started from it. Replicates
 of one checkpoint share its weights and are not independent, so they are averaged first and every
@@ -19,8 +19,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special, stats
 
-from healing.measurements.recovery import IRREVERSIBLE_BELOW, REVERSIBLE_ABOVE, Verdict
-
 FloatArray = NDArray[np.float64]
 
 MAX_UNDEFINED_FRACTION = 0.5
@@ -29,6 +27,10 @@ MIN_CHECKPOINTS = 3
 """Fewest checkpoints that get an interval."""
 MIN_BOOTSTRAP_CHECKPOINTS = 10
 """Fewest checkpoints that get a bootstrap interval."""
+SPREAD_FLOOR = 0.5
+"""Points: recoveries are not measured better than this, so that equal ones are taken for that far
+apart. Without a floor, equal recoveries would have no interval and nearly equal ones the shortest.
+"""
 RELATIVE_SPREAD_FLOOR = 1e-12
 """A spread below this fraction of the largest magnitude is rounding, not variance."""
 
@@ -236,6 +238,64 @@ def t_interval(cluster_means: ArrayLike, confidence: float = 0.95) -> Interval:
     return with_t_bounds(estimate, standard_error, df=len(means) - 1)
 
 
+def recovery_bounds(
+    values: FloatArray, confidence: float = 0.95, error: ArrayLike = 0.0
+) -> tuple[FloatArray, FloatArray]:
+    """Bounds of the mean recovery of many groups of checkpoints at once.
+
+    mean ± √((t(n − 1)·s/√n)² + (z·e)²): the spread s between checkpoints, at least
+    :data:`SPREAD_FLOOR`, and the standard error e of measurement, which all checkpoints share
+    since they are measured on one probe, so that more of them do not average it out. The two
+    half-widths are added in quadrature (Zou & Donner 2008).
+
+    Args:
+        values: recoveries in per cent, shape ``(..., n)``, all defined, n at least 2.
+        confidence: nominal coverage.
+        error: e in points, broadcast over the groups.
+
+    Returns:
+        Lower and upper bounds, shape ``(...)``.
+    """
+    n = values.shape[-1]
+    spread = np.maximum(values.std(axis=-1, ddof=1), SPREAD_FLOOR)
+    between = special.stdtrit(n - 1, (1.0 + confidence) / 2.0) * spread / math.sqrt(n)
+    shared = special.ndtri((1.0 + confidence) / 2.0) * np.asarray(error, dtype=np.float64)
+    mean, half_width = values.mean(axis=-1), np.hypot(between, shared)
+    return mean - half_width, mean + half_width
+
+
+def recovery_interval(
+    cluster_means: ArrayLike, confidence: float = 0.95, error: float = 0.0
+) -> Interval:
+    """Interval of the mean recovery over checkpoints: Student t with the error of measurement.
+
+    As :func:`t_interval` where the checkpoints differ by more than :data:`SPREAD_FLOOR` and the
+    error is unknown (0); see :func:`recovery_bounds`.
+
+    Args:
+        cluster_means: one mean per checkpoint in per cent, shape ``(checkpoints,)``; NaN is left
+            out.
+        confidence: nominal coverage.
+        error: standard error of measurement that the checkpoints share, points.
+
+    Raises:
+        ValueError: bad shape, infinite entries, confidence outside (0, 1), error negative or NaN.
+
+    Warns:
+        TooFewCheckpointsWarning: n < 3; the bounds are NaN, the point is still the mean.
+    """
+    require_open_unit("confidence", confidence)
+    if not error >= 0.0:
+        raise ValueError(f"error is {error}; pass a standard error in points, 0 where unknown")
+    means = drop_undefined(as_vector("cluster_means", cluster_means))
+    estimate = _mean_without_bounds(means, "Student t", confidence)
+    if len(means) < MIN_CHECKPOINTS:
+        reason = f"{len(means)} checkpoints, at least {MIN_CHECKPOINTS} needed"
+        return undetermined(estimate, TooFewCheckpointsWarning, reason)
+    low, high = recovery_bounds(means, confidence, error)
+    return replace(estimate, low=float(low), high=float(high))
+
+
 def bca_interval(
     cluster_means: ArrayLike,
     bootstrap_rng: np.random.Generator,
@@ -280,38 +340,6 @@ def bca_interval(
         rng=bootstrap_rng,
     ).confidence_interval
     return replace(estimate, low=float(bounds.low), high=float(bounds.high))
-
-
-def group_verdict(
-    interval: Interval | None,
-    undefined_fraction: float,
-    reversible_above: float = REVERSIBLE_ABOVE,
-    irreversible_below: float = IRREVERSIBLE_BELOW,
-) -> Verdict:
-    """Verdict of a group of runs, read from the confidence interval of its mean recovery.
-
-    Most runs undefined: ``UNDEFINED``. Lower bound above ``reversible_above``: ``REVERSIBLE`` (it
-    heals). Upper bound under ``irreversible_below``: ``IRREVERSIBLE`` (within this budget).
-    Interval inside both thresholds: ``PARTIAL``. Otherwise, or without an interval:
-    ``INCONCLUSIVE``.
-
-    Raises:
-        ValueError: undefined_fraction outside [0, 1], or thresholds in the wrong order.
-    """
-    if not 0.0 <= undefined_fraction <= 1.0:
-        raise ValueError(f"undefined_fraction is {undefined_fraction}; pass a share in [0, 1]")
-    require_ordered_thresholds(irreversible_below, reversible_above)
-    if undefined_fraction > MAX_UNDEFINED_FRACTION:
-        return Verdict.UNDEFINED
-    if interval is None or not interval.defined:
-        return Verdict.INCONCLUSIVE
-    if interval.low > reversible_above:
-        return Verdict.REVERSIBLE
-    if interval.high < irreversible_below:
-        return Verdict.IRREVERSIBLE
-    if interval.low >= irreversible_below and interval.high <= reversible_above:
-        return Verdict.PARTIAL
-    return Verdict.INCONCLUSIVE
 
 
 def require_ordered_thresholds(irreversible_below: float, reversible_above: float) -> None:

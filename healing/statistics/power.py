@@ -1,7 +1,8 @@
-"""How many checkpoints does it take to reach a verdict: power of the t interval, exactly.
+"""How many checkpoints does it take to reach a verdict: power of the t interval, exactly, and how
+many its count takes.
 
 Checkpoint means are taken as normal with a mean and standard deviation guessed beforehand, for
-example from a pilot run; the verdict is the one of ``healing.statistics.intervals.group_verdict``.
+example from a pilot run; the verdict is the one of ``healing.statistics.verdicts.group_verdict``.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from scipy import integrate, special, stats
 
 from healing.measurements.recovery import (
     DECIDED,
+    FURTHER_BELOW,
+    HEALED,
     IRREVERSIBLE_BELOW,
     REVERSIBLE_ABOVE,
     Verdict,
@@ -22,11 +25,14 @@ from healing.statistics.intervals import (
     require_open_unit,
     require_ordered_thresholds,
 )
+from healing.statistics.verdicts import MIN_VERDICT_CHECKPOINTS, ZONES, others_at_most
 
 MAX_CHECKPOINTS = 100_000
 """A verdict that needs more is out of reach."""
 NEGLIGIBLE_TAIL = 1e-12
 """Probability left out at either end of the integral over the standard deviation."""
+QUANTILES = 2001
+"""Points of a normal distribution at which recoveries are clipped and averaged."""
 
 
 def verdict_power(
@@ -71,6 +77,8 @@ def verdict_power(
         return float(stats.nct.sf(t, df, above_upper))
     if verdict == Verdict.IRREVERSIBLE:
         return float(stats.nct.sf(t, df, -above_lower))
+    if verdict == Verdict.FURTHER:
+        return float(stats.nct.sf(t, df, (FURTHER_BELOW - mean) / standard_error))
     return _probability_inside(t, df, above_lower, -above_upper)
 
 
@@ -122,6 +130,7 @@ def required_checkpoints(
     reachable = {
         Verdict.REVERSIBLE: mean > reversible_above,
         Verdict.IRREVERSIBLE: mean < irreversible_below,
+        Verdict.FURTHER: mean < FURTHER_BELOW,
         Verdict.PARTIAL: irreversible_below < mean < reversible_above,
     }
     if not reachable[verdict]:
@@ -143,6 +152,62 @@ def required_checkpoints(
         if n == MAX_CHECKPOINTS:
             advice = "pass a mean further from the threshold or a lower power"
             raise ValueError(f"over {MAX_CHECKPOINTS} checkpoints needed; {advice}")
+        too_few, n = n, min(2 * n, MAX_CHECKPOINTS)
+    while n - too_few > 1:
+        middle = (too_few + n) // 2
+        too_few, n = (too_few, middle) if enough(middle) else (middle, n)
+    return n
+
+
+def counted_checkpoints(
+    mean: float, sd: float, verdict: Verdict, power: float = 0.8, *, confidence: float = 0.95
+) -> int | None:
+    """Fewest checkpoints whose count carries this verdict with about this probability.
+
+    Two things of n normal checkpoints must be good enough for the worst-case mean of ``verdicts``:
+    how many lie in the verdict's zone (binomial) and the mean of these (normal). Each is taken at
+    the value that it reaches with probability 1 − (1 − power)/2, so that both are reached with
+    ``power`` at least.
+
+    Args:
+        mean: true mean recovery, per cent.
+        sd: true standard deviation between checkpoint means, points.
+        verdict: the verdict hoped for.
+        power: probability wanted.
+        confidence: of the bound on the share of others.
+
+    Returns:
+        ``None`` where no number would do: too many checkpoints lie outside the zone.
+
+    Raises:
+        ValueError: as ``required_checkpoints``, but for the side of the mean.
+    """
+    require_open_unit("power", power)
+    _require_plan(mean, sd, verdict, confidence)
+    zone = ZONES[verdict]
+    below, above = special.ndtr([(zone.low - mean) / sd, (zone.high - mean) / sd])
+    inside = float(above - below)
+    if inside <= NEGLIGIBLE_TAIL:
+        return None
+    quantiles = below + inside * (np.arange(QUANTILES) + 0.5) / QUANTILES
+    agreeing = np.clip(mean + sd * special.ndtri(quantiles), zone.floor, HEALED)
+    center, spread = float(agreeing.mean()), float(agreeing.std())
+    tail = (1.0 - power) / 2.0
+
+    def enough(n: int) -> bool:
+        k = max(1.0, float(stats.binom.ppf(tail, n, inside)))
+        others = float(others_at_most(k, n, confidence))
+        unlucky = -float(special.ndtri(tail)) * spread / math.sqrt(k)
+        worst = []
+        for opposite in zone.opposite:
+            own = center + math.copysign(unlucky, opposite - center)
+            worst.append((1.0 - others) * own + others * opposite)
+        return bool(zone.holds(np.array(worst)).all())
+
+    if not enough(MAX_CHECKPOINTS):
+        return None
+    too_few, n = MIN_VERDICT_CHECKPOINTS - 1, MIN_VERDICT_CHECKPOINTS
+    while not enough(n):
         too_few, n = n, min(2 * n, MAX_CHECKPOINTS)
     while n - too_few > 1:
         middle = (too_few + n) // 2

@@ -3,131 +3,18 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from healing.measurements.diagnosis import LOCKOUT
-from healing.measurements.recovery import Verdict
-from healing.registry import SHAM
-from healing.statistics.checkpoint_estimates import (
-    Asymptotes,
-    HalfTimes,
-    VerdictPlan,
-    fit_asymptotes,
-    half_times,
-    plan_verdict,
-)
-from healing.statistics.heal_runs import (
-    ENDPOINTS,
-    HealRun,
-    Repeat,
-    checkpoint_trajectories,
-    defined_runs,
-    distinct_runs,
-    shared_steps,
-    tokens_per_step,
-    values_at,
-    without_raised_rank,
-)
-from healing.statistics.intervals import (
-    MIN_BOOTSTRAP_CHECKPOINTS,
-    ClusterMeans,
-    DegenerateDataWarning,
-    Interval,
-    bca_interval,
-    cluster_means,
-    group_verdict,
-    scale_interval,
-    t_interval,
-)
-from healing.statistics.paired_tests import PRIMARY_ENDPOINTS, ArmComparison
+from healing.registry import SHAM, YARDSTICK
+from healing.statistics.group import GroupSummary, against_scratch, summarize_group
+from healing.statistics.heal_runs import HealRun, Repeat, distinct_runs, without_raised_rank
+from healing.statistics.paired_tests import ArmComparison
 from healing.statistics.size_trend import ScalingSlope, scaling_slope
 from healing.statistics.treatment_against_control import Contrast, Gap, contrasts
-from healing.statistics.variance_components import VarianceComponents, variance_components
 from healing.statistics.warning_collector import WarningCollector
-
-
-@dataclass(frozen=True)
-class Band:
-    """Mean trajectory of a group with its interval at every step."""
-
-    steps: tuple[int, ...]
-    intervals: tuple[Interval, ...]
-
-
-@dataclass(frozen=True)
-class GroupSummary:
-    """Statistics of the runs of one model, arm and settings.
-
-    Attributes:
-        model: Model size.
-        arm: Attack method (arm).
-        settings: Hash that parts otherwise equal groups.
-        noise_match: What noise shares with the attack of its seed; empty for other arms.
-        n_params: Parameters of the model.
-        n_runs: Finished runs.
-        n_checkpoints: Independent units among them.
-        n_undefined: Runs without a defined rank recovery.
-        n_lockout: Runs whose collapsed model cannot compute in float32.
-        spectral_states: State → number of runs.
-        means: Endpoint → checkpoint means.
-        intervals: Endpoint → Student t interval.
-        bootstrap: Endpoint → BCa interval (from 10 checkpoints).
-        verdict: By the interval of rank recovery.
-        verdict_loss: By the interval of loss recovery.
-        half_recovery: Endpoint → Kaplan–Meier median of the steps to 50 %.
-        bands: Endpoint → mean trajectory.
-        notes: What the data did not determine.
-        statuses: Status → number of runs.
-        half_times: Endpoint → steps to 50 % of every checkpoint, and their Kaplan–Meier curve.
-        asymptotes: Endpoint → fitted asymptotes and half-lives.
-        plans: Endpoint with an inconclusive verdict → checkpoints that would decide it.
-        variance: Endpoint → variance between and within checkpoints.
-        tokens_per_step: Training tokens of one healing step; 0 where unknown.
-        role: Of the arm, as in :data:`healing.registry.ROLES`.
-        label: Of the arm, for people.
-    """
-
-    model: str
-    arm: str
-    settings: str
-    noise_match: str
-    n_params: int
-    n_runs: int
-    n_checkpoints: int
-    n_undefined: int
-    n_lockout: int
-    spectral_states: Mapping[str, int]
-    means: Mapping[str, ClusterMeans]
-    intervals: Mapping[str, Interval]
-    bootstrap: Mapping[str, Interval]
-    verdict: Verdict
-    verdict_loss: Verdict
-    half_recovery: Mapping[str, Interval]
-    bands: Mapping[str, Band]
-    notes: tuple[str, ...]
-    statuses: Mapping[str, int] = field(default_factory=dict)
-    half_times: Mapping[str, HalfTimes] = field(default_factory=dict)
-    asymptotes: Mapping[str, Asymptotes] = field(default_factory=dict)
-    plans: Mapping[str, VerdictPlan] = field(default_factory=dict)
-    variance: Mapping[str, VarianceComponents] = field(default_factory=dict)
-    tokens_per_step: int = 0
-    role: str = ""
-    label: str = ""
-
-    @property
-    def half_recovery_tokens(self) -> dict[str, Interval]:
-        """As ``half_recovery`` in training tokens; empty where tokens per step are unknown."""
-        if not self.tokens_per_step:
-            return {}
-        return {e: scale_interval(i, self.tokens_per_step) for e, i in self.half_recovery.items()}
-
-    def undefined_checkpoints(self, endpoint: str) -> int:
-        """Checkpoints without a defined recovery: those that the endpoint's n does not count."""
-        return int((self.means[endpoint].counts == 0).sum())
 
 
 @dataclass(frozen=True)
@@ -176,94 +63,6 @@ def _settings_order(runs: Iterable[HealRun]) -> dict[tuple[str, str, str], list[
     return groups
 
 
-def _band(runs: Sequence[HealRun], endpoint: str, confidence: float) -> Band:
-    """Interval over checkpoints at every step that all runs with a value measured."""
-    runs = defined_runs(runs, endpoint)
-    steps, checkpoints = shared_steps(runs), [r.checkpoint for r in runs]
-    intervals = []
-    for values in zip(*(values_at(run, endpoint, steps) for run in runs), strict=True):
-        with warnings.catch_warnings():
-            # Step 0 has no spread by definition; the summary notes speak of the final values.
-            warnings.simplefilter("ignore", DegenerateDataWarning)
-            means = cluster_means(values, checkpoints).means
-            intervals.append(t_interval(means, confidence))
-    return Band(tuple(steps), tuple(intervals))
-
-
-def _plans(
-    means: Mapping[str, ClusterMeans], intervals: Mapping[str, Interval], confidence: float
-) -> dict[str, VerdictPlan]:
-    """Plans of the endpoints whose verdict is inconclusive."""
-    open_ones = [
-        e for e in PRIMARY_ENDPOINTS if _verdict(means, intervals, e) == Verdict.INCONCLUSIVE
-    ]
-    plans = {e: plan_verdict(means[e].means, confidence) for e in open_ones}
-    return {endpoint: plan for endpoint, plan in plans.items() if plan is not None}
-
-
-def summarize_group(
-    runs: Sequence[HealRun], confidence: float, rng: np.random.Generator
-) -> GroupSummary:
-    """Statistics of runs that share model, arm and settings.
-
-    Args:
-        runs: Finished runs, at least one.
-        confidence: Level of the intervals.
-        rng: Draws the bootstrap.
-    """
-    first, notes = runs[0], WarningCollector()
-    checkpoints = [r.checkpoint for r in runs]
-    measured = [e for e in ENDPOINTS if any(e in r.final for r in runs)]
-    finals = {e: [r.final.get(e, math.nan) for r in runs] for e in measured}
-    means = {e: notes.call(e, cluster_means, finals[e], checkpoints) for e in measured}
-    intervals = {e: notes.call(e, t_interval, means[e].means, confidence) for e in measured}
-    enough = len(set(checkpoints)) >= MIN_BOOTSTRAP_CHECKPOINTS
-    bootstrap = {
-        e: notes.call(e, bca_interval, means[e].means, rng, confidence) for e in measured if enough
-    }
-    states = [r.spectral_state for r in runs]
-    statuses = [r.status for r in runs]
-    paths = {e: checkpoint_trajectories(runs, e) for e in PRIMARY_ENDPOINTS}
-    half = {e: notes.call(e, half_times, p, confidence) for e, p in paths.items()}
-    variance = {
-        e: notes.call(e, variance_components, finals[e], checkpoints) for e in PRIMARY_ENDPOINTS
-    }
-    return GroupSummary(
-        model=first.model,
-        arm=first.arm,
-        settings=first.settings,
-        noise_match=first.noise_match,
-        n_params=first.n_params,
-        n_runs=len(runs),
-        n_checkpoints=len(set(checkpoints)),
-        n_undefined=means["rank_recovery_pct"].n_undefined,
-        n_lockout=statuses.count(LOCKOUT),
-        spectral_states={s: states.count(s) for s in sorted(set(states))},
-        means=means,
-        intervals=intervals,
-        bootstrap=bootstrap,
-        verdict=_verdict(means, intervals, "rank_recovery_pct"),
-        verdict_loss=_verdict(means, intervals, "loss_recovery_pct"),
-        half_recovery={e: h.curve.median for e, h in half.items()},
-        bands={e: _band(runs, e, confidence) for e in PRIMARY_ENDPOINTS},
-        notes=notes.texts,
-        statuses={s: statuses.count(s) for s in sorted(set(statuses))},
-        half_times=half,
-        asymptotes={e: fit_asymptotes(p, confidence) for e, p in paths.items()},
-        plans=_plans(means, intervals, confidence),
-        variance=variance,
-        tokens_per_step=tokens_per_step(runs),
-        role=first.role,
-        label=first.label,
-    )
-
-
-def _verdict(
-    means: Mapping[str, ClusterMeans], intervals: Mapping[str, Interval], endpoint: str
-) -> Verdict:
-    return group_verdict(intervals[endpoint], means[endpoint].undefined_fraction)
-
-
 def sizes_of(groups: Sequence[GroupSummary], arm: str) -> tuple[list[GroupSummary], bool]:
     """The groups of an arm whose size is known, and whether they belong on one line: several
     settings of one size do not, for nothing says which of them go together.
@@ -288,6 +87,17 @@ def _slopes(
     return slopes
 
 
+def _scratch_of(
+    members: Sequence[HealRun], grouped: Mapping[tuple[str, str, str], list[HealRun]]
+) -> list[HealRun]:
+    """Runs of the untrained model that a group is held against; none for that model itself."""
+    first = members[0]
+    if first.role in (YARDSTICK, SHAM):
+        return []
+    found = [r for runs in grouped.values() for r in runs if r.role == YARDSTICK]
+    return [r for r in found if r.model == first.model]
+
+
 def summarize_runs(runs: Sequence[HealRun], confidence: float, rng: np.random.Generator) -> Summary:
     """Group, estimate, compare; nothing is left out without being listed.
 
@@ -299,7 +109,13 @@ def summarize_runs(runs: Sequence[HealRun], confidence: float, rng: np.random.Ge
     distinct, repeats = distinct_runs([r for r in runs if r.finished])
     finished = [without_raised_rank(r) for r in distinct]
     grouped = _settings_order(finished)
-    groups = tuple(summarize_group(members, confidence, rng) for members in grouped.values())
+    groups = tuple(
+        replace(
+            summarize_group(members, confidence, rng),
+            scratch=against_scratch(members, _scratch_of(members, grouped)),
+        )
+        for members in grouped.values()
+    )
     found, gaps = contrasts(grouped, 1.0 - confidence)
     slope_notes = WarningCollector()
     slopes = _slopes(groups, confidence, slope_notes)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from healing.measurements.probe import Measurement, Probe
+from healing.measurements.recovery import PANEL
 from healing.measurements.spectrum import Spectrum
 from healing.models.blocks import transformer_blocks
 from healing.models.token_loss import plain_head
@@ -165,3 +166,14 @@ def test_states_whose_early_median_misleads_are_measured_in_a_second_pass(nano, 
     assert measured.spectra[3].rows == 14 * 63
     assert measured.spectra[3].dropped_share == pytest.approx(1 / 8)
     assert measured.spectra[0].dropped_share < 1 / 8
+
+
+def test_the_panel_is_of_the_same_spectra(nano, probe):
+    measured = Probe(probe.windows[:6], extra=("accuracy",)).measure(nano.model)
+    ranks = [s.effective_rank for s in measured.spectra]
+    panel, metrics = measured.panel(), measured.metrics()
+    assert (panel["last_block"], panel["min_block"]) == (ranks[-1], min(ranks))
+    for name in ("participation_ratio", "stable_rank", "effective_rank_energy"):
+        assert panel[name] == metrics[name]
+    assert panel["accuracy_top1"] == metrics["extra/accuracy_top1"]
+    assert set(panel) == set(PANEL)

@@ -6,6 +6,7 @@ import json
 import math
 import re
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,6 +17,8 @@ from healing.measurements.recovery import (
     Damage,
     State,
     Verdict,
+    measurable_recovery_pct,
+    panel_metric,
     ppl_improvement_pct,
     recovery_pct,
     verdict_of,
@@ -78,6 +81,39 @@ def test_three_combined_standard_errors_can_raise_the_threshold():
     assert Damage(state(100.0, 3.0, 3.0), state(84.9, 8.0, 4.0)).spectral_state == "collapsed"
 
 
+@pytest.mark.parametrize("now", [20.0, 26.0, 39.0, 44.0])
+def test_the_error_of_a_recovery_is_that_of_simulated_measurements(now):
+    healthy, collapsed = state(40.0, 3.0, 0.3), state(20.0, 9.0, 0.2)
+    rng = np.random.default_rng(0)
+    t, c, h = (
+        rng.normal(mean, sd, 200_000) for mean, sd in ((now, 0.25), (20.0, 0.2), (40.0, 0.3))
+    )
+    simulated = float((100 * (t - c) / (h - c)).std())
+    damage = Damage(healthy, collapsed)
+    assert damage.rank_recovery_error(state(now, 4.0, 0.25)) == pytest.approx(simulated, rel=0.02)
+    # A healed state's own error is rarely known: the larger of the others stands for it.
+    unknown = damage.rank_recovery_error(State(now, 4.0, 50.0))
+    assert unknown == damage.rank_recovery_error(state(now, 4.0, 0.3))
+    nobody = Damage(State(40.0, 3.0, 20.0), State(20.0, 9.0, 8e3))
+    assert math.isnan(nobody.rank_recovery_error(State(now, 4.0, 50.0)))
+
+
+def test_a_recovery_that_would_not_be_known_is_undefined():
+    # 100/|Δ|·√2·0.3: 12.6 points at Δ = 3.37, 8.6 at 4.94; both beyond three standard errors.
+    blurred = Damage(state(42.9, 3.0, 0.3), state(39.53, 8.0, 0.3))
+    assert blurred.spectral_state == "collapsed"
+    assert "a recovery has a standard error of 12.6 points, more than 10" in blurred.rank_reason
+    assert math.isnan(blurred.recovery(state(41.0, 4.0))["rank_recovery_pct"])
+    assert math.isfinite(blurred.recovery(state(41.0, 4.0))["loss_recovery_pct"])
+    assert Damage(state(42.9, 3.0, 0.3), state(37.96, 8.0, 0.3)).rank_reason == ""
+
+
+def test_panel_measures_that_hardly_changed_have_no_recovery():
+    assert measurable_recovery_pct(9.0, 5.0, 10.0) == pytest.approx(80.0)
+    assert math.isnan(measurable_recovery_pct(9.7, 9.6, 10.0))
+    assert panel_metric("last_block") == "panel/last_block_recovery_pct"
+
+
 def test_a_risen_rank_is_inflated_and_has_a_recovery():
     damage = Damage(state(80.0, 3.0), state(95.0, 7.0))
     assert damage.spectral_state == "inflated"
@@ -104,7 +140,8 @@ def test_a_state_that_cannot_compute_is_undefined_with_a_reason():
 @pytest.mark.parametrize(
     ("recovery", "verdict"),
     [
-        (-30.0, "irreversible pathology"),
+        (-20.1, "further collapse"),
+        (-20.0, "irreversible pathology"),
         (19.9, "irreversible pathology"),
         (20.0, "partial"),
         (70.0, "partial"),
@@ -144,8 +181,8 @@ def test_stored_names_of_verdicts_and_what_people_read():
     explained.
     """
     assert [str(v) for v in Verdict] == [
-        "irreversible pathology", "acute structural failure", "partial", "inconclusive",
-        "undefined",
+        "irreversible pathology", "acute structural failure", "partial", "further collapse",
+        "too few checkpoints", "inconclusive", "undefined",
     ]  # fmt: skip
     assert json.dumps({"verdict": Verdict.PARTIAL}) == '{"verdict": "partial"}'
     assert Verdict("acute structural failure").shown == "acute structural failure (heals)"

@@ -34,6 +34,9 @@ def test_other_spectral_numbers_by_hand():
     assert spectrum.participation_ratio == pytest.approx(49 / 21)
     assert spectrum.stable_rank == pytest.approx(7 / 4)
     assert spectrum.spectral_gap == pytest.approx(2.0)
+    shares = [4 / 7, 2 / 7, 1 / 7]
+    entropy = -sum(p * math.log(p) for p in shares)
+    assert spectrum.effective_rank_energy == pytest.approx(math.exp(entropy), rel=1e-12)
 
 
 def test_first_token_and_outlying_norms_are_left_out():

@@ -13,11 +13,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from healing.attacks.weight_change import WeightChange
 from healing.errors import CheckpointError, ConfigError, ModelError
 from healing.measurements.probe import Probe
 from healing.measurements.unigram import unigram_perplexity
 from healing.models.blocks import block_matrices, transformer_blocks
-from healing.models.checkpoints import load_state, read_checkpoint, save_checkpoint
+from healing.models.checkpoints import (
+    load_state,
+    read_checkpoint,
+    save_checkpoint,
+    weight_distance,
+)
 from healing.models.loading import load_model, resolve_device, state_digest
 from healing.models.model_files import EMBEDDED_DIR
 from healing.training.pretraining import heldout_loss
@@ -272,3 +278,16 @@ def test_models_are_loaded_one_at_a_time(monkeypatch):
         list(pool.map(load_model, ["nano"] * 3))
     assert most == [1, 1, 1]
     assert PreTrainedModel.tie_weights is before
+
+
+def test_weight_distance_is_that_of_an_attack(nano):
+    """Against the one that attacks report, which holds a copy of all weights."""
+    healthy = WeightChange(nano.model)
+    untouched = {name: t.clone() for name, t in nano.model.state_dict().items()}
+    assert weight_distance(nano.model, untouched) == 0.0
+    moved = {n: t + 0.01 * torch.ones_like(t) for n, t in untouched.items()}
+    expected = weight_distance(nano.model, moved)
+    nano.model.load_state_dict(moved)
+    assert expected == pytest.approx(healthy.relative(nano.model), rel=1e-6)
+    del moved["gpt_neox.embed_in.weight"]
+    assert math.isnan(weight_distance(nano.model, moved))

@@ -13,8 +13,8 @@ from markdown_it import MarkdownIt
 from healing.predecessor.summary import LegacyResult, summarize_legacy
 from healing.predecessor.summary import markdown as legacy_markdown
 from healing.reporting.escaping import csv_cell, markdown, one_line
-from healing.reporting.markdown import group_rows
 from healing.reporting.markdown import markdown as summary_markdown
+from healing.reporting.plain_data import group_rows
 from healing.stages.summarize import write_csv
 from tests.summaries import NASTY, eventful, nasty
 

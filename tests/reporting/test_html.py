@@ -58,14 +58,17 @@ def written(request, tmp_path_factory) -> pathlib.Path:
 
 
 def test_sections_in_order_with_the_verdict_first(tmp_path):
-    page = write(tmp_path, realistic(("nano", "micro", "70m"), 4))
+    page = write(tmp_path, realistic(("nano", "micro", "70m"), 24))
     wanted = [
-        "nano, HAEP: Partial Recovery", "micro, HAEP: Irreversible Pathology within this budget",
-        "70m, HAEP: Acute Structural Failure", "HAEP against noise", "Recovery of every group",
+        "What recovers depends on the measure",
+        "nano, HAEP: rank recovered in part within 60 steps",
+        "micro, HAEP: not recovered within 60 steps by this healer",
+        "70m, HAEP: healed within 60 steps, rank and knowledge", "HAEP against noise",
+        "Recovery of every group", "Verdict by budget", "By other measures", "What the attacks did",
         "Trajectories", "Every checkpoint", "Time to half recovery",
         "HAEP against noise, seed by seed", "Recovery and model size", "points per tenfold",
         "Fitted asymptotes and half-lives", "Methods", "Failed runs (1)", "out of memory",
-        "Runs without a defined rank recovery (12)", "detection threshold of 2.14",
+        "Runs without a defined rank recovery (72)", "detection threshold of 2.14",
         "What the data do not determine",
     ]  # fmt: skip
     assert [text for text in wanted if text not in page.text] == []

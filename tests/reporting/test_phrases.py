@@ -11,24 +11,21 @@ from healing.reporting.html import render
 from healing.reporting.markdown import markdown
 from healing.reporting.phrases import (
     asymptote_texts,
-    context_sentences,
     count_text,
     estimate_text,
     half_sentence,
     headline_groups,
-    loss_sentence,
+    listed,
     median_text,
     minimum_text,
     percent_text,
-    plan_sentence,
     steps_text,
     time_text,
-    verdict_heading,
-    verdict_reason,
-    verdict_text,
 )
 from healing.reporting.tables import asymptote_table, plan_table
 from healing.reporting.treatment_against_control import p_text
+from healing.reporting.verdict_context import context_sentences, plan_sentence, verdict_text
+from healing.reporting.verdict_sentences import verdict_heading, verdict_reason
 from healing.statistics.intervals import Interval
 from tests.summaries import STEPS, degenerate, pool, realistic, simulated_run
 
@@ -47,35 +44,42 @@ def group_of(finals: list[float], loss: float = 90.0):
 @pytest.mark.parametrize(
     ("finals", "heading", "reason"),
     [
-        ([1.0, 2.0, 3.0], "Irreversible Pathology within this budget", "bound lies under 20 %"),
-        ([90.0, 91.0, 92.0], "Acute Structural Failure (heals)", "lower bound lies over 70 %: "),
-        ([40.0, 41.0, 42.0], "Partial Recovery", "the whole interval lies between 20 and 70 %"),
-        ([18.0, 20.0, 23.0], "Inconclusive", "the interval holds the threshold 20 %"),
-        ([64.0, 70.0, 75.0], "Inconclusive", "the interval holds the threshold 70 %"),
-        ([5.0, 45.0, 85.0], "Inconclusive", "the interval holds the thresholds 20 % and 70 %"),
-        ([40.0, 41.0], "Inconclusive", "an interval takes at least 3 checkpoints"),
-        ([40.0, 40.0, 40.0], "Inconclusive", "the checkpoints do not differ"),
-        ([math.nan, math.nan, 40.0], "Undefined", "2 of 3 runs have no defined rank recovery"),
-        ([math.nan], "Undefined", "1 of 1 run has no defined rank recovery"),
+        ([1.0, 2.0, 3.0] * 7, "not recovered within 60 steps by this healer",
+         "21 of 21 checkpoints under 20 %: up to 13 % of others may do otherwise (one-sided 95 %, "
+         "Clopper–Pearson); were these to do the opposite, the mean would still be 15.0 %"),
+        ([90.0, 91.0, 92.0] * 7, "healed within 60 steps, rank and knowledge", "still be 78.9 %"),
+        ([40.0, 41.0, 42.0] * 3, "rank recovered in part within 60 steps", "still be 57.7 %"),
+        ([-80.0, -90.0] * 7, "collapsed further within 60 steps", "14 checkpoints under -20 %"),
+        ([1.0, 2.0, 3.0], "3 of 3 checkpoints under 20 % after 60 steps, too few for a verdict",
+         "3 of 3 checkpoints under 20 %: up to 63 % of others may do otherwise (one-sided 95 %, "
+         "Clopper–Pearson); no verdict is given under 5 checkpoints; “not recovered” takes at "
+         "least 15 that agree"),
+        ([2.0, 5.0, 2.0] * 3, "9 of 9 checkpoints under 20 % after 60 steps, too few for a verdict",
+         "were these to do the opposite, the mean would be 30.5 %, no longer under 20 %; “not "),
+        ([5.0, 45.0, 85.0], "too few checkpoints for a verdict after 60 steps",
+         "of 3 checkpoints 1 under 20 %, 1 between 20 and 70 %, 1 over 70 %; no verdict is given"),
+        ([40.0, 41.0], "2 of 2 checkpoints between 20 and 70 % after 60 steps, too few", ""),
+        ([40.0], "1 of 1 checkpoint between 20 and 70 % after 60 steps, too few", ""),
+        ([18.0, 20.0, 23.0] * 2, "undecided after 60 steps", "holds the threshold 20 %"),
+        ([64.0, 70.0, 75.0] * 2, "undecided after 60 steps", "holds the threshold 70 %"),
+        ([5.0, 45.0, 85.0] * 2, "undecided", "holds the thresholds 20 % and 70 %"),
+        ([2.0] * 19 + [95.0], "undecided",
+         "the checkpoints split: 19 of 20 are under 20 %, and with as many others as that allows"),
+        ([40.0, 40.0, 40.0] * 3, "rank recovered in part within 60 steps", ""),
+        ([math.nan, math.nan, 40.0], "rank recovery undefined", "2 of 3 runs have no defined rank"),
+        ([math.nan], "rank recovery undefined", "1 of 1 run has no defined rank recovery"),
     ],
 )  # fmt: skip
 def test_verdict_and_reason(finals, heading, reason) -> None:
     group = group_of(finals)
-    assert verdict_heading(group, [group]) == f"nano, HAEP: {heading}"
+    assert verdict_heading(group, [group]).startswith(f"nano, HAEP: {heading}")
     assert reason in verdict_reason(group)
-    assert verdict_text(group, [group]).startswith(f"nano, HAEP: {heading}: ")
+    full = verdict_heading(group, [group])
+    assert verdict_text(group, [group]).startswith(f"{full}: {verdict_reason(group)}.")
 
 
 def test_the_budget_is_named() -> None:
     assert f"after {STEPS[-1]} healing steps" in verdict_reason(group_of([1.0, 2.0, 3.0]))
-
-
-def test_rank_and_loss_that_disagree_are_called_so() -> None:
-    apart = loss_sentence(group_of([1.0, 2.0, 3.0], 90.0))
-    assert "would be “acute structural failure”: rank and loss disagree" in apart
-    assert "disagree" not in loss_sentence(group_of([90.0, 91.0, 92.0], 90.0))
-    assert "disagree" not in loss_sentence(group_of([18.0, 20.0, 23.0], 90.0))
-    assert loss_sentence(group_of([1.0], math.nan)) == "Loss recovery is undefined."
 
 
 def test_half_recovery_in_words() -> None:
@@ -93,11 +97,11 @@ def test_half_recovery_in_words() -> None:
     assert half_sentence(group_of([math.nan])) == ""
 
 
-def test_an_inconclusive_verdict_says_what_would_decide() -> None:
-    group = group_of([18.0, 20.5, 25.0])
+def test_what_is_not_decided_says_what_would_decide() -> None:
+    group = group_of([38.0, 40.5, 45.0])
     needed = group.plans["rank_recovery_pct"].n_checkpoints
     assert (
-        f" {needed} checkpoints in all would give “partial” with 80 %"
+        f" {needed} checkpoints in all would give “recovered in part” with 80 %"
         in context_sentences(group)[-1]
     )
     assert (len(plan_table(pool([])).header), plan_table(pool([])).rows) == (6, ())
@@ -151,6 +155,7 @@ def test_numbers_in_words() -> None:
     ]  # fmt: skip
     assert (count_text(1, "run"), count_text(0, "run")) == ("1 run", "0 runs")
     assert (percent_text(math.nan), percent_text(1.25)) == ("undefined", "1.2 %")
+    assert [listed(list(parts)) for parts in ("a", "ab", "abc")] == ["a", "a and b", "a, b and c"]
 
 
 def test_verdicts_on_embedded_models_come_with_what_a_stronger_healer_did() -> None:

@@ -110,6 +110,15 @@ def test_healing_writes_six_files_that_obey_the_formulas(store, checkpoint):
         )
     assert summary["verdict"] == MlflowClient().get_run(_only_heal_run()).data.tags["verdict"]
     assert outcome.status == "ok"
+    # Every measure of the panel starts at its own 0, and ends where the summary says.
+    for name, value in summary["panel"].items():
+        logged = [row[f"panel/{name}_recovery_pct"] for row in rows]
+        assert logged[0] in (0.0, "NaN") or math.isnan(logged[0])
+        assert value == "NaN" if math.isnan(logged[-1]) else value == logged[-1]
+    (attacked,) = MlflowClient().search_runs(
+        [MlflowClient().get_run(_only_heal_run()).info.experiment_id], "tags.stage = 'attack'"
+    )
+    assert summary["weight_change"] == pytest.approx(attacked.data.metrics["weight_change"])
     per_step = rows[1]["tokens"] / rows[1]["step"]  # as the run itself counted them
     for name in ("rank", "loss"):
         steps, tokens = (summary[f"half_recovery_{unit}_{name}"] for unit in ("steps", "tokens"))

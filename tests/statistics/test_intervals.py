@@ -21,7 +21,6 @@ from healing.statistics.intervals import (
     bca_interval,
     cluster_means,
     exp_interval,
-    group_verdict,
     t_interval,
 )
 
@@ -209,44 +208,6 @@ def test_bca_interval_rejects_a_missing_generator_and_no_resamples() -> None:
 def test_exp_interval_overflows_to_infinity_in_silence() -> None:
     interval = exp_interval(Interval(0.0, 1.0, 1e4, 3, "log"))
     assert (interval.low, interval.point, interval.high) == (1.0, math.e, math.inf)
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "undefined_fraction", "verdict"),
-    [
-        (70.1, 130.0, 0.0, "acute structural failure"),
-        (70.0, 130.0, 0.0, "inconclusive"),
-        (-40.0, 19.9, 0.0, "irreversible pathology"),
-        (-40.0, 20.0, 0.0, "inconclusive"),
-        (20.0, 70.0, 0.0, "partial"),
-        (19.9, 70.0, 0.0, "inconclusive"),
-        (20.0, 70.1, 0.0, "inconclusive"),
-        (-math.inf, math.inf, 0.0, "inconclusive"),
-        (NAN, NAN, 0.0, "inconclusive"),
-        (80.0, 90.0, 0.5, "acute structural failure"),
-        (80.0, 90.0, 0.51, "undefined"),
-        (NAN, NAN, 1.0, "undefined"),
-    ],
-)
-def test_group_verdict(low: float, high: float, undefined_fraction: float, verdict: str) -> None:
-    interval = Interval(low, 0.0, high, 3, "any")
-    assert group_verdict(interval, undefined_fraction) == verdict
-
-
-def test_group_verdict_without_interval_and_with_other_thresholds() -> None:
-    assert group_verdict(None, 0.2) == "inconclusive"
-    assert group_verdict(None, 0.9) == "undefined"
-    interval = Interval(55.0, 57.0, 59.0, 5, "any")
-    assert group_verdict(interval, 0.0, reversible_above=50.0) == "acute structural failure"
-    assert group_verdict(interval, 0.0, irreversible_below=60.0) == "irreversible pathology"
-
-
-def test_group_verdict_rejects() -> None:
-    for fraction in (-0.1, 1.1, NAN):
-        with pytest.raises(ValueError, match=r"undefined_fraction is .*; pass a share in \[0, 1\]"):
-            group_verdict(None, fraction)
-    with pytest.raises(ValueError, match="thresholds out of order; pass the lower one first"):
-        group_verdict(None, 0.0, reversible_above=20.0, irreversible_below=70.0)
 
 
 def test_results_are_frozen() -> None:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from healing.reporting.markdown import as_json, group_rows, markdown
+from healing.reporting.markdown import markdown
+from healing.reporting.plain_data import as_json, group_rows
 from healing.reporting.tables import text_table
 from healing.reporting.treatment_against_control import comparison_gaps, half_recovery_sentence
 from healing.statistics.heal_runs import HealRun

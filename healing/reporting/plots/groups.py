@@ -24,9 +24,10 @@ from healing.reporting.plots.style import (
     text_colour,
     verdict_zones,
 )
+from healing.statistics.group import GroupSummary
 from healing.statistics.intervals import Interval
 from healing.statistics.paired_tests import PRIMARY_ENDPOINTS, ArmComparison, EndpointComparison
-from healing.statistics.summary import GroupSummary, sizes_of
+from healing.statistics.summary import sizes_of
 
 LABELS = {"rank_recovery_pct": "rank recovery (%)", "loss_recovery_pct": "loss recovery (%)"}
 GREY = "#555555"

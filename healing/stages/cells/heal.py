@@ -31,6 +31,7 @@ from healing.models.checkpoints import (
     Checkpoint,
     load_state,
     read_checkpoint,
+    weight_distance,
 )
 from healing.models.loading import LoadedModel
 from healing.progress import Safe, enter
@@ -197,6 +198,7 @@ def heal_cell(cell: HealCell) -> Events[tuple[HealOutcome, LoadedModel]]:
     enter("healthy measurement")
     probe = probe.remembering(HEALTHY, loaded.model)
     healthy = measured(probe, loaded, config.seed, loaded.digest)
+    distance = weight_distance(loaded.model, checkpoint.state) if cell.checkpoint else 0.0
     enter("loading the checkpoint")
     if cell.checkpoint:
         load_state(loaded, checkpoint, cell.checkpoint)
@@ -227,6 +229,7 @@ def heal_cell(cell: HealCell) -> Events[tuple[HealOutcome, LoadedModel]]:
             len(embedding_matrix(loaded.model)),
             opening=len(loaded.opening),
         ),
+        weight_change=distance,
     )
     for event in heal_events(loaded, config, windows, probe, collapsed, _data_order(cell)):
         if isinstance(event, Safe):

@@ -17,7 +17,14 @@ from healing.measurements.diagnosis import (
     HealthyReplay,
 )
 from healing.measurements.probe import Measurement
-from healing.measurements.recovery import Damage, State, recovery_pct, verdict_of
+from healing.measurements.recovery import (
+    Damage,
+    State,
+    measurable_recovery_pct,
+    panel_metric,
+    recovery_pct,
+    verdict_of,
+)
 from healing.models.checkpoints import (
     Checkpoint,
 )
@@ -73,6 +80,7 @@ class HealOutcome:
         healthy_replay: The healthy model through the same first steps, where the run stalled.
         unigram_loss: Of token frequencies alone on the probe, nats per token: a collapsed model may
             be worse than knowing nothing, and most of its loss comes back without any knowledge.
+        weight_change: ‖W−W₀‖/‖W₀‖ of the collapsed weights against the healthy ones.
     """
 
     cell: HealCell
@@ -85,6 +93,7 @@ class HealOutcome:
     in_float32: Failure | None = None
     healthy_replay: HealthyReplay | None = None
     unigram_loss: float = math.nan
+    weight_change: float = math.nan
 
     @property
     def damage(self) -> Damage:
@@ -112,6 +121,11 @@ class HealOutcome:
         return self.diagnosis.status
 
     def recovery(self, record: HealRecord) -> dict[str, float]:
+        """Recovery numbers of one record, in percent, and those of the panel."""
+        panel = {panel_metric(k): v for k, v in self._panel(record.measurement).items()}
+        return {**self._recovery(record), **panel}
+
+    def _recovery(self, record: HealRecord) -> dict[str, float]:
         """Recovery numbers of one record, in percent; NaN where the model cannot compute.
 
         A model that takes no step keeps its rank: 0 % would be an invented result.
@@ -122,6 +136,15 @@ class HealOutcome:
         numbers["unigram_loss_recovery_pct"] = math.nan if self.damage.loss_reason else unigram
         if sham is not None:
             numbers |= self.damage.sham_recovery(now, sham)
+        return dict.fromkeys(numbers, math.nan) if self._not_computing else numbers
+
+    def _panel(self, now: Measurement) -> dict[str, float]:
+        """Recovery by the other measures, in percent; NaN where the model cannot compute."""
+        healthy, collapsed = self.healthy.panel(), self.records[0].measurement.panel()
+        numbers = {
+            name: measurable_recovery_pct(value, collapsed[name], healthy[name])
+            for name, value in now.panel().items()
+        }
         return dict.fromkeys(numbers, math.nan) if self._not_computing else numbers
 
     @property
@@ -146,12 +169,13 @@ class HealOutcome:
         """Final numbers, as stored in ``healing_summary.json``."""
         damage, last = self.damage, self.records[-1]
         final = last.measurement.state
-        recovery = self.recovery(last)
+        recovery, panel = self._recovery(last), self._panel(last.measurement)
         rank_time, rank_censored = self.half_recovery("rank_recovery_pct")
         loss_time, loss_censored = self.half_recovery("loss_recovery_pct")
         per_step = int(self.cell.config.batch_size) * self.cell.config.sequence_length  # tokens
         return {
             **recovery,
+            "panel": panel,
             "verdict": verdict_of(recovery["rank_recovery_pct"]),
             "verdict_loss": verdict_of(recovery["loss_recovery_pct"]),
             "spectral_state": damage.spectral_state,
@@ -169,6 +193,8 @@ class HealOutcome:
             "unigram_loss": self.unigram_loss,
             "rank_reduction_pct": damage.rank_reduction_pct,
             "rank_change_threshold": damage.rank_threshold,
+            "rank_recovery_error": damage.rank_recovery_error(final),
+            "weight_change": self.weight_change,
             "half_recovery_steps_rank": rank_time,
             "half_recovery_censored_rank": rank_censored,
             "half_recovery_steps_loss": loss_time,
