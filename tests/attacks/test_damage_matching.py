@@ -134,7 +134,7 @@ def test_a_state_that_cannot_be_computed_ends_the_scan_of_a_rank():
     probe.measure = lambda _: Curve(3.0, 40.0 - arm.scale, 7 * (arm.scale > 1.5))
     goal = DamageTarget("rank", 20.0, 40.0)
     with pytest.raises(MatchError, match=r"between 38\.59 and 39\.94 .* from 0\.0625 to 1\.41, "):
-        list(match_damage(FakeLoaded(), arm, probe, probe.measure(None), goal))
+        list(match_damage(FakeLoaded(), arm, AttackConfig(), probe, probe.measure(None), goal))
 
 
 def test_a_loss_that_overflows_is_past_the_target():
