@@ -20,7 +20,7 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
 from entrypoints._stages import STAGES, EntryPoint
 from healing.config.options import AUTO, choices_of, fields_of, flag_name, help_of
 from healing.errors import ConfigError, HealingError
-from healing.stages.console import Console
+from healing.stages.terminal.console import Console
 
 
 class NumberOrAuto(click.ParamType):

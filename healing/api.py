@@ -26,10 +26,10 @@ from healing.config.summarize import SummarizeConfig
 from healing.config.sweep import SweepConfig
 from healing.errors import ConfigError
 from healing.registry import ARMS, METHODS
-from healing.stages.console import Console
 from healing.stages.driver import Driver
 from healing.stages.results import AttackResult, HealResult, LandscapeResult, SummaryResult
 from healing.stages.stage import Done
+from healing.stages.terminal.console import Console
 from healing.tracking.local_store import LocalStore
 from healing.tracking.store import MlflowStore, Store
 
@@ -197,8 +197,8 @@ def landscape(
 
 def sweep(
     models: Iterable[str] = ("nano",),
-    arms: Iterable[str] = ("haep", "random_tokens", "random_text", "gaussian_noise"),
-    seeds: Iterable[int] | str = (0, 1, 2),
+    arms: Iterable[str] = ("haep", "random_tokens", "random_text"),
+    seeds: Iterable[int] | str = (0, 1, 2, 3, 4),
     *,
     track: bool | str = False,
     keep: str | pathlib.Path | None = None,

@@ -25,6 +25,9 @@ from healing.config.shared import (
 from healing.errors import ConfigError
 from healing.registry import ARMS, DAMAGE_CONTROL, MATCHES
 
+SEEDS_OF, OTHER_SEEDS = {"nano": 5, "micro": 2}, 3
+"""Checkpoints per arm by default: as many as a verdict needs where they cost little."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SweepConfig(TrainingOptions, DeviceOptions, CacheOptions, OutputOptions):
@@ -46,13 +49,13 @@ class SweepConfig(TrainingOptions, DeviceOptions, CacheOptions, OutputOptions):
     revision: str = option("", f"Of every model. {REVISION_HELP}")
     deduped: bool = option(False, f"Of every model. {DEDUPED_HELP}")
     arms: str = option(
-        "haep,random_tokens,random_text,gaussian_noise",
+        "haep,random_tokens,random_text",
         lambda: f"Comma-separated arms: {', '.join(ARMS.names())}.",
     )
     seeds: str = option(
-        "0,1,2",
+        AUTO,
         "Comma-separated seeds or ranges of them (0-4); each gives its own checkpoint. After "
-        "MODEL= those of one model: 0-2,nano=0-9.",
+        "MODEL= those of one model: 0-2,nano=0-9; auto = 0-4 for nano, 0-1 for micro, else 0-2.",
     )
     noise_match: str = option(
         AUTO,
@@ -158,6 +161,10 @@ class SweepConfig(TrainingOptions, DeviceOptions, CacheOptions, OutputOptions):
             ConfigError: What is no seed, a seed that is there twice, a model that is not among
                 --models or has none.
         """
+        if self.seeds == AUTO:
+            return {
+                name: tuple(range(SEEDS_OF.get(name, OTHER_SEEDS))) for name in self.model_list()
+            }
         given: dict[str, list[int]] = {}
         model = ""
         for entry in listed(self.seeds, "--seeds"):

@@ -15,7 +15,7 @@ from healing.config.import_results import ImportConfig
 from healing.predecessor import records as legacy
 from healing.predecessor.records import LegacyError, LegacyRun
 from healing.predecessor.summarize_stage import LEGACY_RUNS, LEGACY_TAGS
-from healing.stages.console import Console
+from healing.stages.terminal.console import Console
 from healing.tracking import queries, run_logger
 from healing.tracking.run_files import write_json
 from healing.tracking.run_logger import RunLogger

@@ -12,8 +12,8 @@ from healing.errors import TrackingError
 from healing.predecessor import summary as legacy_summary
 from healing.predecessor.records import SOURCE
 from healing.predecessor.summary import LegacyResult, LegacySummary, summarize_legacy
-from healing.stages.console import Console
 from healing.stages.summarize import LEGACY_TAG
+from healing.stages.terminal.console import Console
 from healing.tracking import queries, run_logger
 from healing.tracking.queries import RunView
 from healing.tracking.run_files import write_json

@@ -22,9 +22,9 @@ from healing.stages.cells.attack import (
 )
 from healing.stages.cells.events import Record
 from healing.stages.cells.inputs import resolve_from_model, use_threads
-from healing.stages.console import Console
 from healing.stages.driver import Driver
 from healing.stages.stage import Done, Report, StageDefaults, Tools, points_of
+from healing.stages.terminal.console import Console
 from healing.tracking.run_files import write_json
 from healing.tracking.store import Store
 

@@ -19,9 +19,9 @@ from healing.stages.cells.basin import STATES, basin_cell, inputs_of, resolve_fr
 from healing.stages.cells.basin_outcome import BasinCell, BasinOutcome
 from healing.stages.cells.events import Record
 from healing.stages.cells.inputs import use_threads
-from healing.stages.console import Console
 from healing.stages.driver import Driver
 from healing.stages.stage import Report, StageDefaults, Tools
+from healing.stages.terminal.console import Console
 from healing.tracking.queries import RunView
 from healing.tracking.run_files import write_json
 from healing.tracking.store import Store

@@ -24,9 +24,9 @@ from healing import progress
 from healing.errors import ConfigError, HealingError, TrackingError
 from healing.progress import Safe, Stopped
 from healing.stages.cells.events import Begin, Events, Record
-from healing.stages.console import Console, Progress
-from healing.stages.phase_times import TAG, Clock, PhaseTag, PhaseTimes, metric_name
 from healing.stages.stage import Done, Kept, NoSnapshots, Report, Snapshots, Stage, Tools
+from healing.stages.terminal.console import Console, Progress
+from healing.stages.terminal.phase_times import TAG, Clock, PhaseTag, PhaseTimes, metric_name
 from healing.tracking.journal import Journal, OnOutage, give_up
 from healing.tracking.run import Run
 from healing.tracking.run_files import start_folder

@@ -32,10 +32,10 @@ from healing.stages.cells.events import Record
 from healing.stages.cells.heal import heal_cell, resolve_from_checkpoint, stored_config
 from healing.stages.cells.heal_outcome import HealCell, HealOutcome
 from healing.stages.cells.inputs import use_threads
-from healing.stages.console import Console
 from healing.stages.driver import Driver
 from healing.stages.heal_inputs import find_checkpoints, fresh_attack_config, local_checkpoint
 from healing.stages.stage import Done, Report, StageDefaults, Tools, points_of
+from healing.stages.terminal.console import Console
 from healing.stages.tuning.healer_files import with_healer
 from healing.tracking.run import Run
 from healing.tracking.run_files import read_jsonl, write_json

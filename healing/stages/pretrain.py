@@ -21,9 +21,9 @@ from healing.progress import enter
 from healing.reporting.plots import runs as figures
 from healing.stages.cells.code_digest import code_digest
 from healing.stages.cells.events import Begin, Events, Record
-from healing.stages.console import Console
 from healing.stages.driver import Driver
 from healing.stages.stage import Report, StageDefaults, Tools
+from healing.stages.terminal.console import Console
 from healing.tracking.run_files import write_json
 from healing.training.pretraining import Pretraining, PretrainRecord
 

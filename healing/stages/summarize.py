@@ -29,9 +29,9 @@ from healing.reporting.treatment_against_control import (
 )
 from healing.reporting.verdict_context import lead_sentence
 from healing.reporting.verdict_sentences import verdict_heading, verdict_reason
-from healing.stages.console import Console
 from healing.stages.driver import Driver, upload
 from healing.stages.summarize_inputs import read_runs
+from healing.stages.terminal.console import Console
 from healing.statistics.group import GroupSummary
 from healing.statistics.heal_runs import HealRun
 from healing.statistics.summary import Summary, summarize_runs

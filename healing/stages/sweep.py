@@ -31,10 +31,10 @@ from healing.stages.cells.basin_outcome import BasinCell
 from healing.stages.cells.heal_outcome import HealCell
 from healing.stages.cells.inputs import resolve_from_model
 from healing.stages.cells.sweep_plan import SweepCell, plan
-from healing.stages.console import Cells, Console
 from healing.stages.driver import Driver
 from healing.stages.heal import HEAL
 from healing.stages.summarize import summarize
+from healing.stages.terminal.console import Cells, Console
 from healing.stages.tuning.healer_files import healers_of
 from healing.statistics.heal_runs import HealRun
 from healing.statistics.summary import Summary

@@ -23,8 +23,8 @@ from healing.stages.cells.heal import heal_code
 from healing.stages.cells.heal_outcome import HealCell
 from healing.stages.cells.inputs import device_kind, resolve_from_model
 from healing.stages.cells.trial import TrialCell, TrialOutcome
-from healing.stages.console import Console
 from healing.stages.driver import Driver, run_folder, upload
+from healing.stages.terminal.console import Console
 from healing.stages.tuning.space import axes_of, settings_of
 from healing.stages.tuning.study import Proposal, Study
 from healing.stages.tuning.trial_stage import TRIAL, state_of

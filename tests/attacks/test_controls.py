@@ -27,6 +27,7 @@ from healing.measurements.spectrum import effective_rank
 from healing.models.blocks import block_matrices, block_outputs, readout_parameters
 from healing.models.checkpoints import HEALED_KIND, save_checkpoint
 from healing.models.loading import LoadedModel, load_model, state_digest, untrained_model
+from healing.progress import without_safe_points
 from healing.randomness import named_generator
 
 
@@ -213,7 +214,7 @@ def test_an_unmatched_ray_ends_at_its_strength(tiny, corpus, attacked, small_pro
     config = settings("ray", direction_checkpoint=path)
     healthy, change = small_probe.measure(tiny.model), WeightChange(tiny.model)
     arm = prepare_arm(config, tiny, corpus, change).arm
-    records = list(arm.run(tiny, config, small_probe, healthy, change))
+    records = list(without_safe_points(arm.run(tiny, config, small_probe, healthy, change)))
     assert [r.step for r in records] == [0, 2, 4]
     assert all(torch.equal(p, state[n]) for n, p in tiny.model.named_parameters())
 
@@ -406,7 +407,7 @@ def test_rank_is_matched_first_and_then_the_loss_by_the_readout_alone(hurt, corp
     for match in ("rank", "rank+loss"):
         asked = replace(config, match=match)
         arm = prepare_arm(asked, loaded, corpus, change).arm
-        records = list(matched(loaded, arm, asked, probe, healthy, change))
+        records = list(without_safe_points(matched(loaded, arm, asked, probe, healthy, change)))
         assert [r.step for r in records] == list(range(len(records)))
         final[match] = records[-1], snapshot(dict(loaded.model.named_parameters()))
     (rank, weights), (both, all_weights) = final.values()

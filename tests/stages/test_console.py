@@ -11,9 +11,9 @@ import time
 
 import pytest
 
-from healing.stages import bars, console
-from healing.stages.bars import cut, phase_text, shortened
-from healing.stages.console import Cells, Console, Lines, Silence
+from healing.stages.terminal import bars, console
+from healing.stages.terminal.bars import cut, phase_text, shortened
+from healing.stages.terminal.console import Cells, Console, Lines, Silence
 
 
 class Terminal(io.StringIO):

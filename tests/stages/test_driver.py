@@ -16,9 +16,9 @@ import torch
 from healing.errors import ConfigError, CorpusError, TrackingError
 from healing.progress import Safe, Stopped, phase
 from healing.stages.cells.events import Begin, Input, Record
-from healing.stages.console import Console, Silence
 from healing.stages.driver import Driver, Stop, run_folder
 from healing.stages.stage import Kept, Report, StageDefaults
+from healing.stages.terminal.console import Console, Silence
 from healing.tracking.local_store import LocalStore
 from healing.tracking.run_files import read_jsonl
 

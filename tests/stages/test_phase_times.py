@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from healing.errors import TrackingError
-from healing.stages.phase_times import PhaseTag, PhaseTimes, metric_name
+from healing.stages.terminal.phase_times import PhaseTag, PhaseTimes, metric_name
 
 
 class Clock:

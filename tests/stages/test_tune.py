@@ -30,10 +30,10 @@ from healing.stages.cells.events import Begin, Record, outcome_of
 from healing.stages.cells.heal import heal_cell
 from healing.stages.cells.heal_outcome import HealCell
 from healing.stages.cells.trial import TrialCell, trial_cell
-from healing.stages.console import Console
 from healing.stages.driver import Driver
 from healing.stages.heal import heal
 from healing.stages.sweep import sweep
+from healing.stages.terminal.console import Console
 from healing.stages.tune import Selected, Tuned, healing_of, tune
 from healing.stages.tuning.healer_files import find_healer
 from healing.stages.tuning.space import axes_of, default_values, grid_points, settings_of

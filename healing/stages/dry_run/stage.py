@@ -17,10 +17,10 @@ from healing.models.loading import resolve_device
 from healing.registry import ARMS, METHODS, Registry
 from healing.stages.cells.heal import resolve_from_checkpoint
 from healing.stages.cells.inputs import resolve_from_model
-from healing.stages.console import Console
 from healing.stages.dry_run.peak_memory import Prediction, predict_attack, predict_healing
 from healing.stages.dry_run.tensor_bytes import KINDS
 from healing.stages.heal_inputs import find_checkpoints, fresh_attack_config, local_checkpoint
+from healing.stages.terminal.console import Console
 from healing.stages.tuning.healer_files import with_healer
 from healing.tracking import run_logger
 from healing.tracking.store import MlflowStore

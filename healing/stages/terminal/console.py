@@ -17,8 +17,8 @@ from typing import Any, Protocol, Self
 
 from tqdm import tqdm
 
-from healing.stages import bars
-from healing.stages.bars import Bar, phase_text
+from healing.stages.terminal import bars
+from healing.stages.terminal.bars import Bar, phase_text
 
 LINE_SECONDS = 30.0
 
