@@ -1,10 +1,15 @@
 """What measuring and tracking cost in a default healing run.
 
-Heals ``micro`` and divides the time of the run into training steps, measurements (probe forward,
+Heals a model and divides the time of the run into training steps, measurements (probe forward,
 spectra of all blocks, recovery) and metric logging to an SQLite store (every request of the loop;
-the run's fixed cost, its parameters, tags and artifacts, is not in it). Medians over rounds.
+the run's fixed cost, its parameters, tags and artifacts, is not in it). A share of the whole run
+counts the healthy and the collapsed state too, which are measured with their standard errors before
+the first step. Medians over rounds.
 
-    python -m benchmarks.overhead [--model micro] [--steps 50] [--rounds 5] [--json FILE]
+    python -m benchmarks.overhead [--model micro] [--text FILE] [--steps 50] [--rounds 5]
+        [--json FILE]
+
+``--model`` takes a preset, or a folder or .gguf file, which needs ``--text``.
 """
 
 from __future__ import annotations
@@ -16,15 +21,18 @@ import statistics
 import tempfile
 import time
 
-from benchmarks.table import at_most, save, show
+import torch
+
+from benchmarks.table import Row, at_most, save, show
 from healing.config.attack import AttackConfig
 from healing.config.heal import HealConfig
-from healing.config.resolve import resolve_from_presets
+from healing.config.options import AUTO
+from healing.measurements.probe import Probe
 from healing.randomness import named_generator
 from healing.stages.cells.attack import attack_cell
 from healing.stages.cells.events import outcome_of
 from healing.stages.cells.inputs import (
-    load_inputs,
+    corpus_for,
     resolve_from_model,
     training_windows,
     use_threads,
@@ -58,37 +66,45 @@ def timed(loaded, config, windows, probe, collapsed, run=None) -> tuple[float, f
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="micro")
+    parser.add_argument("--text", default=AUTO, help="corpus; a model without a preset needs one")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", default="")
     arguments = parser.parse_args()
-    config = resolve_from_presets(HealConfig(model=arguments.model, healing_steps=arguments.steps))
+    given = {"model": arguments.model, "corpus": arguments.text}
+    config = resolve_from_model(HealConfig(**given, healing_steps=arguments.steps))
     use_threads(config)
-    attacked = outcome_of(
-        attack_cell(resolve_from_model(AttackConfig(model=arguments.model, arm="random_tokens")))
-    )
-    corpus, _, probe = load_inputs(config)
-    windows = training_windows(config, corpus, attacked.loaded)
-    collapsed = probe.measure(attacked.loaded.model)
-    measuring, logged, speeds = [], [], []
+    # What a step costs does not depend on how far the model is from healthy.
+    attack = AttackConfig(**given, arm="random_tokens", alignment="never", attack_steps=2)
+    loaded = outcome_of(attack_cell(resolve_from_model(attack))).loaded
+    corpus = corpus_for(config)
+    probe = Probe.of(corpus, loaded, int(config.probe_tokens), config.sequence_length)
+    windows = training_windows(config, corpus, loaded)
+    measuring, whole, logged, speeds = [], [], [], []
     with tempfile.TemporaryDirectory() as folder:
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
         os.chdir(pathlib.Path(folder))
         with run_logger.start("overhead", {"stage": "benchmark"}) as run:
             for _ in range(arguments.rounds):
-                total, training, logging = timed(
-                    attacked.loaded, config, windows, probe, collapsed, run
-                )
+                begin = time.perf_counter()
+                for _ in ("healthy", "collapsed"):
+                    errors = named_generator(0, "bootstrap")
+                    collapsed = probe.measure(loaded.model, errors)
+                before = time.perf_counter() - begin
+                total, training, logging = timed(loaded, config, windows, probe, collapsed, run)
                 measuring.append((total - training - logging) / total)
+                whole.append((before + total - training - logging) / (before + total))
                 logged.append(logging / total)
                 speeds.append(config.healing_steps / training)
     rows = [
-        at_most(f"{arguments.model}: measuring, share of a healing run", measuring, "", 0.25),
-        at_most(f"{arguments.model}: MLflow logging, share of a healing run", logged, "", 0.03),
+        at_most(f"{config.label}: measuring, share of healing", measuring, "", 0.25),
+        Row(f"{config.label}: the same with the two states before it", tuple(whole), ""),
+        at_most(f"{config.label}: MLflow logging, share of a healing run", logged, "", 0.03),
     ]
     speed = statistics.median(speeds)
     show(
-        f"{arguments.model}, {arguments.steps} steps, {config.threads} thread(s), "
+        f"{config.label}, {arguments.steps} steps, {torch.get_num_threads()} thread(s), "
+        f"{config.probe_tokens} probe tokens, "
         f"{speed:.2f} training steps/s",
         rows,
     )

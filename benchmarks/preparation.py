@@ -3,7 +3,9 @@
 python -m benchmarks.preparation [--model nano] [--text FILE] [--rounds 3] [--json FILE]
 
 The dense ways form every weight gradient of one sequence at a time and decompose every matrix by
-an SVD; they are what models that the faster ways do not fit are given, so that both are real.
+an SVD; they are what models that the faster ways do not fit are given, so that both are real. The
+first round does not count. The title says how busy the machine was before (load average over a
+minute, 0 on an idle one): beside other work seconds mean little, and ratios only what was meant.
 ``--model`` takes a preset, or a folder or .gguf file, which needs ``--text``.
 """
 
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import time
 from collections.abc import Iterator
 from unittest import mock
@@ -83,6 +86,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", default="")
     options = parser.parse_args()
+    load = os.getloadavg()[0]
     config = resolve_from_model(AttackConfig(model=options.model, corpus=options.text))
     use_threads(config)
     _, loaded, probe = load_inputs(config)
@@ -94,7 +98,6 @@ def main() -> None:
         found[phase] = rounds(
             {"now": action, "dense": lambda action=action: timed(action)},
             options.rounds,
-            warm_up=int(not large),
         )
         rows += [
             Row(f"{name}: {NAMES[phase]}", tuple(found[phase]["now"]), "s"),
@@ -131,7 +134,8 @@ def main() -> None:
     apart = max(abs(a - b) / b for a, b in zip(now, before, strict=True))
     show(
         f"{name}: {loaded.n_params:,} parameters, {len(space.names)} matrices, "
-        f"{torch.get_num_threads()} thread(s); largest relative difference of ρ {apart:.1e}",
+        f"{torch.get_num_threads()} thread(s), load {load:.1f}; largest relative difference of ρ "
+        f"{apart:.1e}",
         rows,
     )
     save(options.json, rows)

@@ -153,12 +153,14 @@ def search_catalyst(
         # The start stands among the random sequences of one batch.
         best, *randoms = sequence_alignments(model, subspace, torch.cat([tokens[None], baseline]))
     history = [best]
+    gradient: torch.Tensor | None = None
     for _ in phase("catalyst search", range(steps), steps, lambda: f"ρ {history[-1]:.4f}"):
-        gradient = token_gradient(model, subspace, tokens)[:, :vocabulary]
+        if gradient is None:  # a round without improvement leaves it as it was
+            gradient = token_gradient(model, subspace, tokens)[:, :vocabulary]
         proposals = propose_swaps(tokens, gradient, candidates, generator, len(opening))
         alignments = sequence_alignments(model, subspace, proposals)
         for proposal, rho in zip(proposals, alignments, strict=True):
             if rho > best:  # the round's highest, the first of equal ones
-                best, tokens = rho, proposal
+                best, tokens, gradient = rho, proposal, None
         history.append(best)
     return Catalyst(tokens, best, tuple(history), tuple(randoms), 1 + steps * candidates)

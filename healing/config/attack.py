@@ -89,8 +89,8 @@ class AttackConfig(BaseConfig, DryRunOptions):
         "Whether the alignment of gradients and weight change with the low-curvature subspace is "
         "measured along the attack: by_arm = for the arms that train on one sequence (haep, "
         "haep_oracle, random_tokens, random_text), always, never. It takes the subspace, once per "
-        "healthy model (for 135 million weights 10 s on two cores, kept in --cache-dir), and at "
-        "every measurement about what one to two steps take.",
+        "healthy model (for 135 million weights 10 s on two cores, kept in --cache-dir), and makes "
+        "every measurement of the attack take about a quarter longer.",
         choices=ALIGNMENT_CHOICES,
         separates=False,
         later=True,

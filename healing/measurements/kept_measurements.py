@@ -35,12 +35,15 @@ def measured(probe: Probe, loaded: LoadedModel, seed: int, weights: str = "") ->
     device, and above the bootstrap's size not on the seed, since nothing is drawn there.
 
     Args:
-        probe: Frozen windows.
+        probe: Frozen windows. Where it remembers states that extra measurements compare with,
+            nothing is kept: the same weights measure something else beside other states.
         loaded: The model as it is now.
         seed: Of the run.
         weights: Digest of the weights that the model has now; empty = they are hashed here, but
             not on an accelerator, which measures sooner than that.
     """
+    if probe.remembered:
+        return probe.measure(loaded.model, named_generator(seed, "bootstrap"))
     if not weights and loaded.device.type == "cpu":
         weights = state_digest(loaded.model.state_dict())
     state: _Key = (

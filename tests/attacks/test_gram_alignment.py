@@ -246,6 +246,31 @@ def test_a_search_chooses_the_rounds_best_and_the_first_of_equals(tiny, monkeypa
     assert torch.equal(found.tokens, proposed[1][1])
 
 
+def test_the_derivative_is_taken_anew_where_the_sequence_has_changed_alone(tiny, monkeypatch):
+    """Rounds two and four bring nothing better."""
+    subspace = subspace_of(tiny.model)
+    given = iter([[0.5, 0.1, 0.2, 0.3], [0.6], [0.2], [0.7], [0.7], [0.1]])
+    taken, proposed = [], []
+
+    def derivative(_model, _subspace, tokens):
+        taken.append(tokens)
+        return token_gradient(_model, _subspace, tokens)
+
+    def answers(_model, _subspace, rows):
+        proposed.append(rows)
+        return next(given)
+
+    monkeypatch.setattr("healing.attacks.catalyst_search.token_gradient", derivative)
+    monkeypatch.setattr("healing.attacks.catalyst_search.sequence_alignments", answers)
+    search_catalyst(
+        tiny.model, subspace, sequences(3), length=9, steps=5, candidates=1,
+        generator=named_generator(0, "search"),
+    )  # fmt: skip
+    expected = [proposed[0][0], proposed[1][0], proposed[3][0]]
+    assert len(taken) == 3
+    assert all(map(torch.equal, taken, expected))
+
+
 def test_baselines_are_those_of_dense_gradients(tiny):
     subspace, rows = subspace_of(tiny.model), sequences(6)
     baselines = AlignmentBaselines(subspace, rows, sequences(1, 9)[0])

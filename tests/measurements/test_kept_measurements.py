@@ -96,6 +96,20 @@ def test_above_the_bootstraps_size_seeds_share_what_is_measured(nano, small, cal
     assert calls == [True, True]
 
 
+def test_a_probe_that_remembers_a_state_measures_anew(nano, small, calls):
+    """The same weights are as far from the healthy ones as those were remembered to be."""
+    probe = Probe(small.windows, extra=("weight_distance",))
+    at_home = measured(probe.remembering("healthy", nano.model), nano, 0, nano.digest)
+    assert at_home.extra == {"extra/weight_distance_healthy": 0.0}
+    away = copy.deepcopy(nano.model)
+    with torch.no_grad():
+        for parameter in away.parameters():
+            parameter.mul_(2.0)
+    far = measured(probe.remembering("healthy", away), nano, 0, nano.digest)
+    assert far.extra == {"extra/weight_distance_healthy": pytest.approx(0.5)}
+    assert calls == [True, True]
+
+
 def test_the_oldest_are_dropped(nano, small, calls, monkeypatch):
     monkeypatch.setattr(kept_measurements, "MOST", 2)
     for seed in (0, 1, 0, 2, 0, 1):  # 1 is the least recently used when 2 comes
