@@ -14,7 +14,7 @@ from mlflow.tracking import MlflowClient
 
 from healing.config.attack import AttackConfig
 from healing.config.heal import HealConfig
-from healing.config.healer import HEALER_NAME, SETTINGS, Healer
+from healing.config.healer import HEALER_NAME, SETTINGS, Healer, included_healers
 from healing.config.resolve import resolve_from_presets
 from healing.config.sweep import SweepConfig
 from healing.config.tune import TuneConfig
@@ -400,6 +400,16 @@ def test_a_file_that_is_no_healer_is_refused(tmp_path, change, message):
     path.write_text(json.dumps(entries))
     with pytest.raises(ConfigError, match=message):
         find_healer(str(path), LocalStore())
+
+
+@pytest.mark.parametrize("name", included_healers())
+def test_an_included_healer_is_found_by_its_name_and_takes_whole_steps(name):
+    healer = find_healer(name, LocalStore())
+    assert healer.model == name
+    assert healer.loss < healer.default_loss
+    applied = healer.applied(HealConfig(model=name, healer=name, healing_steps="auto"))
+    tokens = applied.healing_steps * applied.batch_size * applied.sequence_length
+    assert tokens == healer.token_budget
 
 
 def test_a_healer_that_is_nowhere_is_one_line(tmp_path):
