@@ -588,8 +588,8 @@ def test_main_heals_every_cell_with_the_healer(tmp_path, healer_file):
 @pytest.mark.slow
 def test_a_search_on_nano_from_attack_to_winner(store):
     config = TuneConfig(
-        arms="random_tokens", seeds="100", attack_steps=2, trials=2, axes="rate", rungs=1,
-        token_budget=2048, output_dir=str(store / "out"), verbosity="quiet", probe_tokens=512,
+        arms="random_tokens", seeds="100", attack_steps=20, trials=2, axes="rate", rungs=1,
+        token_budget=2048, output_dir=str(store / "out"), verbosity="quiet", probe_tokens=2048,
     )  # fmt: skip
     found = tune(config)
     client = MlflowClient()
@@ -600,10 +600,11 @@ def test_a_search_on_nano_from_attack_to_winner(store):
     assert {HEALER_NAME, "trials.csv", "tuning.md", "study.journal", "plots"} <= names
     assert find_healer(parent.info.run_id, Driver(Console("quiet")).store) == found.healer
     # The default trial is the healing that `heal` does of the same checkpoint.
+    assert math.isfinite(found.healer.rank_recovery_pct)
     (checkpoint,) = (store / "out").rglob("checkpoint_post_treatment.pt")
     (outcome,) = heal(
         HealConfig(collapsed_checkpoint=str(checkpoint), seed=100, healing_steps=2,
-                   probe_tokens=512, verbosity="quiet", output_dir=str(store / "out"))
+                   probe_tokens=2048, verbosity="quiet", output_dir=str(store / "out"))
     )  # fmt: skip
     assert found.trials[0].loss == outcome.summary()["final_loss"]
     assert found.trials[0].rank_recovery_pct == outcome.summary()["rank_recovery_pct"]
