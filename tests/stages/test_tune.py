@@ -14,7 +14,7 @@ from mlflow.tracking import MlflowClient
 
 from healing.config.attack import AttackConfig
 from healing.config.heal import HealConfig
-from healing.config.healer import HEALER_NAME, SETTINGS, Healer
+from healing.config.healer import HEALER_NAME, SETTINGS, Healer, included_healers
 from healing.config.resolve import resolve_from_presets
 from healing.config.sweep import SweepConfig
 from healing.config.tune import TuneConfig
@@ -402,6 +402,16 @@ def test_a_file_that_is_no_healer_is_refused(tmp_path, change, message):
         find_healer(str(path), LocalStore())
 
 
+@pytest.mark.parametrize("name", included_healers())
+def test_an_included_healer_is_found_by_its_name_and_takes_whole_steps(name):
+    healer = find_healer(name, LocalStore())
+    assert healer.model == name
+    assert healer.loss < healer.default_loss
+    applied = healer.applied(HealConfig(model=name, healer=name, healing_steps="auto"))
+    tokens = applied.healing_steps * applied.batch_size * applied.sequence_length
+    assert tokens == healer.token_budget
+
+
 def test_a_healer_that_is_nowhere_is_one_line(tmp_path):
     with pytest.raises(ConfigError, match="cannot be read"):
         find_healer(str(tmp_path / "none.json"), LocalStore())
@@ -578,8 +588,8 @@ def test_main_heals_every_cell_with_the_healer(tmp_path, healer_file):
 @pytest.mark.slow
 def test_a_search_on_nano_from_attack_to_winner(store):
     config = TuneConfig(
-        arms="random_tokens", seeds="100", attack_steps=2, trials=2, axes="rate", rungs=1,
-        token_budget=2048, output_dir=str(store / "out"), verbosity="quiet", probe_tokens=512,
+        arms="random_tokens", seeds="100", attack_steps=20, trials=2, axes="rate", rungs=1,
+        token_budget=2048, output_dir=str(store / "out"), verbosity="quiet", probe_tokens=2048,
     )  # fmt: skip
     found = tune(config)
     client = MlflowClient()
@@ -590,10 +600,11 @@ def test_a_search_on_nano_from_attack_to_winner(store):
     assert {HEALER_NAME, "trials.csv", "tuning.md", "study.journal", "plots"} <= names
     assert find_healer(parent.info.run_id, Driver(Console("quiet")).store) == found.healer
     # The default trial is the healing that `heal` does of the same checkpoint.
+    assert math.isfinite(found.healer.rank_recovery_pct)
     (checkpoint,) = (store / "out").rglob("checkpoint_post_treatment.pt")
     (outcome,) = heal(
         HealConfig(collapsed_checkpoint=str(checkpoint), seed=100, healing_steps=2,
-                   probe_tokens=512, verbosity="quiet", output_dir=str(store / "out"))
+                   probe_tokens=2048, verbosity="quiet", output_dir=str(store / "out"))
     )  # fmt: skip
     assert found.trials[0].loss == outcome.summary()["final_loss"]
     assert found.trials[0].rank_recovery_pct == outcome.summary()["rank_recovery_pct"]
