@@ -26,7 +26,8 @@ from healing.config.options import Options, option, ordered_names
 ANSWERS = {
     "main": "models revision deduped arms seeds noise_match noise_rank control_draws ray_of sham "
     "basin healing_steps healing_lr attack_steps corpus tokenizer text_column split_rule "
-    "batch_size sequence_length measurement_interval workers -device -cache_dir -output_dir -verbosity",
+    "batch_size sequence_length measurement_interval workers -device -cache_dir -output_dir "
+    "-verbosity",
     "attack": "model revision deduped tokenizer corpus max_documents text_column split_rule ~seed "
     "batch_size sequence_length probe_tokens measurement_interval ~measurements threads "
     "-device -cache_dir -output_dir -verbosity arm attack_steps attack_optimizer attack_lr "
