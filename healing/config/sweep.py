@@ -60,9 +60,9 @@ class SweepConfig(TrainingOptions, DeviceOptions, CacheOptions, OutputOptions):
     noise_match: str = option(
         AUTO,
         "What damage controls share with the haep attack of the same seed: the weight change per "
-        "tensor (norm), or the damage: the probe's loss, rank, or both; auto = loss for "
-        "gaussian_noise and rotated_change, which leave the rank too high at every strength, rank "
-        "for the others.",
+        "tensor (norm), or the damage: the probe's loss, rank, or both; auto = rank, but loss for "
+        "gaussian_noise and norm for rotated_change, which leave the rank too high at every "
+        "strength.",
         choices=(AUTO, *MATCHES),
     )
     noise_rank: int = option(1, NOISE_RANK_HELP, minimum=1)

@@ -195,6 +195,8 @@ def attacked(tiny, tmp_path) -> tuple[str, dict[str, torch.Tensor]]:
 
 def test_a_ray_ends_in_its_attack_and_begins_in_the_healthy_model(tiny, corpus, attacked):
     path, state = attacked
+    with torch.no_grad():  # so far from the attack's that W₀ + (W − W₀) is not W in float32
+        tiny.model.gpt_neox.final_layer_norm.weight.mul_(1e5)
     change = WeightChange(tiny.model)
     arm = prepare_arm(settings("ray", direction_checkpoint=path), tiny, corpus, change).arm
     for strength, expected in ((1.0, state), (0.0, change.healthy)):

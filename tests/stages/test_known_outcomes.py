@@ -9,6 +9,7 @@ import pytest
 from healing.config.attack import AttackConfig
 from healing.config.heal import HealConfig
 from healing.config.resolve import resolve_from_presets
+from healing.errors import MatchError
 from healing.models.checkpoints import save_checkpoint
 from healing.stages.cells.attack import attack_cell
 from healing.stages.cells.events import outcome_of
@@ -101,3 +102,48 @@ def test_negative_control_rank_one_and_a_tiny_budget_do_not_heal(tmp_path):
     assert found["collapsed_rank"] < 1.5
     assert found["rank_recovery_pct"] < 20
     assert found["verdict"] == "irreversible pathology"
+
+
+@pytest.fixture(scope="module")
+def haep(tmp_path_factory) -> tuple[str, float]:
+    """Checkpoint of nano after haep, seed 0, and its rank."""
+    attacked = outcome_of(attack_cell(resolve_from_model(AttackConfig(model="nano", arm="haep"))))
+    path = tmp_path_factory.mktemp("reference") / "haep.pt"
+    save_checkpoint(path, attacked.loaded.model, 0, "haep", {"model": "nano", "arm": "haep"})
+    return str(path), attacked.collapsed.effective_rank
+
+
+@pytest.mark.parametrize(
+    ("arm", "options"),
+    [
+        ("low_rank_noise", {}),
+        ("low_rank_noise", {"noise_rank": 4}),
+        ("sharpened_spectrum", {}),
+    ],
+)
+def test_structured_controls_reach_the_rank_of_haep(haep, arm, options):
+    path, rank = haep
+    config = AttackConfig(model="nano", arm=arm, match="rank", reference_checkpoint=path, **options)
+    outcome = outcome_of(attack_cell(resolve_from_model(config)))
+    # The cell measures once more when the search is over.
+    assert outcome.collapsed.effective_rank == pytest.approx(rank, rel=0.02)
+    # At that rank they do a fraction of haep's loss (20.3), whatever the knowledge lost.
+    assert 6.0 < outcome.collapsed.loss < 12.0
+
+
+@pytest.mark.parametrize("arm", ["gaussian_noise", "rotated_change"])
+def test_changes_without_a_direction_reach_it_at_no_strength(haep, arm):
+    path, rank = haep
+    config = AttackConfig(model="nano", arm=arm, match="rank", reference_checkpoint=path)
+    with pytest.raises(MatchError, match="the rank stays between 3") as refused:
+        outcome_of(attack_cell(resolve_from_model(config)))
+    lowest = float(str(refused.value).split("between ")[1].split()[0])
+    assert lowest > 1.2 * rank
+
+
+def test_the_untrained_model_has_more_rank_than_any_collapsed_one_and_knows_nothing():
+    """Rank alone is no health: 37.9 of the healthy 42.9, at the loss of a uniform guess."""
+    config = resolve_from_model(AttackConfig(model="nano", arm="reinitialised"))
+    outcome = outcome_of(attack_cell(config))
+    assert outcome.collapsed.effective_rank > 0.8 * outcome.healthy.effective_rank
+    assert outcome.collapsed.loss == pytest.approx(math.log(2048), abs=0.05)

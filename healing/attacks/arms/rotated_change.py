@@ -13,7 +13,7 @@ SHORT = "rotated"
 ROLE = "damage_control"
 COLOUR = "#882255"
 MARKER = "d"
-MATCHES = ("loss", "norm", "rank", "rank+loss")
+MATCHES = ("norm", "rank", "rank+loss", "loss")
 OPTIONS = ("noise_draw",)
 NEEDS = ("reference",)
 
