@@ -39,7 +39,7 @@ from healing.stages.dry_run.peak_memory import (
 from healing.stages.dry_run.plan import attack_plan, heal_plan
 from healing.stages.dry_run.shapes_only import shapes_only
 from healing.stages.dry_run.stage import dry_run
-from healing.stages.dry_run.tensor_bytes import Usage
+from healing.stages.dry_run.tensor_bytes import Usage, peaks
 
 pytestmark = pytest.mark.slow
 
@@ -73,7 +73,7 @@ def test_a_storage_counts_from_its_birth_to_its_end_once():
         del a  # its storage lives in the view
         with usage.phase("view"):
             view.mul_(2)
-    totals = {name: sum(kinds.values()) for name, kinds in usage.peaks.items()}
+    totals = {name: sum(kinds.values()) for name, kinds in peaks(usage.moments).items()}
     assert totals == {"both": 6_000_000, "one": 4_000_000, "view": 4_000_000}
 
 
