@@ -6,6 +6,7 @@ import json
 import math
 import pathlib
 import pickle
+from collections import OrderedDict
 from dataclasses import replace
 
 import pytest
@@ -18,6 +19,7 @@ from healing.config.resolve import resolve_from_presets
 from healing.config.summarize import SummarizeConfig
 from healing.config.sweep import SweepConfig
 from healing.errors import CheckpointError, MatchError, SweepError, TrackingError
+from healing.measurements import kept_measurements
 from healing.measurements.probe import Probe
 from healing.models.blocks import transformer_blocks
 from healing.models.checkpoints import CHECKPOINT_NAME, read_checkpoint
@@ -443,6 +445,8 @@ def test_what_a_failed_run_measured_is_kept_with_it(store, checkpoint, monkeypat
         "heal": lambda: heal(heal_config(collapsed_checkpoint=str(checkpoint))),
         "attack": lambda: make_attack(seed=1, attack_steps=12),
     }
+    # What other tests of this process have measured already is not taken: calls are counted.
+    monkeypatch.setattr(kept_measurements, "_KEPT", OrderedDict())
     monkeypatch.setattr(Probe, "measure", failing)
     with pytest.raises(RuntimeError, match="out of luck"):
         stages[stage]()
