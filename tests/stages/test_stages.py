@@ -686,7 +686,7 @@ def test_summary_of_a_query_with_a_failed_run(store, checkpoint):
     names = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
     figures = ("mean_recovery", "final_recovery", "half_recovery", "recovery_against_parameters")
     assert names == {
-        "summary.json", "summary.csv", "summary.md", "report.html",
+        "summary.json", "summary.csv", "summary.md", "report.html", "budgets.csv", "measures.csv",
         *(f"figures/{f}.{kind}" for f in figures for kind in ("png", "pdf")),
         "paper/recovery_table.tex", "paper/recovery_macros.tex", "paper/fig_recovery.pdf",
         "paper/fig_recovery.png", "paper/addressing_irreversibility.tex",
