@@ -19,6 +19,7 @@ from findings.runs import COLUMNS
 from healing.config.arm_tags import SHAM_ARM
 from healing.measurements.recovery import REVERSIBLE_ABOVE, recovery_pct
 from healing.statistics.intervals import Interval, t_interval
+from healing.statistics.verdicts import GroupVerdict, group_verdict, others_at_most
 
 HEALTHY = -1
 """Step of the healthy state's row."""
@@ -133,6 +134,10 @@ class Group:
         """Student t interval of the mean recovery, percent."""
         return t_interval(self.recoveries(measure))
 
+    def verdict(self) -> GroupVerdict:
+        """By the project's rule for groups (docs/method.md): stricter than the protocol's."""
+        return group_verdict(self.recoveries())
+
     def above(self, limit: float = REVERSIBLE_ABOVE) -> int:
         """Checkpoints whose rank recovery lies above a limit."""
         return sum(value > limit for value in self.recoveries())
@@ -143,10 +148,10 @@ class Group:
         return float(np.mean([run.states[at][measure] for run in self.runs]))
 
 
-def share_bounds(count: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Clopper–Pearson bounds of a share, two-sided, in percent."""
-    found = stats.binomtest(count, n).proportion_ci(confidence, method="exact")
-    return 100.0 * found.low, 100.0 * found.high
+def share_bounds(count: int, n: int) -> tuple[float, float]:
+    """Clopper–Pearson bounds of a share, percent; 95 % one-sided each way."""
+    low = 1.0 - float(others_at_most(count, n))
+    return 100.0 * low, 100.0 * float(others_at_most(n - count, n))
 
 
 def group(runs: Sequence[Run], model: str, arm: str, healer: str, step: int) -> Group | None:

@@ -15,7 +15,7 @@ _ATTACK = {"measurement_interval": 1, "rayleigh_draws": 0}
 
 _LOW_RANK = Arm("low_rank_noise", {"match": "rank", "noise_rank": 4}, reference="haep")
 
-PARTS = {
+PARTS: dict[str, Part] = {
     "nano": Part(
         "nano",
         (
@@ -32,6 +32,7 @@ PARTS = {
         20,
         _ATTACK,
         {"threads": 1},
+        "35d55ec",
     ),
     "micro": Part(
         "micro",
@@ -66,3 +67,8 @@ PARTS = {
         {"threads": 1},
     ),
 }
+
+
+def part_of(model: str) -> Part:
+    """The part of a model, as the tables call it."""
+    return next(part for part in PARTS.values() if part.model == model)

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from healing.config.arm_tags import arm_label
+
 STRONG = "strong"
 """The healer whose results answer the question: the tuner's winner, frozen before."""
 SCRATCH_ARM = "reinitialised"
@@ -48,6 +50,7 @@ class Part:
         interval: Healing steps between measurements.
         attack: Options of every attack.
         shared: Options of attack and healing.
+        commit: Of the code and the protocol that its table was made by; empty = not run.
     """
 
     model: str
@@ -58,12 +61,18 @@ class Part:
     interval: int
     attack: Mapping[str, Any] = field(default_factory=dict)
     shared: Mapping[str, Any] = field(default_factory=dict)
+    commit: str = ""
 
     @property
     def budgets(self) -> tuple[int, ...]:
         """Steps at which a verdict is read: the whole budget and its halves down to a sixteenth."""
         halves = [self.steps // 2**i for i in range(4, -1, -1)]
         return tuple(step for step in halves if step and step % self.interval == 0)
+
+    def arm_name(self, arm: str) -> str:
+        """What an arm is called in the findings."""
+        rank = next(a.settings.get("noise_rank", 0) for a in self.arms if a.name == arm)
+        return arm_label(arm) + (f" (rank {rank})" if rank else "")
 
     def chains(self, seed: int) -> list[tuple[Arm, ...]]:
         """Arms of a seed that must run in one process: each that needs no other, and those that are

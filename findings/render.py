@@ -24,10 +24,11 @@ from findings.estimates import (
     share_bounds,
 )
 from findings.figure import draw
-from findings.parts import PARTS
+from findings.parts import PARTS, part_of
 from findings.protocol import PRESET, SCRATCH_ARM, STRONG
-from healing.config.arm_tags import SHAM_ARM, arm_label
-from healing.measurements.recovery import IRREVERSIBLE_BELOW, REVERSIBLE_ABOVE
+from healing.config.arm_tags import SHAM_ARM
+from healing.measurements.recovery import IRREVERSIBLE_BELOW, REVERSIBLE_ABOVE, Verdict
+from healing.reporting.verdict_sentences import OUTCOMES
 from healing.statistics.intervals import Interval, t_interval
 from healing.statistics.paired_tests import holm_adjust
 
@@ -51,7 +52,7 @@ def bounds(interval: Interval, digits: int = 0) -> str:
 def _count(own: Group) -> str:
     """How many lie above 70 %, and what that says of others."""
     k = own.above()
-    low, high = share_bounds(k, own.n, 0.90)  # one-sided 95 % each
+    low, high = share_bounds(k, own.n)
     bound = f"at least {low:.0f} %" if k == own.n else f"{low:.0f} to {high:.0f} %"
     return f"{k} of {own.n} ({bound})"
 
@@ -69,17 +70,27 @@ def verdict(own: Group, scratch: Group | None) -> str:
     found, k = own.interval(), own.above()
     if math.isnan(found.low) or own.n < 5:
         return "no verdict: too few checkpoints"
-    above = found.low > REVERSIBLE_ABOVE and share_bounds(k, own.n, 0.90)[0] > 50
+    above = found.low > REVERSIBLE_ABOVE and share_bounds(k, own.n)[0] > 50
     if above and beats_scratch(own, scratch) is not False:
         return "heals"
     low = sum(value < IRREVERSIBLE_BELOW for value in own.recoveries())
-    if found.high < IRREVERSIBLE_BELOW and share_bounds(low, own.n, 0.90)[0] > 50:
+    if found.high < IRREVERSIBLE_BELOW and share_bounds(low, own.n)[0] > 50:
         return "does not heal within this budget"
     return "no verdict: neither under 20 nor over 70 % with certainty"
 
 
+def strict(own: Group) -> str:
+    """The same by the rule that is wrong in at most 5 % of the regimes simulated."""
+    found = own.verdict()
+    if found.verdict in OUTCOMES:
+        return OUTCOMES[found.verdict]
+    if found.verdict is Verdict.TOO_FEW and found.n_needed:
+        return f"too few: takes {found.n_needed} that agree"
+    return "undecided"
+
+
 def _arms(runs: Sequence[Run], model: str) -> list[str]:
-    part = next(p for p in PARTS.values() if p.model == model)
+    part = part_of(model)
     there = {r.arm for r in runs if r.model == model}
     return [arm.name for arm in part.arms if arm.name in there]
 
@@ -95,7 +106,7 @@ def _damage_table(runs: Sequence[Run], models: Sequence[str]) -> Iterator[str]:
             steps = [int(run.facts["attack_steps"]) for run in own.runs]
             distance = [float(run.facts["weight_change"]) for run in own.runs]
             yield (
-                f"| {model} | {arm_label(arm)} | {own.n} | {own.mean('effective_rank'):.1f} "
+                f"| {model} | {part_of(model).arm_name(arm)} | {own.n} | {own.mean('effective_rank'):.1f} "
                 f"({own.mean('effective_rank', -1):.1f}) | {own.mean('loss'):.1f} "
                 f"({own.mean('loss', -1):.2f}) | {min(steps)}–{max(steps)} | "
                 f"{min(distance):.2f}–{max(distance):.2f} |"
@@ -105,9 +116,9 @@ def _damage_table(runs: Sequence[Run], models: Sequence[str]) -> Iterator[str]:
 def _recovery_table(runs: Sequence[Run], models: Sequence[str]) -> Iterator[str]:
     yield (
         "| model | arm | rank recovery % [95 %] | over 70 % (share of others) | loss above the sham's, "
-        "nats | accuracy % (sham) | by the protocol |"
+        "nats | accuracy % (sham) | by the protocol | by docs/method.md |"
     )
-    yield "|---|---|---|---|---|---|---|"
+    yield "|---|---|---|---|---|---|---|---|"
     for model in models:
         last = _last(runs, model)
         sham = sham_of(runs, model, STRONG, last)
@@ -121,9 +132,9 @@ def _recovery_table(runs: Sequence[Run], models: Sequence[str]) -> Iterator[str]
             reference = f"{sham.mean('accuracy'):.1f}" if sham else "–"
             said = "yardstick" if arm == SCRATCH_ARM else verdict(own, scratch)
             yield (
-                f"| {model} | {arm_label(arm)} | {shown[0]} | {shown[1]} | "
+                f"| {model} | {part_of(model).arm_name(arm)} | {shown[0]} | {shown[1]} | "
                 f"{bounds(known, 2) if known else '–'} | {own.mean('accuracy'):.1f} "
-                f"({reference}) | {said} |"
+                f"({reference}) | {said} | {'–' if arm == SCRATCH_ARM else strict(own)} |"
             )
 
 
@@ -134,7 +145,7 @@ def _last(runs: Sequence[Run], model: str) -> int:
 def _budget_table(runs: Sequence[Run], models: Sequence[str]) -> Iterator[str]:
     """Rank recovery of HAEP as a function of the budget and of the healer."""
     for model in models:
-        part = next(p for p in PARTS.values() if p.model == model)
+        part = part_of(model)
         yield "| " + " | ".join([f"{model}: steps", *map(str, part.budgets)]) + " |"
         yield "|---" * (1 + len(part.budgets)) + "|"
         for arm in _arms(runs, model):
@@ -143,7 +154,7 @@ def _budget_table(runs: Sequence[Run], models: Sequence[str]) -> Iterator[str]:
                 if arm in (SHAM_ARM, SCRATCH_ARM) or not all(found):
                     continue
                 cells = [bounds(g.interval()) for g in found if g]
-                name = f"{arm_label(arm)}, {healer} healer"
+                name = f"{part.arm_name(arm)}, {healer} healer"
                 yield "| " + " | ".join([name, *cells]) + " |"
         yield ""
 
@@ -152,11 +163,9 @@ def _contrasts(runs: Sequence[Run], models: Sequence[str]) -> Iterator[str]:
     """HAEP minus each control, points of rank recovery, Holm over all of them."""
     rows, values = [], []
     for model in models:
-        part = next(p for p in PARTS.values() if p.model == model)
+        part = part_of(model)
         last = _last(runs, model)
-        for control in _arms(runs, model):
-            if control in (TREATMENT, SHAM_ARM, SCRATCH_ARM):
-                continue
+        for control in _controls(runs, model):
             for step in (part.steps // 4, last):
                 pair = [group(runs, model, arm, STRONG, step) for arm in (TREATMENT, control)]
                 if not all(pair):
@@ -175,7 +184,7 @@ def _contrasts(runs: Sequence[Run], models: Sequence[str]) -> Iterator[str]:
         model, control, step, differences, found = row
         inside = found.low > -MARGIN and found.high < MARGIN
         yield (
-            f"| {model} | {arm_label(control)} | {step} | {bounds(found, 1)} | {len(differences)} | "
+            f"| {model} | {part_of(model).arm_name(control)} | {step} | {bounds(found, 1)} | {len(differences)} | "
             f"{p:.2g} | {'yes' if inside else 'no'} | {pairs_needed(differences) or '–'} |"
         )
 
@@ -191,7 +200,7 @@ def _panel(runs: Sequence[Run], models: Sequence[str]) -> Iterator[str]:
             if own is None or arm in (SHAM_ARM, SCRATCH_ARM):
                 continue
             cells = [bounds(own.interval(measure)) for measure in MEASURES]
-            yield f"| {model} | {arm_label(arm)} | " + " | ".join(cells) + " |"
+            yield f"| {model} | {part_of(model).arm_name(arm)} | " + " | ".join(cells) + " |"
 
 
 def distance_correlation(
@@ -236,11 +245,26 @@ def disagreeing(runs: Sequence[Run], models: Sequence[str]) -> list[str]:
     return found
 
 
+def _controls(runs: Sequence[Run], model: str) -> list[str]:
+    return [a for a in _arms(runs, model) if a not in (TREATMENT, SHAM_ARM, SCRATCH_ARM)]
+
+
+def _beside(runs: Sequence[Run], model: str, own: Group) -> str:
+    """HAEP minus each control at the end of the budget, in a sentence."""
+    said = []
+    for control in _controls(runs, model):
+        other = group(runs, model, control, STRONG, own.step)
+        if other is not None:
+            found = t_interval(paired(own, other))
+            said.append(f"{part_of(model).arm_name(control)} {bounds(found, 1)}")
+    return f" HAEP minus its controls, points: {'; '.join(said)}." if said else ""
+
+
 def answer(runs: Sequence[Run], models: Sequence[str]) -> str:
     """The answer in a few sentences, as README and findings begin."""
     said = []
     for model in models:
-        part = next(p for p in PARTS.values() if p.model == model)
+        part = part_of(model)
         last = _last(runs, model)
         own = group(runs, model, TREATMENT, STRONG, last)
         sham = sham_of(runs, model, STRONG, last)
@@ -254,7 +278,9 @@ def answer(runs: Sequence[Run], models: Sequence[str]) -> str:
         loss = f", loss {bounds(excess_loss(own, sham), 2)} nats above the sham's" if sham else ""
         said.append(
             f"**{model}**: rank recovery {bounds(own.interval())} % after {last:,} steps "
-            f"({own.n} checkpoints, {own.above()} over 70 %){at_first}{loss}."
+            f"({own.n} checkpoints, {own.above()} over 70 %){at_first}{loss}. By the protocol: "
+            f"{verdict(own, group(runs, model, SCRATCH_ARM, STRONG, last))}; by the stricter rule of "
+            f"docs/method.md: {strict(own)}." + _beside(runs, model, own)
         )
     return "\n".join(f"* {sentence}" for sentence in said)
 
@@ -278,7 +304,9 @@ def page(runs: Sequence[Run], models: Sequence[str]) -> str:
         "# Findings",
         "",
         "Written by `make findings` from `findings/tables/*.csv`: every number is computed, none is "
-        "typed. Protocol, fixed before: [protocol.md](protocol.md).",
+        "typed. Protocol, fixed before: [protocol.md](protocol.md); the runs were made by "
+        + ", ".join(f"commit {part_of(m).commit} ({m})" for m in models)
+        + ", which holds the protocol as it was.",
         "",
         "## Answer",
         "",
@@ -303,7 +331,9 @@ def page(runs: Sequence[Run], models: Sequence[str]) -> str:
         *_recovery_table(runs, models),
         "",
         '"Over 70 %" counts checkpoints, with the share of other attacks that this allows (Clopper–'
-        "Pearson, 95 % one-sided each way). The sham is the healthy model through the same steps.",
+        "Pearson, 95 % one-sided each way). The sham is the healthy model through the same steps. The protocol asks that more than "
+        "half of others do the same; the rule of [method.md](method.md) asks that the mean stay on its side though all others that the "
+        "count allows did the opposite.",
         "",
         "## The verdict is the budget's and the healer's",
         "",
@@ -313,8 +343,8 @@ def page(runs: Sequence[Run], models: Sequence[str]) -> str:
         *_contrasts(runs, models),
         "",
         f"Spearman's correlation of rank recovery with weight distance at the start: over all arms {far}; "
-        f"among HAEP and its fine-tuning controls alone {near}. Where the first is strong and the second "
-        "is not, arms differ in both, and distance need not be the cause.",
+        f"among HAEP and its fine-tuning controls alone {near}. Recovery goes with how far the weights were moved; what "
+        "arms differ in beside that, and what is cause, a correlation does not say.",
         "",
         "## By other measures",
         "",

@@ -62,7 +62,7 @@ def test_recoveries_counts_and_intervals_by_hand(table):
     assert (found.low, found.high) == pytest.approx(expected)
     assert own.above() == 10
     # 10 of 10: the share p with p^10 = 0.05.
-    assert estimates.share_bounds(10, 10, 0.90)[0] == pytest.approx(100 * 0.05**0.1)
+    assert estimates.share_bounds(10, 10)[0] == pytest.approx(100 * 0.05**0.1)
     sham = estimates.sham_of(runs, "nano", STRONG, 60)
     assert estimates.excess_loss(own, sham).point == pytest.approx(0.545)
     control = estimates.group(runs, "nano", "random_tokens", STRONG, 60)
@@ -101,6 +101,21 @@ def test_verdict_needs_rank_and_knowledge(tmp_path, rank, scratch_loss, said):
     assert render.verdict(own, scratch).startswith(said)
 
 
+@pytest.mark.parametrize(("n", "said"), [(11, "too few: takes 12"), (12, "over 70 % recovered")])
+def test_the_stricter_rule_asks_that_the_mean_stay_though_the_others_did_the_opposite(
+    tmp_path, n, said
+):
+    # Up to 1 - 0.05^(1/n) of others: at 91 % twelve leave 70.9 if these do not heal, eleven 69.3.
+    rows = []
+    for seed in range(n):
+        rows += trajectory(38.2 + 0.001 * seed, 4.0, seed=seed)
+    estimates.write(tmp_path / "t.csv", rows)
+    own = estimates.group(estimates.read(tmp_path / "t.csv"), "nano", "haep", STRONG, 60)
+    assert render.strict(own).startswith(said)
+    worst = own.interval().point * 0.05 ** (1 / n)
+    assert (worst > 70.0) == (n == 12)
+
+
 def test_a_page_is_written_from_its_table_alone_and_twice_alike(table, tmp_path):
     pages = []
     for name in ("a", "b"):
@@ -110,6 +125,7 @@ def test_a_page_is_written_from_its_table_alone_and_twice_alike(table, tmp_path)
     assert pages[0] == pages[1]
     text = pages[0][0].decode()
     assert "rank recovery 84 [82, 87] % after 60 steps (10 checkpoints, 10 over 70 %)" in text
+    assert "HAEP minus its controls, points: random tokens 2.0 [" in text
 
 
 def test_the_committed_page_is_what_the_committed_tables_give(tmp_path):
