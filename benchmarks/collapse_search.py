@@ -26,7 +26,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from healing.config.attack import AttackConfig
-from healing.config.fingerprint import as_params
 from healing.config.heal import HealConfig
 
 KEPT = ("effective_rank", "loss", "participation_ratio", "stable_rank", "weight_change")
@@ -68,7 +67,7 @@ def _run(cell: Any) -> tuple[list[dict[str, float]], Any]:
 
 def run_task(task: Task) -> Iterator[dict[str, Any]]:
     """Rows of one attack and of its healing runs."""
-    from healing.models.checkpoints import save_checkpoint
+    from findings.runs import keep_collapsed
     from healing.stages.cells.attack import attack_cell
     from healing.stages.cells.heal import heal_cell, resolve_from_checkpoint
     from healing.stages.cells.heal_outcome import HealCell
@@ -94,12 +93,7 @@ def run_task(task: Task) -> Iterator[dict[str, Any]]:
         return
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "checkpoint.pt"
-        made = {
-            **as_params(config),
-            "fingerprint": found.fingerprint,
-            "healthy_digest": found.loaded.digest,
-        }
-        save_checkpoint(path, found.loaded.model, found.last.step, "search", made)
+        keep_collapsed(found, path)
         name = "" if config.arm == "none" else str(path)
         del found
         for settings in task.healing:

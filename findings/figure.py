@@ -58,7 +58,7 @@ def draw(runs: Sequence[Run], models: Sequence[str], path: pathlib.Path) -> None
         path: Of the file; the same runs give the same bytes.
     """
     with figure(path, len(models), 2, (9.0, 3.1 * len(models))) as (_, axes):
-        for (left, right), model in zip(np.reshape(axes, (len(models), 2)), models, strict=True):
+        for left, right, model in zip(axes[::2], axes[1::2], models, strict=True):
             own = [r for r in runs if r.model == model and r.healer == STRONG]
             last = max(r.last for r in own)
             arms = list(dict.fromkeys(r.arm for r in own if r.arm != SHAM_ARM))

@@ -343,8 +343,8 @@ def page(runs: Sequence[Run], models: Sequence[str]) -> str:
         *_contrasts(runs, models),
         "",
         f"Spearman's correlation of rank recovery with weight distance at the start: over all arms {far}; "
-        f"among HAEP and its fine-tuning controls alone {near}. Recovery goes with how far the weights were moved; what "
-        "arms differ in beside that, and what is cause, a correlation does not say.",
+        f"among HAEP and its fine-tuning controls alone {near}. Distance does not decide alone: outside the protocol, noise of "
+        "rank 1 that reaches HAEP's rank moves the weights farther than HAEP and heals as well (LOG.md).",
         "",
         "## By other measures",
         "",
@@ -357,7 +357,9 @@ def page(runs: Sequence[Run], models: Sequence[str]) -> str:
 
 
 def _conclusions(runs: Sequence[Run], models: Sequence[str]) -> Iterator[str]:
-    healed, open_, not_healed = [], [], []
+    healed: list[str] = []
+    open_: list[str] = []
+    not_healed: list[str] = []
     for model in models:
         last = _last(runs, model)
         own = group(runs, model, TREATMENT, STRONG, last)

@@ -64,7 +64,7 @@ def _attacked(part: Part, arm: Arm, seed: int, reference: str, **place: Any) -> 
     return outcome_of(attack_cell(config))
 
 
-def _kept(outcome: AttackOutcome, path: pathlib.Path) -> None:
+def keep_collapsed(outcome: AttackOutcome, path: pathlib.Path) -> None:
     """The collapsed weights, with what a later cell asks of their origin."""
     config = outcome.config
     made = {
@@ -131,7 +131,7 @@ def chain_rows(
             checkpoint, record, own = "", None, ""
             if arm.name != SHAM_ARM:
                 attacked = _attacked(part, arm, seed, reference, **place)
-                _kept(attacked, path)
+                keep_collapsed(attacked, path)
                 checkpoint, record, own = str(path), attacked.last, attacked.fingerprint
                 del attacked  # its model: the healing run loads one of its own
             for healer in healers:
