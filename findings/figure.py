@@ -10,8 +10,9 @@ from matplotlib.axes import Axes
 
 from findings.estimates import Group, Run, group, sham_of
 from findings.protocol import SCRATCH_ARM, STRONG
-from healing.config.arm_tags import SHAM_ARM, arm_label
+from healing.config.arm_tags import SHAM_ARM, arm_label, arm_role
 from healing.measurements.recovery import IRREVERSIBLE_BELOW, REVERSIBLE_ABOVE
+from healing.registry import DAMAGE_CONTROL
 from healing.reporting.plots.style import arm_style, figure
 
 
@@ -23,7 +24,10 @@ def _drawn(ax: Axes, runs: Sequence[Run], values: Sequence[Sequence[float]], arm
     steps, (colour, _) = _steps(runs), arm_style(arm)
     for line in values:
         ax.plot(steps, line, color=colour, alpha=0.25, linewidth=0.8)
-    ax.plot(steps, np.mean(values, axis=0), color=colour, label=arm_label(arm), linewidth=2)
+    # Two arms are green: what is matched to HAEP is dashed.
+    style = "--" if arm_role(arm) == DAMAGE_CONTROL else "-"
+    mean, label = np.mean(values, axis=0), arm_label(arm)
+    ax.plot(steps, mean, style, color=colour, label=label, linewidth=2)
 
 
 def _rank(ax: Axes, found: Sequence[Group]) -> None:

@@ -123,7 +123,8 @@ def budget_sentence(group: GroupSummary) -> str:
         low = run[0].verdict.side in (Verdict.IRREVERSIBLE, Verdict.FURTHER)
         shown = run[-1] if low else run[0]
         at = "within" if low and outcome != "undecided" else "at"
-        counted = ", by count alone" if shown.verdict.verdict == Verdict.TOO_FEW else ""
+        few = shown.verdict.verdict == Verdict.TOO_FEW
+        counted = f", in all {shown.verdict.n}, too few for a verdict" if few else ""
         parts.append(f"{outcome} {at} {shown.step} ({shown.verdict.interval.point:.1f} %{counted})")
     return f"By budget, in steps (mean rank recovery): {', '.join(parts)}."
 

@@ -89,7 +89,7 @@ def test_the_verdict_is_told_as_a_function_of_the_budget() -> None:
     said = budget_sentence(pool(runs).groups[0])
     assert said == (
         "By budget, in steps (mean rank recovery): recovered in part at 120 (30.0 %), "
-        "over 70 % recovered at 240 (75.0 %, by count alone)."
+        "over 70 % recovered at 240 (75.0 %, in all 20, too few for a verdict)."
     )
     steps = (0, 15, 30, 60, 120, 480)
     low = (0.0, 1.0, 2.0, 5.0, 12.0, 45.0)
