@@ -98,8 +98,8 @@ def test_the_verdict_is_told_as_a_function_of_the_budget() -> None:
         for i in range(30)
     ]
     assert budget_sentence(pool(runs).groups[0]) == (
-        "By budget, in steps (mean rank recovery): not recovered within 120 (12.0 %, by count "
-        "alone), recovered in part at 480 (45.0 %)."
+        "By budget, in steps (mean rank recovery): not recovered within 120 (12.0 %, in all "
+        "30, too few for a verdict), recovered in part at 480 (45.0 %)."
     )
 
 
