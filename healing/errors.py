@@ -35,6 +35,10 @@ class TrackingError(HealingError, RuntimeError):
     """The tracking store cannot be reached, or a run or artifact is not in it."""
 
 
+class OutputError(HealingError, RuntimeError):
+    """The local folder for results cannot be written."""
+
+
 class SweepError(HealingError, RuntimeError):
     """Some cells of a sweep failed."""
 

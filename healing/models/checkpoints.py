@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import math
 import os
@@ -156,20 +157,26 @@ def save_checkpoint(
 
     The file appears whole or not at all (written beside, then renamed). Tied weights are under each
     of their names, stored once.
+
+    Raises:
+        OSError: It cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    torch.save(
-        {
-            "step": step,
-            "model_state_dict": cpu_state(model),
-            "checkpoint_type": kind,
-            "description": description,
-            "config": config,
-        },
-        partial,
-    )
-    partial.replace(path)
+    content = {
+        "step": step,
+        "model_state_dict": cpu_state(model),
+        "checkpoint_type": kind,
+        "description": description,
+        "config": config,
+    }
+    try:
+        torch.save(content, partial)
+        partial.replace(path)
+    except RuntimeError as error:  # what torch makes of a disk that is full
+        raise OSError(errno.EIO, str(error).partition("\n")[0], str(path)) from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def read_checkpoint(path: pathlib.Path) -> Checkpoint:

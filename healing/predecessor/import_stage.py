@@ -17,6 +17,7 @@ from healing.predecessor.records import LegacyError, LegacyRun
 from healing.predecessor.summarize_stage import LEGACY_RUNS, LEGACY_TAGS
 from healing.stages.terminal.console import Console
 from healing.tracking import queries, run_logger
+from healing.tracking.output_folder import output_folder, require_writable, writing
 from healing.tracking.run_files import write_json
 from healing.tracking.run_logger import RunLogger
 
@@ -191,6 +192,7 @@ def import_results(config: ImportConfig) -> Imported:
     root = pathlib.Path(config.folder).expanduser().resolve()
     with run_logger.start("import neuroentropy", {"stage": STAGE, "role": "parent"}) as parent:
         parent.params(STAGE, as_params(config))
+        require_writable(config.output_dir)
         runs, skipped = read_all(root)
         stored = queries.search(parent.experiment_id, LEGACY_RUNS)
         present = {v.tags.get("fingerprint") for v in stored if v.status == "FINISHED"}
@@ -204,9 +206,10 @@ def import_results(config: ImportConfig) -> Imported:
         known = tuple(r for r in runs if new.get(r.fingerprint) is not r)
         done = Imported(tuple(new.values()), known, tuple(skipped))
         text = report(root, done)
-        folder = pathlib.Path(config.output_dir).expanduser().resolve() / "imports" / parent.run_id
-        folder.mkdir(parents=True)
-        (folder / "import.md").write_text(text)
+        folder = output_folder(config.output_dir) / "imports" / parent.run_id
+        with writing(folder):
+            folder.mkdir(parents=True)
+            (folder / "import.md").write_text(text)
         parent.artifact(folder / "import.md")
         parent.describe(text)
         parent.tags({"runs": len(new), "known_runs": len(known), "skipped_runs": len(skipped)})

@@ -15,6 +15,7 @@ from healing.predecessor.summary import LegacyResult, LegacySummary, summarize_l
 from healing.stages.summarize import LEGACY_TAG
 from healing.stages.terminal.console import Console
 from healing.tracking import queries, run_logger
+from healing.tracking.output_folder import output_folder, require_writable, writing
 from healing.tracking.queries import RunView
 from healing.tracking.run_files import write_json
 from healing.tracking.run_logger import RunLogger
@@ -75,6 +76,17 @@ def _log(run: RunLogger, summary: LegacySummary) -> None:
     run.metrics(numbers)
 
 
+def _write(folder: pathlib.Path, summary: LegacySummary) -> None:
+    write_json(folder / "legacy_summary.json", legacy_summary.as_json(summary))
+    (folder / "legacy_summary.md").write_text(legacy_summary.markdown(summary))
+    rows = legacy_summary.group_rows(summary)
+    if rows:
+        with (folder / "legacy_summary.csv").open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+
+
 def summarize_imported(config: SummarizeConfig) -> LegacySummary:
     """Summarize the predecessor's imported runs; logged and stored as a run of its own.
 
@@ -84,16 +96,11 @@ def summarize_imported(config: SummarizeConfig) -> LegacySummary:
     console = Console(config.verbosity)
     with run_logger.start("legacy summary", {"stage": "summarize", **LEGACY_TAGS}) as run:
         run.params("summarize", as_params(config))
+        require_writable(config.output_dir)
         summary = summarize_legacy(find_results(config), config.confidence)
-        folder = pathlib.Path(config.output_dir).expanduser().resolve() / "summaries" / run.run_id
-        write_json(folder / "legacy_summary.json", legacy_summary.as_json(summary))
-        (folder / "legacy_summary.md").write_text(legacy_summary.markdown(summary))
-        rows = legacy_summary.group_rows(summary)
-        if rows:
-            with (folder / "legacy_summary.csv").open("w", newline="") as stream:
-                writer = csv.DictWriter(stream, list(rows[0]))
-                writer.writeheader()
-                writer.writerows(rows)
+        folder = output_folder(config.output_dir) / "summaries" / run.run_id
+        with writing(folder):
+            _write(folder, summary)
         for path in sorted(folder.iterdir()):
             run.artifact(path)
         _log(run, summary)

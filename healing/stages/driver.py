@@ -28,6 +28,7 @@ from healing.stages.stage import Done, Kept, NoSnapshots, Report, Snapshots, Sta
 from healing.stages.terminal.console import Console, Progress
 from healing.stages.terminal.phase_times import TAG, Clock, PhaseTag, PhaseTimes, metric_name
 from healing.tracking.journal import Journal, OnOutage, give_up
+from healing.tracking.output_folder import output_folder, require_room, require_writable, writing
 from healing.tracking.run import Run
 from healing.tracking.run_files import start_folder
 from healing.tracking.store import MlflowStore, Store
@@ -142,6 +143,7 @@ class Driver:
             try:
                 with progress.listening(heard):
                     progress.enter(PREPARING)
+                    require_writable(stage.output_dir(config))
                     tools = Tools(self.store, functools.partial(self._first, own, config))
                     config = stage.prepare(config, tools)
                     own.prepared(config)
@@ -183,6 +185,7 @@ class Driver:
                 if found is not None:
                     return Done(found.run_id, folder)
             run = own.open(config)
+            require_room(folder, begin.disk)
             kept = self.snapshots.load(folder, begin.fingerprint)
             self._announce(stage, begin, run, folder, fresh=kept is None)
             lines = None if stage.keeps_folder else folder / "metrics.jsonl"
@@ -190,7 +193,8 @@ class Driver:
             outcome, records = self._compute(begin, events, kept, folder, journal, heard)
             heard.computed = True
             progress.enter("files and figures")
-            report = stage.store(outcome, records, folder, run.run_id)
+            with writing(folder):
+                report = stage.store(outcome, records, folder, run.run_id)
             del outcome
         self._finish(stage, report, own, run, folder, heard)
         self.snapshots.drop(folder)
@@ -210,7 +214,8 @@ class Driver:
             run.dataset(name, i.digest, i.context, {"corpus": i.corpus, "split": i.split})
         if not stage.keeps_folder:
             if fresh:
-                start_folder(folder, begin.config)
+                with writing(folder):
+                    start_folder(folder, begin.config)
             run.rescue(folder / "config.json", folder / "metrics.jsonl")
 
     def _compute(
@@ -239,7 +244,7 @@ class Driver:
             answer = None
             if isinstance(event, Record):
                 records.append(event)
-                with heard.times.within("logging"):
+                with heard.times.within("logging"), writing(folder):
                     journal.record(event.step, event.metrics)
                     if event.write is not None:
                         event.write(folder)
@@ -360,7 +365,7 @@ def run_folder(output_dir: str, place: str, name: str) -> pathlib.Path:
             f"{name!r} cannot be the name of a run's folder: what it is made of (arm, model) has "
             "to be plain names"
         )
-    return pathlib.Path(output_dir).expanduser().resolve() / place / name
+    return output_folder(output_dir) / place / name
 
 
 def upload(run: Run, folder: pathlib.Path, artifacts: str | None = None) -> None:

@@ -36,6 +36,7 @@ from healing.statistics.group import GroupSummary
 from healing.statistics.heal_runs import HealRun
 from healing.statistics.summary import Summary, summarize_runs
 from healing.tracking import queries, run_logger
+from healing.tracking.output_folder import output_folder, require_writable, writing
 from healing.tracking.queries import RunView
 from healing.tracking.run import Run
 from healing.tracking.run_files import write_json
@@ -173,6 +174,7 @@ def summarize(
     console = driver.console
     with driver.run_of("summary", {"stage": "summarize"}, parent) as run:
         run.params("summarize", as_params(config))
+        require_writable(config.output_dir)
         with console.waiting("reading the healing runs"):
             found = find_runs(config) if views is None else views
             runs = read_runs(found, console.say, driver.store)
@@ -180,9 +182,9 @@ def summarize(
         with console.waiting(f"statistics of {len(runs)} runs"):
             draws = np.random.default_rng(BOOTSTRAP_SEED)
             summary = summarize_runs(runs, config.confidence, draws)
-        folder = pathlib.Path(config.output_dir).expanduser().resolve() / "summaries" / run.run_id
-        folder.mkdir(parents=True, exist_ok=True)
-        with console.waiting("tables, figures and a report"):
+        folder = output_folder(config.output_dir) / "summaries" / run.run_id
+        with console.waiting("tables, figures and a report"), writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
             _log_groups(run, summary)
             write_summary(folder, summary)
         with console.waiting("uploading"):

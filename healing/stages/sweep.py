@@ -38,6 +38,7 @@ from healing.stages.terminal.console import Cells, Console
 from healing.stages.tuning.healer_files import healers_of
 from healing.statistics.heal_runs import HealRun
 from healing.statistics.summary import Summary
+from healing.tracking.output_folder import require_writable
 from healing.tracking.queries import RunView
 from healing.tracking.run import Run
 
@@ -319,6 +320,7 @@ def sweep(config: SweepConfig, driver: Driver | None = None) -> Summary:
     name = f"{config.models} x {config.arms} x seeds {config.seeds}"
     with driver.process(name, {"stage": "main"}) as run:
         run.params("main", as_params(config))
+        require_writable(config.output_dir)
         roles = {arm: arm_role(arm) for arm in config.arm_list()}
         for arm in (a for a, role in roles.items() if role == DAMAGE_CONTROL):
             if TREATMENT not in roles.values():

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import mlflow
-from mlflow.entities import Run
+from mlflow.entities import LifecycleStage, Run
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from mlflow.utils.rest_utils import http_request, verify_rest_response
@@ -18,7 +18,13 @@ from mlflow.utils.rest_utils import http_request, verify_rest_response
 from healing.errors import TrackingError
 from healing.tracking import ui_view
 from healing.tracking.metric_history import POINTS_PER_PAGE, Point
-from healing.tracking.run_logger import DEFAULT_EXPERIMENT, RunLogger, _one_line, _stored
+from healing.tracking.run_logger import (
+    DEFAULT_EXPERIMENT,
+    RunLogger,
+    _one_line,
+    _stored,
+    require_active,
+)
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,7 @@ def find_experiment(name_or_id: str) -> str:
             f"no experiment {wanted!r} in {mlflow.get_tracking_uri()} (there are: {known}): "
             "name one with --experiment, or set MLFLOW_TRACKING_URI"
         )
+    require_active(found)
     return str(found.experiment_id)
 
 
@@ -115,12 +122,18 @@ def get_run(run_id: str) -> RunView:
         TrackingError: There is none.
     """
     try:
-        return _view(MlflowClient().get_run(run_id))
+        found = MlflowClient().get_run(run_id)
     except MlflowException as error:
         raise TrackingError(
             f"no run {run_id!r} in {mlflow.get_tracking_uri()}: "
             "check the id and MLFLOW_TRACKING_URI"
         ) from error
+    if found.info.lifecycle_stage == LifecycleStage.DELETED:
+        raise TrackingError(
+            f"run {run_id} is deleted in {mlflow.get_tracking_uri()}: restore it with `mlflow runs "
+            f"restore --run-id {run_id}`"
+        )
+    return _view(found)
 
 
 def find_finished(experiment_id: str, fingerprint: str) -> RunView | None:

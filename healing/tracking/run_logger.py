@@ -11,13 +11,24 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import mlflow
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
+from mlflow.entities import (
+    Dataset,
+    DatasetInput,
+    Experiment,
+    InputTag,
+    LifecycleStage,
+    Metric,
+    Param,
+    Run,
+    RunTag,
+)
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
@@ -50,9 +61,30 @@ UNREACHED = (MlflowException, OSError)
 """What MLflow's clients raise where a store, a server or a disk does not take what is sent."""
 
 
+def _says_deleted(error: Exception) -> bool:
+    """Whether a store refuses because an experiment or run is deleted there."""
+    return isinstance(error, MlflowException) and bool(re.search(r"\bdeleted\b", str(error)))
+
+
+def _deleted(restore: str) -> str:
+    return f"is deleted in {mlflow.get_tracking_uri()}: restore it with `mlflow {restore}`"
+
+
+def _restore_experiment(name_or_id: str) -> str:
+    """The command, with the id where the store still knows the name."""
+    found = None
+    with contextlib.suppress(MlflowException):
+        found = MlflowClient().get_experiment_by_name(name_or_id)
+    return f"experiments restore --experiment-id {found.experiment_id if found else name_or_id}"
+
+
 @contextlib.contextmanager
-def _stored(what: str) -> Iterator[None]:
+def _stored(what: str, restore: str = "") -> Iterator[None]:
     """Turn a store's refusal into one line.
+
+    Args:
+        what: Is stored.
+        restore: MLflow's command that brings back what it belongs to.
 
     Raises:
         TrackingError: What could not be stored, where, why, and what to do.
@@ -60,6 +92,11 @@ def _stored(what: str) -> Iterator[None]:
     try:
         yield
     except UNREACHED as error:
+        if restore and _says_deleted(error):
+            raise TrackingError(
+                f"{what} could not be stored, since what it belongs to {_deleted(restore)}, and "
+                "start again; the files written so far stay in the run's local folder"
+            ) from error
         raise TrackingError(
             f"{what} could not be stored in {mlflow.get_tracking_uri()} "
             f"({_one_line(error)[:300]}): make that store reachable and writable, or set "
@@ -94,7 +131,7 @@ class RunLogger:
         self._rescued: tuple[pathlib.Path, ...] = ()
 
     def _send(self, what: str, **content: Any) -> None:
-        with _stored(f"{what} of run {self.run_id}"):
+        with _stored(f"{what} of run {self.run_id}", f"runs restore --run-id {self.run_id}"):
             self._client.log_batch(self.run_id, **content)
 
     def params(self, prefix: str, values: Mapping[str, Any]) -> None:
@@ -222,12 +259,22 @@ def start(name: str, tags: Mapping[str, Any]) -> Iterator[RunLogger]:
     Raises:
         TrackingError: The store cannot be reached.
     """
-    joined = "MLFLOW_RUN_ID" in os.environ
+    run_id = os.environ.get("MLFLOW_RUN_ID")
+    experiment = os.environ.get("MLFLOW_EXPERIMENT_ID")
+    named = experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME", DEFAULT_EXPERIMENT)
     try:
-        if not joined and "MLFLOW_EXPERIMENT_ID" not in os.environ:
-            mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", DEFAULT_EXPERIMENT))
+        if not run_id and not experiment:
+            mlflow.set_experiment(named)
         run = mlflow.start_run(run_name=name)
     except MlflowException as error:
+        if _says_deleted(error) and run_id:
+            why = _deleted(f"runs restore --run-id {run_id}")
+            raise TrackingError(f"run {run_id} {why}, and start again") from error
+        if _says_deleted(error):
+            why = _deleted(_restore_experiment(named))
+            raise TrackingError(
+                f"experiment {named!r} {why}, or set MLFLOW_EXPERIMENT_NAME to another"
+            ) from error
         raise TrackingError(
             f"MLflow store {mlflow.get_tracking_uri()} cannot be used ({_one_line(error)[:200]}): "
             "check MLFLOW_TRACKING_URI"
@@ -265,6 +312,20 @@ def child(
         yield logger
 
 
+def require_active(experiment: Experiment | None) -> None:
+    """Refuse an experiment that is deleted: a store still finds it by its name.
+
+    Raises:
+        TrackingError: With the command that restores it.
+    """
+    if experiment is not None and experiment.lifecycle_stage == LifecycleStage.DELETED:
+        raise TrackingError(
+            f"experiment {experiment.name!r} is deleted in {mlflow.get_tracking_uri()}: restore it "
+            f"with `mlflow experiments restore --experiment-id {experiment.experiment_id}`, or "
+            "name another"
+        )
+
+
 @contextlib.contextmanager
 def start_in(experiment: str, name: str, tags: Mapping[str, Any]) -> Iterator[RunLogger]:
     """A run of its own in the experiment of this name, which is made where there is none.
@@ -274,6 +335,7 @@ def start_in(experiment: str, name: str, tags: Mapping[str, Any]) -> Iterator[Ru
     client = MlflowClient()
     with _stored(f"experiment {experiment!r}"):
         found = client.get_experiment_by_name(experiment)
+        require_active(found)
         wanted = found.experiment_id if found else client.create_experiment(experiment)
     with _created(wanted, name, tags) as logger:
         yield logger
@@ -290,7 +352,8 @@ def _created(
     """A run made through the client; it ends with the block."""
     client = MlflowClient()
     system = {"mlflow.source.type": "LOCAL"}
-    with _stored(f"run {name!r}"):
+    restore = f"experiments restore --experiment-id {experiment_id}"
+    with _stored(f"run {name!r}", restore):
         run = client.create_run(
             experiment_id,
             start_time=start_ms,

@@ -157,6 +157,7 @@ def attack_cell(config: AttackConfig) -> Events[AttackOutcome]:
         counts={"n_params": loaded.n_params},
         inputs=inputs_read(config, corpus.digests, {"attack": "attack", "probe": "probe"}),
         warnings=few_rows_warnings(config, loaded),
+        disk=4 * loaded.n_params,
     )
     enter("healthy measurement")
     probe = probe.remembering(HEALTHY, loaded.model)

@@ -43,6 +43,7 @@ class Begin:
         counts: Numbers of parameters by the name they are logged under.
         inputs: What is read.
         warnings: Sentences for the person who started it.
+        disk: Bytes of weights that the run's folder will hold.
     """
 
     fingerprint: str
@@ -54,6 +55,7 @@ class Begin:
     counts: Mapping[str, int] = field(default_factory=dict)
     inputs: tuple[Input, ...] = ()
     warnings: tuple[str, ...] = ()
+    disk: int = 0
 
 
 @dataclass(frozen=True)

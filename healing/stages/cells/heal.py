@@ -194,6 +194,7 @@ def heal_cell(cell: HealCell) -> Events[tuple[HealOutcome, LoadedModel]]:
         },
         inputs=inputs_read(config, corpus.digests, {"train": "training", "probe": "probe"}),
         warnings=few_rows_warnings(config, loaded),
+        disk=4 * loaded.n_params * config.save_healed,
     )
     enter("healthy measurement")
     probe = probe.remembering(HEALTHY, loaded.model)

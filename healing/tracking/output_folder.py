@@ -1,0 +1,91 @@
+"""The local folder that results are written to: tried before any long work, and what becomes of a
+write that fails.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+
+from safetensors import SafetensorError
+
+from healing.errors import OutputError
+
+_TRIED = bytes(4096)
+
+
+def output_folder(directory: str) -> pathlib.Path:
+    """``--output-dir`` as a path."""
+    return pathlib.Path(directory).expanduser().resolve()
+
+
+def _existing(path: pathlib.Path) -> pathlib.Path:
+    """The path itself, or the nearest folder above that is there."""
+    return next(p for p in (path, *path.parents) if os.path.lexists(p))
+
+
+def require_writable(directory: str) -> None:
+    """Try to write where results will go; nothing is left there.
+
+    Raises:
+        OutputError: It, or what is above it, is a file or cannot be written.
+    """
+    place = _existing(output_folder(directory))
+    if not place.is_dir():
+        raise OutputError(
+            f"--output-dir {directory} cannot be a folder: {place} is a file; name another folder"
+        )
+    try:
+        with tempfile.TemporaryFile(dir=place) as file:
+            file.write(_TRIED)
+            file.flush()
+    except OSError as error:
+        raise OutputError(
+            f"--output-dir {directory} cannot be written ({place}: {_reason(error)}): make it "
+            "writable, free some of its disk, or name another folder"
+        ) from error
+
+
+def require_room(folder: pathlib.Path, needed: int) -> None:
+    """Refuse weights that the disk has no room for, before they are made.
+
+    Args:
+        folder: Where they will be.
+        needed: Bytes.
+
+    Raises:
+        OutputError: Fewer are free.
+    """
+    free = shutil.disk_usage(_existing(folder)).free
+    if needed > free:
+        raise OutputError(
+            f"{folder} is to hold weights of {needed / 1e9:.2g} GB, and {free / 1e9:.2g} GB are "
+            "free on its disk: free some, or name another folder with --output-dir"
+        )
+
+
+def _reason(error: Exception) -> str:
+    words = error.strerror if isinstance(error, OSError) else ""
+    return words or " ".join(str(error).split())[:200] or type(error).__name__
+
+
+@contextlib.contextmanager
+def writing(folder: pathlib.Path) -> Iterator[None]:
+    """Turn a write that fails into one line.
+
+    Raises:
+        OutputError: What could not be written, why, and what to do.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        name = getattr(error, "filename", None) or folder
+        raise OutputError(
+            f"{name} could not be written ({_reason(error)}): free some of its disk, make it "
+            "writable, or name another folder with --output-dir, and start again; what was "
+            "written before stays"
+        ) from error
