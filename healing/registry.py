@@ -27,8 +27,9 @@ NAME = re.compile(r"[a-z][a-z0-9_]{0,30}")
 """Names go into folder names, tags and metrics."""
 BUILT_IN = "built in"
 
-TREATMENT, POSITIVE_CONTROL, CONTROL, DAMAGE_CONTROL, YARDSTICK, SHAM = (
+TREATMENT, MECHANISM, POSITIVE_CONTROL, CONTROL, DAMAGE_CONTROL, YARDSTICK, SHAM = (
     "treatment",
+    "mechanism",
     "positive_control",
     "control",
     "damage_control",
@@ -37,17 +38,23 @@ TREATMENT, POSITIVE_CONTROL, CONTROL, DAMAGE_CONTROL, YARDSTICK, SHAM = (
 )
 ROLES = {
     TREATMENT: (
-        "the attack that the question is about: verdicts are of its groups, the noise is matched "
-        "to it and compared with it, `main --basin` examines its landscape"
+        "the attack that the question is about: verdicts are of its groups, all contrasts are of "
+        "it, the noise is matched to it, `main --basin` examines its landscape"
+    ),
+    MECHANISM: (
+        "the treatment with what it searches for put in by construction: what its theory alone "
+        "does; the second primary contrast"
     ),
     POSITIVE_CONTROL: (
         "does directly what the treatment is meant to cause, by means that the treatment does not "
         "have: shows that the measurement sees the effect"
     ),
-    CONTROL: "the same training without what is special to the treatment",
+    CONTROL: (
+        "the same training without what is special to the treatment; the first primary contrast"
+    ),
     DAMAGE_CONTROL: (
         "harm by other means, of the size of a given attack's: takes a reference, runs after the "
-        "treatment of its seed and is paired with it"
+        "treatment of its seed and is paired with it; secondary contrasts"
     ),
     YARDSTICK: (
         "no attack: a model that knows nothing, healed through the same budget; a collapsed model "
@@ -306,7 +313,8 @@ def _arm_objection(facts: Facts) -> str:
         return f"ROLE is {role!r}, not one of {', '.join(ROLES)}"
     if role == SHAM and not facts.built_in:
         return "the sham is the healthy model itself, there is no second one: choose another ROLE"
-    for name, admissible in (("MATCHES", MATCHES), ("NEEDS", NEEDS)):
+    choices = (("MATCHES", MATCHES), ("NEEDS", NEEDS), ("FORMER_ROLES", tuple(ROLES)))
+    for name, admissible in choices:
         given = facts.get(name, ())
         if not isinstance(given, tuple) or not set(given) <= set(admissible):
             return f"{name} is {given!r}, not a tuple of some of {', '.join(admissible)}"
@@ -320,8 +328,8 @@ def _arm_objection(facts: Facts) -> str:
 ARMS = Registry(
     "healing.attacks.arms", "llm_healing.arms", "arm", ("make",), _arm_order, _arm_objection
 )
-"""``make(context: AttackContext) -> Arm``; ROLE, LABEL, SHORT, COLOUR, MARKER, MATCHES, NEEDS and
-OPTIONS as literals."""
+"""``make(context: AttackContext) -> Arm``; ROLE, FORMER_ROLES (under which runs of it may be stored),
+LABEL, SHORT, COLOUR, MARKER, MATCHES, NEEDS and OPTIONS as literals."""
 METHODS = Registry(
     "healing.training.methods",
     "llm_healing.methods",

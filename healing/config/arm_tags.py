@@ -15,13 +15,17 @@ SHAM_ARM = "none"
 def arm_role(arm: str, tag: str = "") -> str:
     """Role of an arm: by its run's tag, else by its name; ``control`` where neither is known.
 
+    A tag that the arm's file names among its former roles is read as today's role.
+
     Args:
         arm: Name.
         tag: ``arm_role`` of a stored run; empty for one that was stored without.
     """
-    if tag in ROLES:
-        return tag
-    return role_of(ARMS.facts(arm)) if ARMS.known(arm) else CONTROL
+    if not ARMS.known(arm):
+        return tag if tag in ROLES else CONTROL
+    facts = ARMS.facts(arm)
+    outdated = tag not in ROLES or tag in facts.get("FORMER_ROLES", ())
+    return role_of(facts) if outdated else tag
 
 
 def arm_label(arm: str, tag: str = "") -> str:

@@ -1,19 +1,12 @@
-"""Does one arm recover differently from another: paired by seed, superiority and equivalence.
+"""Tests of one mean difference, paired by seed: superiority and equivalence; Holm's adjustment.
 
-The error rates of ``compare_arms``, with normal differences and any dependence between endpoints:
-
-- false "superior" <= alpha: some endpoint whose true mean difference is <= 0 is rejected upwards.
-  Holm rejects such an endpoint upwards only if its one-sided p <= alpha/2; over two endpoints the
-  sum is <= alpha. The same holds for "inferior".
-- false "equivalent" <= alpha: it needs every endpoint to pass its own level-alpha TOST, so that one
-  truly different endpoint fails with probability >= 1 - alpha (intersection-union test).
+What several of them say together, and what a count of pairs adds: ``contrasts/family.py``.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -22,12 +15,10 @@ from numpy.typing import ArrayLike
 from scipy import special
 
 from healing.statistics.intervals import (
-    MAX_UNDEFINED_FRACTION,
     MIN_CHECKPOINTS,
     ClusterMeans,
     FloatArray,
     Interval,
-    UndefinedDataWarning,
     as_vector,
     degeneracy,
     drop_undefined,
@@ -37,7 +28,6 @@ from healing.statistics.intervals import (
 )
 
 Alternative = Literal["two-sided", "greater", "less"]
-Statement = Literal["superior", "inferior", "equivalent", "inconclusive"]
 
 EQUIVALENCE_MARGIN = 10.0
 """Differences within ± this many recovery points count as none."""
@@ -45,8 +35,6 @@ ALPHA = 0.05
 """Overall probability of a false statement of each kind."""
 PRIMARY_ENDPOINTS = ("rank_recovery_pct", "loss_recovery_pct")
 """The family over which superiority is adjusted, fixed in advance."""
-MAX_ENDPOINTS = 2
-"""Above two, directional errors of the Holm step are no longer bounded by the argument above."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,28 +74,6 @@ class EquivalenceTest:
     def equivalent(self) -> bool:
         """Whether both one-sided tests reject; False where undetermined."""
         return self.p_value <= self.alpha
-
-
-@dataclass(frozen=True)
-class EndpointComparison:
-    """One endpoint: its tests and what they say, superiority after the Holm adjustment."""
-
-    endpoint: str
-    superiority: PairedTest
-    p_adjusted: float
-    equivalence: EquivalenceTest
-    n_undefined: int
-    statement: Statement
-    differences: tuple[float, ...] = ()
-    """Treatment minus control of every pair, points; NaN where either side is undefined."""
-
-
-@dataclass(frozen=True)
-class ArmComparison:
-    """What all endpoints say together, and each of them."""
-
-    statement: Statement
-    endpoints: tuple[EndpointComparison, ...]
 
 
 def paired_differences(treatment: ClusterMeans, control: ClusterMeans) -> PairedDifferences:
@@ -224,84 +190,3 @@ def holm_adjust(p_values: ArrayLike) -> FloatArray:
     adjusted = np.empty_like(p)
     adjusted[order] = np.maximum.accumulate(stepped)
     return adjusted
-
-
-def _usable(endpoint: str, differences: FloatArray) -> FloatArray:
-    """Defined differences, or none of them where most are undefined."""
-    defined = drop_undefined(differences)
-    n_undefined = len(differences) - len(defined)
-    if n_undefined <= MAX_UNDEFINED_FRACTION * len(differences):
-        return defined
-    message = f"{endpoint}: {n_undefined} of {len(differences)} pairs undefined; left undecided"
-    warnings.warn(message, UndefinedDataWarning, stacklevel=3)
-    return defined[:0]
-
-
-def _endpoint_statement(
-    superiority: PairedTest, p_adjusted: float, equivalence: EquivalenceTest
-) -> Statement:
-    if equivalence.equivalent:
-        return "equivalent"
-    if not p_adjusted <= equivalence.alpha:  # NaN is not a rejection
-        return "inconclusive"
-    return "superior" if superiority.statistic > 0.0 else "inferior"
-
-
-def _joint_statement(statements: Sequence[Statement]) -> Statement:
-    if all(statement == "equivalent" for statement in statements):
-        return "equivalent"
-    directions = {s for s in statements if s in ("superior", "inferior")}
-    return directions.pop() if len(directions) == 1 else "inconclusive"
-
-
-def compare_arms(
-    differences: Mapping[str, ArrayLike],
-    margin: float = EQUIVALENCE_MARGIN,
-    alpha: float = ALPHA,
-    family: tuple[str, ...] = PRIMARY_ENDPOINTS,
-) -> ArmComparison:
-    """State how a treatment arm recovers against a control, from differences paired by seed.
-
-    Per endpoint: "equivalent" where TOST rejects, else "superior" (recovers more) or "inferior"
-    where the two-sided paired t test rejects after Holm's adjustment, else "inconclusive". A
-    difference that is both significant and inside the margin is thus called equivalent; its
-    adjusted p-value remains in the record. Together: "equivalent" where every endpoint is;
-    "superior" where at least one is and none is inferior, and conversely; else "inconclusive".
-    The level ``alpha`` holds for this joint statement, see the top of the module.
-
-    Args:
-        differences: endpoint name to treatment minus control, points, shape ``(pairs,)`` each;
-            an endpoint with more than half of its pairs undefined (NaN) is left undecided.
-        margin: half-width of the equivalence region, points.
-        alpha: overall probability of a false statement of each kind.
-        family: the endpoints, at most two; all of them must be passed.
-
-    Raises:
-        ValueError: endpoints other than the family, none or over two, and as ``tost_paired``.
-
-    Warns:
-        DegenerateDataWarning: an endpoint is undetermined (its subclass says why).
-    """
-    if not 1 <= len(family) <= MAX_ENDPOINTS:
-        raise ValueError(f"family has {len(family)} endpoints; pass 1 to {MAX_ENDPOINTS}")
-    if set(differences) != set(family):
-        got = sorted(differences)
-        raise ValueError(f"differences are of {got}; pass every endpoint of {sorted(family)}")
-    vectors = {name: as_vector(name, differences[name]) for name in family}
-    usable = {name: _usable(name, vector) for name, vector in vectors.items()}
-    tosts = [tost_paired(usable[name], margin, alpha) for name in family]
-    tests = [paired_t_test(usable[name], "two-sided", 1.0 - alpha) for name in family]
-    adjusted = [float(p) for p in holm_adjust([test.p_value for test in tests])]
-    endpoints = tuple(
-        EndpointComparison(
-            name,
-            test,
-            p,
-            tost,
-            n_undefined=int(np.isnan(vectors[name]).sum()),
-            statement=_endpoint_statement(test, p, tost),
-            differences=tuple(vectors[name].tolist()),
-        )
-        for name, test, p, tost in zip(family, tests, adjusted, tosts, strict=True)
-    )
-    return ArmComparison(_joint_statement([e.statement for e in endpoints]), endpoints)

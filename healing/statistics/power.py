@@ -1,5 +1,5 @@
-"""How many checkpoints does it take to reach a verdict: power of the t interval, exactly, and how
-many its count takes.
+"""How many checkpoints does it take to reach a verdict, or pairs to say how two arms differ: power of
+the t interval, exactly, and how many the count takes.
 
 Checkpoint means are taken as normal with a mean and standard deviation guessed beforehand, for
 example from a pilot run; the verdict is the one of ``healing.statistics.verdicts.group_verdict``.
@@ -20,6 +20,7 @@ from healing.measurements.recovery import (
     REVERSIBLE_ABOVE,
     Verdict,
 )
+from healing.statistics.contrasts.mean_bounds import LARGEST, p_mean_below
 from healing.statistics.intervals import (
     MIN_CHECKPOINTS,
     require_open_unit,
@@ -29,6 +30,8 @@ from healing.statistics.verdicts import MIN_VERDICT_CHECKPOINTS, ZONES, others_a
 
 MAX_CHECKPOINTS = 100_000
 """A verdict that needs more is out of reach."""
+MAX_PAIRS = 10_000
+"""Beyond this many pairs none are planned."""
 NEGLIGIBLE_TAIL = 1e-12
 """Probability left out at either end of the integral over the standard deviation."""
 QUANTILES = 2001
@@ -213,6 +216,77 @@ def counted_checkpoints(
         middle = (too_few + n) // 2
         too_few, n = (too_few, middle) if enough(middle) else (middle, n)
     return n
+
+
+def pairs_for_margin(
+    sd: float, margin: float = 10.0, power: float = 0.8, *, alpha: float = 0.05
+) -> int | None:
+    """Fewest pairs that show two arms to be alike within ± margin, if they do not differ at all.
+
+    Both parts of the claim (``contrasts/family.py``) must hold: TOST with ``power`` (exactly, Owen
+    1965), and the count for normal differences whose mean lies where it lies with ``power``.
+
+    Args:
+        sd: standard deviation of the paired differences, points.
+        margin: of equivalence, points.
+        power: probability wanted.
+        alpha: one-sided level of the claim, after any adjustment.
+
+    Returns:
+        ``None`` where sd is not positive and finite, or over 10,000 pairs would be needed.
+    """
+    if not 0.0 < sd < math.inf:
+        return None
+    by_spread = pairs_by_spread(sd, margin, power, alpha=alpha)
+    unlucky = float(special.ndtri((1.0 + power) / 2.0))
+
+    def counted(n: int) -> bool:
+        quantiles = special.ndtri((np.arange(n) + 0.5) / n)
+        sample = sd * (quantiles + unlucky / math.sqrt(n))
+        return float(p_mean_below(sample, margin)) <= alpha
+
+    too_few, n = by_spread - 1, by_spread
+    while not counted(n):
+        if n > MAX_PAIRS:
+            return None
+        too_few, n = n, 2 * n
+    while n - too_few > 1:
+        middle = (too_few + n) // 2
+        too_few, n = (too_few, middle) if counted(middle) else (middle, n)
+    return n
+
+
+def pairs_by_spread(
+    sd: float, margin: float = 10.0, power: float = 0.8, *, alpha: float = 0.05
+) -> int:
+    """As :func:`pairs_for_margin`, by TOST alone: what the spread of normal differences takes."""
+    return required_checkpoints(
+        0.0,
+        sd,
+        Verdict.PARTIAL,
+        power,
+        confidence=1.0 - 2.0 * alpha,
+        reversible_above=margin,
+        irreversible_below=-margin,
+    )
+
+
+def pairs_that_agree(difference: float, *, alpha: float) -> int | None:
+    """Fewest pairs whose count can carry "more" or "less", if all of them differ by this much.
+
+    From (100/(100 + |difference|))^n <= alpha.
+
+    Args:
+        difference: points; at most 100 of them count.
+        alpha: one-sided level of the claim, after any adjustment.
+
+    Returns:
+        ``None`` where they do not differ.
+    """
+    size = min(abs(difference), LARGEST)
+    if not size > 0.0:
+        return None
+    return math.ceil(math.log(1.0 / alpha) / math.log1p(size / LARGEST))
 
 
 def _require_plan(mean: float, sd: float, verdict: str, confidence: float) -> None:

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from healing.registry import SHAM, YARDSTICK
+from healing.statistics.contrasts.catalyst import CatalystAnswer, catalyst_answers
+from healing.statistics.contrasts.plan import Contrast, Gap, planned_contrasts
 from healing.statistics.group import GroupSummary, against_scratch, summarize_group
 from healing.statistics.heal_runs import HealRun, Repeat, distinct_runs, without_raised_rank
-from healing.statistics.paired_tests import ArmComparison
 from healing.statistics.size_trend import ScalingSlope, scaling_slope
-from healing.statistics.treatment_against_control import Contrast, Gap, contrasts
 from healing.statistics.warning_collector import WarningCollector
 
 
@@ -23,9 +23,8 @@ class Summary:
 
     Attributes:
         groups: Ordered by model size, then arm.
-        contrasts: Model → treatment against damage control (HAEP against Gaussian noise); with
-            several pairs of arms, model and their labels.
-        gaps: The same → why their runs are not compared.
+        contrasts: Treatment against controls, in the order of the plan (primary ones first).
+        gaps: Arms that were run and are not compared, and why.
         slopes: Arm → rank recovery against log10(parameters), from three sizes on.
         failed: Runs that did not end well.
         running: Runs that the store does not say have ended.
@@ -36,8 +35,8 @@ class Summary:
     """
 
     groups: tuple[GroupSummary, ...]
-    contrasts: Mapping[str, Contrast]
-    gaps: Mapping[str, Gap]
+    contrasts: tuple[Contrast, ...]
+    gaps: tuple[Gap, ...]
     slopes: Mapping[str, ScalingSlope]
     failed: tuple[HealRun, ...]
     running: tuple[HealRun, ...]
@@ -47,9 +46,20 @@ class Summary:
     confidence: float
 
     @property
-    def comparisons(self) -> dict[str, ArmComparison]:
-        """As ``contrasts``: recovery after the last step, paired by seed."""
-        return {model: found.comparison for model, found in self.contrasts.items()}
+    def catalyst(self) -> list[CatalystAnswer]:
+        """Whether the treatment's idea is special, per model and treatment."""
+        return catalyst_answers(self.contrasts, self.gaps)
+
+    def contrast(self, model: str, control: str) -> Contrast:
+        """The contrast of a model with the control of this arm (the first treatment's).
+
+        Raises:
+            KeyError: There is none.
+        """
+        for found in self.contrasts:
+            if (found.pair.model, found.pair.control.arm) == (model, control):
+                return found
+        raise KeyError(f"{model}: no contrast with {control}")
 
     def label(self, arm: str) -> str:
         """Of an arm, for people."""
@@ -116,10 +126,10 @@ def summarize_runs(runs: Sequence[HealRun], confidence: float, rng: np.random.Ge
         )
         for members in grouped.values()
     )
-    found, gaps = contrasts(grouped, 1.0 - confidence)
+    found, gaps = planned_contrasts(grouped, 1.0 - confidence)
     slope_notes = WarningCollector()
     slopes = _slopes(groups, confidence, slope_notes)
-    notes = [(c.pair.title, n) for c in found.values() for n in c.notes]
+    notes = [(c.pair.title, n) for c in found for n in c.notes]
     notes += [("scaling with size", n) for n in slope_notes.texts]
     return Summary(
         groups=groups,

@@ -8,7 +8,8 @@ from healing.attacks.objective import ObjectiveArm
 
 LABEL = "HAEP oracle"
 SHORT = "oracle"
-ROLE = "positive_control"
+ROLE = "mechanism"
+FORMER_ROLES = ("positive_control",)
 COLOUR = "#CC79A7"
 MARKER = "v"
 
