@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
@@ -16,7 +16,6 @@ from healing.reporting.plots.style import (
     COLUMN,
     PAGE,
     SMALL,
-    VERMILION,
     arm_style,
     direct_labels,
     paper_figure,
@@ -26,7 +25,7 @@ from healing.reporting.plots.style import (
 )
 from healing.statistics.group import GroupSummary
 from healing.statistics.intervals import Interval
-from healing.statistics.paired_tests import PRIMARY_ENDPOINTS, ArmComparison, EndpointComparison
+from healing.statistics.paired_tests import PRIMARY_ENDPOINTS
 from healing.statistics.summary import sizes_of
 
 LABELS = {"rank_recovery_pct": "rank recovery (%)", "loss_recovery_pct": "loss recovery (%)"}
@@ -157,7 +156,7 @@ def _draw_final(ax: Axes, group: GroupSummary, endpoint: str, y: int) -> None:
     colour, marker = arm_style(group.arm)
     interval = group.intervals[endpoint]
     means = [m for m in group.means[endpoint].means if math.isfinite(m)]
-    _draw_points(ax, means, y, colour, marker)
+    draw_points(ax, means, y, colour, marker)
     if math.isnan(interval.point):
         ax.annotate(
             "undefined",
@@ -169,15 +168,15 @@ def _draw_final(ax: Axes, group: GroupSummary, endpoint: str, y: int) -> None:
             bbox={"facecolor": "white", "linewidth": 0, "pad": 1},
         )
         return
-    _draw_interval(ax, interval, y, colour)
+    draw_interval(ax, interval, y, colour)
 
 
-def _draw_points(ax: Axes, values: Sequence[float], y: int, colour: str, marker: str) -> None:
+def draw_points(ax: Axes, values: Sequence[float], y: float, colour: str, marker: str) -> None:
     heights = [y - 0.18] * len(values)
     ax.plot(values, heights, marker, color=colour, markersize=3.5, markeredgewidth=0.8, alpha=0.7)
 
 
-def _draw_interval(ax: Axes, interval: Interval, y: int, colour: str) -> None:
+def draw_interval(ax: Axes, interval: Interval, y: float, colour: str) -> None:
     height = y + 0.14
     if interval.defined:
         ax.plot([interval.low, interval.high], [height, height], color=colour, linewidth=1.6)
@@ -283,53 +282,3 @@ def _draw_survival(
             level = max(y for x, y in zip(xs, ys, strict=True) if x <= h.time)
             ax.plot([h.time], [level], marker="|", markersize=6, color=colour)
     return ys[-1], f"{name} (n = {len(times)})", colour
-
-
-def haep_against_noise(
-    path: pathlib.Path,
-    comparisons: Mapping[str, ArmComparison],
-    treatment: str = "HAEP",
-    control: str = "noise",
-) -> None:
-    """Treatment minus control: each pair's difference, their mean with its interval, ±margin.
-
-    Args:
-        path: Without suffix; PNG and PDF are written.
-        comparisons: Model → comparison, at least one.
-        treatment: Name in the axis' label.
-        control: The same.
-    """
-    rows = [(m, e) for m, comparison in comparisons.items() for e in comparison.endpoints]
-    names = f"{safe_text(treatment)} minus {safe_text(control)}"
-    labels = [f"{safe_text(m)}  {e.endpoint.removesuffix('_recovery_pct')}" for m, e in rows]
-    with paper_figure(path, 1, 1, (COLUMN + 1.1, 0.75 + 0.32 * len(rows))) as (_, (ax,)):
-        margin = rows[0][1].equivalence.margin
-        ax.axvspan(-margin, margin, color="#EEEEEE", zorder=0)
-        ax.axvline(0, color=BLACK, linewidth=0.8, linestyle=":")
-        for y, (_, endpoint) in enumerate(rows):
-            _draw_difference(ax, endpoint, y)
-        ax.set(
-            xlabel=f"{names} (points of recovery; grey: ±{margin:g})",
-            ylim=(len(rows) - 0.5, -0.5),
-        )
-        low, high = ax.get_xlim()
-        ax.set_xlim(min(low, -1.5 * margin), max(high, 1.5 * margin))
-        ax.grid(axis="y", visible=False)
-        ax.set_yticks(range(len(rows)), labels)
-        ax.tick_params(axis="y", length=0)
-
-
-def _draw_difference(ax: Axes, endpoint: EndpointComparison, y: int) -> None:
-    interval = endpoint.superiority.interval
-    _draw_points(ax, [d for d in endpoint.differences if math.isfinite(d)], y, VERMILION, "o")
-    ax.annotate(
-        "undefined" if math.isnan(interval.point) else endpoint.statement,
-        (1.02, y),
-        xycoords=("axes fraction", "data"),
-        va="center",
-        fontsize=SMALL,
-        color=GREY,
-        annotation_clip=False,
-    )
-    if math.isfinite(interval.point):
-        _draw_interval(ax, interval, y, VERMILION)

@@ -45,13 +45,14 @@ class CatalystAnswer:
 
 def catalyst_answers(contrasts: Sequence[Contrast], gaps: Sequence[Gap]) -> list[CatalystAnswer]:
     """One answer per model and treatment of which there is any contrast or gap."""
-    pairs = {(x.pair.model, x.pair.treatment.arm): x.pair for x in (*gaps, *contrasts)}
-    ordered = dict.fromkeys((x.pair.model, x.pair.treatment.arm) for x in (*contrasts, *gaps))
+    pairs: dict[tuple[str, str], Pair] = {}
+    for pair in [*(c.pair for c in contrasts), *(g.pair for g in gaps)]:
+        pairs.setdefault(_key(pair), pair)
     answers = []
-    for key in ordered:
+    for key, pair in pairs.items():
         own = tuple(c for c in contrasts if _key(c.pair) == key and c.pair.kind.role == CONTROL)
         missing = tuple(g for g in gaps if _key(g.pair) == key and g.pair.kind.role == CONTROL)
-        answers.append(CatalystAnswer(pairs[key], own, missing, _special(own, missing)))
+        answers.append(CatalystAnswer(pair, own, missing, _special(own, missing)))
     return answers
 
 
@@ -67,6 +68,6 @@ def _special(contrasts: Sequence[Contrast], gaps: Sequence[Gap]) -> Special:
         return Special.NOT
     if gaps:  # "every control" is not known
         return Special.UNDECIDED
-    return {("inferior",): Special.LESS, ("superior",): Special.MORE}.get(
-        tuple(said), Special.UNDECIDED
-    )
+    if said == {"inferior"}:
+        return Special.LESS
+    return Special.MORE if said == {"superior"} else Special.UNDECIDED
