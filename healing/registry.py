@@ -328,7 +328,7 @@ def _arm_objection(facts: Facts) -> str:
 ARMS = Registry(
     "healing.attacks.arms", "llm_healing.arms", "arm", ("make",), _arm_order, _arm_objection
 )
-"""``make(context: AttackContext) -> Arm``; ROLE, FORMER_ROLES (under which runs of it may be stored),
+"""``make(context: AttackContext) -> Arm``; ROLE, FORMER_ROLES (of stored runs),
 LABEL, SHORT, COLOUR, MARKER, MATCHES, NEEDS and OPTIONS as literals."""
 METHODS = Registry(
     "healing.training.methods",

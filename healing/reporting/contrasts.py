@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from healing.registry import CONTROL, DAMAGE_CONTROL
+from healing.registry import DAMAGE_CONTROL
 from healing.reporting.phrases import count_text, interval_text, listed
 from healing.statistics.contrasts.catalyst import CatalystAnswer, Special
 from healing.statistics.contrasts.family import EndpointComparison
@@ -158,22 +158,14 @@ def family_sentence(summary: Summary) -> str:
     sizes = {c.pair.kind.family: c.comparison.n_family for c in summary.contrasts}
     if not sizes:
         return ""
-    counts = listed([f"{n} of {family} contrasts" for family, n in sizes.items()])
+    counts = listed([f"{n} tests of {family} contrasts" for family, n in sizes.items()])
     level = f"{100 * (1.0 - summary.confidence):.2g} %"
     return (
-        f"Statements are adjusted (Holm) over all models, arms and endpoints of a family, {counts}, "
-        f"so that any false one of a kind has a probability of at most {level} in each; they take "
-        "the spread of the pairs and their count, intervals are of single contrasts and unadjusted; "
-        "secondary contrasts answer no primary question."
+        "Statements take the spread of the pairs and their count, and are adjusted (Holm) over all "
+        f"models, arms and endpoints: over {counts}, each with a chance of at most {level} of any "
+        "false “more” or “less”, and of any false “alike”. Secondary contrasts answer no primary "
+        "question; intervals are of single contrasts and not adjusted."
     )
-
-
-def contrast_sentences(summary: Summary) -> list[str]:
-    """Of every contrast what it decides, then the times to half recovery; primary ones first."""
-    return [
-        *map(comparison_sentence, summary.contrasts),
-        *map(half_recovery_sentence, summary.contrasts),
-    ]
 
 
 def sections(summary: Summary) -> list[tuple[str, list[str]]]:
@@ -182,8 +174,8 @@ def sections(summary: Summary) -> list[tuple[str, list[str]]]:
     for kind in PLAN:
         own = [c for c in summary.contrasts if c.pair.kind is kind]
         if own:
-            treatments = dict.fromkeys(c.pair.treatment.label for c in own)
-            title = kind_title(kind, "the treatment" if len(treatments) > 1 else own[0].pair.treatment.label)
+            treatments = {c.pair.treatment.label for c in own}
+            title = kind_title(kind, treatments.pop() if len(treatments) == 1 else "the treatment")
             said = [s for c in own for s in (comparison_sentence(c), half_recovery_sentence(c))]
             found.append((title, said))
     return found
@@ -243,12 +235,10 @@ def _healing_text(answer: CatalystAnswer) -> str:
         return f"{what} is not special in healing: its damage recovers {', '.join(parts)}"
     needed = [n.alike for c in answer.contrasts for n in c.needed.values() if n.alike is not None]
     takes = f"; ± 10 points need about {max(needed)}" if needed else ""
+    why = f"its damage recovers {', '.join(parts)}"
     if len(parts) == 1:
-        return (
-            f"{what} is not shown to be special in healing: {_pairs_text(answer.contrasts)} against "
-            f"{names} do not decide{takes}"
-        )
-    return f"{what} is not shown to be special in healing: its damage recovers {', '.join(parts)}{takes}"
+        why = f"{_pairs_text(answer.contrasts)} against {names} do not decide"
+    return f"{what} is not shown to be special in healing: {why}{takes}"
 
 
 _RELATIONS = {

@@ -12,6 +12,7 @@ from typing import Any
 import jinja2
 
 from healing.measurements.recovery import IRREVERSIBLE_BELOW, REVERSIBLE_ABOVE, Verdict
+from healing.reporting.contrasts import TITLE, comparison_gaps, lead_sentences, sections
 from healing.reporting.markdown import REPEATS_NOTE, RUNNING_NOTE, all_notes
 from healing.reporting.phrases import count_text, headline_groups, interval_text, shown_label
 from healing.reporting.tables import (
@@ -26,11 +27,6 @@ from healing.reporting.tables import (
     plan_table,
     sham_table,
     variance_table,
-)
-from healing.reporting.treatment_against_control import (
-    comparison_gaps,
-    contrast_sentences,
-    pair_names,
 )
 from healing.reporting.verdict_context import (
     context_sentences,
@@ -69,9 +65,10 @@ CAPTIONS = {
         "Kaplan–Meier curve). A vertical tick is a checkpoint whose run ended there before half "
         "was repaired. Lines that coincide are drawn dashed over solid."
     ),
-    "haep_against_noise": (
-        "{0} minus {1}, paired by seed: one point per pair, below them their mean with its "
-        "interval. Grey: differences that count as none."
+    "contrasts": (
+        "Treatment minus control, paired by seed, primary contrasts first: one point per pair, "
+        "below them their mean with its unadjusted interval; rank left, loss right. Grey: differences "
+        "that count as none. At the right: whether the treatment recovers more, less or alike."
     ),
     "recovery_against_parameters": (
         "Mean rank recovery after the last step against the number of parameters, with its "
@@ -94,10 +91,14 @@ METHODS = (
     "run that repeats another (equal fingerprint: configuration, weights, texts, code) is no "
     "replicate and counts once. No outlier is removed; failed, unfinished, repeated and undefined "
     "runs are listed below.",
-    "{0} against {1}: two one-sided t tests for equivalence within ±10 points, and two-sided "
-    "paired t tests for superiority, Holm-adjusted over rank and loss; these make the statement. "
-    "Half-recovery times are right-censored at the last measured step and compared by a log-rank "
-    "test over checkpoints, positive where {0} damage heals sooner. It is secondary: not paired, "
+    "Contrasts are planned and paired by seed. Primary: the treatment against the same fine-tuning "
+    "without its idea, and against what its theory alone does; secondary: against harm by other "
+    "means. “More”, “less” and “alike within ±10 points” each take Student’s t over the pairs and "
+    "their count (Gaffke’s p, which for values of two kinds is Clopper–Pearson: what further pairs "
+    "that differ by 100 points the other way would make of the mean), Holm-adjusted over all "
+    "models, arms and endpoints, primary and secondary contrasts apart. Half-recovery times are "
+    "right-censored at the last measured step and compared by a log-rank test over checkpoints, "
+    "positive where the treatment’s damage heals sooner. It is secondary: not paired, "
     "not adjusted, and exact (all splits of the checkpoints) where there are at most 200,000 "
     "splits, so that three and three checkpoints cannot give a p under 0.1.",
     "A verdict on the rank takes its interval and its count of checkpoints: in as many of further "
@@ -169,7 +170,7 @@ def _alt(key: str, summary: Summary) -> str:
         f"loss {interval_text(g.intervals[_LOSS])}"
         for g in summary.groups
     )
-    return f"{CAPTIONS[key].format(*pair_names(summary))} Final recovery in per cent: {said}."
+    return f"{CAPTIONS[key]} Final recovery in per cent: {said}."
 
 
 _RANK, _LOSS = "rank_recovery_pct", "loss_recovery_pct"
@@ -210,7 +211,7 @@ def render(summary: Summary, figures: Mapping[str, pathlib.Path]) -> str:
     Raises:
         ValueError: A figure is not a PNG file.
     """
-    groups, names = summary.groups, pair_names(summary)
+    groups = summary.groups
     return (
         _environment()
         .get_template("report.html")
@@ -218,7 +219,10 @@ def render(summary: Summary, figures: Mapping[str, pathlib.Path]) -> str:
             title="Recovery report",
             subtitle=_subtitle(summary),
             verdicts=[_verdict(g, groups) for g in headline_groups(summary)],
-            comparisons=[*contrast_sentences(summary), *comparison_gaps(summary)],
+            contrast_title=TITLE,
+            contrast_lead=lead_sentences(summary),
+            contrast_sections=sections(summary),
+            gaps=comparison_gaps(summary),
             lead=lead_sentence(summary),
             multiplicity=multiplicity_sentence(summary),
             groups=_plain(main_table(summary)),
@@ -232,13 +236,11 @@ def render(summary: Summary, figures: Mapping[str, pathlib.Path]) -> str:
             prospects=asymptote_table(summary),
             plans=plan_table(summary),
             figures={
-                key: embed(path, CAPTIONS[key].format(*names), _alt(key, summary))
-                for key, path in figures.items()
+                key: embed(path, CAPTIONS[key], _alt(key, summary)) for key, path in figures.items()
             },
             slopes=_slope_lines(summary),
-            pair=" against ".join(names),
             healer_note=healer_note(summary),
-            methods=[text.format(*names) for text in METHODS],
+            methods=METHODS,
             failed=_run_rows((r, r.failure) for r in summary.failed),
             running=_run_rows((r, "") for r in summary.running),
             running_note=RUNNING_NOTE,

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from healing.reporting.contrasts import TITLE, comparison_gaps, lead_sentences, sections
 from healing.reporting.escaping import markdown as escape
 from healing.reporting.phrases import group_label, headline_groups, interval_text
 from healing.reporting.tables import Table, main_table, secondary_tables
-from healing.reporting.treatment_against_control import (
-    comparison_gaps,
-    contrast_sentences,
-    pair_title,
-)
 from healing.reporting.verdict_context import (
     context_sentences,
     healer_note,
@@ -74,9 +70,7 @@ def markdown(summary: Summary) -> str:
         "above 100 % it went past it.",
         "",
     ]
-    contrasts = _bullets([*contrast_sentences(summary), *comparison_gaps(summary)])
-    if contrasts:
-        lines += [f"## {escape(pair_title(summary))}", "", *contrasts, ""]
+    lines += _contrasts(summary)
     if summary.slopes:
         slopes = _bullets(
             f"{arm}: {interval_text(slope.slope)} points per tenfold parameters"
@@ -95,6 +89,19 @@ def markdown(summary: Summary) -> str:
         lines += ["## What the data do not determine", ""]
         lines += [*_bullets(f"{where}: {what}" for where, what in notes), ""]
     return "\n".join(lines)
+
+
+def _contrasts(summary: Summary) -> list[str]:
+    """The planned contrasts, the answer to the primary question first."""
+    lead, gaps = lead_sentences(summary), comparison_gaps(summary)
+    if not lead and not gaps:
+        return []
+    lines = [f"## {TITLE}", ""]
+    for sentence in lead:
+        lines += [escape(sentence), ""]
+    for heading, sentences in sections(summary):
+        lines += [f"### {escape(heading)}", "", *_bullets(sentences), ""]
+    return [*lines, *_bullets(gaps), ""] if gaps else lines
 
 
 def all_notes(summary: Summary) -> list[tuple[str, str]]:

@@ -9,6 +9,16 @@ import math
 from collections.abc import Iterable, Sequence
 
 from healing.measurements.recovery import IRREVERSIBLE_BELOW, REVERSIBLE_ABOVE, Verdict
+from healing.registry import DAMAGE_CONTROL
+from healing.reporting.contrasts import (
+    catalyst_sentence,
+    comparison_gaps,
+    comparison_sentence,
+    half_recovery_sentence,
+    lead_sentences,
+    sections,
+    unfinished_sentences,
+)
 from healing.reporting.latex import Macros, bounds, escape, number, spell_out
 from healing.reporting.phrases import (
     LOSS,
@@ -19,14 +29,6 @@ from healing.reporting.phrases import (
     group_name,
     headline_groups,
     shown_label,
-)
-from healing.reporting.treatment_against_control import (
-    comparison_gaps,
-    comparison_sentence,
-    contrast_sentences,
-    half_recovery_sentence,
-    pair_names,
-    unfinished_sentences,
 )
 from healing.reporting.verdict_context import (
     context_sentences,
@@ -40,10 +42,10 @@ from healing.reporting.verdict_sentences import (
     verdict_reason,
 )
 from healing.statistics.budgets import MAX_LAST_GAIN, MIN_BUDGETS
+from healing.statistics.contrasts.plan import Contrast
 from healing.statistics.group import GroupSummary
 from healing.statistics.intervals import Interval
 from healing.statistics.summary import Summary
-from healing.statistics.treatment_against_control import Contrast
 
 NOTICE = "% Made by the summarize entry point; edits are lost. Packages: booktabs, graphicx.\n"
 PATH = r"""% Where these files lie, if not beside the document; before the \input:
@@ -114,6 +116,7 @@ def _fit_values(group: GroupSummary) -> dict[str, str]:
 
 def _contrast_values(found: Contrast) -> dict[str, str]:
     values = {
+        "Kind": found.pair.kind.rank,
         "Statement": found.comparison.statement,
         "Sentence": escape(comparison_sentence(found)),
         "PaceSentence": escape(half_recovery_sentence(found)),
@@ -122,10 +125,26 @@ def _contrast_values(found: Contrast) -> dict[str, str]:
         name, interval = _endpoint(endpoint.endpoint), endpoint.superiority.interval
         values |= _estimate(name, interval)
         values |= {f"{name}Pairs": str(interval.n), f"{name}P": number(endpoint.p_adjusted, 3)}
+        values |= {
+            f"{name}AlikeP": number(endpoint.p_alike_adjusted, 3),
+            f"{name}PairsLess": str(endpoint.n_less),
+            f"{name}PairsMore": str(endpoint.n_more),
+            f"{name}PairsNeeded": _count(found.needed[endpoint.endpoint].alike),
+        }
     for key, test in found.half_recovery_test.items():
         name = f"{_endpoint(key)}LogRank"
         values |= {f"{name}Z": number(test.statistic, 2), f"{name}P": number(test.p_value, 3)}
     return values
+
+
+def _count(n: int | None) -> str:
+    return "undefined" if n is None else str(n)
+
+
+def _control_name(found: Contrast) -> str:
+    """A control in a macro's name: secondary ones by their shortest name, others by their arm."""
+    pair = found.pair
+    return spell_out(pair.short if pair.kind.role == DAMAGE_CONTROL else pair.control.arm)
 
 
 def _endpoint(name: str) -> str:
@@ -153,10 +172,13 @@ def macros(summary: Summary) -> Macros:
     found.add("", common)
     for group in summary.groups:
         found.add(group_stem(group, summary.groups), _group_values(group, summary))
-    for own in summary.contrasts.values():
-        pair = own.pair
-        stem = f"{spell_out(pair.model)}{spell_out(pair.treatment.arm)}Minus{spell_out(pair.short)}"
-        found.add(stem, _contrast_values(own))
+    for own in summary.contrasts:
+        stem = f"{spell_out(own.pair.model)}{spell_out(own.pair.treatment.arm)}"
+        found.add(f"{stem}Minus{_control_name(own)}", _contrast_values(own))
+    for answer in summary.catalyst:
+        stem = f"{spell_out(answer.pair.model)}{spell_out(answer.pair.treatment.arm)}Catalyst"
+        said = {"Sentence": escape(catalyst_sentence(answer)), "Healing": str(answer.healing)}
+        found.add(stem, said)
     for arm, slope in summary.slopes.items():
         found.add(f"Scaling{spell_out(arm)}", _estimate("Slope", slope.slope))
     return found
@@ -318,15 +340,19 @@ def subsection_file(summary: Summary) -> str:
     others = list(_others(summary, shown))
     if others:
         lines += [r"\paragraph{Controls.} " + " ".join(others), ""]
-    contrasts = [*contrast_sentences(summary), *comparison_gaps(summary)]
-    if contrasts:
-        said = " ".join(map(escape, contrasts))
-        # Intervals do not part at a line's end: let the spaces between them stretch.
-        lines += [
-            r"{\emergencystretch=3em",
-            rf"\paragraph{{{escape(' against '.join(pair_names(summary)))}.}} " + said,
-            r"\par}",
-            "",
-        ]
+    for heading, said in [
+        ("Is it the treatment, or any damage?", lead_sentences(summary)),
+        *sections(summary),
+        ("Not compared", comparison_gaps(summary)),
+    ]:
+        if said:
+            stop = "" if heading.endswith("?") else "."
+            # Intervals do not part at a line's end: let the spaces between them stretch.
+            lines += [
+                r"{\emergencystretch=3em",
+                rf"\paragraph{{{escape(heading)}{stop}}} " + " ".join(map(escape, said)),
+                r"\par}",
+                "",
+            ]
     lines += [r"\paragraph{Limits.} " + _limits(summary), ""]
     return "\n".join(lines)

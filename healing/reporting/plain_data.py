@@ -6,17 +6,18 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from healing.reporting.contrasts import catalyst_sentence
 from healing.reporting.markdown import all_notes
 from healing.reporting.phrases import RANK
 from healing.reporting.tables import STATUS_LABELS
 from healing.reporting.verdict_sentences import verdict_claim
 from healing.statistics.budgets import Persistence
 from healing.statistics.checkpoint_estimates import Asymptotes, HalfTimes
+from healing.statistics.contrasts.plan import Contrast, Pair
 from healing.statistics.group import Band, GroupSummary
 from healing.statistics.heal_runs import HealRun
 from healing.statistics.intervals import Interval, scale_interval
 from healing.statistics.summary import Summary
-from healing.statistics.treatment_against_control import Contrast
 from healing.statistics.verdicts import GroupVerdict
 
 PRIMARY = "effective_rank"
@@ -195,12 +196,28 @@ def _group_json(group: GroupSummary) -> dict[str, Any]:
     }
 
 
+def _pair_json(pair: Pair) -> dict[str, str]:
+    return {
+        "model": pair.model,
+        "treatment": pair.treatment.arm,
+        "control": pair.control.arm,
+        "kind": pair.kind.name,
+        "rank": pair.kind.rank,
+        "family": pair.kind.family,
+    }
+
+
 def _contrast_json(found: Contrast) -> dict[str, Any]:
     half_recovery_test = {
         endpoint: dataclasses.asdict(test) for endpoint, test in found.half_recovery_test.items()
     }
     return {
+        **_pair_json(found.pair),
         **dataclasses.asdict(found.comparison),
+        "start_treatment": dataclasses.asdict(found.starts[0]),
+        "start_control": dataclasses.asdict(found.starts[1]),
+        "rank_reduction": {**dataclasses.asdict(found.reach), "reached": found.reach.reached},
+        "pairs_needed": {e: dataclasses.asdict(n) for e, n in found.needed.items()},
         "half_recovery_logrank": half_recovery_test,
         "notes": found.notes,
     }
@@ -215,8 +232,18 @@ def as_json(summary: Summary) -> dict[str, Any]:
     return {
         "confidence": summary.confidence,
         "groups": [_group_json(group) for group in summary.groups],
-        "haep_minus_gaussian_noise": {m: _contrast_json(c) for m, c in summary.contrasts.items()},
-        "not_compared": {m: gap.why for m, gap in summary.gaps.items()},
+        "catalyst": [
+            {
+                "model": answer.pair.model,
+                "treatment": answer.pair.treatment.arm,
+                "healing": answer.healing,
+                "attack_reached_by": [c.pair.control.arm for c in answer.reached],
+                "sentence": catalyst_sentence(answer),
+            }
+            for answer in summary.catalyst
+        ],
+        "contrasts": [_contrast_json(found) for found in summary.contrasts],
+        "not_compared": [{**_pair_json(gap.pair), "why": gap.why} for gap in summary.gaps],
         "scaling": {arm: dataclasses.asdict(s) for arm, s in summary.slopes.items()},
         "failed": _run_records((r, r.failure) for r in summary.failed),
         "running": _run_records((r, "no end is stored") for r in summary.running),

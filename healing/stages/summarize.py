@@ -18,15 +18,12 @@ from healing.registry import SHAM
 from healing.reporting import html as html_report
 from healing.reporting import markdown as report
 from healing.reporting import paper, plain_data, tables
+from healing.reporting.contrasts import comparison_gaps, comparison_sentence, lead_sentences
 from healing.reporting.escaping import csv_cell, one_line
 from healing.reporting.phrases import group_label, headline_groups
+from healing.reporting.plots import contrasts as contrasts_figure
 from healing.reporting.plots import groups as groups_figures
 from healing.reporting.plots.style import COLUMN
-from healing.reporting.treatment_against_control import (
-    comparison_gaps,
-    contrast_sentences,
-    pair_names,
-)
 from healing.reporting.verdict_context import lead_sentence
 from healing.reporting.verdict_sentences import verdict_heading, verdict_reason
 from healing.stages.driver import Driver, upload
@@ -145,11 +142,9 @@ def _draw(folder: pathlib.Path, summary: Summary) -> dict[str, pathlib.Path]:
         groups_figures.half_recovery(folder / "half_recovery", groups)
         groups_figures.recovery_against_parameters(folder / "recovery_against_parameters", groups)
         drawn += ["mean_recovery", "final_recovery", "half_recovery", "recovery_against_parameters"]
-    if summary.comparisons:
-        groups_figures.haep_against_noise(
-            folder / "haep_against_noise", summary.comparisons, *pair_names(summary)
-        )
-        drawn.append("haep_against_noise")
+    if summary.contrasts:
+        contrasts_figure.contrasts(folder / "contrasts", summary.contrasts)
+        drawn.append("contrasts")
     return {name: folder / f"{name}.png" for name in drawn}
 
 
@@ -206,7 +201,8 @@ def summarize(
             )
         if lead := lead_sentence(summary):
             console.say(one_line(lead))
-        for line in (*contrast_sentences(summary), *comparison_gaps(summary)):
+        said = map(comparison_sentence, summary.contrasts)
+        for line in (*lead_sentences(summary), *said, *comparison_gaps(summary)):
             console.say(one_line(line))
         for line in _left_out(summary):
             console.say(one_line(line))

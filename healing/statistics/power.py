@@ -1,5 +1,5 @@
-"""How many checkpoints does it take to reach a verdict, or pairs to say how two arms differ: power of
-the t interval, exactly, and how many the count takes.
+"""How many checkpoints does it take to reach a verdict, or pairs to say how two arms differ: power
+of the t interval, exactly, and how many the count takes.
 
 Checkpoint means are taken as normal with a mean and standard deviation guessed beforehand, for
 example from a pilot run; the verdict is the one of ``healing.statistics.verdicts.group_verdict``.

@@ -172,11 +172,13 @@ def _draw_final(ax: Axes, group: GroupSummary, endpoint: str, y: int) -> None:
 
 
 def draw_points(ax: Axes, values: Sequence[float], y: float, colour: str, marker: str) -> None:
+    """One point per value, just above the middle of a row."""
     heights = [y - 0.18] * len(values)
     ax.plot(values, heights, marker, color=colour, markersize=3.5, markeredgewidth=0.8, alpha=0.7)
 
 
 def draw_interval(ax: Axes, interval: Interval, y: float, colour: str) -> None:
+    """A mean with its bounds, just below the middle of a row."""
     height = y + 0.14
     if interval.defined:
         ax.plot([interval.low, interval.high], [height, height], color=colour, linewidth=1.6)

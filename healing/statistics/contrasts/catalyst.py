@@ -28,8 +28,8 @@ class CatalystAnswer:
         pair: Of one of its contrasts (or gaps), for the names.
         contrasts: With controls: the same fine-tuning without the treatment's idea.
         gaps: Controls that were run and cannot be compared.
-        healing: ``LESS`` and ``MORE`` take a difference from *every* control in one direction; ``NOT``
-            one that is equivalent, or differences in both directions.
+        healing: ``LESS`` and ``MORE`` take a difference from *every* control in one direction;
+            ``NOT`` takes one that is equivalent, or differences in both directions.
     """
 
     pair: Pair

@@ -8,10 +8,10 @@ recovers less, the mean difference lies within ± the margin. The p value of a c
   opposite, by 100 points, would make of the mean. Where all n pairs differ by m it is
   (100/(100 + |m|))^n, so that few pairs decide nothing, however alike they are.
 
-Each of the two is at most as large as it should be where its own assumption fails, and their maximum
-keeps its level where one of them does. Over a family of m endpoints Holm's adjustment is applied to
-the 2m one-sided claims "more" and "less", which bounds the probability of any false one among
-them by alpha, its direction included and whatever the dependence; and to the m claims "alike", likewise.
+The maximum keeps its level where either of the two does. Over a family of m endpoints Holm's
+adjustment is applied to the 2m one-sided claims "more" and "less": any false one among them has a
+probability of at most alpha, directions included and whatever the dependence. The m claims "alike"
+are adjusted likewise.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ class ArmComparison:
     """What all endpoints say together, and each of them.
 
     Attributes:
-        statement: ``equivalent`` where every endpoint is; ``superior`` where at least one is and none
-            is inferior, and conversely; else ``inconclusive``.
+        statement: ``equivalent`` where every endpoint is; ``superior`` where at least one is and
+            none is inferior, and conversely; else ``inconclusive``.
         endpoints: In the family's order.
         n_family: Endpoints over all contrasts that were adjusted together.
     """
@@ -220,8 +220,8 @@ def compare_family(
 ) -> list[ArmComparison]:
     """State how treatments recover against controls, adjusted over all contrasts together.
 
-    Per endpoint: "equivalent" where that claim holds, else "superior" (recovers more) or "inferior",
-    else "inconclusive". A difference that is both significant and inside the margin is thus
+    Per endpoint: "equivalent" where that claim holds, else "superior" (recovers more) or
+    "inferior", else "inconclusive". A difference that is both significant and inside the margin is thus
     called equivalent; its adjusted p-value remains in the record. An endpoint that is undetermined
     counts in the adjustment all the same.
 

@@ -1,8 +1,8 @@
 """Evidence about the mean of bounded values that holds for skewed and split ones: Gaffke's p value.
 
-Student's t takes it that what was not drawn looks like what was. Of ten pairs of which nine in ten
-differ by -10 and one by +90 points, all are of the first kind in a third of the cases, and t is sure
-of a mean that is zero. Here one more value is added, the worst there could be, and all get random
+Student's t takes it that what was not drawn looks like what was. Where nine
+in ten pairs differ by -10 points and one by +90, ten pairs are all of the first kind in a third of
+the cases, and t is sure that the mean is negative: it is zero. Here one more value is added, the worst there could be, and all get random
 weights that sum to one (flat Dirichlet):
 
     p = P(sum of W_i x_i + W_{n+1} worst >= threshold)
@@ -32,7 +32,9 @@ SMALLEST_T, LARGEST_T = 1e-12, 1e9
 
 
 def positive_probability(coefficients: ArrayLike) -> FloatArray:
-    """P(Σ aᵢEᵢ >= 0) for independent standard exponential Eᵢ: weights of a flat Dirichlet, unscaled.
+    """P(Σ aᵢEᵢ >= 0) for independent standard exponential Eᵢ.
+
+    Divided by their sum they are the weights of a flat Dirichlet distribution.
 
     By inversion of the characteristic function Π 1/(1 − iaᵢt) (Gil-Pelaez 1951; Imhof 1961):
     ½ + (1/π) ∫ sin(Σ arctan aᵢt) / Π√(1 + aᵢ²t²) d ln t, by the trapezoidal rule in ln t, which

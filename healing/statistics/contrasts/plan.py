@@ -1,5 +1,5 @@
-"""The planned contrasts of every model: the treatment against controls, against its own mechanism and
-against harm by other means, paired by seed; with the time until half of the damage is repaired.
+"""The planned contrasts of every model: the treatment against controls, against its own mechanism
+and against harm by other means, paired by seed; with the time until half of the damage is repaired.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from healing.statistics.survival import LogRankTest, logrank_test
 from healing.statistics.warning_collector import WarningCollector
 
 REACHED_WITHIN = 100.0 * RELATIVE_CHANGE
-"""Percent of the healthy rank: a control whose attack lowers the rank by less than this less than the
-treatment's does the same, since a smaller change does not count as a change."""
+"""Percent of the healthy rank: a control whose attack falls short of the treatment's by less does the
+same to the rank, since a smaller change does not count as a change."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ PLAN = (
     Kind(MECHANISM, "mechanism", "second primary", "primary", "what {0}'s theory alone does"),
     Kind(DAMAGE_CONTROL, "other_damage", "secondary", "secondary", "harm by other means"),
 )
-"""Fixed before any run, in the order in which everything shows them. The two primary questions share
-one adjustment, the secondary contrasts have their own and answer neither."""
+"""Fixed before any run, in the order in which everything shows them. The two primary questions
+share one adjustment, the secondary contrasts have their own and answer neither."""
 
 
 @dataclass(frozen=True)
@@ -187,8 +187,10 @@ def _budget(runs: Sequence[HealRun]) -> int:
 def _obstacle(pair: Pair, treatment: Sequence[HealRun], control: Sequence[HealRun]) -> str:
     """Why two groups cannot be compared; empty where they can."""
     if not {r.seed for r in treatment} & {r.seed for r in control}:
-        matched = ", or none that it was matched to" if pair.kind.role == DAMAGE_CONTROL else ""
-        return f"no run of {pair.control.label} shares a seed with one of {pair.treatment.label}{matched}"
+        other = f"no run of {pair.control.label} shares a seed with"
+        if pair.kind.role == DAMAGE_CONTROL:
+            return f"{other} an attack that it was matched to"
+        return f"{other} one of {pair.treatment.label}"
     budgets = _budget(treatment), _budget(control)
     if all(budgets) and budgets[0] != budgets[1]:
         return f"they were healed for {budgets[0]} and {budgets[1]} steps"
