@@ -161,7 +161,8 @@ def family_sentence(summary: Summary) -> str:
     counts = listed([f"{n} tests of {family} contrasts" for family, n in sizes.items()])
     level = f"{100 * (1.0 - summary.confidence):.2g} %"
     return (
-        "Statements take the spread of the pairs and their count, and are adjusted (Holm) over all "
+        "Statements take the spread of the pairs and their count (what further pairs that differ "
+        "by 100 points the other way would make of the mean), and are adjusted (Holm) over all "
         f"models, arms and endpoints: over {counts}, each with a chance of at most {level} of any "
         "false “more” or “less”, and of any false “alike”. Secondary contrasts answer no primary "
         "question; intervals are of single contrasts and not adjusted."

@@ -67,8 +67,9 @@ CAPTIONS = {
     ),
     "contrasts": (
         "Treatment minus control, paired by seed, primary contrasts first: one point per pair, "
-        "below them their mean with its unadjusted interval; rank left, loss right. Grey: differences "
-        "that count as none. At the right: whether the treatment recovers more, less or alike."
+        "below them their mean with its unadjusted interval; rank left, loss right. Grey: "
+        "differences that count as none. At the right: whether the treatment recovers "
+        "more, less or alike."
     ),
     "recovery_against_parameters": (
         "Mean rank recovery after the last step against the number of parameters, with its "

@@ -46,7 +46,8 @@ def contrasts(path: pathlib.Path, found: Sequence[Contrast]) -> None:
             for y, contrast, endpoint in zip(heights, found, endpoints, strict=True):
                 _draw_row(ax, endpoint, y, contrast.pair.control.arm)
             for y, text in headings:
-                _write_heading(ax, text if column == 0 else "", y)
+                if column == 0:
+                    _write_heading(ax, text, y)
             name = NAMES[endpoints[0].endpoint]
             ax.set(
                 xlabel=f"difference in {name} recovery (points; grey: ±{margin:g})",
@@ -67,8 +68,8 @@ def _layout(found: Sequence[Contrast]) -> tuple[list[float], list[tuple[float, s
     for contrast in found:
         kind = contrast.pair.kind
         if kind is not before:
-            about = kind.about.format(safe_text(contrast.pair.treatment.label, 16))
-            headings.append((y, f"{kind.rank}: against {about}"))
+            about = kind.about.format(safe_text(contrast.pair.treatment.label, 9))
+            headings.append((y, f"{kind.rank}: {about}"))
             y, before = y + HEADING, kind
         heights.append(y)
         y += 1.0
@@ -91,8 +92,8 @@ def _write_heading(ax: Axes, text: str, y: float) -> None:
         xycoords=("axes fraction", "data"),
         va="center",
         fontsize=SMALL,
-        fontweight="bold",
-        color=GREY,
+        color=BLACK,
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
     )
 
 

@@ -221,9 +221,9 @@ def compare_family(
     """State how treatments recover against controls, adjusted over all contrasts together.
 
     Per endpoint: "equivalent" where that claim holds, else "superior" (recovers more) or
-    "inferior", else "inconclusive". A difference that is both significant and inside the margin is thus
-    called equivalent; its adjusted p-value remains in the record. An endpoint that is undetermined
-    counts in the adjustment all the same.
+    "inferior", else "inconclusive". A difference that is both significant and inside the
+    margin is thus called equivalent; its adjusted p-value remains in the record. An
+    endpoint that is undetermined counts in the adjustment all the same.
 
     Args:
         contrasts: of every contrast what :func:`evidence_of` gives.

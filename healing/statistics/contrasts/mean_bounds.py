@@ -1,9 +1,9 @@
 """Evidence about the mean of bounded values that holds for skewed and split ones: Gaffke's p value.
 
-Student's t takes it that what was not drawn looks like what was. Where nine
-in ten pairs differ by -10 points and one by +90, ten pairs are all of the first kind in a third of
-the cases, and t is sure that the mean is negative: it is zero. Here one more value is added, the worst there could be, and all get random
-weights that sum to one (flat Dirichlet):
+Student's t takes it that what was not drawn looks like what was. Where nine in ten pairs differ by
+-10 points and one by +90, ten pairs are all of the first kind in a third of the cases, and t is
+sure that the mean is negative: it is zero. Here one more value is added, the worst there could be,
+and all get random weights that sum to one (flat Dirichlet):
 
     p = P(sum of W_i x_i + W_{n+1} worst >= threshold)
 

@@ -29,8 +29,8 @@ from healing.statistics.survival import LogRankTest, logrank_test
 from healing.statistics.warning_collector import WarningCollector
 
 REACHED_WITHIN = 100.0 * RELATIVE_CHANGE
-"""Percent of the healthy rank: a control whose attack falls short of the treatment's by less does the
-same to the rank, since a smaller change does not count as a change."""
+"""Percent of the healthy rank: a control whose attack falls short of the treatment's by less does
+the same to the rank, since a smaller change does not count as a change."""
 
 
 @dataclass(frozen=True)
