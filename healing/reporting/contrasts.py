@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from healing.registry import DAMAGE_CONTROL
+from healing.config.arm_tags import arm_label, arms_of
+from healing.registry import CONTROL, DAMAGE_CONTROL
 from healing.reporting.phrases import count_text, interval_text, listed
 from healing.statistics.contrasts.catalyst import CatalystAnswer, Special
 from healing.statistics.contrasts.family import EndpointComparison
@@ -206,13 +207,15 @@ def catalyst_sentence(answer: CatalystAnswer) -> str:
 
 
 def _healing_text(answer: CatalystAnswer) -> str:
-    own, names = answer.pair.treatment.label, listed(_labels(answer.contrasts))
+    own = answer.pair.treatment.label
     what = f"{own}'s catalyst"
     if answer.healing == Special.NOT_COMPARED:
+        controls = listed([arm_label(arm) for arm in arms_of(CONTROL)])
         return (
             f"whether {what} is special is not known, since it was not compared with the same "
-            "fine-tuning on other text (random tokens, clean text)"
+            f"fine-tuning without it ({controls})"
         )
+    names = listed(_labels(answer.contrasts))
     if answer.healing in (Special.LESS, Special.MORE):
         word = "less" if answer.healing == Special.LESS else "more"
         both = "both " if len(answer.contrasts) == 2 else ""
