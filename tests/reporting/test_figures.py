@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from healing.registry import ARMS
 from healing.reporting.plots import groups as figures
 from healing.reporting.plots import style
+from healing.reporting.plots.contrasts import contrasts
 from healing.reporting.plots.style import COLUMN, PAGE, arm_style, safe_text, spread, text_colour
 from tests.summaries import eventful, nasty, realistic
 
@@ -32,8 +33,8 @@ def summary():
 
 
 def draw(name: str, path, summary) -> None:
-    if name == "haep_against_noise":
-        figures.haep_against_noise(path, summary.comparisons)
+    if name == "contrasts":
+        contrasts(path, summary.contrasts)
     elif name == "column":
         figures.mean_recovery(path, summary.groups, COLUMN)
     else:
@@ -54,7 +55,7 @@ def kept(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["column", "haep_against_noise", *DRAW])
+@pytest.mark.parametrize("name", ["column", "contrasts", *DRAW])
 def test_same_input_same_bytes_and_no_date(tmp_path, summary, name):
     for folder in ("a", "b"):
         draw(name, tmp_path / folder / "f", summary)
@@ -74,7 +75,7 @@ def test_the_paper_figure_is_one_column_wide(tmp_path, summary):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["column", "haep_against_noise", *DRAW])
+@pytest.mark.parametrize("name", ["column", "contrasts", *DRAW])
 @pytest.mark.parametrize("which", ["realistic", "three", "nasty", "eventful"])
 def test_axes_have_units_and_all_text_is_legible_and_inside(tmp_path, kept, name, which):
     made = {"realistic": realistic, "nasty": nasty, "eventful": eventful}
@@ -146,9 +147,9 @@ def test_half_recovery_is_one_minus_kaplan_meier(tmp_path, kept, summary):
 
 
 def test_differences_from_noise_are_drawn_pair_by_pair(tmp_path, kept, summary):
-    draw("haep_against_noise", tmp_path / "f", summary)
-    loss = summary.comparisons["nano"].endpoints[1]
-    assert list(loss.differences) in [list(line.get_xdata()) for line in kept[0].axes[0].lines]
+    draw("contrasts", tmp_path / "f", summary)
+    loss = summary.contrast("nano", "gaussian_noise").comparison.endpoints[1]
+    assert list(loss.differences) in [list(line.get_xdata()) for line in kept[0].axes[1].lines]
 
 
 def test_arms_have_their_own_colours_and_markers():

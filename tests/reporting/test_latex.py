@@ -108,7 +108,7 @@ def test_macros_hold_the_numbers_of_the_summary() -> None:
     assert values["RecoveryNanoHaepSteps"] == "60"
     assert values["RecoveryMicroGaussianNoiseRank"] == "undefined"
     assert values["RecoveryNanoSpectralRankAsymptote"] == "not converged"
-    loss = summary.comparisons["nano"].endpoints[1].superiority.interval
+    loss = summary.contrast("nano", "gaussian_noise").comparison.endpoints[1].superiority.interval
     assert values["RecoveryNanoHaepMinusNoiseLoss"] == f"{loss.point:.1f}"
     assert values["RecoveryConfidence"] == r"95\,\%"
     assert values["RecoveryFailedRuns"] == "1"
@@ -134,7 +134,7 @@ def test_pace_variance_bootstrap_and_tokens_have_macros() -> None:
     summary = eventful()
     values = macros(summary).values
     group = next(g for g in summary.groups if (g.model, g.arm) == ("nano", "haep"))
-    test = summary.contrasts["nano"].half_recovery_test["loss_recovery_pct"]
+    test = summary.contrast("nano", "gaussian_noise").half_recovery_test["loss_recovery_pct"]
     half = group.half_recovery["rank_recovery_pct"].point
     assert values["RecoveryNanoHaepMinusNoiseLossLogRankP"] == f"{test.p_value:.3f}"
     assert values["RecoveryNanoHaepMinusNoiseLossLogRankZ"].endswith(f"{abs(test.statistic):.2f}")
@@ -192,7 +192,7 @@ def test_the_subsection_is_worded_by_verdict(rank, wording) -> None:
 
 def test_the_subsection_names_noise_controls_and_failures() -> None:
     source = subsection_file(realistic())
-    assert r"\paragraph{HAEP against noise.}" in source
+    assert r"\paragraph{Secondary: HAEP against harm by other means.}" in source
     assert r"\paragraph{Controls.} nano, Gaussian noise: undefined" in source
     assert "1 run failed and is not included." in source
     assert "1 run failed and is not included." in table_file(realistic())

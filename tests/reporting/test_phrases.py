@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from healing.reporting.contrasts import p_text
 from healing.reporting.html import render
 from healing.reporting.markdown import markdown
 from healing.reporting.phrases import (
@@ -23,7 +24,6 @@ from healing.reporting.phrases import (
     time_text,
 )
 from healing.reporting.tables import asymptote_table, plan_table
-from healing.reporting.treatment_against_control import p_text
 from healing.reporting.verdict_context import context_sentences, plan_sentence, verdict_text
 from healing.reporting.verdict_sentences import verdict_heading, verdict_reason
 from healing.statistics.intervals import Interval

@@ -134,7 +134,7 @@ def test_two_treatments_are_each_compared_with_the_noise_matched_to_them():
     found = summarize_runs(runs, 0.95, np.random.default_rng(0))
     assert not found.gaps
     keys = ["nano, HAEP against noise", "nano, weight pruning against noise"]
-    assert list(found.contrasts) == keys
-    points = [found.comparisons[key].endpoints[0].superiority.interval.point for key in keys]
+    assert [c.pair.title for c in found.contrasts] == keys
+    points = [c.comparison.endpoints[0].superiority.interval.point for c in found.contrasts]
     # Limits scatter with a standard deviation of 4 per checkpoint, 2.8 per mean difference.
     assert points == [pytest.approx(10.0, abs=7.0), pytest.approx(-20.0, abs=7.0)]

@@ -1,7 +1,7 @@
 """Do the intervals cover and the tests err as often as they say? By simulation; -s prints a table.
 
 With N simulations a proportion p has a Monte-Carlo error √(p(1 − p)/N): at p = 5 % it is 0.34 % for
-N = 4000 intervals and 0.44 % for 2500 comparisons of arms. Bounds are two-sided where the theory
+N = 4000 intervals. Contrasts of arms: ``test_contrast_rule.py``. Bounds are two-sided where theory
 gives the value, at least 3 errors away from it.
 """
 
@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 from healing.statistics.intervals import Interval, bca_interval, cluster_means, t_interval
-from healing.statistics.paired_tests import Statement, compare_arms
 from healing.statistics.size_trend import scaling_slope
 from healing.statistics.survival import (
     CensoredDataWarning,
@@ -24,7 +23,6 @@ from healing.statistics.survival import (
 )
 
 N = 4000
-N_COMPARISONS = 2500
 Record = Callable[[str, float], None]
 
 
@@ -118,77 +116,6 @@ def test_slope_interval_needs_size_means_where_sizes_deviate(record: Record) -> 
     record("slope over size means, the same data, nominal 95 %", _coverage(per_size, -5.0))
     assert _coverage(per_checkpoint, -5.0) < 0.85
     assert _coverage(per_size, -5.0) == pytest.approx(0.95, abs=0.017)  # 3.5 errors of 0.49 %
-
-
-def _statements(
-    mean: tuple[float, float], sd: float, n: int, correlation: float, seed: int
-) -> list[tuple[Statement, tuple[Statement, ...]]]:
-    rng = np.random.default_rng(seed)
-    covariance = sd**2 * np.array([[1.0, correlation], [correlation, 1.0]])
-    draws = rng.multivariate_normal(mean, covariance, size=(N_COMPARISONS, n))
-    results = []
-    for draw in draws:
-        pair = {"rank_recovery_pct": draw[:, 0], "loss_recovery_pct": draw[:, 1]}
-        comparison = compare_arms(pair)
-        results.append((comparison.statement, tuple(e.statement for e in comparison.endpoints)))
-    return results
-
-
-@pytest.mark.parametrize(("n", "correlation"), [(3, 0.0), (5, 0.0), (5, 0.8)])
-def test_false_superior_and_inferior(n: int, correlation: float, record: Record) -> None:
-    # sd 60 keeps TOST out of the way, so that all of the level is spent on the t tests.
-    joint = [s for s, _ in _statements((0.0, 0.0), 60.0, n, correlation, seed=n)]
-    superior, inferior = (
-        joint.count("superior") / N_COMPARISONS,
-        joint.count("inferior") / N_COMPARISONS,
-    )
-    what = f"no difference, {n} pairs, correlation {correlation}"
-    record(f'false "superior": {what}', superior)
-    record(f'false "superior" or "inferior": {what}', superior + inferior)
-    # Holm at 5 %: 1 − 0.975² = 4.94 % for independent endpoints, 2.5 % to 5 % for correlated
-    # ones, half of it in each direction. Without the adjustment 9.75 %, 4.9 % in each.
-    assert superior <= 0.025 + 0.0095
-    assert inferior <= 0.025 + 0.0095
-    assert 0.02 <= superior + inferior <= 0.0494 + 0.0135
-    if correlation == 0.0:
-        assert superior + inferior >= 0.0494 - 0.0135
-
-
-def test_false_superior_on_one_endpoint_beside_a_true_one(record: Record) -> None:
-    # Rank is truly superior and always found, which leaves the whole 5 % to loss.
-    each = [e for _, e in _statements((400.0, 0.0), 60.0, 5, 0.0, seed=11)]
-    superior = sum(loss == "superior" for _, loss in each) / N_COMPARISONS
-    inferior = sum(loss == "inferior" for _, loss in each) / N_COMPARISONS
-    record('false "superior" on loss beside a true one on rank, 5 pairs', superior)
-    assert superior == pytest.approx(0.025, abs=0.0095)
-    assert inferior == pytest.approx(0.025, abs=0.0095)
-
-
-@pytest.mark.parametrize(
-    ("mean", "n", "correlation"),
-    [
-        ((10.0, 0.0), 3, 0.0),
-        ((0.0, -10.0), 5, 0.0),
-        ((10.0, 10.0), 5, 0.999),
-    ],
-)
-def test_false_equivalent_at_the_edge_of_the_margin(
-    mean: tuple[float, float], n: int, correlation: float, record: Record
-) -> None:
-    # sd 1 makes the other side and the other endpoint certain: the worst case of the rule.
-    joint = [s for s, _ in _statements(mean, 1.0, n, correlation, seed=n)]
-    equivalent = joint.count("equivalent") / N_COMPARISONS
-    record(f'false "equivalent": difference {mean}, {n} pairs', equivalent)
-    assert equivalent == pytest.approx(0.05, abs=0.0145)  # exact theory 5 %; 3.3 errors
-
-
-def test_equivalence_is_not_claimed_without_evidence(record: Record) -> None:
-    joint = [s for s, _ in _statements((0.0, 0.0), 60.0, 3, 0.0, seed=5)]
-    record(
-        '"equivalent" of two arms too noisy to tell, 3 pairs',
-        joint.count("equivalent") / N_COMPARISONS,
-    )
-    assert joint.count("equivalent") / N_COMPARISONS <= 0.01
 
 
 def test_log_time_interval_covers(record: Record) -> None:

@@ -1,4 +1,4 @@
-"""Paired comparison of arms against published numbers, scipy, and the statements by hand."""
+"""Paired tests of one mean difference against published numbers and scipy."""
 
 from __future__ import annotations
 
@@ -11,13 +11,11 @@ from scipy import stats as scipy_stats
 from healing.statistics.intervals import (
     DegenerateDataWarning,
     TooFewCheckpointsWarning,
-    UndefinedDataWarning,
     ZeroVarianceWarning,
     cluster_means,
 )
 from healing.statistics.paired_tests import (
     Alternative,
-    compare_arms,
     holm_adjust,
     paired_differences,
     paired_t_test,
@@ -136,65 +134,3 @@ def test_holm_counts_an_undetermined_endpoint_in_the_family() -> None:
 def test_holm_rejects_what_is_no_probability() -> None:
     with pytest.raises(ValueError, match=r"p_values are .*; pass probabilities in \[0, 1\] or NaN"):
         holm_adjust([0.5, 1.2])
-
-
-@pytest.mark.parametrize(
-    ("rank", "loss", "statement"),
-    [
-        (NOISE + 30.0, NOISE + 30.0, "superior"),
-        (NOISE - 30.0, NOISE - 30.0, "inferior"),
-        (NOISE + 30.0, NOISE, "superior"),  # loss alone would be equivalent
-        (NOISE - 30.0, 40.0 * NOISE, "inferior"),  # loss alone would be inconclusive
-        (NOISE + 30.0, NOISE - 30.0, "inconclusive"),  # the endpoints contradict each other
-        (NOISE, NOISE, "equivalent"),
-        (NOISE + 3.0, NOISE, "equivalent"),  # significant, but within the margin
-        (NOISE, 40.0 * NOISE, "inconclusive"),  # one equivalent endpoint is not enough
-        (40.0 * NOISE, 40.0 * NOISE, "inconclusive"),
-    ],
-)
-def test_statements(rank: np.ndarray, loss: np.ndarray, statement: str) -> None:
-    comparison = compare_arms({"loss_recovery_pct": loss, "rank_recovery_pct": rank})
-    assert comparison.statement == statement
-    assert [e.endpoint for e in comparison.endpoints] == ["rank_recovery_pct", "loss_recovery_pct"]
-
-
-def test_superiority_needs_the_adjusted_p_value() -> None:
-    # p = 0.03 on one endpoint and 0.5 on the other: 0.06 after Holm.
-    def with_p(p: float) -> np.ndarray:
-        standard_error = 15.0 * NOISE.std(ddof=1) / math.sqrt(5.0)
-        shift = float(scipy_stats.t.isf(p / 2.0, 4)) * standard_error
-        return np.array(15.0 * NOISE + shift)
-
-    weak = compare_arms({"rank_recovery_pct": with_p(0.03), "loss_recovery_pct": with_p(0.5)})
-    assert weak.endpoints[0].superiority.p_value == pytest.approx(0.03, rel=1e-6)
-    assert weak.endpoints[0].p_adjusted == pytest.approx(0.06, rel=1e-6)
-    assert weak.statement == "inconclusive"
-    strong = compare_arms({"rank_recovery_pct": with_p(0.02), "loss_recovery_pct": with_p(0.5)})
-    assert strong.statement == "superior"
-    assert strong.endpoints[1].statement == "inconclusive"
-
-
-def test_a_mostly_undefined_endpoint_is_left_undecided() -> None:
-    far = NOISE + 30.0
-    rank = np.r_[far[:3], [NAN] * 4]  # three defined pairs of seven would decide "superior"
-    with (
-        pytest.warns(UndefinedDataWarning, match="rank_recovery_pct: 4 of 7 pairs undefined"),
-        pytest.warns(TooFewCheckpointsWarning, match="0 checkpoints, at least 3 needed"),
-    ):
-        comparison = compare_arms({"rank_recovery_pct": rank, "loss_recovery_pct": NOISE})
-    assert comparison.statement == "inconclusive"
-    assert comparison.endpoints[0].n_undefined == 4
-    assert math.isnan(comparison.endpoints[0].p_adjusted)
-    half = np.r_[far[:3], [NAN] * 3]
-    kept = compare_arms({"rank_recovery_pct": half, "loss_recovery_pct": NOISE})
-    assert kept.statement == "superior"
-
-
-def test_the_family_is_fixed_in_advance() -> None:
-    with pytest.raises(ValueError, match=r"are of \['loss_recovery_pct'\]; pass every endpoint"):
-        compare_arms({"loss_recovery_pct": NOISE})
-    with pytest.raises(ValueError, match="family has 3 endpoints; pass 1 to 2"):
-        compare_arms({}, family=("a", "b", "c"))
-    with pytest.raises(ValueError, match="family has 0 endpoints; pass 1 to 2"):
-        compare_arms({}, family=())
-    assert compare_arms({"loss": NOISE}, family=("loss",)).statement == "equivalent"

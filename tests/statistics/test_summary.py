@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
+from healing.reporting.contrasts import comparison_gaps, comparison_sentence
 from healing.reporting.markdown import markdown
 from healing.reporting.phrases import interval_text
 from healing.reporting.plain_data import as_json, group_rows
 from healing.reporting.tables import text_table
-from healing.reporting.treatment_against_control import comparison_gaps, comparison_sentence
 from healing.stages.summarize import description
 from healing.statistics.heal_runs import HealRun
 from healing.statistics.intervals import Interval, cluster_means, t_interval
@@ -38,6 +38,10 @@ def make_run(final: float, /, *, seed: int = 0, arm: str = "haep", model: str = 
         "undefined_reason": "" if math.isfinite(final) else "too small a change",
     }  # fmt: skip
     return HealRun(**(values | changes))
+
+
+def noise_contrast(summary):
+    return summary.contrast("nano", "gaussian_noise").comparison
 
 
 def pool(runs):
@@ -118,10 +122,12 @@ def test_haep_against_noise_is_paired_by_seed():
     summary = pool([*noise, *haep])
     differences = np.array([-30.0, -31.0, -29.0])
     expected = scipy_stats.t.interval(0.95, 2, differences.mean(), scipy_stats.sem(differences))
-    rank = summary.comparisons["nano"].endpoints[0].superiority.interval
+    rank = noise_contrast(summary).endpoints[0].superiority.interval
     assert (rank.low, rank.high) == pytest.approx(expected)
-    assert "HAEP minus Gaussian noise" in comparison_sentence(summary.contrasts["nano"])
-    assert not pool([*noise, make_run(1.0, seed=9)]).comparisons
+    assert "HAEP minus Gaussian noise" in comparison_sentence(
+        summary.contrast("nano", "gaussian_noise")
+    )
+    assert not pool([*noise, make_run(1.0, seed=9)]).contrasts
 
 
 def test_band_is_the_interval_at_every_step():
@@ -212,7 +218,7 @@ def test_sizes_that_are_not_known_get_no_slope():
 def test_paired_differences_stay_in_the_record():
     noise = [make_run(v, seed=i, arm="gaussian_noise") for i, v in enumerate([50.0, 61.0, 45.0])]
     haep = [make_run(v, seed=i) for i, v in enumerate([20.0, 30.0, math.nan])]
-    rank = pool([*noise, *haep]).comparisons["nano"].endpoints[0]
+    rank = noise_contrast(pool([*noise, *haep])).endpoints[0]
     assert rank.differences == pytest.approx((-30.0, -31.0, math.nan), nan_ok=True)
 
 
@@ -271,8 +277,8 @@ def test_noise_is_compared_with_the_attacks_it_was_matched_to_alone():
         for i in range(4)
     ]
     other = [replace(run, reference="elsewhere") for run in own]
-    assert pool([*attacks, *own]).comparisons["nano"].endpoints[0].superiority.interval.n == 4
-    assert not pool([*attacks, *other]).comparisons
+    assert noise_contrast(pool([*attacks, *own])).endpoints[0].superiority.interval.n == 4
+    assert not pool([*attacks, *other]).contrasts
 
 
 def test_a_raised_rank_is_not_subtracted_from_a_lowered_one():
@@ -281,7 +287,7 @@ def test_a_raised_rank_is_not_subtracted_from_a_lowered_one():
         make_run(30.0 + 2 * i, seed=i, arm="gaussian_noise", spectral_state="inflated")
         for i in range(4)
     ]
-    rank, loss = pool([*attacks, *raised]).comparisons["nano"].endpoints
+    rank, loss = noise_contrast(pool([*attacks, *raised])).endpoints
     assert rank.n_undefined == 4
     assert math.isnan(rank.superiority.interval.point)
     assert loss.n_undefined == 0
@@ -321,7 +327,9 @@ def test_arms_that_are_not_compared_are_named():
     assert comparison_gaps(pool(runs)) == []
     twice = [replace(r, settings="other", run_id=r.run_id + "b") for r in runs[3:]]
     (line,) = comparison_gaps(pool([*runs, *twice]))
-    assert line.startswith("nano: HAEP and Gaussian noise are not compared: an arm has several")
+    assert line.startswith(
+        "nano: HAEP and Gaussian noise are not compared (secondary): an arm has several"
+    )
     strangers = [replace(r, seed="9" + r.seed) for r in runs[3:]]
     (line,) = comparison_gaps(pool([*runs[:3], *strangers]))
-    assert "no noise run shares a seed" in line
+    assert "no run of Gaussian noise shares a seed" in line

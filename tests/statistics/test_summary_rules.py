@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
+from healing.reporting.contrasts import comparison_gaps, half_recovery_sentence
 from healing.reporting.markdown import markdown
 from healing.reporting.plain_data import as_json, group_rows
 from healing.reporting.tables import text_table
-from healing.reporting.treatment_against_control import comparison_gaps, half_recovery_sentence
 from healing.statistics.heal_runs import HealRun
 from healing.tracking.run_files import plain
 from tests.statistics.test_summary import make_run, pool
@@ -71,16 +71,19 @@ def test_log_rank_is_scipys_and_exact_where_there_are_few_splits():
     runs = [make_run(1.0, seed=i, **half_at(t)) for i, t in enumerate(haep)]
     runs += [make_run(1.0, seed=i, arm="gaussian_noise", **half_at(t)) for i, t in enumerate(noise)]
     summary = pool(runs)
-    found = summary.contrasts["nano"].half_recovery_test["rank_recovery_pct"]
+    found = summary.contrast("nano", "gaussian_noise").half_recovery_test["rank_recovery_pct"]
     sides = [scipy_stats.CensoredData(uncensored=t[:3], right=[20.0]) for t in (haep, noise)]
     theirs = scipy_stats.logrank(*sides)
     assert found.statistic == pytest.approx(theirs.statistic)
     assert found.p_asymptotic == pytest.approx(theirs.pvalue)
     assert (found.n, found.n_events, found.method) == ((4, 4), (3, 3), "exact permutation")
-    for text in (markdown(summary), half_recovery_sentence(summary.contrasts["nano"])):
+    for text in (
+        markdown(summary),
+        half_recovery_sentence(summary.contrast("nano", "gaussian_noise")),
+    ):
         assert f"rank z = {theirs.statistic:.2f}, exact p = {found.p_value:.2f}" in text
         assert "HAEP sooner; 4 and 4 checkpoints, 3 and 3 of them reached half" in text
-    stored = as_json(summary)["haep_minus_gaussian_noise"]["nano"]["half_recovery_logrank"]
+    stored = as_json(summary)["contrasts"][0]["half_recovery_logrank"]
     assert stored["loss_recovery_pct"]["p_value"] == found.p_value
 
 
@@ -95,8 +98,8 @@ def test_log_rank_counts_checkpoints_not_runs_and_only_matched_noise():
     alone, more = pool([*haep, *noise]), pool(twice)
     for endpoint in ("rank_recovery_pct", "loss_recovery_pct"):
         assert (
-            more.contrasts["nano"].half_recovery_test[endpoint]
-            == alone.contrasts["nano"].half_recovery_test[endpoint]
+            more.contrast("nano", "gaussian_noise").half_recovery_test[endpoint]
+            == alone.contrast("nano", "gaussian_noise").half_recovery_test[endpoint]
         )
 
 
@@ -104,7 +107,7 @@ def test_an_undetermined_log_rank_is_nan_with_its_named_warning():
     haep = [make_run(30.0 + i, seed=i) for i in range(3)]  # never half of the rank
     noise = [make_run(40.0 + i, seed=i, arm="gaussian_noise") for i in range(3)]
     summary = pool([*haep, *noise])
-    found = summary.contrasts["nano"].half_recovery_test["rank_recovery_pct"]
+    found = summary.contrast("nano", "gaussian_noise").half_recovery_test["rank_recovery_pct"]
     assert math.isnan(found.p_value)
     assert math.isnan(found.statistic)
     assert "rank undefined (3 and 3 checkpoints with a time)" in markdown(summary)
@@ -123,7 +126,7 @@ def test_arms_healed_for_different_budgets_are_not_compared():
     noise = [make_run(40.0 + i, seed=i, arm="gaussian_noise") for i in range(3)]
     longer = [replace(r, steps=(0, 10, 40)) for r in noise]
     (line,) = comparison_gaps(pool([*haep, *longer]))
-    assert line.endswith("not compared: they were healed for 20 and 40 steps.")
+    assert line.endswith("not compared (secondary): they were healed for 20 and 40 steps.")
     tokens = [replace(r, tokens_per_step=512) for r in noise]
     wider = [replace(r, tokens_per_step=1024) for r in haep]
     (line,) = comparison_gaps(pool([*wider, *tokens]))
