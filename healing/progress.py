@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -142,8 +144,26 @@ class Stopped(KeyboardInterrupt):
     """
 
     def __init__(self, signum: int = 0) -> None:
-        super().__init__(f"stopped by signal {signum}" if signum else "stopped")
         self.signum = signum
+        super().__init__(f"stopped by {self.name}" if signum else "stopped")
+
+    @property
+    def name(self) -> str:
+        """``SIGTERM``; ``request`` where no signal asked."""
+        try:
+            return signal.Signals(self.signum).name
+        except ValueError:
+            return f"signal {self.signum}" if self.signum else "request"
+
+
+class Stop(threading.Event):
+    """Asks every cell of a process to end at its next safe point.
+
+    Attributes:
+        signum: Of the signal that asked; 0 = none did.
+    """
+
+    signum = 0
 
 
 def _no_state() -> None:

@@ -29,7 +29,8 @@ from healing.reporting.treatment_against_control import (
 )
 from healing.reporting.verdict_context import lead_sentence
 from healing.reporting.verdict_sentences import verdict_heading, verdict_reason
-from healing.stages.driver import Driver, upload
+from healing.stages.driver import Driver
+from healing.stages.stage import upload
 from healing.stages.summarize_inputs import read_runs
 from healing.stages.terminal.console import Console
 from healing.statistics.group import GroupSummary

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from safetensors import SafetensorError
 
-from healing.errors import OutputError
+from healing.errors import ConfigError, OutputError
 
 _TRIED = bytes(4096)
 
@@ -21,6 +21,20 @@ _TRIED = bytes(4096)
 def output_folder(directory: str) -> pathlib.Path:
     """``--output-dir`` as a path."""
     return pathlib.Path(directory).expanduser().resolve()
+
+
+def run_folder(output_dir: str, place: str, name: str) -> pathlib.Path:
+    """Local folder of one run, always inside of the output folder.
+
+    Raises:
+        ConfigError: The name is more than one path component.
+    """
+    if name in ("", ".", "..") or set(name) & set("/\\\0"):
+        raise ConfigError(
+            f"{name!r} cannot be the name of a run's folder: what it is made of (arm, model) has "
+            "to be plain names"
+        )
+    return output_folder(output_dir) / place / name
 
 
 def _existing(path: pathlib.Path) -> pathlib.Path:

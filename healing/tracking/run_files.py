@@ -56,13 +56,27 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     return found
 
 
+def _previous(folder: pathlib.Path) -> pathlib.Path:
+    return folder.parent / f".{folder.name}.previous"
+
+
 def start_folder(folder: pathlib.Path, config: Mapping[str, Any]) -> None:
     """An empty folder for a run that begins: what an earlier one left there would be mistaken for
     its results. The configuration is written first, so that a failed run has it too.
+
+    A finished run's folder (one with checkpoints) is put aside, under a hidden name beside it,
+    until :func:`drop_previous` says that there are new results; the first one put aside stays.
     """
-    if folder.exists():
+    if (folder / "checkpoints").is_dir() and not _previous(folder).exists():
+        folder.rename(_previous(folder))
+    elif folder.exists():
         shutil.rmtree(folder)
     write_json(folder / "config.json", config)
+
+
+def drop_previous(folder: pathlib.Path) -> None:
+    """Remove the earlier results of a run that has new ones."""
+    shutil.rmtree(_previous(folder), ignore_errors=True)
 
 
 class JsonLines:
