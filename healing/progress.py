@@ -69,7 +69,12 @@ def _no_note() -> str:
 
 
 def phase(
-    name: str, items: Iterable[T], total: int | None = None, note: Callable[[], str] = _no_note
+    name: str,
+    items: Iterable[T],
+    total: int | None = None,
+    note: Callable[[], str] = _no_note,
+    *,
+    begin: int = 0,
 ) -> Iterator[T]:
     """The items of a long loop, with word to the listener before each. Afterwards the phase that
     it is a part of goes on.
@@ -79,10 +84,11 @@ def phase(
         items: What is looped over.
         total: Their number, where it is known.
         note: What came out so far, asked before each item.
+        begin: Items that were done before, in an earlier process.
     """
     telling = _telling.get()
     outer = telling.now if telling else None
-    for done, item in enumerate(items):
+    for done, item in enumerate(items, begin):
         if telling is not None:
             telling.tell(_Where(name, done, total, note()))
         yield item

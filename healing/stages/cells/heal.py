@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
 from dataclasses import replace
 from typing import Any
@@ -182,7 +183,7 @@ def heal_cell(cell: HealCell) -> Events[tuple[HealOutcome, LoadedModel]]:
     run_fingerprint = heal_fingerprint(cell, checkpoint, loaded.identity, corpus.digests)
     settings = settings_of(cell, checkpoint, corpus.digests)
     method = METHODS.load(config.healing_method)
-    yield Begin(
+    kept = yield Begin(
         run_fingerprint,
         heal_name(cell, checkpoint, run_fingerprint),
         stored_config(cell, checkpoint, run_fingerprint),
@@ -232,9 +233,13 @@ def heal_cell(cell: HealCell) -> Events[tuple[HealOutcome, LoadedModel]]:
         ),
         weight_change=distance,
     )
-    for event in heal_events(loaded, config, windows, probe, collapsed, _data_order(cell)):
+    if kept is not None:
+        outcome = replace(outcome, records=tuple(kept["records"]))
+    loop = kept["loop"] if kept else None
+    order = _data_order(cell)
+    for event in heal_events(loaded, config, windows, probe, collapsed, order, loop):
         if isinstance(event, Safe):
-            yield event
+            yield replace(event, state=functools.partial(_state, event, outcome.records))
             continue
         known = outcome.records if event.step else ()
         outcome = replace(outcome, records=(*known, event))
@@ -245,6 +250,11 @@ def heal_cell(cell: HealCell) -> Events[tuple[HealOutcome, LoadedModel]]:
         enter("the healthy model through the same steps")
         outcome = replace(outcome, healthy_replay=_replay_healthy(cell, last.failure, windows))
     return outcome, loaded
+
+
+def _state(safe: Safe, records: tuple[HealRecord, ...]) -> dict[str, Any]:
+    """What a cell goes on from: the loop's state, and the records so far."""
+    return {"loop": safe.state(), "records": records}
 
 
 def _require_collapsed(checkpoint: Checkpoint, loaded: LoadedModel, cell: HealCell) -> None:
