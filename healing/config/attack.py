@@ -13,7 +13,7 @@ from healing.config.arm_tags import (
     arms_that_take,
 )
 from healing.config.options import AUTO, flag_name, option
-from healing.config.shared import OPTIMIZERS, BaseConfig, DryRunOptions
+from healing.config.shared import OPTIMIZERS, BaseConfig, DryRunOptions, SavingOptions
 from healing.errors import ConfigError
 from healing.registry import ARMS, DAMAGE_CONTROL, MATCHES
 
@@ -27,10 +27,10 @@ BY_ARM, ALWAYS, NEVER = ALIGNMENT_CHOICES = ("by_arm", "always", "never")
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttackConfig(BaseConfig, DryRunOptions):
+class AttackConfig(BaseConfig, SavingOptions, DryRunOptions):
     """One attack: a healthy model, an arm, a budget."""
 
-    order = (..., "dry_run")
+    order = (..., "checkpoint_interval", "checkpoint_minutes", "resume_run_id", "dry_run")
 
     arm: str = option("haep", lambda: f"Attack method. {ARMS.describe()}.", choices=ARMS.names)
     attack_steps: int | str = option(AUTO, "Budget in optimiser steps; auto = by model.", minimum=0)

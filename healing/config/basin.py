@@ -16,13 +16,14 @@ from healing.config.shared import (
     DeviceOptions,
     ModelOptions,
     OutputOptions,
+    ResumeOptions,
     ThreadOptions,
 )
 from healing.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
-class BasinConfig(ModelOptions, ThreadOptions, DeviceOptions, OutputOptions):
+class BasinConfig(ModelOptions, ThreadOptions, DeviceOptions, OutputOptions, ResumeOptions):
     """The loss landscape around and between the three states of one healing run."""
 
     order = (
@@ -34,6 +35,7 @@ class BasinConfig(ModelOptions, ThreadOptions, DeviceOptions, OutputOptions):
         "device",
         "output_dir",
         "verbosity",
+        "resume_run_id",
     )
 
     heal_run_id: str = option("", "MLflow healing run whose three states are examined.")

@@ -19,6 +19,7 @@ from healing.config.shared import (
     REVISION_HELP,
     BaseConfig,
     DryRunOptions,
+    SavingOptions,
 )
 from healing.errors import ConfigError
 from healing.registry import ARMS, METHODS, Facts
@@ -67,10 +68,10 @@ def _of_the_attack(name: str, choices: tuple[str, ...] | None = None) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class HealConfig(BaseConfig, DryRunOptions):
+class HealConfig(BaseConfig, SavingOptions, DryRunOptions):
     """Healing of one checkpoint, of a folder of checkpoints, or of a fresh attack."""
 
-    order = (..., "dry_run")
+    order = (..., "checkpoint_interval", "checkpoint_minutes", "resume_run_id", "dry_run")
     unresolved: ClassVar[tuple[str, ...]] = OF_THE_ATTACK
 
     model: str = option(

@@ -5,11 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from healing.config.options import option
-from healing.config.shared import OutputOptions, TextOptions, ThreadOptions, TrainingOptions
+from healing.config.shared import (
+    OutputOptions,
+    SavingOptions,
+    TextOptions,
+    ThreadOptions,
+    TrainingOptions,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig(TextOptions, TrainingOptions, ThreadOptions, OutputOptions):
+class PretrainConfig(TextOptions, TrainingOptions, ThreadOptions, OutputOptions, SavingOptions):
     """Training of an embedded model from nothing."""
 
     order = (
@@ -26,6 +32,9 @@ class PretrainConfig(TextOptions, TrainingOptions, ThreadOptions, OutputOptions)
         "threads",
         "output_dir",
         "verbosity",
+        "checkpoint_interval",
+        "checkpoint_minutes",
+        "resume_run_id",
     )
 
     model: str = option("nano", "Embedded model to train.", choices=("nano", "micro"))

@@ -143,6 +143,41 @@ class CacheOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ResumeOptions(Options):
+    """Going on with a run that was cut."""
+
+    resume_run_id: str = option(
+        "",
+        "Go on with this run, which was stopped or killed: with its own settings, in a new run "
+        "that holds the whole history. (The same command as before goes on, too.)",
+        determines=False,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavingOptions(ResumeOptions):
+    """How often the state of training is kept on disk, so that it can go on."""
+
+    checkpoint_interval: int = option(
+        0,
+        "Keep the state of training (weights, optimiser, records) every so many steps; 0 = by time "
+        "alone. A run that is told to stop keeps it in any case.",
+        minimum=0,
+        determines=False,
+    )
+    checkpoint_minutes: float = option(
+        10.0,
+        "Keep the state of training after so many minutes; 0 = by steps alone.",
+        minimum=0,
+        determines=False,
+    )
+
+
+SAVING = ("checkpoint_interval", "checkpoint_minutes")
+"""Fields that a run hands on to those that come first."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DryRunOptions(Options):
     """Whether it runs at all."""
 

@@ -20,6 +20,7 @@ from healing.config.shared import (
     CacheOptions,
     DeviceOptions,
     OutputOptions,
+    SavingOptions,
     TrainingOptions,
 )
 from healing.errors import ConfigError
@@ -30,7 +31,7 @@ SEEDS_OF, OTHER_SEEDS = {"nano": 5, "micro": 2}, 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepConfig(TrainingOptions, DeviceOptions, CacheOptions, OutputOptions):
+class SweepConfig(TrainingOptions, DeviceOptions, CacheOptions, OutputOptions, SavingOptions):
     """Models x arms x seeds: attack and heal each, then summarize."""
 
     order = (
@@ -43,6 +44,9 @@ class SweepConfig(TrainingOptions, DeviceOptions, CacheOptions, OutputOptions):
         "cache_dir",
         "output_dir",
         "verbosity",
+        "checkpoint_interval",
+        "checkpoint_minutes",
+        "resume_run_id",
     )
 
     models: str = option("nano,micro", f"Comma-separated models: {MODELS_HELP}.")

@@ -90,6 +90,8 @@ class Driver:
             with contextlib.ExitStack() as ending:
                 with self.console.waiting("opening the store"):
                     run = ending.enter_context(self.store.start(title, tags))
+                    for line in self.store.close_left_running(run.experiment_id):
+                        self.console.say(line)
                 yield run
         finally:
             torch.set_num_threads(threads)

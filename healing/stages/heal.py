@@ -40,6 +40,7 @@ from healing.stages.terminal.console import Console
 from healing.stages.tuning.healer_files import with_healer
 from healing.tracking.run import Run
 from healing.tracking.run_files import read_jsonl, write_json
+from healing.tracking.snapshots import Saving
 from healing.tracking.store import Store
 
 
@@ -174,6 +175,10 @@ class HealStage(StageDefaults):
         """As configured."""
         return cell.config.output_dir
 
+    def saving(self, cell: HealCell) -> Saving:
+        """As configured."""
+        return super().saving(cell.config)
+
     def prepare(self, cell: HealCell, tools: Tools) -> HealCell:
         """Take the healer's settings where one is named, replace every ``auto`` by the
         checkpoint's own, and heal the sham where it is wanted, by the same healer.
@@ -275,7 +280,8 @@ def _check_early(config: HealConfig, store: Store) -> None:
 
 
 def _fresh_attack(config: HealConfig, run: Run, driver: Driver) -> pathlib.Path:
-    done = driver.run_cell(ATTACK, fresh_attack_config(config), parent=run)
+    # Found again where it was made before: healing that was cut goes on without it.
+    done = driver.run_cell(ATTACK, fresh_attack_config(config), parent=run, reuse=True)
     return checkpoint_of(done, driver.store)
 
 

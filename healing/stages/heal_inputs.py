@@ -6,6 +6,7 @@ import pathlib
 
 from healing.config.attack import AttackConfig
 from healing.config.heal import HealConfig
+from healing.config.shared import SAVING
 from healing.errors import CheckpointError
 from healing.models.checkpoints import CHECKPOINT_NAME
 from healing.stages.cells.heal import resolve_from_checkpoint
@@ -70,6 +71,7 @@ def fresh_attack_config(config: HealConfig) -> AttackConfig:
             "output_dir",
             "cache_dir",
             "verbosity",
+            *SAVING,
         )
     }
     return AttackConfig(arm=config.arm, **shared, **config.given_of_the_attack())
