@@ -33,6 +33,7 @@ from healing.config.presets import (
 from healing.data import hub
 from healing.errors import ConfigError, ModelError
 from healing.models.conversions import require_gguf
+from healing.models.gguf_files import read_once
 from healing.models.local_models import UnusableError, contents_of
 
 EMBEDDED_DIR = pathlib.Path(__file__).parent / "embedded"
@@ -167,7 +168,8 @@ def _stored_config(whole: Location) -> PreTrainedConfig:
         return _as_transformers_reads(whole, 0.0)
     # A GGUF file's header holds the whole vocabulary: seconds, and asked for several times a run.
     changed = (whole.folder / whole.gguf).stat().st_mtime
-    return copy.deepcopy(_read_once(whole, changed))
+    with read_once():
+        return copy.deepcopy(_read_once(whole, changed))
 
 
 def _as_transformers_reads(whole: Location, changed: float) -> PreTrainedConfig:
