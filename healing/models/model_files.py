@@ -87,6 +87,18 @@ def locate(
     return _on_the_hub(source, revision, weights)
 
 
+def weights_are_here(name: str, revision: str = "", deduped: bool = False) -> bool:
+    """Whether a model can be loaded without downloading its weights.
+
+    Raises:
+        ConfigError: Unknown model.
+        ModelError: The Hub has no such model or revision, or cannot be reached.
+    """
+    if model_kind(name) in (EMBEDDED, FOLDER):
+        return True
+    return hub.has_weights(source_of(name, deduped), revision or MAIN)
+
+
 def _on_the_hub(repo: str, revision: str, weights: bool) -> Location:
     found = (hub.snapshot if weights else hub.small_files)(repo, revision or MAIN)
     return Location(found.folder, repo, found.commit)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import pathlib
+from typing import TYPE_CHECKING
 
 from healing.config.attack import AttackConfig
 from healing.config.heal import HealConfig
 from healing.errors import CheckpointError
 from healing.models.checkpoints import CHECKPOINT_NAME
 from healing.stages.cells.heal import resolve_from_checkpoint
-from healing.tracking.store import Store
+
+if TYPE_CHECKING:
+    from healing.tracking.store import Store  # MLflow takes a second to import
 
 
 def find_checkpoints(folder: str) -> list[pathlib.Path]:

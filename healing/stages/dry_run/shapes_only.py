@@ -44,6 +44,10 @@ class _EverythingSelected(TorchDispatchMode):
     So losses are finite, steps are taken and no token is an outlier.
     """
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled: torch's guard against that takes a tenth of the time
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:

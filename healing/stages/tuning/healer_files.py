@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+from typing import TYPE_CHECKING
 
 from healing.config.heal import HealConfig
 from healing.config.healer import HEALER_NAME, INCLUDED, Healer, included_healers
@@ -10,7 +11,9 @@ from healing.config.presets import model_label
 from healing.config.sweep import SweepConfig
 from healing.errors import ConfigError, TrackingError
 from healing.tracking.run_files import read_json
-from healing.tracking.store import Store
+
+if TYPE_CHECKING:
+    from healing.tracking.store import Store  # MLflow takes a second to import
 
 
 def find_healer(source: str, store: Store) -> Healer:
