@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import pathlib
-from typing import TYPE_CHECKING
 
 from healing.config.attack import AttackConfig
 from healing.config.heal import HealConfig
 from healing.errors import CheckpointError
 from healing.models.checkpoints import CHECKPOINT_NAME
 from healing.stages.cells.heal import resolve_from_checkpoint
-
-if TYPE_CHECKING:
-    from healing.tracking.store import Store  # MLflow takes a second to import
+from healing.tracking.store import Store
 
 
 def find_checkpoints(folder: str) -> list[pathlib.Path]:

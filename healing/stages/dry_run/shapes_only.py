@@ -87,6 +87,8 @@ def _model_of_result(args: tuple[Any, ...]) -> torch.Tensor | None:
     kinds = {t.dtype for t in tensors}
     if len(kinds) > 1 or not tensors[0].is_floating_point():
         return None
+    if len({t.shape for t in tensors}) == 1:
+        return tensors[0]
     shape = torch.broadcast_shapes(*(t.shape for t in tensors))
     return next((t for t in tensors if t.shape == shape), None)
 

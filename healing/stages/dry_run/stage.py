@@ -4,6 +4,7 @@ the time, from one step of each kind.
 
 from __future__ import annotations
 
+import gc
 import os
 import pathlib
 import time
@@ -31,6 +32,8 @@ from healing.stages.dry_run.timing import Cost, attack_costs, healing_costs, in_
 from healing.stages.heal_inputs import find_checkpoints, fresh_attack_config, local_checkpoint
 from healing.stages.terminal.console import Console
 from healing.stages.tuning.healer_files import with_healer
+from healing.tracking import run_logger
+from healing.tracking.store import MlflowStore  # never later: what a run has loaded is counted
 
 
 def table(prediction: Prediction) -> str:
@@ -107,16 +110,12 @@ def _what_is_healed(config: HealConfig) -> tuple[HealConfig, pathlib.Path | None
     """The configuration with its healer, and the first checkpoint that would be healed; ``None``
     where it is that of a fresh attack.
     """
-    if config.healer or config.attack_run_id or config.collapsed_checkpoint:
-        from healing.tracking.store import MlflowStore  # MLflow takes a second to import
-
-        store = MlflowStore()
-        config, _ = with_healer(config, store)
-        path = local_checkpoint(config, store)
-    else:
-        path = None
+    store = MlflowStore()
+    config, _ = with_healer(config, store)
     _own_code(METHODS, config.healing_method)
-    return config, find_checkpoints(config.checkpoint_dir)[0] if config.checkpoint_dir else path
+    if config.checkpoint_dir:
+        return config, find_checkpoints(config.checkpoint_dir)[0]
+    return config, local_checkpoint(config, store)
 
 
 def _own_code(registry: Registry, name: str) -> None:
@@ -173,7 +172,11 @@ def estimates(
 
 def dry_run(config: AttackConfig | HealConfig) -> dict[str, Prediction]:
     """Predict and print; a run is made only by ``mlflow run``, and then holds the prediction."""
-    found = predictions(config, Console(config.verbosity))
+    gc.freeze()  # what was imported need not be looked through again and again
+    try:
+        found = predictions(config, Console(config.verbosity))
+    finally:
+        gc.unfreeze()
     console = Console("normal")  # what is printed is what was asked for
     for name, (stage, prediction) in found.items():
         console.say(describe(name, stage.label, prediction))
@@ -184,8 +187,6 @@ def dry_run(config: AttackConfig | HealConfig) -> dict[str, Prediction]:
         torch.set_num_threads(threads)
     peak = max(prediction.peak_bytes for _, prediction in found.values())
     if "MLFLOW_RUN_ID" in os.environ:
-        from healing.tracking import run_logger
-
         with run_logger.start("dry run", {"stage": "dry_run"}) as run:
             run.metrics({"summary/predicted_peak_bytes": float(peak)})
     return {name: prediction for name, (_, prediction) in found.items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pathlib
-from typing import TYPE_CHECKING
 
 from healing.config.heal import HealConfig
 from healing.config.healer import HEALER_NAME, INCLUDED, Healer, included_healers
@@ -11,9 +10,7 @@ from healing.config.presets import model_label
 from healing.config.sweep import SweepConfig
 from healing.errors import ConfigError, TrackingError
 from healing.tracking.run_files import read_json
-
-if TYPE_CHECKING:
-    from healing.tracking.store import Store  # MLflow takes a second to import
+from healing.tracking.store import Store
 
 
 def find_healer(source: str, store: Store) -> Healer:
