@@ -119,11 +119,15 @@ def test_healings_costs_count_every_run_and_sham(two_seconds_each, sham, arm, ru
 
 
 def test_a_measurement_is_a_line_through_two_short_ones(monkeypatch):
-    """512 tokens in 3 s and 1,024 in 5 s: 2 s of every 512, and 1 s whatever their number."""
-    answers = iter([3.0, 5.0])
+    """512 tokens in 3 s and 1,024 in 5 s: 2 s of every 512, and 1 s whatever their number. The error
+    took the first of them 7 s more.
+    """
+    answers = iter([3.0, 5.0, 10.0])
     monkeypatch.setattr(timing, "seconds_of", lambda work, device: next(answers))
     config = resolve_from_presets(HealConfig(model="nano", probe_tokens=8192, sequence_length=64))
-    assert timing._measurement(config, load_model("nano")) == pytest.approx(1.0 + 16 * 2.0)
+    plain, with_error = timing._measurements(config, load_model("nano"), 5, 3)
+    assert (plain.count, plain.seconds) == (15, pytest.approx(1.0 + 16 * 2.0))
+    assert (with_error.count, with_error.seconds) == (6, pytest.approx(33.0 + 7.0))
 
 
 @pytest.mark.parametrize(

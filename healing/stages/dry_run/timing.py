@@ -102,26 +102,25 @@ def _tokens(loaded: LoadedModel, windows: int, length: int) -> torch.Tensor:
     return random_sequences(windows, length, loaded.vocabulary, named_generator(0, "timing"))
 
 
-def _measurement(config: BaseConfig, loaded: LoadedModel, *, error: bool = False) -> float:
-    """Seconds of one, with its standard error or without: a line through two short ones."""
+def _measurements(config: BaseConfig, loaded: LoadedModel, plain: int, runs: int) -> list[Cost]:
+    """Those of so many runs: two of each with standard errors, ``plain`` without.
+
+    One takes what a line through two short ones says. Its error takes on top what it takes a short
+    one: the spectra of resampled states, which do not depend on the number of windows.
+    """
     length = config.sequence_length
     few = max(1, PROBE_TOKENS // length)
     taken = []
-    for windows in (few, 2 * few):
+    for windows, draws in ((few, None), (2 * few, None), (few, named_generator(0, "timing"))):
         probe = Probe(_tokens(loaded, windows, length))
-        draws = named_generator(0, "timing") if error else None
         measuring = functools.partial(probe.measure, loaded.model, draws)
         taken.append(seconds_of(measuring, loaded.device))
-    short, double = taken
-    windows = -(-int(config.probe_tokens) // length)
-    return short + max(0.0, double - short) * (windows - few) / few
-
-
-def _measurements(config: BaseConfig, loaded: LoadedModel, plain: int, runs: int) -> list[Cost]:
-    """Those of so many runs: two of each with standard errors, the others without."""
+    short, double, with_error = taken
+    more = (-(-int(config.probe_tokens) // length) - few) / few
+    one = short + max(0.0, double - short) * more
     return [
-        Cost("measurements", runs * plain, _measurement(config, loaded)),
-        Cost("with standard errors", 2 * runs, _measurement(config, loaded, error=True)),
+        Cost("measurements", runs * plain, one),
+        Cost("with standard errors", 2 * runs, one + max(0.0, with_error - short)),
     ]
 
 
