@@ -119,8 +119,8 @@ def test_healings_costs_count_every_run_and_sham(two_seconds_each, sham, arm, ru
 
 
 def test_a_measurement_is_a_line_through_two_short_ones(monkeypatch):
-    """512 tokens in 3 s and 1,024 in 5 s: 2 s of every 512, and 1 s whatever their number. The error
-    took the first of them 7 s more.
+    """512 tokens in 3 s and 1,024 in 5 s: 2 s of every 512, and 1 s whatever their number; the
+    error took the shorter one 7 s more.
     """
     answers = iter([3.0, 5.0, 10.0])
     monkeypatch.setattr(timing, "seconds_of", lambda work, device: next(answers))
