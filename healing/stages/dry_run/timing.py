@@ -2,7 +2,7 @@
 
 Of a step the second is timed: the first one makes the optimiser's state. In the place of text and
 of the subspace stand random tokens and zeros of the same shapes. Of what takes long in a run, the
-iterations that find a ``hessian`` subspace are not timed, nor are files, figures and the store.
+iterations that find a ``hessian`` subspace are not timed, nor are text, files, figures and store.
 """
 
 from __future__ import annotations
