@@ -132,7 +132,7 @@ def _run(name: str, stage: Callable[..., Any], config: Any, stop: Stop) -> None:
         config = resumed(name, config, run_id)
     snapshots = FileSnapshots(STATE_CLASSES)
     console = Console(config.verbosity)
-    stage(config, Driver(console, stop=stop, snapshots=snapshots, again=bool(run_id)))
+    stage(config, driver=Driver(console, stop=stop, snapshots=snapshots, again=bool(run_id)))
 
 
 def resumed(stage: str, config: Any, run_id: str) -> Any:

@@ -76,6 +76,9 @@ def _say(text: str) -> None:
 @contextlib.contextmanager
 def listening(stop: Stop, abandon: Callable[[str], None]) -> Iterator[None]:
     """Handle signals in the block; a signal that was ignored before (``nohup``) still is."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's
+        return
     signals = Signals(stop, abandon)
     before = {s: signal.getsignal(s) for s in HEARD}
     for signum, handler in before.items():

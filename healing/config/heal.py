@@ -71,8 +71,15 @@ def _of_the_attack(name: str, choices: tuple[str, ...] | None = None) -> Any:
 class HealConfig(BaseConfig, SavingOptions, DryRunOptions):
     """Healing of one checkpoint, of a folder of checkpoints, or of a fresh attack."""
 
-    order = (..., "checkpoint_interval", "checkpoint_minutes", "resume_run_id", "dry_run")
-    unresolved: ClassVar[tuple[str, ...]] = OF_THE_ATTACK
+    order = (
+        ...,
+        "checkpoint_interval",
+        "checkpoint_minutes",
+        "resume_run_id",
+        "dry_run",
+        "time_steps",
+    )
+    unresolved: ClassVar[tuple[str, ...]] = (*OF_THE_ATTACK, "time_steps")
 
     model: str = option(
         AUTO,

@@ -106,8 +106,12 @@ class RunLogger:
             self._client.log_batch(self.run_id, tags=[RunTag(k, v) for k, v in tags.items()])
             self._client.set_terminated(self.run_id, "KILLED")
 
+    def storing(self, what: str) -> contextlib.AbstractContextManager[None]:
+        """Turn a refusal to store something of this run into one line."""
+        return stored(f"{what} of run {self.run_id}", f"runs restore --run-id {self.run_id}")
+
     def _send(self, what: str, **content: Any) -> None:
-        with stored(f"{what} of run {self.run_id}", f"runs restore --run-id {self.run_id}"):
+        with self.storing(what):
             self._client.log_batch(self.run_id, **content)
 
     def params(self, prefix: str, values: Mapping[str, Any]) -> None:
@@ -175,7 +179,7 @@ class RunLogger:
 
     def artifact(self, path: pathlib.Path, folder: str | None = None) -> None:
         """Store one file."""
-        with stored(f"artifact {path.name} of run {self.run_id}"):
+        with self.storing(f"artifact {path.name}"):
             self._client.log_artifact(self.run_id, str(path), folder)
 
     def rescue(self, *paths: pathlib.Path) -> None:
@@ -199,7 +203,7 @@ class RunLogger:
         source = {"tags": {key: _text(value) for key, value in facts.items()}}
         data = Dataset(name, digest, "code", json.dumps(source))
         tag = InputTag("mlflow.data.context", context)
-        with stored(f"data set {name} of run {self.run_id}"), _DATASETS:
+        with self.storing(f"data set {name}"), _DATASETS:
             self._client.log_inputs(self.run_id, datasets=[DatasetInput(data, [tag])])
 
 
@@ -233,7 +237,7 @@ def _ended(logger: RunLogger, end: Callable[[str], object]) -> Iterator[None]:
     finally:
         with _OPENING:
             _OPEN.pop(logger.run_id, None)
-    with stored(f"the end of run {logger.run_id}"):
+    with logger.storing("the end"):
         end("FINISHED")
 
 

@@ -41,7 +41,7 @@ ANSWERS = {
     "baseline_draws subspace subspace_energy hessian_directions ~alignment ~baseline_interval "
     "curvature_tokens rayleigh_draws -reference_checkpoint -reference_run_id match noise_scale "
     "noise_rank ~noise_draw -direction_checkpoint -direction_run_id -start_checkpoint "
-    "-checkpoint_interval -checkpoint_minutes -resume_run_id -dry_run",
+    "-checkpoint_interval -checkpoint_minutes -resume_run_id -dry_run -time_steps",
     "heal": "model revision deduped tokenizer corpus max_documents text_column split_rule ~seed "
     "batch_size sequence_length probe_tokens measurement_interval ~measurements threads "
     "-device -cache_dir -output_dir -verbosity ~collapsed_checkpoint -attack_run_id "
@@ -51,7 +51,7 @@ ANSWERS = {
     "healing_momentum healing_warmup healing_decay "
     "healing_method lora_rank lora_alpha sham gradient_checkpointing gradient_clip reset_norms "
     "-healer -save_healed precision precision_mode "
-    "-checkpoint_interval -checkpoint_minutes -resume_run_id -dry_run",
+    "-checkpoint_interval -checkpoint_minutes -resume_run_id -dry_run -time_steps",
     "summarize": "experiment filter legacy confidence -output_dir -verbosity",
     "import_results": "folder -output_dir -verbosity",
     "pretrain": "model corpus max_documents tokens_per_parameter vocab_size batch_size "
@@ -159,7 +159,7 @@ def test_entries_of_a_checkpoint_that_separate_no_runs():
         "measurements", "cache_dir", "alignment", "baseline_interval", "noise_draw",
         "direction_checkpoint", "direction_run_id", "direction_fingerprint",
         "start_checkpoint", "start_digest", "start_run_id",
-        "checkpoint_interval", "checkpoint_minutes", "resume_run_id",
+        "checkpoint_interval", "checkpoint_minutes", "resume_run_id", "time_steps",
     }  # fmt: skip
     # What is named beside the fields is a field of no attack: else it would have two answers.
     assert not set(LINEAGE) & set(ordered_names(AttackConfig))
