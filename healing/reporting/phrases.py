@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from healing.registry import TREATMENT
-from healing.statistics.checkpoint_estimates import Asymptotes
+from healing.statistics.fits.asymptotes import Asymptotes
 from healing.statistics.group import GroupSummary
 from healing.statistics.intervals import Interval
 from healing.statistics.summary import Summary

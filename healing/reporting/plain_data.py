@@ -11,7 +11,8 @@ from healing.reporting.phrases import RANK
 from healing.reporting.tables import STATUS_LABELS
 from healing.reporting.verdict_sentences import verdict_claim
 from healing.statistics.budgets import Persistence
-from healing.statistics.checkpoint_estimates import Asymptotes, HalfTimes
+from healing.statistics.checkpoint_estimates import HalfTimes
+from healing.statistics.fits.asymptotes import Asymptotes
 from healing.statistics.group import Band, GroupSummary
 from healing.statistics.heal_runs import HealRun
 from healing.statistics.intervals import Interval, scale_interval

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from healing.registry import SHAM, YARDSTICK
+from healing.statistics.fits.size_trend import ScalingSlope, scaling_slope
 from healing.statistics.group import GroupSummary, against_scratch, summarize_group
 from healing.statistics.heal_runs import HealRun, Repeat, distinct_runs, without_raised_rank
 from healing.statistics.paired_tests import ArmComparison
-from healing.statistics.size_trend import ScalingSlope, scaling_slope
 from healing.statistics.treatment_against_control import Contrast, Gap, contrasts
 from healing.statistics.warning_collector import WarningCollector
 

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
+from healing.statistics.fits.size_trend import scaling_slope
 from healing.statistics.intervals import Interval, bca_interval, cluster_means, t_interval
 from healing.statistics.paired_tests import Statement, compare_arms
-from healing.statistics.size_trend import scaling_slope
 from healing.statistics.survival import (
     CensoredDataWarning,
     kaplan_meier,

@@ -8,8 +8,8 @@ import warnings
 import numpy as np
 import pytest
 
-from healing.statistics import curve_fits
-from healing.statistics.curve_fits import (
+from healing.statistics.fits import curve_fits
+from healing.statistics.fits.curve_fits import (
     NotConvergedWarning,
     TooFewMeasurementsWarning,
     TrajectoryFit,
