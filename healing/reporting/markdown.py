@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from healing.reporting.damage_regression import TITLE as DAMAGE_TITLE
+from healing.reporting.damage_regression import damage_sentences
 from healing.reporting.escaping import markdown as escape
 from healing.reporting.phrases import group_label, headline_groups, interval_text
 from healing.reporting.tables import Table, main_table, secondary_tables
@@ -77,6 +79,8 @@ def markdown(summary: Summary) -> str:
     contrasts = _bullets([*contrast_sentences(summary), *comparison_gaps(summary)])
     if contrasts:
         lines += [f"## {escape(pair_title(summary))}", "", *contrasts, ""]
+    if said := damage_sentences(summary):
+        lines += [f"## {DAMAGE_TITLE}", "", *_bullets(said), ""]
     if summary.slopes:
         slopes = _bullets(
             f"{arm}: {interval_text(slope.slope)} points per tenfold parameters"

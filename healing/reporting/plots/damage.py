@@ -6,12 +6,11 @@ import pathlib
 from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 from healing.config.arm_tags import arm_short
 from healing.reporting.plots.style import (
     PAGE,
-    SMALL,
     arm_style,
     direct_labels,
     paper_figure,
@@ -24,6 +23,9 @@ AXES = {
     "weight_change": "weight distance ‖W−W₀‖/‖W₀‖ (log scale)",
     "start_loss": "loss at the start of healing (nats, log scale)",
 }
+
+MARGIN = 8.0
+"""Points above and below the data: recoveries differ by less than the zones of the verdicts do."""
 
 
 def recovery_against_damage(path: pathlib.Path, found: Mapping[str, DamageRegression]) -> None:
@@ -42,8 +44,8 @@ def recovery_against_damage(path: pathlib.Path, found: Mapping[str, DamageRegres
                 ends = [_draw_arm(ax, regression.points, arm, name) for arm in regression.arms]
                 ax.set(xscale="log", ylabel="rank recovery (%)")
                 ax.set_xlabel(label if row == rows - 1 else "")
-                low, high = ax.get_ylim()
-                ax.set_ylim(min(low, -5.0), max(high, 105.0))
+                recoveries = [p.recovery for p in regression.points]
+                ax.set_ylim(min(recoveries) - MARGIN, max(recoveries) + MARGIN)
                 _few_ticks(ax)
                 if column:
                     direct_labels(ax, ends)
@@ -73,8 +75,10 @@ def _draw_arm(
 
 
 def _few_ticks(ax: Axes) -> None:
-    """Plain numbers at 1, 2 and 5 of every decade: the axes are often shorter than one."""
-    ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)))
-    ax.xaxis.set_major_formatter(ScalarFormatter())
-    ax.xaxis.set_minor_formatter(NullFormatter())
-    ax.tick_params(axis="x", which="major", labelsize=SMALL)
+    """Plain numbers also within a decade: the axes are often shorter than one."""
+    low, high = ax.get_xlim()
+    few = high < 30.0 * low
+    subs = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0) if few else (1.0,)
+    ax.xaxis.set_major_locator(LogLocator(subs=subs))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))

@@ -222,17 +222,23 @@ def _least_squares(
     def jacobian(theta: FloatArray) -> FloatArray:
         return np.column_stack([approach(t, theta[1:]), theta[0] * gradient(t, theta[1:])])
 
+    def whitened(theta: FloatArray) -> FloatArray:
+        return whiten(residuals(theta), rho)
+
+    def slopes(theta: FloatArray) -> FloatArray:
+        return -whiten(jacobian(theta), rho)
+
     def residuals(theta: FloatArray) -> FloatArray:
         misfit: FloatArray = r - theta[0] * approach(t, theta[1:])
         return misfit
 
     lower, upper = _log_shape_bounds(law, t)
     result = optimize.least_squares(
-        lambda theta: whiten(residuals(theta), rho),
+        whitened,
         x0=_grid_start(law, t, r, lower, upper) if start is None else _inside(start, lower, upper),
         bounds=(np.r_[-np.inf, lower], np.r_[np.inf, upper]),
         x_scale="jac",
-        jac=lambda theta: -whiten(jacobian(theta), rho),
+        jac=slopes,
         ftol=1e-12,  # the default 1e-8 stops short of certified digits along flat valleys
         xtol=1e-12,
         gtol=1e-12,
