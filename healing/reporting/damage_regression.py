@@ -18,11 +18,13 @@ def damage_sentence(model: str, found: DamageRegression) -> str:
     """How much of the difference between arms remains at equal distance and loss."""
     arms, seeds = len(found.arms), count_text(found.n_seeds, "attack seed")
     parts = [_slopes(found), *(_difference(found, label) for label in found.arms[1:])]
-    if not found.adjusted:
+    if not found.unadjusted:
+        parts.append(f"nothing can be said of arms at equal damage: {'; '.join(found.left_out)}")
+    elif not found.adjusted:
         disjoint = found.apart and len(found.apart) == arms - 1
         why = "the arms do not overlap in distance or loss: " if disjoint else ""
         parts.append(f"{why}nothing can be said of arms at equal damage")
-    if found.left_out:
+    if found.left_out and found.unadjusted:
         parts.append(f"left out: {'; '.join(found.left_out)}")
     if found.others:
         were = "was" if found.others == 1 else "were"
