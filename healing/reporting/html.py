@@ -39,6 +39,7 @@ from healing.reporting.verdict_context import (
     healer_note,
     lead_sentence,
     multiplicity_sentence,
+    unjudged_note,
 )
 from healing.reporting.verdict_sentences import (
     OUTCOMES,
@@ -117,7 +118,8 @@ METHODS = (
     f"{MIN_BUDGETS} times the default tokens, by the strongest of several healers, by every "
     f"measure, and where the last doubling of the budget gained under {MAX_LAST_GAIN:g} points. "
     "“Healed” takes rank and loss, both against the healthy model after the same training where "
-    "there is one: an untrained model has a high rank and knows nothing.",
+    "there is one, and a loss under that of learning from scratch for equal tokens where that was "
+    "run: an untrained model has a high rank and knows nothing.",
 )
 
 
@@ -228,6 +230,7 @@ def render(summary: Summary, figures: Mapping[str, pathlib.Path]) -> str:
             comparisons=[*contrast_sentences(summary), *comparison_gaps(summary)],
             lead=lead_sentence(summary),
             multiplicity=multiplicity_sentence(summary),
+            unjudged=unjudged_note(summary),
             groups=_plain(main_table(summary)),
             damage=damage_table(summary),
             damage_title=DAMAGE_TITLE,

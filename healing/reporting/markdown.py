@@ -19,6 +19,7 @@ from healing.reporting.verdict_context import (
     healer_note,
     lead_sentence,
     multiplicity_sentence,
+    unjudged_note,
 )
 from healing.reporting.verdict_sentences import verdict_heading, verdict_reason
 from healing.statistics.heal_runs import HealRun
@@ -65,7 +66,8 @@ def markdown(summary: Summary) -> str:
         lines += [f"  {line}" for line in _bullets(context_sentences(g))]
     if not summary.groups:
         lines += ["No finished runs: nothing can be said."]
-    for note in filter(None, (multiplicity_sentence(summary), healer_note(summary))):
+    beside = multiplicity_sentence(summary), escape(unjudged_note(summary)), healer_note(summary)
+    for note in filter(None, beside):
         lines += ["", note]
     lines += ["", *_section(main_table(summary))[2:]]
     lines += [
