@@ -6,7 +6,9 @@ import math
 
 import numpy as np
 import pytest
+from scipy import optimize
 
+from healing.statistics.fits import curve_fits
 from healing.statistics.fits.autocorrelation import (
     GRID,
     log_determinant,
@@ -61,6 +63,18 @@ def test_the_mean_correlation_is_near_the_truth(phi: float) -> None:
     # Standard error of one √((1 − φ²)/200), at most 0.07; of the mean of 20 0.016, and the grid's
     # distance 0.08 with its ends at 0.04 and 0.96.
     assert np.mean(means) == pytest.approx(phi, abs=0.06)
+
+
+def test_the_fit_is_scipys_with_the_full_covariance_matrix() -> None:
+    t = np.arange(1.0, 31.0)
+    row = 60.0 * -np.expm1(-t / 6.0) + errors(np.random.default_rng(4), 1, 30, 0.8, 3.0)[0]
+    fit = curve_fits._fit("exponential", t, row, autocorrelated=True)
+    assert 0.2 < fit.phi < 0.95
+    wanted, _ = optimize.curve_fit(
+        lambda t, a, log_tau: a * -np.expm1(-t / np.exp(log_tau)),
+        t, row, p0=(50.0, 2.0), sigma=dense(t, fit.phi),
+    )  # fmt: skip
+    np.testing.assert_allclose(fit.theta, wanted, rtol=1e-6)
 
 
 @pytest.mark.parametrize(("modelled", "low", "high"), [(False, 0.25, 0.75), (True, 0.86, 1.0)])

@@ -123,9 +123,7 @@ def test_an_error_common_to_all_is_not_in_the_interval(n: int, record: Record) -
     assert below == pytest.approx(above, abs=0.02)
     told, *_ = coverage("the same, common error of SD 5 that is known", n, 20_000)
     record("    the same, the error known", told)
-    assert (
-        0.945 <= told <= 0.985
-    )  # in quadrature, conservative where few checkpoints have a large t
+    assert 0.945 <= told <= 0.985  # added in quadrature: conservative where t is large
 
 
 @pytest.mark.parametrize(("name", "low", "high"), [("log-normal, σ = 1", 0.81, 0.88)])
