@@ -58,7 +58,8 @@ class DamageRegression:
 
     Attributes:
         points: All checkpoints with distance, loss and recovery that were healed alike.
-        reference: Label of the arm that the others are compared with.
+        reference: Label of the arm that the others are compared with: the treatment, unless it has
+            one checkpoint.
         n_seeds: Clusters.
         unadjusted: Label of an arm → its mean recovery minus the reference's, points.
         adjusted: The same at equal distance and loss (those of ``covariates``), where it
@@ -99,11 +100,12 @@ def _points(runs: Sequence[HealRun]) -> list[DamagePoint]:
     logarithm.
     """
     settings: dict[str, set[str]] = {}
+    checkpoints: dict[tuple[str, str, str], list[HealRun]] = {}
     for run in runs:
         settings.setdefault(run.arm, set()).add(run.settings)
+        checkpoints.setdefault((run.arm, run.settings, run.checkpoint), []).append(run)
     found = []
-    for checkpoint in dict.fromkeys((r.arm, r.settings, r.checkpoint) for r in runs):
-        own = [r for r in runs if (r.arm, r.settings, r.checkpoint) == checkpoint]
+    for own in checkpoints.values():
         first = own[0]
         several = len(settings[first.arm]) > 1
         label = f"{first.label} #{first.settings[:6]}" if several else first.label
@@ -148,7 +150,11 @@ def damage_regression(runs: Sequence[HealRun], confidence: float = 0.95) -> Dama
     if len(sizes) < 2:
         return None
     treated = {r.arm for r in alike if r.role == TREATMENT}
-    reference = max(sizes, key=lambda label: (_arm_of(points, label) in treated, sizes[label]))
+
+    def standing(label: str) -> tuple[bool, bool, int]:
+        return sizes[label] > 1, _arm_of(points, label) in treated, sizes[label]
+
+    reference = max(sizes, key=standing)
     found = DamageRegression(tuple(points), reference, len({p.seed for p in points}), others=others)
     left_out = [f"{label} has one checkpoint" for label, n in sizes.items() if n < 2]
     kept = [p for p in points if sizes[p.label] > 1]
@@ -163,7 +169,9 @@ def damage_regression(runs: Sequence[HealRun], confidence: float = 0.95) -> Dama
     adjusted: dict[str, Interval] = {}
     slopes: dict[str, Interval] = {}
     thinner: tuple[str, ...] = ()
-    if covariates and len({p.label for p in near}) > 1:
+    if len({p.label for p in near}) > 1 and len({p.seed for p in near}) < MIN_SEEDS:
+        why = (*why, f"arms that overlap have under {MIN_SEEDS} attack seeds")
+    elif covariates and len({p.label for p in near}) > 1:
         adjusted, slopes, thinner = _regress(near, reference, covariates, confidence)
     return replace(
         found,

@@ -227,6 +227,23 @@ def test_one_healer_and_budget_only_and_replicates_are_one_checkpoint() -> None:
     )
 
 
+def test_any_part_of_the_runs_gives_an_answer() -> None:
+    """No selection of checkpoints makes the design singular or larger than the data."""
+    rng = np.random.default_rng(10)
+    runs = runs_of(rng, seeds=7, apart=0.3)
+    runs += [replace(r, arm="random_text", role="", label="", checkpoint=f"t{r.seed}",
+                     weight_change=0.6 + 0.05 * int(r.seed)) for r in runs[::2]]  # fmt: skip
+    answers = []
+    for _ in range(300):
+        size = int(rng.integers(1, len(runs) + 1))
+        part = [runs[i] for i in rng.choice(len(runs), size, replace=False)]
+        found = damage_regression(part)
+        answers.append(found is not None and bool(found.adjusted))
+        if found is not None:
+            assert found.adjusted or found.apart or found.left_out
+    assert 10 < sum(answers) < 290
+
+
 def test_a_summary_has_one_per_model() -> None:
     rng = np.random.default_rng(9)
     runs = [
