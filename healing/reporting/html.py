@@ -12,6 +12,8 @@ from typing import Any
 import jinja2
 
 from healing.measurements.recovery import IRREVERSIBLE_BELOW, REVERSIBLE_ABOVE, Verdict
+from healing.reporting.damage_regression import TITLE as DAMAGE_TITLE
+from healing.reporting.damage_regression import damage_sentences
 from healing.reporting.markdown import REPEATS_NOTE, RUNNING_NOTE, all_notes
 from healing.reporting.phrases import count_text, headline_groups, interval_text, shown_label
 from healing.reporting.tables import (
@@ -37,6 +39,7 @@ from healing.reporting.verdict_context import (
     healer_note,
     lead_sentence,
     multiplicity_sentence,
+    unjudged_note,
 )
 from healing.reporting.verdict_sentences import (
     OUTCOMES,
@@ -72,6 +75,11 @@ CAPTIONS = {
     "haep_against_noise": (
         "{0} minus {1}, paired by seed: one point per pair, below them their mean with its "
         "interval. Grey: differences that count as none."
+    ),
+    "recovery_against_damage": (
+        "Rank recovery after the last step, one point per checkpoint, against how far the attack "
+        "went: its distance in weights (left) and the loss at the start of healing (right), by "
+        "model. Names stand at the mean of their arm. " + ZONES
     ),
     "recovery_against_parameters": (
         "Mean rank recovery after the last step against the number of parameters, with its "
@@ -110,7 +118,8 @@ METHODS = (
     f"{MIN_BUDGETS} times the default tokens, by the strongest of several healers, by every "
     f"measure, and where the last doubling of the budget gained under {MAX_LAST_GAIN:g} points. "
     "“Healed” takes rank and loss, both against the healthy model after the same training where "
-    "there is one: an untrained model has a high rank and knows nothing.",
+    "there is one, and a loss under that of learning from scratch for equal tokens where that was "
+    "run: an untrained model has a high rank and knows nothing.",
 )
 
 
@@ -221,8 +230,11 @@ def render(summary: Summary, figures: Mapping[str, pathlib.Path]) -> str:
             comparisons=[*contrast_sentences(summary), *comparison_gaps(summary)],
             lead=lead_sentence(summary),
             multiplicity=multiplicity_sentence(summary),
+            unjudged=unjudged_note(summary),
             groups=_plain(main_table(summary)),
             damage=damage_table(summary),
+            damage_title=DAMAGE_TITLE,
+            damage_sentences=damage_sentences(summary),
             budgets=budget_table(summary),
             panel=_plain(panel_table(summary)),
             sham=sham_table(summary),

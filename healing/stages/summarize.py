@@ -21,6 +21,7 @@ from healing.reporting import paper, plain_data, tables
 from healing.reporting.escaping import csv_cell, one_line
 from healing.reporting.phrases import group_label, headline_groups
 from healing.reporting.plots import groups as groups_figures
+from healing.reporting.plots.damage import recovery_against_damage
 from healing.reporting.plots.style import COLUMN
 from healing.reporting.treatment_against_control import (
     comparison_gaps,
@@ -146,6 +147,9 @@ def _draw(folder: pathlib.Path, summary: Summary) -> dict[str, pathlib.Path]:
         groups_figures.half_recovery(folder / "half_recovery", groups)
         groups_figures.recovery_against_parameters(folder / "recovery_against_parameters", groups)
         drawn += ["mean_recovery", "final_recovery", "half_recovery", "recovery_against_parameters"]
+    if summary.damage:
+        recovery_against_damage(folder / "recovery_against_damage", summary.damage)
+        drawn.append("recovery_against_damage")
     if summary.comparisons:
         groups_figures.haep_against_noise(
             folder / "haep_against_noise", summary.comparisons, *pair_names(summary)
