@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -21,6 +21,7 @@ from entrypoints._stages import STAGES, EntryPoint
 from healing.config.options import AUTO, choices_of, fields_of, flag_name, help_of
 from healing.errors import ConfigError, HealingError
 from healing.stages.terminal.console import Console
+from healing.stages.terminal.lines import visible, write_line
 
 
 class NumberOrAuto(click.ParamType):
@@ -90,12 +91,20 @@ def run_stage(entry: EntryPoint, values: dict[str, Any]) -> None:
             from healing.tracking.run_logger import mark_failed
 
             mark_failed(str(error))
-        raise click.UsageError(str(error)) from error
+        raise click.UsageError(visible(str(error))) from error
     # Imports torch, which --help and errors of options do not need, and which takes seconds.
     with Console(str(values.get("verbosity", "normal"))).waiting("starting"):
         stage = entry.load(values)
     try:
         stage(config)
     except HealingError as error:
-        click.echo(f"error: {' '.join(str(error).split())}", err=True)
-        sys.exit(1)
+        _fail(str(error))
+    except OSError as error:  # of a file that no part of the program expected to be refused
+        reason = error.strerror or str(error) or type(error).__name__
+        _fail(f"{error.filename or 'a file'} could not be used: {reason}")
+
+
+def _fail(reason: str) -> NoReturn:
+    """One line on stderr, and exit code 1."""
+    write_line(f"error: {' '.join(reason.split())}", error=True)
+    sys.exit(1)

@@ -12,6 +12,7 @@ from typing import Any
 
 from healing.config.fingerprint import as_params
 from healing.config.import_results import ImportConfig
+from healing.config.paths import local_path
 from healing.predecessor import records as legacy
 from healing.predecessor.records import LegacyError, LegacyRun
 from healing.predecessor.summarize_stage import LEGACY_RUNS, LEGACY_TAGS
@@ -189,7 +190,7 @@ def import_results(config: ImportConfig) -> Imported:
     console = Console(config.verbosity)
     if not config.folder:
         raise LegacyError("--folder is empty: name the folder of the predecessor's results")
-    root = pathlib.Path(config.folder).expanduser().resolve()
+    root = local_path(config.folder, "--folder")
     with run_logger.start("import neuroentropy", {"stage": STAGE, "role": "parent"}) as parent:
         parent.params(STAGE, as_params(config))
         require_writable(config.output_dir)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import pathlib
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -152,13 +154,26 @@ def children(parent: RunLogger) -> list[RunView]:
 def download(uri: str, folder: str | None = None) -> pathlib.Path:
     """Local path (below ``folder`` if given) of an artifact: ``runs:/…`` or another MLflow URI.
 
+    Without a folder the copy is gone when the process ends.
+
     Raises:
         TrackingError: It is not there.
     """
     try:
-        return pathlib.Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=folder))
-    except (MlflowException, OSError) as error:
+        place = folder or tempfile.mkdtemp(dir=_downloads())
+        return pathlib.Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=place))
+    except Exception as error:
         raise TrackingError(f"artifact {uri} cannot be had: {_one_line(error)[:200]}") from error
+
+
+@functools.cache
+def _downloads_folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="llm-healing-")
+
+
+def _downloads() -> str:
+    """Folder of everything that is fetched for this process alone; its end removes it."""
+    return _downloads_folder().name
 
 
 BULK_HISTORY = "/ajax-api/2.0/mlflow/metrics/get-history-bulk"
