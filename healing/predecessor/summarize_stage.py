@@ -12,6 +12,7 @@ from healing.errors import TrackingError
 from healing.predecessor import summary as legacy_summary
 from healing.predecessor.records import SOURCE
 from healing.predecessor.summary import LegacyResult, LegacySummary, summarize_legacy
+from healing.reporting.escaping import csv_cell
 from healing.stages.summarize import LEGACY_TAG
 from healing.stages.terminal.console import Console
 from healing.tracking import queries, run_logger
@@ -84,7 +85,7 @@ def _write(folder: pathlib.Path, summary: LegacySummary) -> None:
         with (folder / "legacy_summary.csv").open("w", newline="") as stream:
             writer = csv.DictWriter(stream, list(rows[0]))
             writer.writeheader()
-            writer.writerows(rows)
+            writer.writerows({k: csv_cell(v) for k, v in row.items()} for row in rows)
 
 
 def summarize_imported(config: SummarizeConfig) -> LegacySummary:
