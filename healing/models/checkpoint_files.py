@@ -73,6 +73,7 @@ _TEXTS = (
     *LINEAGE, "healthy_digest", "collapsed_digest", "heal_run_id", "noise_match", "code",
     "checkpoint", "direction_arm", "start",
 )  # fmt: skip
+_MAY_BE_ABSENT = ("model", "revision", "model_commit")
 _MAPPINGS = ("attack", "corpus_digests")
 _NUMBERS = ("attack_steps_done", "attack_rank", "replicate")
 
@@ -222,7 +223,7 @@ def _check_plain(path: object, config: Mapping[str, Any]) -> None:
 def _check_entries(path: object, config: Mapping[str, Any]) -> None:
     for name, value in config.items():
         types = OWN_TYPES.get(name)
-        if value is None or types is None:
+        if types is None or (value is None and name in _MAY_BE_ABSENT):
             continue
         if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
             kinds = " or ".join(sorted(t.__name__ for t in types))
