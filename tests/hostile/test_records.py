@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import pathlib
+import re
 import shutil
 from typing import Any
 
@@ -12,6 +13,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
+from healing.config.heal import HealConfig
 from healing.errors import ConfigError, TrackingError
 from healing.predecessor.import_stage import describe, read_all, tags_of
 from healing.reporting import markdown, plain_data, tables
@@ -84,13 +86,13 @@ def check_lines(place: pathlib.Path, lines: list[str]) -> None:
         assert all(isinstance(row, dict) for row in found)
         assert len(found) == sum(bool(line.strip()) for line in "\n".join(lines).split("\n"))
     except ValueError as error:
-        assert "\n" not in str(error)
+        assert "\n" not in str(error)  # noqa: PT017
     try:
         trajectory = from_artifact(view(), OneFile(path))
         assert trajectory.steps[0] == 0
         assert all(type(step) is int for step in trajectory.steps)
     except TrackingError as error:
-        assert "metrics.jsonl of run 0" in str(error)
+        assert "metrics.jsonl of run 0" in str(error)  # noqa: PT017
     assert path.read_bytes() == before
 
 
@@ -134,8 +136,6 @@ def write_rows(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
     ],
 )  # fmt: skip
 def test_an_odd_run_is_failed_and_the_others_count(tmp_path, changes, rows, why):
-    import re
-
     class Files(OneFile):
         def download(self, uri: str, folder: str | None = None) -> pathlib.Path:
             return tmp_path / uri.split("/")[1]
@@ -292,9 +292,12 @@ def check_healer(place: pathlib.Path, entries: Any) -> None:
     path = place / "healer.json"
     path.write_text(entries if isinstance(entries, str) else json.dumps(entries))
     try:
-        find_healer(str(path), OneFile(path))
+        found = find_healer(str(path), OneFile(path))
+        assert found.steps >= 0
+        assert len(found.digest) == 16
+        found.tags(), found.applied(HealConfig())
     except ConfigError as error:
-        assert "--healer" in str(error)
+        assert "--healer" in str(error)  # noqa: PT017
 
 
 HEALER = json.loads(
