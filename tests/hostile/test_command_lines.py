@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import os
 import pathlib
 import subprocess
 import sys
+import unicodedata
 from typing import Any
 
 import click
@@ -26,7 +28,7 @@ from healing.models.checkpoints import CHECKPOINT_NAME
 from healing.reporting.escaping import csv_cell
 from healing.stages.heal_inputs import find_checkpoints, local_checkpoint
 from healing.stages.terminal.console import Console
-from healing.stages.terminal.lines import visible, write_line
+from healing.stages.terminal.lines import write_line
 from healing.tracking import queries
 from healing.tracking.output_folder import require_writable
 from healing.tracking.store import MlflowStore
@@ -39,7 +41,8 @@ VALUES = st.one_of(
     st.integers().map(str),
     st.floats().map(str),
     st.sampled_from(
-        ["", " ", ",", "a" * 5000, "9" * 5000, "~nosuch/x", "../..", "/", "s3://b/x", "auto", "0,00",
+        ["", " ", ",", "a" * 5000, "9" * 5000, "~nosuch/x", "../..", "/", "s3://b/x", "auto",
+         "0,00",
          "0-99999999999", "4-1", "nan", "1e400", "-0", "١", "²", "nano", "nano,micro", "haep",
          "\x1b[2J", "a\nb", "\x00", "\ud800", "file:///etc/passwd", "owner/name", "true", "x=1"]),
 )  # fmt: skip
@@ -62,9 +65,7 @@ def check_values(place: pathlib.Path, example: Any) -> None:
         own = getattr(config, field.name)
         if isinstance(own, str):
             assert len(own) <= 4096
-            assert (
-                visible(own).replace("\ufffd", "") == own.replace("\ufffd", "") or "\n" not in own
-            )
+            assert not any(unicodedata.category(c) in ("Cc", "Cs") for c in own)
         elif isinstance(own, int):
             assert own <= max(MAX_COUNT, field.metadata["maximum"] or 0)
 
@@ -115,7 +116,7 @@ def test_a_loop_of_links_is_no_path(tmp_path):
 
 @pytest.mark.parametrize("given", ["s3://b/x", "https://h/x", "~nosuch/x", "a" * 300, "a\0b"])
 def test_what_can_be_no_output_folder_is_named(given):
-    with pytest.raises(OutputError, match="--output-dir .* cannot be a folder"):
+    with pytest.raises(OutputError, match=r"--output-dir .* cannot be a folder"):
         require_writable(given)
 
 
@@ -226,7 +227,7 @@ def test_a_closed_or_full_output_fails_nothing():
 
 
 def test_a_line_to_a_closed_stream_is_dropped(monkeypatch, capsys):
-    stream = open(os.devnull, "w")
+    stream = io.StringIO()
     stream.close()
     monkeypatch.setattr(sys, "stdout", stream)
     write_line("nobody reads this")
