@@ -158,6 +158,8 @@ def _pickle_of(path: pathlib.Path) -> bytes:
 
 def _check_pickle(path: pathlib.Path, content: bytes) -> None:
     for opcode, argument, _ in pickletools.genops(content):
+        if opcode.name == "PROTO" and argument != 2:
+            raise _refused(path, f"has a pickle of protocol {argument}, not 2 as torch writes it")
         named = str(argument) if opcode.name in ("GLOBAL", "INST") else opcode.name
         if opcode.name in _NAMING and named not in CONSTRUCTORS:
             raise CheckpointError(

@@ -35,6 +35,7 @@ from healing.models.checkpoint_files import (
     check_header,
     check_tensors,
     header_digest,
+    printable,
     read_content,
     written_weights,
 )
@@ -88,8 +89,8 @@ class Checkpoint:
             )
         if self.path and not self.written_digest:
             logger.warning(
-                f"{self.path} carries no digest (an older version or another program wrote it): "
-                "whether its weights are as they were saved cannot be told"
+                f"{printable(self.path)} carries no digest (an older version or another program "
+                "wrote it): whether its weights are as they were saved cannot be told"
             )
         return found[:16]
 

@@ -17,9 +17,10 @@ from healing.errors import TrackingError
 from healing.predecessor import records as legacy
 from healing.predecessor.records import LegacyError, LegacyRun
 from healing.predecessor.summarize_stage import LEGACY_RUNS, LEGACY_TAGS
+from healing.stages.driver import run_folder
 from healing.stages.terminal.console import Console
 from healing.tracking import queries, run_logger
-from healing.tracking.output_folder import output_folder, require_writable, writing
+from healing.tracking.output_folder import require_writable, writing
 from healing.tracking.run_files import write_json
 from healing.tracking.run_logger import RunLogger
 
@@ -221,7 +222,7 @@ def import_results(config: ImportConfig) -> Imported:
         )
         done = Imported(tuple(new.values()), known, tuple(skipped))
         text = report(root, done)
-        folder = output_folder(config.output_dir) / "imports" / parent.run_id
+        folder = run_folder(config.output_dir, "imports", parent.run_id)
         with writing(folder):
             folder.mkdir(parents=True)
             (folder / "import.md").write_text(text)

@@ -53,7 +53,7 @@ def _collapsed_of(view: RunView, store: Store) -> pathlib.Path | None:
     attack_id, path = view.tags.get("attack_run_id", ""), view.tags.get("checkpoint", "")
     if not path:
         return None
-    local = pathlib.Path(path)
+    local = local_path(path, f"tag checkpoint of run {view.run_id}:")
     if attack_id:
         try:
             local = store.download(f"runs:/{attack_id}/checkpoints/{CHECKPOINT_NAME}")

@@ -290,6 +290,64 @@ test_edited_bytes, test_edited_bytes_many = tried(
 )
 
 
+def repacked(source: pathlib.Path, target: pathlib.Path, change: Any) -> pathlib.Path:
+    """The same file with another pickle, its checksum right: nothing is damaged."""
+    target.unlink(missing_ok=True)
+    with zipfile.ZipFile(source) as archive, zipfile.ZipFile(target, "w") as packed:
+        for entry in archive.infolist():
+            data = archive.read(entry)
+            packed.writestr(entry.filename, change(data) if "data.pkl" in entry.filename else data)
+    return target
+
+
+def check_pickles(place: pathlib.Path, example: Any) -> None:
+    edits, has_digests = example
+    source = place / "whole.pt"
+    source.unlink(missing_ok=True)
+    if has_digests:
+        save_checkpoint(source, Small(), 3, "a text", CONFIG)
+    else:
+        torch.save(content(), source)
+    found = outcome(repacked(source, place / "packed.pt", lambda data: edited(data, edits)))
+    assert found != "changed" or not has_digests
+
+
+test_edited_pickles, test_edited_pickles_many = tried(
+    st.tuples(
+        st.lists(
+            st.tuples(st.sampled_from(KINDS), st.integers(0, 3_000), st.integers(0, 255)),
+            min_size=1,
+            max_size=3,
+        ),
+        st.booleans(),
+    ),
+    check_pickles,
+    400,
+)
+
+
+@pytest.mark.parametrize(
+    ("pickled", "message"),
+    [
+        (b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".", "lacks step"),
+        (b"\x80\x02cbuiltins\nbytearray\nK\x05\x85R.", "objects other than tensors"),
+        (b"\x80\x02cos\nsystem\nX\x02\x00\x00\x00ls\x85R.", "objects other than tensors"),
+        (b"\x80\x02\x8c\x02os\x8c\x06system\x93.", "objects other than tensors"),
+        (b"\x80\x04}.", "a pickle of protocol 4"),
+        (b"\x80\x02\x82\x01.", "objects other than tensors"),
+        (b"\x80\x02I" + b"9" * 10_000 + b"\n.", "damaged"),
+        (b"\x80\x02(lp0\ng0\na.", "damaged|lacks step"),
+        (b"", "damaged"),
+        (bytes(9 << 20), "describes its tensors in"),
+    ],
+    ids=["deep", "bytearray", "system", "stack", "protocol", "extension", "digits", "itself", "empty", "long"],
+)  # fmt: skip
+def test_a_pickle_written_by_hand(tmp_path, pickled, message):
+    packed = repacked(saved(tmp_path), tmp_path / "packed.pt", lambda _: pickled)
+    with pytest.raises(CheckpointError, match=message):
+        read_checkpoint(packed)
+
+
 @pytest.mark.fuzz
 def test_no_change_of_any_one_byte(tmp_path):
     data = saved(tmp_path).read_bytes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -16,6 +17,8 @@ import pytest
 from healing.config.heal import HealConfig
 from healing.errors import ConfigError, TrackingError
 from healing.predecessor.import_stage import describe, read_all, tags_of
+from healing.predecessor.summarize_stage import read_results
+from healing.predecessor.summary import summarize_legacy
 from healing.reporting import markdown, plain_data, tables
 from healing.stages.summarize_inputs import from_artifact, read_runs
 from healing.stages.tuning.healer_files import find_healer
@@ -313,6 +316,34 @@ test_healers, test_healers_many = tried(
     check_healer,
     150,
 )
+
+
+def legacy_view(number: int = 0, **metrics: float) -> RunView:
+    tags = {"kind": "attack", "model": "70m", "arm": "haep", "optimizer": "adamw",
+            "precision": "fp16", "results_digest": f"d{number}"}  # fmt: skip
+    ranks = {"healthy_rank": 2.0, "collapsed_rank": 1.0, "rank_change_pct": -50.0}
+    own = {f"legacy/{name}": value for name, value in {**ranks, **metrics}.items()}
+    return RunView(f"id{number}", f"run {number}", "FINISHED", "0", {}, tags, own)
+
+
+@pytest.mark.parametrize(
+    ("odd", "why"),
+    [
+        (legacy_view(1, healthy_rank=math.inf), "infinite or beyond"),
+        (legacy_view(1, rank_change_pct=1e300), "infinite or beyond"),
+        (legacy_view(1, collapsed_rank=math.nan), "are missing"),
+        (dataclasses.replace(legacy_view(1), tags={}), "lacks the tag or metric 'kind'"),
+        (dataclasses.replace(legacy_view(1), metrics={}), "'legacy/healthy_rank'"),
+    ],
+)
+def test_an_odd_imported_run_is_told_of_and_the_others_count(odd, why):
+    notes: list[str] = []
+    views = [legacy_view(0), odd, legacy_view(2)]
+    results = read_results(views, notes.append)
+    assert [r.run_id for r in results] == ["id0", "id2"]
+    assert len(notes) == 1
+    assert why in notes[0]
+    assert summarize_legacy(results, 0.95).groups[0].n_distinct == 2
 
 
 def test_a_link_out_of_the_imported_folder_is_not_followed(tmp_path):
