@@ -154,7 +154,10 @@ def read_all(root: pathlib.Path) -> tuple[list[LegacyRun], list[str]]:
     for folder in legacy.find_folders(root):
         try:
             run = legacy.read_run(folder, root)
-            derive_numbers(run)
+            names = {f"legacy/{name}" for point in run.points for name in point.metrics}
+            params = {f"legacy.{name}": value for name, value in run.params.items()}
+            if refused := queries.refused_by_stores([*names, *derive_numbers(run)], params):
+                raise LegacyError(f"{folder}: MLflow takes no {refused}")
             describe(run)
         except LegacyError as error:
             skipped.append(str(error))

@@ -340,7 +340,7 @@ test_edited_pickles, test_edited_pickles_many = tried(
         (b"", "damaged"),
         (bytes(9 << 20), "describes its tensors in"),
     ],
-    ids=["deep", "bytearray", "system", "stack", "protocol", "extension", "digits", "itself", "empty", "long"],
+    ids="deep bytearray system stack protocol extension digits itself empty long".split(),
 )  # fmt: skip
 def test_a_pickle_written_by_hand(tmp_path, pickled, message):
     packed = repacked(saved(tmp_path), tmp_path / "packed.pt", lambda _: pickled)

@@ -24,6 +24,7 @@ from healing.stages.summarize_inputs import from_artifact, read_runs
 from healing.stages.tuning.healer_files import find_healer
 from healing.statistics.heal_runs import ENDPOINTS
 from healing.statistics.summary import summarize_runs
+from healing.tracking import queries
 from healing.tracking.queries import RunView
 from healing.tracking.run_files import read_jsonl
 from tests.hostile.examples import tried
@@ -356,3 +357,21 @@ def test_a_link_out_of_the_imported_folder_is_not_followed(tmp_path):
     runs, (line,) = read_all(root)
     assert [run.folder.name for run in runs] == ["good"]
     assert "a link that leads out of" in line
+
+
+@pytest.mark.parametrize("name", ["é<>!", "a" * 251, "../x", "/x", "a//b", "", "a/../b", "x\ny"])
+def test_names_that_no_store_takes_are_known_before(name):
+    """MLflow's own rule decides: both of its checks, for metrics and for parameters."""
+    from mlflow.exceptions import MlflowException
+    from mlflow.utils.validation import _validate_metric_name, _validate_param_name
+
+    for validate in (_validate_metric_name, _validate_param_name):
+        with pytest.raises(MlflowException):
+            validate(name)
+    assert queries.refused_by_stores([name], {})
+    assert queries.refused_by_stores([], {name: 1})
+
+
+def test_what_stores_take_is_let_through():
+    assert not queries.refused_by_stores(["legacy/a b.c-d:é", "x_1"], {"a.b": "y" * 6000})
+    assert "of more than" in queries.refused_by_stores([], {"a.b": "y" * 6001})
