@@ -186,7 +186,7 @@ _KEY = re.compile(r"[/\w.\- :]+")
 def refused_by_stores(metrics: Iterable[str], params: Mapping[str, object]) -> str:
     """Which name or value of a run no MLflow store would take; empty where all are taken."""
     for name in (*metrics, *params):
-        is_path = posixpath.normpath(name) == name and not name.startswith(("..", "/"))
+        is_path = posixpath.normpath(name) == name != "." and not name.startswith(("..", "/"))
         if not (_KEY.fullmatch(name) and is_path and len(name) <= MAX_KEY):
             return f"name {name[:80]!r}"
     long = [name for name, value in params.items() if len(str(value)) > MAX_VALUE]

@@ -416,3 +416,15 @@ test_odd_contents, test_odd_contents_many = tried(
     check_content,
     450,
 )
+
+
+def test_a_write_that_torch_fails_says_what_it_takes_and_what_is_free(tmp_path, monkeypatch):
+    def fail(*_: Any) -> None:
+        (tmp_path / "c.partial").write_bytes(b"half")
+        raise RuntimeError("[enforce fail at inline_container.cc] failed writing file data/3\nmore")
+
+    monkeypatch.setattr(torch, "save", fail)
+    line = r"failed writing file data/3; it takes [\d.e-]+ GB, [\d.e+]+ GB are free"
+    with pytest.raises(OSError, match=line):
+        save_checkpoint(tmp_path / "c.pt", Small(), 0, "", {})
+    assert not list(tmp_path.iterdir())

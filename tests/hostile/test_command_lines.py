@@ -15,8 +15,8 @@ import click
 import hypothesis.strategies as st
 import pytest
 
-from entrypoints._cli import command
-from entrypoints._stages import STAGES
+from entrypoints._cli import command, run_stage
+from entrypoints._stages import STAGES, EntryPoint
 from healing.config.heal import HealConfig
 from healing.config.options import MAX_COUNT, fields_of, flag_name
 from healing.config.paths import is_address, local_path
@@ -249,3 +249,24 @@ def test_what_is_fetched_for_a_process_goes_with_it(tmp_path):
     assert there == "True"
     assert not pathlib.Path(folder).exists()
     assert queries.download(str(tmp_path / "artifact")).read_text() == "x"
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (PermissionError(13, "denied", "/x\x1b[2J/y"), "/x\ufffd[2J/y could not be used: denied"),
+        (OSError(28, "No space left on device"), "a file could not be used: No space left"),
+        (ConfigError("what\nwhere\x07"), "error: what where\ufffd"),
+    ],
+)  # fmt: skip
+def test_a_refused_file_is_one_line(monkeypatch, capsys, error, line):
+    def fail(config: object) -> None:
+        raise error
+
+    monkeypatch.setattr(EntryPoint, "load", lambda self, values: fail)
+    with pytest.raises(SystemExit) as ended:
+        run_stage(STAGES["summarize"], {})
+    out, err = capsys.readouterr()
+    assert (ended.value.code, out, err.count("\n")) == (1, "", 1)
+    assert err.startswith("error: ")
+    assert line in err

@@ -359,15 +359,18 @@ def test_a_link_out_of_the_imported_folder_is_not_followed(tmp_path):
     assert "a link that leads out of" in line
 
 
-@pytest.mark.parametrize("name", ["é<>!", "a" * 251, "../x", "/x", "a//b", "", "a/../b", "x\ny"])
+@pytest.mark.parametrize(
+    "name", ["é<>!", "a" * 251, "../x", "/x", "a//b", "", "a/../b", "x\ny", "."]
+)
 def test_names_that_no_store_takes_are_known_before(name):
     """MLflow's own rule decides: both of its checks, for metrics and for parameters."""
     from mlflow.exceptions import MlflowException
-    from mlflow.utils.validation import _validate_metric_name, _validate_param_name
+    from mlflow.utils.validation import _validate_metric, _validate_param
 
-    for validate in (_validate_metric_name, _validate_param_name):
-        with pytest.raises(MlflowException):
-            validate(name)
+    with pytest.raises(MlflowException):
+        _validate_metric(name, 1.0, 0, 0)
+    with pytest.raises(MlflowException):
+        _validate_param(name, "1")
     assert queries.refused_by_stores([name], {})
     assert queries.refused_by_stores([], {name: 1})
 
