@@ -203,9 +203,16 @@ def test_control_characters_never_reach_the_terminal(capsys):
 SAYS = "from healing.stages.terminal.console import Console; c = Console('normal')\n"
 
 
+BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+"""As users have it: what is left in a buffer is written at the interpreter's end."""
+
+
 def finish(lines: str, **streams: Any) -> subprocess.CompletedProcess[bytes]:
     return subprocess.run(
-        [sys.executable, "-c", SAYS + lines + "\nimport sys; sys.exit(7)"], cwd=ROOT, **streams
+        [sys.executable, "-c", SAYS + lines + "\nimport sys; sys.exit(7)"],
+        cwd=ROOT,
+        env=streams.pop("env", BUFFERED),
+        **streams,
     )
 
 
@@ -220,8 +227,8 @@ def test_a_closed_or_full_output_fails_nothing():
     assert (done.returncode, done.stderr) == (7, b"")
     closed = ["sh", "-c", 'exec "$0" -c "$1" >&- 2>&-', sys.executable]
     program = SAYS + "c.say('x'); c.progress('t').phase('p', 0, None)\nimport sys; sys.exit(7)"
-    assert subprocess.run([*closed, program], cwd=ROOT).returncode == 7
-    plain = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    assert subprocess.run([*closed, program], cwd=ROOT, env=BUFFERED).returncode == 7
+    plain = {**BUFFERED, "PYTHONIOENCODING": "ascii"}
     done = finish("c.say('é→')", stdout=subprocess.PIPE, env=plain)
     assert (done.returncode, done.stdout) == (7, b"??\n")
 

@@ -292,6 +292,17 @@ test_recorded_runs, test_recorded_runs_many = tried(
 )
 
 
+def test_numbers_that_cannot_be_computed_with_skip_their_run_alone(tmp_path):
+    """A recorded rank of 0, by which the computed one is divided."""
+    write_run(tmp_path / "p" / "good", attack_rows())
+    rows = heal_rows(5)
+    rows[0] |= {"baseline_singular_values": [1.0], "baseline_effective_rank": 0.0}
+    write_run(tmp_path / "p" / "bad", rows, summary=healing_summary())
+    runs, (line,) = read_all(tmp_path)
+    assert [run.folder.name for run in runs] == ["good"]
+    assert "bad: its numbers cannot be computed with (float division by zero)" in line
+
+
 def check_healer(place: pathlib.Path, entries: Any) -> None:
     path = place / "healer.json"
     path.write_text(entries if isinstance(entries, str) else json.dumps(entries))
