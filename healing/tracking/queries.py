@@ -162,7 +162,9 @@ def download(uri: str, folder: str | None = None) -> pathlib.Path:
         TrackingError: It is not there.
     """
     try:
-        place = folder or tempfile.mkdtemp(dir=_downloads())
+        # A file of this machine is taken where it is.
+        own = None if uri.startswith("file:") else tempfile.mkdtemp(dir=_downloads())
+        place = folder or own
         return pathlib.Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=place))
     except Exception as error:
         raise TrackingError(f"artifact {uri} cannot be had: {_one_line(error)[:200]}") from error

@@ -240,6 +240,11 @@ def test_a_line_to_a_closed_stream_is_dropped(monkeypatch, capsys):
     write_line("nobody reads this")
 
 
+def test_a_file_of_this_machine_is_not_copied(tmp_path):
+    (tmp_path / "artifact").write_text("x")
+    assert queries.download(f"file://{tmp_path}/artifact") == tmp_path / "artifact"
+
+
 def test_what_is_fetched_for_a_process_goes_with_it(tmp_path):
     """In a process of its own: the folder is removed at the interpreter's end."""
     (tmp_path / "artifact").write_text("x")
