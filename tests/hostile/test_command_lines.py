@@ -251,15 +251,17 @@ def test_what_is_fetched_for_a_process_goes_with_it(tmp_path):
     program = (
         "from healing.tracking import queries\n"
         f"path = queries.download('{tmp_path}/artifact')\n"
-        "print(path.is_file(), queries._downloads())\n"
+        "print(path.is_file(), path)\n"
     )
     environment = {**os.environ, "TMPDIR": str(tmp_path), "MLFLOW_DISABLE_TELEMETRY": "true"}
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True
     )
-    there, folder = done.stdout.split()
+    there, path = done.stdout.split()
     assert there == "True"
-    assert not pathlib.Path(folder).exists()
+    assert path != str(tmp_path / "artifact")
+    assert not pathlib.Path(path).exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["artifact"]
     assert queries.download(str(tmp_path / "artifact")).read_text() == "x"
 
 
