@@ -6,7 +6,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -25,6 +25,7 @@ from healing.config.resume import config_of_run
 from healing.errors import ConfigError, HealingError
 from healing.progress import Stop, Stopped
 from healing.stages.terminal.console import Console
+from healing.stages.terminal.lines import visible, write_line
 
 RESUME = "resume_run_id"
 """Field of the stages that go on with a run that was cut."""
@@ -99,7 +100,7 @@ def run_stage(name: str, entry: EntryPoint, values: dict[str, Any]) -> None:
             from healing.tracking.run_logger import mark_failed
 
             mark_failed(str(error))
-        raise click.UsageError(str(error)) from error
+        raise click.UsageError(visible(str(error))) from error
     # Imports torch, which --help and errors of options do not need, and which takes seconds.
     with Console(str(values.get("verbosity", "normal"))).waiting("starting"):
         stage = entry.load(values)
@@ -111,11 +112,19 @@ def run_stage(name: str, entry: EntryPoint, values: dict[str, Any]) -> None:
             _run(name, stage, config, stop)
     except Stopped as stopped:
         again = " (the same command goes on from there)" if hasattr(config, RESUME) else ""
-        click.echo(f"stopped by {stopped.name}{again}", err=True)
+        write_line(f"stopped by {stopped.name}{again}", error=True)
         sys.exit(128 + stopped.signum)
     except HealingError as error:
-        click.echo(f"error: {' '.join(str(error).split())}", err=True)
-        sys.exit(1)
+        _fail(str(error))
+    except OSError as error:  # of a file that no part of the program expected to be refused
+        reason = error.strerror or str(error) or type(error).__name__
+        _fail(f"{error.filename or 'a file'} could not be used: {reason}")
+
+
+def _fail(reason: str) -> NoReturn:
+    """One line on stderr, and exit code 1."""
+    write_line(f"error: {' '.join(reason.split())}", error=True)
+    sys.exit(1)
 
 
 def _run(name: str, stage: Callable[..., Any], config: Any, stop: Stop) -> None:

@@ -144,7 +144,7 @@ class AttackConfig(BaseConfig, SavingOptions, DryRunOptions):
         "tensor; of sharpened_spectrum and ray the strength.",
         minimum=0,
     )
-    noise_rank: int = option(1, NOISE_RANK_HELP, minimum=1, later=True)
+    noise_rank: int = option(1, NOISE_RANK_HELP, minimum=1, maximum=2**16, later=True)
     noise_draw: int = option(
         0,
         "Arms that draw noise, and any with match rank+loss: number of the draw; each gives a "

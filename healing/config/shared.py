@@ -77,6 +77,7 @@ class TextOptions(Options):
         AUTO,
         "Clean text: stdlib, pile, a file or folder (.txt, .jsonl, .parquet …; docs/models.md), "
         "or a Hub dataset id; auto = stdlib for nano and micro, else pile.",
+        required=True,
     )
     max_documents: int = option(
         20_000, "Documents read from the corpus at most (a stream stops there).", minimum=1
@@ -93,7 +94,7 @@ class TrainingOptions(Options):
     """How text becomes steps, and which of them are measured."""
 
     batch_size: int | str = option(
-        AUTO, "Windows per optimiser step; auto = by model (8).", minimum=1
+        AUTO, "Windows per optimiser step; auto = by model (8).", minimum=1, maximum=2**16
     )
     sequence_length: int = option(
         128, "Tokens per window, in training and on the probe.", minimum=8, maximum=2048
@@ -110,6 +111,7 @@ class ThreadOptions(Options):
         "CPU threads of torch; 0 = torch's default, auto = 1 for nano and micro (reproducible on "
         "any number of cores), else 0.",
         minimum=0,
+        maximum=1024,
     )
 
 

@@ -189,13 +189,18 @@ def resolve_device(device: str) -> torch.device:
     return resolved
 
 
-def state_digest(state: Mapping[str, torch.Tensor]) -> str:
-    """Hash of all tensors, by name, in float32 (16 hex digits)."""
+def state_sha256(state: Mapping[str, torch.Tensor]) -> str:
+    """Hash of all tensors, by name, in float32 (64 hex digits)."""
     digest = hashlib.sha256()
     for key, value in sorted(state.items()):
         digest.update(key.encode())
         digest.update(value.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()
+
+
+def state_digest(state: Mapping[str, torch.Tensor]) -> str:
+    """The first 16 digits of :func:`state_sha256`: what identifies weights."""
+    return state_sha256(state)[:16]
 
 
 NOT_ARCHITECTURE = ("_name_or_path", "transformers_version", "dtype", "use_cache", "architectures")

@@ -13,7 +13,7 @@ from healing.config.arm_tags import SHAM_ARM, arm_label, arm_tags
 from healing.config.fingerprint import as_params
 from healing.config.heal import HealConfig
 from healing.config.options import AUTO
-from healing.errors import CheckpointError, HealingError
+from healing.errors import CheckpointError, HealingError, TrackingError
 from healing.measurements.recovery import State
 from healing.models.checkpoints import (
     HEALED_KIND,
@@ -123,12 +123,18 @@ def _sham_states(done: Done, store: Store) -> dict[int, State]:
     path = done.folder / "metrics.jsonl"
     if not path.is_file():
         path = store.download(f"runs:/{done.run_id}/metrics.jsonl")
-    return {
-        int(row["step"]): State(
-            float(row["effective_rank"]), float(row["loss"]), float(row["perplexity"])
-        )
-        for row in read_jsonl(path)
-    }
+    try:
+        return {
+            int(row["step"]): State(
+                float(row["effective_rank"]), float(row["loss"]), float(row["perplexity"])
+            )
+            for row in read_jsonl(path)
+        }
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+        raise TrackingError(
+            f"metrics.jsonl of the sham (run {done.run_id}) is malformed ({error!r}): delete that "
+            "run and heal again"
+        ) from error
 
 
 TAGGED = (

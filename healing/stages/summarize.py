@@ -38,7 +38,7 @@ from healing.statistics.group import GroupSummary
 from healing.statistics.heal_runs import HealRun
 from healing.statistics.summary import Summary, summarize_runs
 from healing.tracking import queries, run_logger
-from healing.tracking.output_folder import output_folder, require_writable, writing
+from healing.tracking.output_folder import require_writable, run_folder, writing
 from healing.tracking.queries import RunView
 from healing.tracking.run import Run
 from healing.tracking.run_files import write_json
@@ -187,7 +187,7 @@ def summarize(
         with console.waiting(f"statistics of {len(runs)} runs"):
             draws = np.random.default_rng(BOOTSTRAP_SEED)
             summary = summarize_runs(runs, config.confidence, draws)
-        folder = output_folder(config.output_dir) / "summaries" / run.run_id
+        folder = run_folder(config.output_dir, "summaries", run.run_id)
         with console.waiting("tables, figures and a report"), writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             _log_groups(run, summary)

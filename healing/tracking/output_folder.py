@@ -16,11 +16,26 @@ from safetensors import SafetensorError
 from healing.errors import ConfigError, OutputError
 
 _TRIED = bytes(4096)
+_MAX_PART = 255
+"""Bytes of one component of a path."""
 
 
 def output_folder(directory: str) -> pathlib.Path:
-    """``--output-dir`` as a path."""
-    return pathlib.Path(directory).expanduser().resolve()
+    """``--output-dir`` as a path.
+
+    Raises:
+        OutputError: It cannot be one: an address, an unknown user's home, too long.
+    """
+    try:
+        if "://" in directory:
+            raise ValueError("results go to a folder of this machine, not to an address")
+        if any(len(part.encode()) > _MAX_PART for part in directory.split("/")):
+            raise ValueError("too long")
+        return pathlib.Path(directory).expanduser().resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise OutputError(
+            f"--output-dir {directory[:200]} cannot be a folder ({_reason(error)}): name another"
+        ) from error
 
 
 def run_folder(output_dir: str, place: str, name: str) -> pathlib.Path:

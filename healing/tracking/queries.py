@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import pathlib
+import posixpath
+import re
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import mlflow
@@ -168,13 +172,43 @@ def children(parent: RunLogger) -> list[RunView]:
 def download(uri: str, folder: str | None = None) -> pathlib.Path:
     """Local path (below ``folder`` if given) of an artifact: ``runs:/…`` or another MLflow URI.
 
+    Without a folder the copy is gone when the process ends.
+
     Raises:
         TrackingError: It is not there.
     """
     try:
-        return pathlib.Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=folder))
-    except (MlflowException, OSError) as error:
+        # A file of this machine is taken where it is.
+        own = None if uri.startswith("file:") else tempfile.mkdtemp(dir=_downloads())
+        place = folder or own
+        return pathlib.Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=place))
+    except Exception as error:
         raise TrackingError(f"artifact {uri} cannot be had: {one_line(error)[:200]}") from error
+
+
+@functools.cache
+def _downloads_folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="llm-healing-")
+
+
+def _downloads() -> str:
+    """Folder of everything that is fetched for this process alone; its end removes it."""
+    return _downloads_folder().name
+
+
+MAX_KEY, MAX_VALUE = 250, 6000
+"""Characters of a name, and of a parameter's value, that MLflow takes."""
+_KEY = re.compile(r"[/\w.\- :]+")
+
+
+def refused_by_stores(metrics: Iterable[str], params: Mapping[str, object]) -> str:
+    """Which name or value of a run no MLflow store would take; empty where all are taken."""
+    for name in (*metrics, *params):
+        is_path = posixpath.normpath(name) == name != "." and not name.startswith(("..", "/"))
+        if not (_KEY.fullmatch(name) and is_path and len(name) <= MAX_KEY):
+            return f"name {name[:80]!r}"
+    long = [name for name, value in params.items() if len(str(value)) > MAX_VALUE]
+    return f"value of {long[0]}, of more than {MAX_VALUE} characters" if long else ""
 
 
 BULK_HISTORY = "/ajax-api/2.0/mlflow/metrics/get-history-bulk"

@@ -32,6 +32,7 @@ from healing.models.checkpoints import (
     Checkpoint,
     load_state,
     read_checkpoint,
+    require_fitting,
     weight_distance,
 )
 from healing.models.loading import LoadedModel
@@ -274,6 +275,8 @@ def _require_collapsed(checkpoint: Checkpoint, loaded: LoadedModel, cell: HealCe
             f"{cell.checkpoint} was made from other weights of {cell.config.label} than the ones "
             "here: its healthy reference is not this model; run the attack again"
         )
+    if cell.checkpoint:
+        require_fitting(loaded, checkpoint, cell.checkpoint)
 
 
 def heal_name(cell: HealCell, checkpoint: Checkpoint, run_fingerprint: str) -> str:
