@@ -279,7 +279,7 @@ def test_a_refused_file_is_one_line(monkeypatch, capsys, error, line):
 
     monkeypatch.setattr(EntryPoint, "load", lambda self, values: fail)
     with pytest.raises(SystemExit) as ended:
-        run_stage(STAGES["summarize"], {})
+        run_stage("summarize", STAGES["summarize"], {})
     out, err = capsys.readouterr()
     assert (ended.value.code, out, err.count("\n")) == (1, "", 1)
     assert err.startswith("error: ")
