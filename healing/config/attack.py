@@ -30,7 +30,7 @@ BY_ARM, ALWAYS, NEVER = ALIGNMENT_CHOICES = ("by_arm", "always", "never")
 class AttackConfig(BaseConfig, DryRunOptions):
     """One attack: a healthy model, an arm, a budget."""
 
-    order = (..., "dry_run")
+    order = (..., "dry_run", "time_steps")
 
     arm: str = option("haep", lambda: f"Attack method. {ARMS.describe()}.", choices=ARMS.names)
     attack_steps: int | str = option(AUTO, "Budget in optimiser steps; auto = by model.", minimum=0)

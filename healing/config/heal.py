@@ -70,8 +70,8 @@ def _of_the_attack(name: str, choices: tuple[str, ...] | None = None) -> Any:
 class HealConfig(BaseConfig, DryRunOptions):
     """Healing of one checkpoint, of a folder of checkpoints, or of a fresh attack."""
 
-    order = (..., "dry_run")
-    unresolved: ClassVar[tuple[str, ...]] = OF_THE_ATTACK
+    order = (..., "dry_run", "time_steps")
+    unresolved: ClassVar[tuple[str, ...]] = (*OF_THE_ATTACK, "time_steps")
 
     model: str = option(
         AUTO,

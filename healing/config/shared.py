@@ -146,9 +146,18 @@ class CacheOptions(Options):
 class DryRunOptions(Options):
     """Whether it runs at all."""
 
+    unresolved: ClassVar[tuple[str, ...]] = ("time_steps",)
+
     dry_run: bool = option(
         False,
-        "Predict the peak memory from the model's shape, print it and load nothing.",
+        "Predict the peak memory from the model's shape, print it and the plan; nothing is made.",
+        determines=False,
+    )
+    time_steps: str = option(
+        AUTO,
+        "dry_run: load the model and time one step of each kind, to say how long it would take; "
+        "auto = for nano and micro.",
+        choices=(AUTO, "true", "false"),
         determines=False,
     )
 

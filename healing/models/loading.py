@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -31,7 +32,8 @@ from healing.data.windows import opening
 from healing.errors import ModelError
 from healing.models.architectures import neox_config
 from healing.models.blocks import embedding_matrix, transformer_blocks
-from healing.models.conversions import fresh_copy, merged, quantization_of, told_as_phases
+from healing.models.conversions import fresh_copy, merged, quantization_of
+from healing.models.gguf_files import read_once
 from healing.models.local_models import OLD_BUFFERS, UnusableError, refuse_adapter_beside_weights
 from healing.models.model_files import (
     LOADING_ERRORS,
@@ -357,10 +359,11 @@ def load_model(
     """
     label, target = model_label(name, revision, deduped), resolve_device(device)
     location = locate(name, revision, deduped)
-    config = read_config(label, location)
-    tokenizer = read_tokenizer(label, location, tokenizer_name)
-    with _ONE_AT_A_TIME, told_as_phases():
-        model, report, origin = _weights(label, location, config, attention)
+    with read_once() if location.whole.gguf else contextlib.nullcontext():
+        config = read_config(label, location)
+        tokenizer = read_tokenizer(label, location, tokenizer_name)
+        with _ONE_AT_A_TIME:
+            model, report, origin = _weights(label, location, config, attention)
     if tokenizer_name:
         origin["tokenizer_source"] = tokenizer.name_or_path
     for module in model.modules():

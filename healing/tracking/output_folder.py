@@ -41,8 +41,7 @@ def require_writable(directory: str) -> None:
         )
     try:
         with tempfile.TemporaryFile(dir=place) as file:
-            file.write(_TRIED)
-            file.flush()
+            file.write(_TRIED)  # reaches the disk when the file is closed
     except OSError as error:
         raise OutputError(
             f"--output-dir {directory} cannot be written ({place}: {_reason(error)}): make it "

@@ -130,8 +130,11 @@ class RunLogger:
         self._flushed = time.monotonic()
         self._rescued: tuple[pathlib.Path, ...] = ()
 
+    def _storing(self, what: str) -> contextlib.AbstractContextManager[None]:
+        return _stored(f"{what} of run {self.run_id}", f"runs restore --run-id {self.run_id}")
+
     def _send(self, what: str, **content: Any) -> None:
-        with _stored(f"{what} of run {self.run_id}", f"runs restore --run-id {self.run_id}"):
+        with self._storing(what):
             self._client.log_batch(self.run_id, **content)
 
     def params(self, prefix: str, values: Mapping[str, Any]) -> None:
@@ -199,7 +202,7 @@ class RunLogger:
 
     def artifact(self, path: pathlib.Path, folder: str | None = None) -> None:
         """Store one file."""
-        with _stored(f"artifact {path.name} of run {self.run_id}"):
+        with self._storing(f"artifact {path.name}"):
             self._client.log_artifact(self.run_id, str(path), folder)
 
     def rescue(self, *paths: pathlib.Path) -> None:
@@ -223,7 +226,7 @@ class RunLogger:
         source = {"tags": {key: _text(value) for key, value in facts.items()}}
         data = Dataset(name, digest, "code", json.dumps(source))
         tag = InputTag("mlflow.data.context", context)
-        with _stored(f"data set {name} of run {self.run_id}"), _DATASETS:
+        with self._storing(f"data set {name}"), _DATASETS:
             self._client.log_inputs(self.run_id, datasets=[DatasetInput(data, [tag])])
 
 
@@ -240,7 +243,7 @@ def _ended(logger: RunLogger, end: Callable[[str], object]) -> Iterator[None]:
         with contextlib.suppress(*UNREACHED):
             end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
-    with _stored(f"the end of run {logger.run_id}"):
+    with logger._storing("the end"):
         end("FINISHED")
 
 

@@ -39,7 +39,8 @@ ANSWERS = {
     "warmup_steps target_rank_reduction catalyst_length search_steps search_candidates "
     "baseline_draws subspace subspace_energy hessian_directions ~alignment ~baseline_interval "
     "curvature_tokens rayleigh_draws -reference_checkpoint -reference_run_id match noise_scale "
-    "noise_rank ~noise_draw -direction_checkpoint -direction_run_id -start_checkpoint -dry_run",
+    "noise_rank ~noise_draw -direction_checkpoint -direction_run_id -start_checkpoint -dry_run "
+    "-time_steps",
     "heal": "model revision deduped tokenizer corpus max_documents text_column split_rule ~seed "
     "batch_size sequence_length probe_tokens measurement_interval ~measurements threads "
     "-device -cache_dir -output_dir -verbosity ~collapsed_checkpoint -attack_run_id "
@@ -48,7 +49,7 @@ ANSWERS = {
     "-target_rank_reduction -catalyst_length healing_steps healing_lr healing_optimizer "
     "healing_momentum healing_warmup healing_decay "
     "healing_method lora_rank lora_alpha sham gradient_checkpointing gradient_clip reset_norms "
-    "-healer -save_healed precision precision_mode -dry_run",
+    "-healer -save_healed precision precision_mode -dry_run -time_steps",
     "summarize": "experiment filter legacy confidence -output_dir -verbosity",
     "import_results": "folder -output_dir -verbosity",
     "pretrain": "model corpus max_documents tokens_per_parameter vocab_size batch_size "
@@ -154,7 +155,7 @@ def test_entries_of_a_checkpoint_that_separate_no_runs():
         "reference_fingerprint", "model_commit", "output_dir", "verbosity", "device", "dry_run",
         "measurements", "cache_dir", "alignment", "baseline_interval", "noise_draw",
         "direction_checkpoint", "direction_run_id", "direction_fingerprint",
-        "start_checkpoint", "start_digest", "start_run_id",
+        "start_checkpoint", "start_digest", "start_run_id", "time_steps",
     }  # fmt: skip
     # What is named beside the fields is a field of no attack: else it would have two answers.
     assert not set(LINEAGE) & set(ordered_names(AttackConfig))
