@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TRACKING := sqlite:///$(CURDIR)/mlflow.db
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-slow lint bench findings real-model ui clean
+.PHONY: help setup demo test test-fast test-slow fuzz lint bench findings real-model ui clean
 
 help:  ## Show what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -48,6 +48,9 @@ test-fast: setup  ## Run the fast tier: everything but whole commands and simula
 
 test-slow: setup  ## Run the slow tier: whole commands, simulations, known outcomes, golden values
 	$(BIN)/python -m pytest -m slow
+
+fuzz: setup  ## Try hostile files, records and values ten times as often as the fast tier
+	$(BIN)/python -m pytest -m fuzz tests/hostile
 
 lint: setup
 	$(BIN)/ruff check .

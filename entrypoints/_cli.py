@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -17,10 +18,17 @@ os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 # One unreachable server must not hang a run for minutes (default: 7 retries, about 4 minutes).
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
 
+from entrypoints import _signals
 from entrypoints._stages import STAGES, EntryPoint
 from healing.config.options import AUTO, choices_of, fields_of, flag_name, help_of
+from healing.config.resume import config_of_run
 from healing.errors import ConfigError, HealingError
+from healing.progress import Stop, Stopped
 from healing.stages.terminal.console import Console
+from healing.stages.terminal.lines import visible, write_line
+
+RESUME = "resume_run_id"
+"""Field of the stages that go on with a run that was cut."""
 
 
 class NumberOrAuto(click.ParamType):
@@ -76,13 +84,15 @@ def command(name: str) -> click.Command:
     @click.command(name=name, help=entry.help)
     @options_of(entry.config)
     def run(**values: Any) -> None:
-        run_stage(entry, values)
+        run_stage(name, entry, values)
 
     return run
 
 
-def run_stage(entry: EntryPoint, values: dict[str, Any]) -> None:
-    """Validate, run, and turn an expected failure into one line on stderr and exit code 1."""
+def run_stage(name: str, entry: EntryPoint, values: dict[str, Any]) -> None:
+    """Validate, run, and turn an expected failure into one line on stderr and exit code 1; a run
+    that was told to stop ends with 128 + the signal.
+    """
     try:
         config = entry.config(**values)
     except ConfigError as error:
@@ -90,12 +100,65 @@ def run_stage(entry: EntryPoint, values: dict[str, Any]) -> None:
             from healing.tracking.run_logger import mark_failed
 
             mark_failed(str(error))
-        raise click.UsageError(str(error)) from error
+        raise click.UsageError(visible(str(error))) from error
     # Imports torch, which --help and errors of options do not need, and which takes seconds.
     with Console(str(values.get("verbosity", "normal"))).waiting("starting"):
         stage = entry.load(values)
+    from healing.tracking.run_logger import abandon_open_runs
+
+    stop = Stop()
     try:
-        stage(config)
+        with _signals.listening(stop, abandon_open_runs):
+            _run(name, stage, config, stop)
+    except Stopped as stopped:
+        again = " (the same command goes on from there)" if hasattr(config, RESUME) else ""
+        write_line(f"stopped by {stopped.name}{again}", error=True)
+        sys.exit(128 + stopped.signum)
     except HealingError as error:
-        click.echo(f"error: {' '.join(str(error).split())}", err=True)
-        sys.exit(1)
+        _fail(str(error))
+    except OSError as error:  # of a file that no part of the program expected to be refused
+        reason = error.strerror or str(error) or type(error).__name__
+        _fail(f"{error.filename or 'a file'} could not be used: {reason}")
+
+
+def _fail(reason: str) -> NoReturn:
+    """One line on stderr, and exit code 1."""
+    write_line(f"error: {' '.join(reason.split())}", error=True)
+    sys.exit(1)
+
+
+def _run(name: str, stage: Callable[..., Any], config: Any, stop: Stop) -> None:
+    """The stage with a driver that can be stopped and goes on, where it takes one."""
+    if "driver" not in inspect.signature(stage).parameters:
+        stage(config)
+        return
+    from healing.stages.cells.state_classes import STATE_CLASSES
+    from healing.stages.driver import Driver
+    from healing.tracking.snapshots import FileSnapshots
+
+    run_id = getattr(config, RESUME, "")
+    if run_id:
+        config = resumed(name, config, run_id)
+    snapshots = FileSnapshots(STATE_CLASSES)
+    console = Console(config.verbosity)
+    stage(config, driver=Driver(console, stop=stop, snapshots=snapshots, again=bool(run_id)))
+
+
+def resumed(stage: str, config: Any, run_id: str) -> Any:
+    """The configuration of a run that was cut.
+
+    Raises:
+        HealingError: There is no such run, it is another stage's or finished, it was cut before its
+            settings were known, or an option contradicts them.
+    """
+    from healing.tracking.queries import get_run
+
+    run = get_run(run_id)
+    of = run.tags.get("stage", "")
+    if of != stage:
+        raise ConfigError(
+            f"--resume-run-id {run_id} is a run of {of or 'something else'}, not of {stage}"
+        )
+    if run.status == "FINISHED":
+        raise ConfigError(f"--resume-run-id {run_id}: that run finished, nothing is left to do")
+    return config_of_run(config, stage, run.params)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import math
 import pathlib
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -18,7 +19,7 @@ from scipy import stats
 from findings.runs import COLUMNS
 from healing.config.arm_tags import SHAM_ARM
 from healing.measurements.recovery import REVERSIBLE_ABOVE, recovery_pct
-from healing.statistics.intervals import Interval, t_interval
+from healing.statistics.intervals import Interval, TooFewCheckpointsWarning, t_interval
 from healing.statistics.verdicts import GroupVerdict, group_verdict, others_at_most
 
 HEALTHY = -1
@@ -174,7 +175,10 @@ def paired(one: Group, other: Group, measure: str = "effective_rank") -> list[fl
 def excess_loss(own: Group, sham: Group) -> Interval:
     """Loss above the sham's mean at the same step, nats per token: what is still not known."""
     reference = sham.mean("loss")
-    return t_interval([run.states[own.step]["loss"] - reference for run in own.runs])
+    with warnings.catch_warnings():
+        # One run gives a point without bounds, and the page shows it as such.
+        warnings.simplefilter("ignore", TooFewCheckpointsWarning)
+        return t_interval([run.states[own.step]["loss"] - reference for run in own.runs])
 
 
 def pairs_needed(differences: Sequence[float], margin: float = 10.0) -> int | None:

@@ -49,6 +49,7 @@ PARTS: dict[str, Part] = {
         20,
         _ATTACK,
         {"threads": 1},
+        "283ee32",
     ),
     "smollm2-135m": Part(
         "smollm2-135m",

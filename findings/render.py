@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from scipy import stats
 
@@ -227,22 +227,40 @@ def distance_correlation(
     return float(stats.spearmanr(distance, recovered).statistic), len(own)
 
 
-def disagreeing(runs: Sequence[Run], models: Sequence[str]) -> list[str]:
-    """Measures whose interval lies on the other side of 70 % than the primary one's, in words."""
+def _beside_primary(
+    runs: Sequence[Run], models: Sequence[str], differs: Callable[[Interval, Interval], bool]
+) -> list[str]:
+    """Secondary measures of HAEP whose interval differs from the primary one's, in words."""
     found = []
     for model in models:
         own = group(runs, model, TREATMENT, STRONG, _last(runs, model))
         if own is None or own.n < 3:
             continue
-        primary = own.interval()
         for measure, name in list(MEASURES.items())[1:]:
             other = own.interval(measure)
-            turned = (primary.low > REVERSIBLE_ABOVE and other.high < REVERSIBLE_ABOVE) or (
-                primary.high < REVERSIBLE_ABOVE and other.low > REVERSIBLE_ABOVE
-            )
-            if turned:
+            if differs(own.interval(), other):
                 found.append(f"{name} on {model}: {bounds(other)} %")
     return found
+
+
+def disagreeing(runs: Sequence[Run], models: Sequence[str]) -> list[str]:
+    """Measures whose interval lies on the other side of 70 % than the primary one's."""
+
+    def turned(primary: Interval, other: Interval) -> bool:
+        return (primary.low > REVERSIBLE_ABOVE and other.high < REVERSIBLE_ABOVE) or (
+            primary.high < REVERSIBLE_ABOVE and other.low > REVERSIBLE_ABOVE
+        )
+
+    return _beside_primary(runs, models, turned)
+
+
+def undecided(runs: Sequence[Run], models: Sequence[str]) -> list[str]:
+    """Measures whose interval holds 70 % where the primary one's does not."""
+
+    def holds(interval: Interval) -> bool:
+        return interval.low <= REVERSIBLE_ABOVE <= interval.high
+
+    return _beside_primary(runs, models, lambda one, other: holds(other) and not holds(one))
 
 
 def _controls(runs: Sequence[Run], model: str) -> list[str]:
@@ -292,8 +310,10 @@ def page(runs: Sequence[Run], models: Sequence[str]) -> str:
     measures = (
         "The measures disagree on what is healed: " + "; ".join(apart) + "."
         if apart
-        else "No secondary measure puts HAEP on the other side of 70 % than the primary one."
+        else "No secondary measure's interval lies on the other side of 70 % than the primary one's."
     )
+    if apart_from := undecided(runs, models):
+        measures += " These leave it open whether 70 % is reached: " + "; ".join(apart_from) + "."
     tuned = (TREATMENT, *FINE_TUNING)
     within = [(model, *distance_correlation(runs, model, tuned)) for model in models]
     far, near = (
@@ -372,8 +392,9 @@ def _conclusions(runs: Sequence[Run], models: Sequence[str]) -> Iterator[str]:
     yield ""
     if healed:
         yield (
-            f"* HAEP's collapse is reversible on {', '.join(healed)} by the protocol's rule, rank and "
-            'knowledge together. "Irreversible" from a short or weak healing was the healer\'s.'
+            f"* HAEP's collapse is reversible on {' and '.join(healed)} by the protocol's rule, rank "
+            "and knowledge together; the stricter rule's answer stands beside it in the table. "
+            '"Irreversible" from a short or weak healing was the healer\'s.'
         )
     if not_healed:
         yield f"* Not healed within the budget: {', '.join(not_healed)}. More tokens may change that."

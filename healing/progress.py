@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -67,7 +69,12 @@ def _no_note() -> str:
 
 
 def phase(
-    name: str, items: Iterable[T], total: int | None = None, note: Callable[[], str] = _no_note
+    name: str,
+    items: Iterable[T],
+    total: int | None = None,
+    note: Callable[[], str] = _no_note,
+    *,
+    begin: int = 0,
 ) -> Iterator[T]:
     """The items of a long loop, with word to the listener before each. Afterwards the phase that
     it is a part of goes on.
@@ -77,10 +84,11 @@ def phase(
         items: What is looped over.
         total: Their number, where it is known.
         note: What came out so far, asked before each item.
+        begin: Items that were done before, in an earlier process.
     """
     telling = _telling.get()
     outer = telling.now if telling else None
-    for done, item in enumerate(items):
+    for done, item in enumerate(items, begin):
         if telling is not None:
             telling.tell(_Where(name, done, total, note()))
         yield item
@@ -142,8 +150,26 @@ class Stopped(KeyboardInterrupt):
     """
 
     def __init__(self, signum: int = 0) -> None:
-        super().__init__(f"stopped by signal {signum}" if signum else "stopped")
         self.signum = signum
+        super().__init__(f"stopped by {self.name}" if signum else "stopped")
+
+    @property
+    def name(self) -> str:
+        """``SIGTERM``; ``request`` where no signal asked."""
+        try:
+            return signal.Signals(self.signum).name
+        except ValueError:
+            return f"signal {self.signum}" if self.signum else "request"
+
+
+class Stop(threading.Event):
+    """Asks every cell of a process to end at its next safe point.
+
+    Attributes:
+        signum: Of the signal that asked; 0 = none did.
+    """
+
+    signum = 0
 
 
 def _no_state() -> None:

@@ -32,6 +32,15 @@ ROOT = pathlib.Path(__file__).parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests marked fuzz run only where they are asked for."""
+    if "fuzz" in config.getoption("markexpr"):
+        return
+    left_out = [item for item in items if item.get_closest_marker("fuzz")]
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=left_out)
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)

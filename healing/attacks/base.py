@@ -6,7 +6,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -27,6 +27,11 @@ class Arm(Protocol):
 
     stops_early: bool
     """Whether reaching the target rank reduction ends the attack."""
+    resumable: bool
+    """Whether its next step depends on nothing but weights, optimiser, step and what
+    :meth:`pass_over` brings back: an attack that was cut then goes on from its last safe point,
+    otherwise from its beginning.
+    """
     catalyst: Catalyst | None
     """The search of the tokens that it trains on, if there was one."""
 
@@ -41,10 +46,15 @@ class Arm(Protocol):
         healthy: Measurement,
         change: WeightChange,
         warmup: Iterable[torch.Tensor] = (),
+        kept: Mapping[str, Any] | None = None,
     ) -> Iterator[AttackRecord | Safe]:
         """Change the model in place, yielding a record at step 0 and at every measured one, and a
-        safe point after every step.
+        safe point after every step; or what follows the safe point whose state was kept.
         """
+
+    @abstractmethod
+    def pass_over(self, steps: int) -> None:
+        """Draw from the arm's random streams what so many steps draw."""
 
     @abstractmethod
     def advance(

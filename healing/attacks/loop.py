@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Protocol
 
 import torch
 from transformers import PreTrainedModel
@@ -120,9 +121,11 @@ def run_attack(
     healthy: Measurement,
     change: WeightChange,
     warmup: Iterable[torch.Tensor] = (),
+    kept: Mapping[str, Any] | None = None,
 ) -> Iterator[AttackRecord | Safe]:
     """Attack a model in place, yielding a record at step 0, every interval and the last step, and
-    a safe point after every step.
+    a safe point after every step; of a resumable arm it has the state from which the same steps
+    and records follow.
 
     The attack ends with its budget, when the effective rank on the probe fell by
     ``target_rank_reduction`` (arms that stop early), or at the first step that is not finite.
@@ -135,24 +138,41 @@ def run_attack(
         healthy: Measurement of the model as it comes.
         change: Snapshot of the model as it comes.
         warmup: Clean batches for :func:`warm_second_moment`.
+        kept: State of a safe point to go on from; what came before it is not yielded again.
     """
     model = loaded.model
     total = arm.steps(config)
     rate = float(config.attack_lr)
     optimizer = make_optimizer(config.attack_optimizer, model.parameters(), rate)
-    warm_second_moment(optimizer, model, warmup)
-    if optimizer.state:
-        prime_first_moment(optimizer, arm)
-    with during("measurement"):
-        numbers = diagnosed(arm, config, 0, last=False)
-    yield AttackRecord(0, healthy, StepOutcome(), 0.0, numbers)
-    measured = 0
+    done = measured = 0
+    if kept is None:
+        warm_second_moment(optimizer, model, warmup)
+        if optimizer.state:
+            prime_first_moment(optimizer, arm)
+        with during("measurement"):
+            numbers = diagnosed(arm, config, 0, last=False)
+        yield AttackRecord(0, healthy, StepOutcome(), 0.0, numbers)
+    else:
+        model.load_state_dict(kept["weights"])
+        optimizer.load_state_dict(kept["optimizer"])
+        done, measured = kept["step"], kept["measured"]
+        if kept["over"]:
+            return
+        arm.pass_over(done)
+
+    def safe(step: int, *, over: bool) -> Safe:
+        if not arm.resumable:
+            return Safe(step)
+        return Safe(
+            step, state=functools.partial(_state, model, optimizer, step, measured, over=over)
+        )
+
     target = healthy.effective_rank * (1.0 - config.target_rank_reduction)
-    for step in phase("attack", range(1, total + 1), total):
+    for step in phase("attack", range(done + 1, total + 1), total, begin=done):
         watched = step % config.measurement_interval == 0 or step == total
         outcome = arm.advance(optimizer, step, total, watched=watched)
         if outcome.finite and not watched:
-            yield Safe(step)
+            yield safe(step, over=False)
             continue
         with during("measurement"):
             measurement = probe.measure(model)
@@ -162,9 +182,27 @@ def run_attack(
             numbers = diagnosed(arm, config, measured, last=last)
             moved = change.relative(model)
         yield AttackRecord(step, measurement, outcome, moved, numbers)
-        yield Safe(step)
+        yield safe(step, over=last)
         if last:
             return
+
+
+def _state(
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    measured: int,
+    *,
+    over: bool,
+) -> dict[str, Any]:
+    """What an attack goes on from after a step: the tensors themselves, not copies."""
+    return {
+        "weights": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "step": step,
+        "measured": measured,
+        "over": over,
+    }
 
 
 class LoopArm(Arm):
@@ -173,6 +211,7 @@ class LoopArm(Arm):
     """
 
     stops_early = True
+    resumable = False
     catalyst: Catalyst | None = None
 
     def steps(self, config: AttackConfig) -> int:
@@ -183,6 +222,9 @@ class LoopArm(Arm):
         """None."""
         return {}
 
+    def pass_over(self, steps: int) -> None:
+        """Draws nothing per step."""
+
     def run(
         self,
         loaded: LoadedModel,
@@ -191,6 +233,7 @@ class LoopArm(Arm):
         healthy: Measurement,
         change: WeightChange,
         warmup: Iterable[torch.Tensor] = (),
+        kept: Mapping[str, Any] | None = None,
     ) -> Iterator[AttackRecord | Safe]:
         """As :func:`run_attack`."""
-        return run_attack(loaded, self, config, probe, healthy, change, warmup)
+        return run_attack(loaded, self, config, probe, healthy, change, warmup, kept)

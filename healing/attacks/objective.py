@@ -31,6 +31,8 @@ class ObjectiveArm(LoopArm):
         projection: N where the optimiser is given P_N of the gradient instead of the gradient;
             parameters outside the matrices then stay.
         catalyst: The search that the objective's tokens come from, if there was one.
+        draw: Draws what one call of the objective draws; ``None`` = it draws nothing, or nobody
+            knows, in which case an attack that was cut begins anew.
     """
 
     def __init__(
@@ -43,10 +45,19 @@ class ObjectiveArm(LoopArm):
         *,
         projection: LowCurvatureSubspace | None = None,
         catalyst: Catalyst | None = None,
+        draw: Callable[[], object] | None = None,
     ) -> None:
         self.model, self.objective, self.fixed_objective = model, objective, fixed_objective
         self.baselines, self.change, self.projection = baselines, change, projection
-        self.catalyst = catalyst
+        self.catalyst, self._draw = catalyst, draw
+        # An objective that is its own fixed one draws nothing.
+        self.resumable = draw is not None or objective is fixed_objective
+
+    def pass_over(self, steps: int) -> None:
+        """Draw what the objective drew."""
+        for _ in range(steps):
+            if self._draw is not None:
+                self._draw()
 
     def advance(
         self, optimizer: torch.optim.Optimizer, step: int, total: int, *, watched: bool

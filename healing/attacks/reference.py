@@ -45,12 +45,17 @@ def _attacked(
     reference = read_checkpoint(path)
     _require_attack(reference, path, healthy_digest, refused)
     state = reference.state
-    wrong = [k for k, w in change.healthy.items() if k not in state or state[k].shape != w.shape]
+    wrong = [
+        name
+        for name, w in change.healthy.items()
+        if name not in state or state[name].shape != w.shape or not state[name].is_floating_point()
+    ]
     if wrong:
         raise CheckpointError(
             f"{path} is not an attack on model {model} (tensor {wrong[0]} missing or of "
-            "another shape): give one on the same model"
+            "another shape or kind): give one on the same model"
         )
+    _ = reference.digest  # compared with the one that was saved
     return state
 
 

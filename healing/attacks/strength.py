@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -31,6 +32,7 @@ class StrengthArm(LoopArm):
 
     # Stopping early would leave the damage smaller than what it is matched to.
     stops_early = False
+    resumable = True
 
     def __init__(
         self,
@@ -60,6 +62,7 @@ class StrengthArm(LoopArm):
         healthy: Measurement,
         change: WeightChange,
         warmup: Iterable[torch.Tensor] = (),
+        kept: Mapping[str, Any] | None = None,
     ) -> Iterator[AttackRecord | Safe]:
         """The common loop, or the search of the strength with another ``match`` than ``norm``.
 
@@ -67,7 +70,7 @@ class StrengthArm(LoopArm):
             MatchError: The reference's damage cannot be reached.
         """
         if not config.reference_checkpoint or config.match == "norm":
-            return super().run(loaded, config, probe, healthy, change, warmup)
+            return super().run(loaded, config, probe, healthy, change, warmup, kept)
         return matched(loaded, self, config, probe, healthy, change)
 
     def advance(

@@ -13,7 +13,7 @@ from healing.config.arm_tags import (
     arms_that_take,
 )
 from healing.config.options import AUTO, flag_name, option
-from healing.config.shared import OPTIMIZERS, BaseConfig, DryRunOptions
+from healing.config.shared import OPTIMIZERS, BaseConfig, DryRunOptions, SavingOptions
 from healing.errors import ConfigError
 from healing.registry import ARMS, DAMAGE_CONTROL, MATCHES
 
@@ -27,10 +27,17 @@ BY_ARM, ALWAYS, NEVER = ALIGNMENT_CHOICES = ("by_arm", "always", "never")
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttackConfig(BaseConfig, DryRunOptions):
+class AttackConfig(BaseConfig, SavingOptions, DryRunOptions):
     """One attack: a healthy model, an arm, a budget."""
 
-    order = (..., "dry_run")
+    order = (
+        ...,
+        "checkpoint_interval",
+        "checkpoint_minutes",
+        "resume_run_id",
+        "dry_run",
+        "time_steps",
+    )
 
     arm: str = option("haep", lambda: f"Attack method. {ARMS.describe()}.", choices=ARMS.names)
     attack_steps: int | str = option(AUTO, "Budget in optimiser steps; auto = by model.", minimum=0)
@@ -137,7 +144,7 @@ class AttackConfig(BaseConfig, DryRunOptions):
         "tensor; of sharpened_spectrum and ray the strength.",
         minimum=0,
     )
-    noise_rank: int = option(1, NOISE_RANK_HELP, minimum=1, later=True)
+    noise_rank: int = option(1, NOISE_RANK_HELP, minimum=1, maximum=2**16, later=True)
     noise_draw: int = option(
         0,
         "Arms that draw noise, and any with match rank+loss: number of the draw; each gives a "

@@ -16,13 +16,14 @@ from healing.config.shared import (
     DeviceOptions,
     ModelOptions,
     OutputOptions,
+    ResumeOptions,
     ThreadOptions,
 )
 from healing.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
-class BasinConfig(ModelOptions, ThreadOptions, DeviceOptions, OutputOptions):
+class BasinConfig(ModelOptions, ThreadOptions, DeviceOptions, OutputOptions, ResumeOptions):
     """The loss landscape around and between the three states of one healing run."""
 
     order = (
@@ -34,6 +35,7 @@ class BasinConfig(ModelOptions, ThreadOptions, DeviceOptions, OutputOptions):
         "device",
         "output_dir",
         "verbosity",
+        "resume_run_id",
     )
 
     heal_run_id: str = option("", "MLflow healing run whose three states are examined.")
@@ -46,7 +48,9 @@ class BasinConfig(ModelOptions, ThreadOptions, DeviceOptions, OutputOptions):
     model: str = option(AUTO, f"Model: {MODELS_HELP}; auto = the one the healed checkpoint names.")
     revision: str = option("", f"{REVISION_HELP} The healed checkpoint brings its own.")
     deduped: bool = option(False, f"{DEDUPED_HELP} The healed checkpoint brings its own.")
-    corpus: str = option(AUTO, "Clean text (see attack --corpus); auto = as in the healing run.")
+    corpus: str = option(
+        AUTO, "Clean text (see attack --corpus); auto = as in the healing run.", required=True
+    )
     max_documents: int | str = option(
         AUTO, "Documents read from the corpus at most; auto = as in the healing run.", minimum=1
     )
@@ -73,7 +77,9 @@ class BasinConfig(ModelOptions, ThreadOptions, DeviceOptions, OutputOptions):
     gradient_batches: int = option(
         12, "Batches over which the gradient's mean and its error are taken.", minimum=8
     )
-    eigenvalues: int = option(2, "Eigenvalues wanted at each end of the spectrum.", minimum=1)
+    eigenvalues: int = option(
+        2, "Eigenvalues wanted at each end of the spectrum.", minimum=1, maximum=1000
+    )
     lanczos_iterations: int = option(
         18, "Hessian products of the search for extreme eigenvalues at most.", minimum=2
     )

@@ -19,6 +19,7 @@ from healing.config.shared import (
     REVISION_HELP,
     BaseConfig,
     DryRunOptions,
+    SavingOptions,
 )
 from healing.errors import ConfigError
 from healing.registry import ARMS, METHODS, Facts
@@ -67,11 +68,18 @@ def _of_the_attack(name: str, choices: tuple[str, ...] | None = None) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class HealConfig(BaseConfig, DryRunOptions):
+class HealConfig(BaseConfig, SavingOptions, DryRunOptions):
     """Healing of one checkpoint, of a folder of checkpoints, or of a fresh attack."""
 
-    order = (..., "dry_run")
-    unresolved: ClassVar[tuple[str, ...]] = OF_THE_ATTACK
+    order = (
+        ...,
+        "checkpoint_interval",
+        "checkpoint_minutes",
+        "resume_run_id",
+        "dry_run",
+        "time_steps",
+    )
+    unresolved: ClassVar[tuple[str, ...]] = (*OF_THE_ATTACK, "time_steps")
 
     model: str = option(
         AUTO,
@@ -98,7 +106,11 @@ class HealConfig(BaseConfig, DryRunOptions):
         determines=False,
     )
     num_runs: int = option(
-        1, "Healing runs (replicates) per checkpoint otherwise.", minimum=1, determines=False
+        1,
+        "Healing runs (replicates) per checkpoint otherwise.",
+        minimum=1,
+        maximum=1000,
+        determines=False,
     )
     arm: str = option(
         "haep",
@@ -144,7 +156,9 @@ class HealConfig(BaseConfig, DryRunOptions):
     healing_method: str = option(
         "full", lambda: f"What is trained. {METHODS.describe()}.", choices=METHODS.names
     )
-    lora_rank: int = option(8, "lora: rank r of the change of every matrix.", minimum=1)
+    lora_rank: int = option(
+        8, "lora: rank r of the change of every matrix.", minimum=1, maximum=2**16
+    )
     lora_alpha: float = option(
         16.0,
         "lora: the change is alpha / rank times the product of the adapters.",
@@ -198,6 +212,12 @@ class HealConfig(BaseConfig, DryRunOptions):
                 f"{flag_name(given[0])} names a state that was attacked before: leave one of them "
                 "out"
             )
+        if self.checkpoint_dir and self.num_runs != 1:
+            raise ConfigError(
+                "--num-runs is not for --checkpoint-dir: say --runs-per-checkpoint there"
+            )
+        if self.runs_per_checkpoint != 1 and not self.checkpoint_dir:
+            raise ConfigError("--runs-per-checkpoint is for --checkpoint-dir: say --num-runs here")
         ARMS.check(self.arm)
         METHODS.check(self.healing_method)
         self._check_method(METHODS.facts(self.healing_method))

@@ -10,8 +10,9 @@ from typing import Any
 
 from healing.config.fingerprint import fingerprint
 from healing.config.heal import HealConfig
-from healing.config.options import AUTO, flag_name
+from healing.config.options import AUTO, MAX_SEED, MAX_TEXT, flag_name
 from healing.errors import ConfigError
+from healing.registry import NAME
 
 HEALER_NAME = "healer.json"
 """Name of the file, in a tune run's folder and among its artifacts."""
@@ -36,6 +37,27 @@ INCLUDED = pathlib.Path(__file__).parent / "healers"
 def included_healers() -> tuple[str, ...]:
     """Names of the healers that come with the project."""
     return tuple(sorted(path.stem for path in INCLUDED.glob("*.json")))
+
+
+def _is_typed(entries: Mapping[str, Any]) -> bool:
+    """Whether every entry of a healer's file, which anybody may have written, is of its type."""
+    settings, arms, seeds = (entries[name] for name in ("settings", "arms", "seeds"))
+    if not isinstance(settings, Mapping) or set(settings) != set(SETTINGS):
+        return False
+    sizes = (settings["batch_size"], settings["sequence_length"], entries["token_budget"])
+    counts = (*sizes, entries["tried"])
+    texts = (entries["model"], entries["study"], entries["study_digest"])
+    numbers = ("loss", "default_loss", "rank_recovery_pct", "default_rank_recovery_pct")
+    return (
+        all(type(count) is int and 0 < count < 2**63 for count in counts)
+        and type(entries["trial"]) is int
+        and all(isinstance(text, str) and len(text) <= MAX_TEXT for text in texts)
+        and all(type(entries[name]) in (int, float) for name in numbers)
+        and isinstance(arms, (list, tuple))
+        and all(isinstance(arm, str) and NAME.fullmatch(arm) for arm in arms)
+        and isinstance(seeds, (list, tuple))
+        and all(type(seed) is int and 0 <= seed <= MAX_SEED for seed in seeds)
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +103,8 @@ class Healer:
         """
         names = {field.name for field in dataclasses.fields(cls)}
         wrong = f"--healer {source} is not a {HEALER_NAME} of the tune entry point"
-        if set(entries) != names or set(entries["settings"]) != set(SETTINGS):
+        is_whole = isinstance(entries, Mapping) and set(entries) == names
+        if not is_whole or not _is_typed(entries):
             raise ConfigError(f"{wrong} (its entries are others): name another, or tune again")
         found = cls(**{**entries, "arms": tuple(entries["arms"]), "seeds": tuple(entries["seeds"])})
         try:

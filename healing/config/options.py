@@ -11,12 +11,18 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
+import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from healing.errors import ConfigError
 
+MAX_COUNT = 10**9
+"""Largest whole number of an option that names no maximum of its own."""
+MAX_SEED = 2**31 - 1
+MAX_TEXT = 4096
+"""Characters of an option: the longest path that Linux has."""
 AUTO = "auto"
 """Value of a field that is resolved from the model's preset; never reaches the numerics."""
 
@@ -32,6 +38,7 @@ def option(
     determines: bool = True,
     separates: bool = True,
     later: bool = False,
+    required: bool = False,
 ) -> Any:
     """A dataclass field with its documentation and admissible values.
 
@@ -51,6 +58,7 @@ def option(
             separates no runs, whatever is said here.
         later: The field came later, and with its default results are those of before: fingerprints
             and settings hold it only where it has another value.
+        required: An empty string is not admissible.
     """
     return dataclasses.field(
         default=default,
@@ -63,6 +71,7 @@ def option(
             "determines": determines,
             "separates": determines and separates,
             "later": later,
+            "required": required,
         },
     )
 
@@ -140,16 +149,31 @@ def fields_of(config: Any) -> Iterator[tuple[dataclasses.Field[Any], type, bool]
         yield field, scalar_type(annotation), isinstance(annotation, types.UnionType)
 
 
-def _check_number(name: str, value: float, meta: typing.Mapping[str, Any]) -> None:
+def _check_number(name: str, value: float, meta: typing.Mapping[str, Any], whole: bool) -> None:
     low, high = meta["minimum"], meta["maximum"]
+    high = MAX_COUNT if whole and high is None else high
     if value != value or value in (float("inf"), float("-inf")):
         raise ConfigError(f"{flag_name(name)} must be a finite number, got {value}")
     below = low is not None and (value <= low if meta["exclusive_minimum"] else value < low)
     if below or (high is not None and value > high):
         opening = "above" if meta["exclusive_minimum"] else "at least"
         parts = [f"{opening} {low:g}"] if low is not None else []
-        parts += [f"at most {high:g}"] if high is not None else []
-        raise ConfigError(f"{flag_name(name)} must be {' and '.join(parts)}, got {value:g}")
+        stated = meta["maximum"] is not None or not below
+        parts += [f"at most {high:g}"] if high is not None and stated else []
+        got = f"{value:g}" if abs(value) < 1e300 else "a number of more digits"
+        raise ConfigError(f"{flag_name(name)} must be {' and '.join(parts)}, got {got}")
+
+
+def _check_text(name: str, value: str, required: bool) -> None:
+    """No text that cannot be a path, a name or a line of a terminal."""
+    if required and not value.strip():
+        raise ConfigError(f"{flag_name(name)} is empty: name one, or leave it out")
+    if len(value) > MAX_TEXT:
+        raise ConfigError(
+            f"{flag_name(name)} must have at most {MAX_TEXT} characters, got {len(value)}"
+        )
+    if bad := next((c for c in value if unicodedata.category(c) in ("Cc", "Cs")), ""):
+        raise ConfigError(f"{flag_name(name)} holds the control character {bad!r}: leave it out")
 
 
 def listed(
@@ -179,6 +203,13 @@ def listed(
     return items
 
 
+def seed_number(text: str) -> int | None:
+    """A seed as it is written, ``7`` or ``007``; ``None`` where it is none."""
+    if not text.isdecimal() or len(text) > 20 or int(text) > MAX_SEED:
+        return None
+    return int(text)
+
+
 def validate_fields(config: Any) -> None:
     """Check type, range and choice of every field.
 
@@ -199,8 +230,10 @@ def validate_fields(config: Any) -> None:
                 wanted = "a whole number" if kind is int else "a number"
                 auto = " or 'auto'" if may_be_auto else ""
                 raise ConfigError(f"{flag_name(field.name)} must be {wanted}{auto}, got {value!r}")
-            _check_number(field.name, value, meta)
+            _check_number(field.name, value, meta, kind is int)
         elif not isinstance(value, kind):
             raise ConfigError(
                 f"{flag_name(field.name)} must be of type {kind.__name__}, got {value!r}"
             )
+        elif isinstance(value, str):
+            _check_text(field.name, value, meta["required"])

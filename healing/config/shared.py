@@ -77,6 +77,7 @@ class TextOptions(Options):
         AUTO,
         "Clean text: stdlib, pile, a file or folder (.txt, .jsonl, .parquet …; docs/models.md), "
         "or a Hub dataset id; auto = stdlib for nano and micro, else pile.",
+        required=True,
     )
     max_documents: int = option(
         20_000, "Documents read from the corpus at most (a stream stops there).", minimum=1
@@ -93,7 +94,7 @@ class TrainingOptions(Options):
     """How text becomes steps, and which of them are measured."""
 
     batch_size: int | str = option(
-        AUTO, "Windows per optimiser step; auto = by model (8).", minimum=1
+        AUTO, "Windows per optimiser step; auto = by model (8).", minimum=1, maximum=2**16
     )
     sequence_length: int = option(
         128, "Tokens per window, in training and on the probe.", minimum=8, maximum=2048
@@ -110,6 +111,7 @@ class ThreadOptions(Options):
         "CPU threads of torch; 0 = torch's default, auto = 1 for nano and micro (reproducible on "
         "any number of cores), else 0.",
         minimum=0,
+        maximum=1024,
     )
 
 
@@ -143,12 +145,56 @@ class CacheOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ResumeOptions(Options):
+    """Going on with a run that was cut."""
+
+    resume_run_id: str = option(
+        "",
+        "Go on with this run, which was stopped or killed: with its own settings, in a new run "
+        "that holds the whole history. (The same command as before goes on, too.)",
+        determines=False,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavingOptions(ResumeOptions):
+    """How often the state of training is kept on disk, so that it can go on."""
+
+    checkpoint_interval: int = option(
+        0,
+        "Keep the state of training (weights, optimiser, records) every so many steps; 0 = by time "
+        "alone. A run that is told to stop keeps it in any case.",
+        minimum=0,
+        determines=False,
+    )
+    checkpoint_minutes: float = option(
+        10.0,
+        "Keep the state of training after so many minutes; 0 = by steps alone.",
+        minimum=0,
+        determines=False,
+    )
+
+
+SAVING = ("checkpoint_interval", "checkpoint_minutes")
+"""Fields that a run hands on to those that come first."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DryRunOptions(Options):
     """Whether it runs at all."""
 
+    unresolved: ClassVar[tuple[str, ...]] = ("time_steps",)
+
     dry_run: bool = option(
         False,
-        "Predict the peak memory from the model's shape, print it and load nothing.",
+        "Predict the peak memory from the model's shape, print it and the plan; nothing is made.",
+        determines=False,
+    )
+    time_steps: str = option(
+        AUTO,
+        "dry_run: load the model and time one step of each kind, to say how long it would take; "
+        "auto = for nano and micro.",
+        choices=(AUTO, "true", "false"),
         determines=False,
     )
 

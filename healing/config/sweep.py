@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from healing.config.arm_tags import arm_matches, arm_needs, arm_role
 from healing.config.attack import NOISE_RANK_HELP
-from healing.config.options import AUTO, listed, option
+from healing.config.options import AUTO, MAX_SEED, listed, option, seed_number
 from healing.config.presets import MODELS_HELP, canonical_model, check_source
 from healing.config.shared import (
     BLANK_LINES,
@@ -20,6 +20,7 @@ from healing.config.shared import (
     CacheOptions,
     DeviceOptions,
     OutputOptions,
+    SavingOptions,
     TrainingOptions,
 )
 from healing.errors import ConfigError
@@ -27,10 +28,12 @@ from healing.registry import ARMS, DAMAGE_CONTROL, MATCHES
 
 SEEDS_OF, OTHER_SEEDS = {"nano": 5, "micro": 2}, 3
 """Checkpoints per arm by default: as many as a verdict needs where they cost little."""
+MAX_SEEDS = 10_000
+"""Seeds of one range."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepConfig(TrainingOptions, DeviceOptions, CacheOptions, OutputOptions):
+class SweepConfig(TrainingOptions, DeviceOptions, CacheOptions, OutputOptions, SavingOptions):
     """Models x arms x seeds: attack and heal each, then summarize."""
 
     order = (
@@ -43,6 +46,9 @@ class SweepConfig(TrainingOptions, DeviceOptions, CacheOptions, OutputOptions):
         "cache_dir",
         "output_dir",
         "verbosity",
+        "checkpoint_interval",
+        "checkpoint_minutes",
+        "resume_run_id",
     )
 
     models: str = option("nano,micro", f"Comma-separated models: {MODELS_HELP}.")
@@ -65,12 +71,13 @@ class SweepConfig(TrainingOptions, DeviceOptions, CacheOptions, OutputOptions):
         "strength.",
         choices=(AUTO, *MATCHES),
     )
-    noise_rank: int = option(1, NOISE_RANK_HELP, minimum=1)
+    noise_rank: int = option(1, NOISE_RANK_HELP, minimum=1, maximum=2**16)
     control_draws: int = option(
         1,
         "Checkpoints of every damage control that draws noise, per haep attack: each is another "
         "draw.",
         minimum=1,
+        maximum=1000,
     )
     ray_of: str = option(
         "random_text",
@@ -98,12 +105,13 @@ class SweepConfig(TrainingOptions, DeviceOptions, CacheOptions, OutputOptions):
     )
     healer: str = option("", f"{HEALER_HELP} Comma-separated, one for each model.")
     attack_steps: int | str = option(AUTO, "Attack budget; auto = by model.", minimum=0)
-    corpus: str = option(AUTO, "Clean text (see attack --corpus); auto = by model.")
+    corpus: str = option(AUTO, "Clean text (see attack --corpus); auto = by model.", required=True)
     workers: int | str = option(
         AUTO,
         "Cells run at a time, in threads; auto = one per CPU core (at most 4) for nano and micro "
         "on the CPU, else 1.",
         minimum=1,
+        maximum=256,
     )
     tokenizer: str = option("", f"Of every model. {TOKENIZER_HELP}")
     text_column: str = option("", TEXT_COLUMN_HELP)
@@ -173,7 +181,12 @@ class SweepConfig(TrainingOptions, DeviceOptions, CacheOptions, OutputOptions):
                 model = canonical_model(name.strip())
                 if model in given:
                     raise ConfigError(f"--seeds names model {name} twice: {self.seeds}")
-            given.setdefault(model, []).extend(_range(seeds.strip(), self.seeds))
+            wanted = _range(seeds.strip(), self.seeds)
+            if len(wanted) > MAX_SEEDS:
+                raise ConfigError(
+                    f"--seeds {self.seeds} are more than {MAX_SEEDS} seeds of a model: name fewer"
+                )
+            given.setdefault(model, []).extend(wanted)
         models = self.model_list()
         if unknown := [name for name in given if name and name not in models]:
             raise ConfigError(f"--seeds names {unknown[0]}, which is not among --models")
@@ -189,9 +202,10 @@ class SweepConfig(TrainingOptions, DeviceOptions, CacheOptions, OutputOptions):
 def _range(text: str, whole: str) -> range:
     """One seed, or those from a first to a last."""
     first, dash, last = text.partition("-")
-    last = last if dash else first
-    if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
+    seeds = [seed_number(part) for part in (first, last if dash else first)]
+    if None in seeds or not seeds[0] <= seeds[1]:  # type: ignore[operator]
         raise ConfigError(
-            f"--seeds must be whole numbers from 0 or ranges, as in 0,1,2 or 0-4; got {whole!r}"
+            f"--seeds must be whole numbers from 0 or ranges, as in 0,1,2 or 0-4; got {whole!r} "
+            f"(at most {MAX_SEED})"
         )
-    return range(int(first), int(last) + 1)
+    return range(seeds[0], seeds[1] + 1)  # type: ignore[arg-type, operator]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from healing.config.arm_tags import arm_needs, arm_role
-from healing.config.options import AUTO, listed, option
+from healing.config.options import AUTO, MAX_SEED, listed, option, seed_number
 from healing.config.presets import MODELS_HELP, preset_for
 from healing.config.shared import BaseConfig
 from healing.errors import ConfigError
@@ -54,6 +54,7 @@ class TuneConfig(BaseConfig):
         "Training tokens of each healer per checkpoint, whatever its batch size; auto = "
         f"{BUDGETS_OF_MAIN} times those of a cell of main.",
         minimum=1,
+        maximum=10**13,
     )
     rungs: int = option(
         5,
@@ -129,11 +130,16 @@ class TuneConfig(BaseConfig):
     def seed_list(self) -> tuple[int, ...]:
         """Selection seeds in the order given."""
         items = listed(self.seeds, "--seeds")
-        if not all(item.isdecimal() for item in items):
+        seeds = tuple(seed_number(item) for item in items)
+        found = tuple(seed for seed in seeds if seed is not None)
+        if len(found) < len(seeds):
             raise ConfigError(
-                f"--seeds must be whole numbers from 0, as in 100,101; got {self.seeds!r}"
+                f"--seeds must be whole numbers from 0, as in 100,101; got {self.seeds!r} (at most "
+                f"{MAX_SEED})"
             )
-        return tuple(int(item) for item in items)
+        if len(set(found)) < len(found):
+            raise ConfigError(f"--seeds names one seed twice: {self.seeds}")
+        return found
 
     def axis_list(self) -> tuple[str, ...]:
         """Axes in the order given."""

@@ -106,7 +106,7 @@ def kept_bases(
     """:meth:`BasisCache.subspace` of a folder as a configuration names it; empty = none is kept."""
     if not folder:
         return SingularSubspace.of(weights, energy)
-    cache = BasisCache(pathlib.Path(folder).expanduser() / "bases")
+    cache = BasisCache(pathlib.Path(os.path.expanduser(folder)) / "bases")
     return cache.subspace(weights, energy, digest)
 
 

@@ -139,7 +139,7 @@ def load_corpus(
     """
     if not name.strip():
         raise CorpusError(f"--corpus is empty: {ALTERNATIVES}")
-    path = pathlib.Path(name).expanduser()
+    path = pathlib.Path(os.path.expanduser(name))  # an unknown user stays as it is written
     looks_local = name.startswith((".", "/", "~")) or text_file(path) is not None
     is_remote = name == "pile" or name.count("/") == 1
     if name == "stdlib":

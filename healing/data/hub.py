@@ -235,6 +235,16 @@ def _whole(repo: str, revision: str, small: Snapshot) -> Snapshot:
     return Snapshot(folder, small.commit)
 
 
+def has_weights(repo: str, revision: str) -> bool:
+    """Whether a model's weights are in the cache: only its small files are asked for.
+
+    Raises:
+        ModelError: These cannot be had.
+    """
+    small = small_files(repo, revision)
+    return all((small.folder / name).is_file() for name in _weight_files(repo, revision, small))
+
+
 def snapshot(repo: str, revision: str) -> Snapshot:
     """Configuration, tokenizer and weights of a model (safetensors where there are any).
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import errno
 import functools
+import logging
 import math
 import os
 import pathlib
-import pickle
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,12 +28,24 @@ from healing.config.presets import (
 )
 from healing.data import hub
 from healing.errors import CheckpointError
-from healing.models.loading import LoadedModel, state_digest
+from healing.models.checkpoint_files import (
+    DIGESTS,
+    HEADER,
+    WEIGHTS,
+    check_header,
+    check_tensors,
+    header_digest,
+    printable,
+    read_content,
+    written_weights,
+)
+from healing.models.loading import LoadedModel, state_sha256
+
+logger = logging.getLogger(__name__)
 
 CHECKPOINT_NAME = "checkpoint_post_treatment.pt"
 HEALED_NAME = "checkpoint_post_healing.pt"
 COLLAPSED_KIND, HEALED_KIND = "post_treatment", "post_healing"
-CHECKPOINT_KEYS = ("step", "model_state_dict", "checkpoint_type", "description")
 
 
 @dataclass(frozen=True)
@@ -46,6 +59,8 @@ class Checkpoint:
         config: What made it ({} in files of the predecessor).
         kind: ``post_treatment`` (collapsed) or ``post_healing``.
         known_digest: Hash of the weights, where the tensors are not at hand any more.
+        written_digest: Hash of the weights (64 hex digits) as they were saved; empty where unknown.
+        path: Where it was read, for messages.
     """
 
     step: int
@@ -54,11 +69,30 @@ class Checkpoint:
     config: dict[str, Any]
     kind: str = COLLAPSED_KIND
     known_digest: str = ""
+    written_digest: str = ""
+    path: str = ""
 
     @functools.cached_property
     def digest(self) -> str:
-        """Hash of the weights (16 hex digits)."""
-        return self.known_digest or state_digest(self.state)
+        """Hash of the weights (16 hex digits).
+
+        Raises:
+            CheckpointError: They are not the weights that were saved.
+        """
+        if self.known_digest:
+            return self.known_digest
+        found = state_sha256(self.state)
+        if self.written_digest and found != self.written_digest:
+            raise CheckpointError(
+                f"{self.path} was damaged after it was written (its weights have another digest "
+                "than the one saved with them): copy it anew, or make it again"
+            )
+        if self.path and not self.written_digest:
+            logger.warning(
+                f"{printable(self.path)} carries no digest (an older version or another program "
+                "wrote it): whether its weights are as they were saved cannot be told"
+            )
+        return found[:16]
 
     def without_tensors(self) -> Checkpoint:
         """What is still asked of it once a model holds its weights."""
@@ -141,7 +175,8 @@ def cpu_state(model: nn.Module) -> dict[str, torch.Tensor]:
     state = {}
     for name, value in model.state_dict().items():
         place = (value.device, value.data_ptr(), value.shape, value.stride())
-        state[name] = moved.setdefault(place, value.detach().cpu())
+        # Contiguous: what has gaps or is expanded would be refused when it is read.
+        state[name] = moved.setdefault(place, value.detach().cpu().contiguous())
     return state
 
 
@@ -162,63 +197,59 @@ def save_checkpoint(
         OSError: It cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    content = {
+    partial, state = path.with_suffix(".partial"), cpu_state(model)
+    content: dict[str, Any] = {
         "step": step,
-        "model_state_dict": cpu_state(model),
+        "model_state_dict": state,
         "checkpoint_type": kind,
         "description": description,
         "config": config,
+    }
+    content[DIGESTS] = {
+        HEADER: header_digest(content, state),
+        WEIGHTS: state_sha256(state),
     }
     try:
         torch.save(content, partial)
         partial.replace(path)
     except RuntimeError as error:  # what torch makes of a disk that is full
-        raise OSError(errno.EIO, str(error).partition("\n")[0], str(path)) from error
+        raise OSError(errno.EIO, _write_failure(error, path.parent, state), str(path)) from error
     finally:
         partial.unlink(missing_ok=True)
 
 
+def _write_failure(
+    error: Exception, folder: pathlib.Path, state: Mapping[str, torch.Tensor]
+) -> str:
+    needed = sum(value.numel() * value.element_size() for value in state.values())
+    free = shutil.disk_usage(folder).free
+    reason = str(error).partition("\n")[0]
+    return f"{reason}; it takes {needed / 1e9:.2g} GB, {free / 1e9:.2g} GB are free"
+
+
 def read_checkpoint(path: pathlib.Path) -> Checkpoint:
-    """Read a checkpoint without running any code it may carry.
+    """Read a checkpoint without running any code it may carry, and without reading its weights.
 
     Raises:
-        CheckpointError: Missing, damaged, unsafe, or without the expected entries.
+        CheckpointError: Missing, damaged, unsafe, without the expected entries, or holding what
+            is no plain value or dense tensor (:mod:`healing.models.checkpoint_files`).
     """
-    if not path.is_file():
-        raise CheckpointError(f"no checkpoint at {path}: give the path of a {CHECKPOINT_NAME}")
-    try:
-        data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} is damaged or holds objects other than tensors and plain values, "
-            "which are not loaded: make it anew with the attack entry point"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"{path} is truncated or not a torch checkpoint: copy or make it anew"
-        ) from error
-    missing = [k for k in CHECKPOINT_KEYS if not isinstance(data, dict) or k not in data]
-    if missing:
-        raise CheckpointError(
-            f"{path} lacks {', '.join(missing)}: expected {', '.join(CHECKPOINT_KEYS)}"
-        )
+    data = read_content(path)
+    check_header(path, data)
     state = data["model_state_dict"]
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise CheckpointError(f"{path}: model_state_dict is not a mapping of names to tensors")
-    config = data.get("config") or {}
-    keys = ("model", "revision", "model_commit")
-    named = [config.get(k, "") for k in keys] if isinstance(config, dict) else [0]
-    if not isinstance(data["step"], int) or not all(isinstance(v, str | None) for v in named):
-        raise CheckpointError(
-            f"{path}: step is not a number or config is not a mapping that names a model"
-        )
-    kind = str(data["checkpoint_type"])
-    return Checkpoint(data["step"], state, str(data["description"]), config, kind)
+    check_tensors(path, state)
+    return Checkpoint(
+        data["step"],
+        state,
+        data["description"],
+        data.get("config") or {},
+        data["checkpoint_type"],
+        written_digest=written_weights(path, data),
+        path=str(path),
+    )
 
 
-def _mismatch(model: nn.Module, state: dict[str, torch.Tensor]) -> str:
-    own = model.state_dict()
+def _mismatch(own: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> str:
     missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     shapes = [k for k in own.keys() & state.keys() if own[k].shape != state[k].shape]
     notes = []
@@ -232,8 +263,34 @@ def _mismatch(model: nn.Module, state: dict[str, torch.Tensor]) -> str:
             f"{len(shapes)} of another shape, first {key} "
             f"{tuple(state[key].shape)} for {tuple(own[key].shape)}"
         )
-    notes += _torn_ties(own, state) if not notes else []
+    kinds = [k for k in own.keys() & state.keys() if not _same_kind(own[k], state[k])]
+    if kinds:
+        key = sorted(kinds)[0]
+        notes.append(f"{len(kinds)} of another kind of number, first {key} ({state[key].dtype})")
     return "; ".join(notes)
+
+
+def _same_kind(own: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether numbers are of one kind: real ones of any precision, else the very same format."""
+    both = own.is_floating_point() and other.is_floating_point()
+    return both or own.dtype == other.dtype
+
+
+def require_fitting(loaded: LoadedModel, checkpoint: Checkpoint, path: object) -> None:
+    """Compare names, shapes and kinds of numbers with a model's, before any weight is read.
+
+    Raises:
+        CheckpointError: They differ.
+    """
+    _require(loaded, _mismatch(loaded.model.state_dict(), checkpoint.state), path)
+
+
+def _require(loaded: LoadedModel, notes: str, path: object) -> None:
+    if notes:
+        raise CheckpointError(
+            f"{path} is not a checkpoint of model {loaded.name} ({notes}): "
+            f"name the right one with --model ({', '.join(MODELS)} …)"
+        )
 
 
 def _torn_ties(own: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> list[str]:
@@ -268,15 +325,12 @@ def load_state(loaded: LoadedModel, checkpoint: Checkpoint, path: object) -> Non
     """Put a checkpoint's weights into a model, strictly, as float32.
 
     Raises:
-        CheckpointError: A tensor is missing, unexpected or of another shape, or tied ones differ;
-            the model is unchanged then.
+        CheckpointError: A tensor is missing, unexpected, of another shape or kind, or tied ones
+            differ, or the weights are not those that were saved; the model is unchanged then.
     """
-    notes = _mismatch(loaded.model, checkpoint.state)
-    if notes:
-        raise CheckpointError(
-            f"{path} is not a checkpoint of model {loaded.name} ({notes}): "
-            f"name the right one with --model ({', '.join(MODELS)} …)"
-        )
+    require_fitting(loaded, checkpoint, path)
+    _require(loaded, "; ".join(_torn_ties(loaded.model.state_dict(), checkpoint.state)), path)
+    _ = checkpoint.digest  # compared with the one that was saved
     loaded.model.load_state_dict(checkpoint.state, strict=True)
 
 

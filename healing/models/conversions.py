@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import pathlib
 import warnings
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,7 +14,6 @@ from transformers.integrations.gguf import GgufHeader
 from transformers.utils import is_accelerate_available, is_gguf_available
 
 from healing.models.local_models import UnusableError
-from healing.progress import phase
 
 
 def fresh_copy(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
@@ -33,25 +30,6 @@ def fresh_copy(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedMo
         )
     fresh.load_state_dict(model.state_dict(), strict=True)
     return fresh
-
-
-@contextlib.contextmanager
-def told_as_phases() -> Iterator[None]:
-    """The bar of transformers' GGUF reader as a phase: it cannot be switched off, and would break
-    ours.
-    """
-    # Only where transformers is to read such a file; loads are one at a time (``loading``).
-    from transformers import modeling_gguf_pytorch_utils as reader
-
-    def told(tensors: list[Any], **_: Any) -> Iterator[Any]:
-        return phase("dequantizing", tensors, len(tensors))
-
-    bar = reader.tqdm
-    reader.tqdm = told  # type: ignore[assignment, misc]
-    try:
-        yield
-    finally:
-        reader.tqdm = bar  # type: ignore[misc]
 
 
 def require_gguf() -> None:

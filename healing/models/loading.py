@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -31,7 +32,8 @@ from healing.data.windows import opening
 from healing.errors import ModelError
 from healing.models.architectures import neox_config
 from healing.models.blocks import embedding_matrix, transformer_blocks
-from healing.models.conversions import fresh_copy, merged, quantization_of, told_as_phases
+from healing.models.conversions import fresh_copy, merged, quantization_of
+from healing.models.gguf_files import read_once
 from healing.models.local_models import OLD_BUFFERS, UnusableError, refuse_adapter_beside_weights
 from healing.models.model_files import (
     LOADING_ERRORS,
@@ -187,13 +189,18 @@ def resolve_device(device: str) -> torch.device:
     return resolved
 
 
-def state_digest(state: Mapping[str, torch.Tensor]) -> str:
-    """Hash of all tensors, by name, in float32 (16 hex digits)."""
+def state_sha256(state: Mapping[str, torch.Tensor]) -> str:
+    """Hash of all tensors, by name, in float32 (64 hex digits)."""
     digest = hashlib.sha256()
     for key, value in sorted(state.items()):
         digest.update(key.encode())
         digest.update(value.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()
+
+
+def state_digest(state: Mapping[str, torch.Tensor]) -> str:
+    """The first 16 digits of :func:`state_sha256`: what identifies weights."""
+    return state_sha256(state)[:16]
 
 
 NOT_ARCHITECTURE = ("_name_or_path", "transformers_version", "dtype", "use_cache", "architectures")
@@ -357,10 +364,11 @@ def load_model(
     """
     label, target = model_label(name, revision, deduped), resolve_device(device)
     location = locate(name, revision, deduped)
-    config = read_config(label, location)
-    tokenizer = read_tokenizer(label, location, tokenizer_name)
-    with _ONE_AT_A_TIME, told_as_phases():
-        model, report, origin = _weights(label, location, config, attention)
+    with read_once() if location.whole.gguf else contextlib.nullcontext():
+        config = read_config(label, location)
+        tokenizer = read_tokenizer(label, location, tokenizer_name)
+        with _ONE_AT_A_TIME:
+            model, report, origin = _weights(label, location, config, attention)
     if tokenizer_name:
         origin["tokenizer_source"] = tokenizer.name_or_path
     for module in model.modules():

@@ -33,6 +33,7 @@ from healing.config.presets import (
 from healing.data import hub
 from healing.errors import ConfigError, ModelError
 from healing.models.conversions import require_gguf
+from healing.models.gguf_files import read_once
 from healing.models.local_models import UnusableError, contents_of
 
 EMBEDDED_DIR = pathlib.Path(__file__).parent / "embedded"
@@ -84,6 +85,18 @@ def locate(
     if kind == FOLDER:
         return _local(model_label(name, revision, deduped), source, weights)
     return _on_the_hub(source, revision, weights)
+
+
+def weights_are_here(name: str, revision: str = "", deduped: bool = False) -> bool:
+    """Whether a model can be loaded without downloading its weights.
+
+    Raises:
+        ConfigError: Unknown model.
+        ModelError: The Hub has no such model or revision, or cannot be reached.
+    """
+    if model_kind(name) in (EMBEDDED, FOLDER):
+        return True
+    return hub.has_weights(source_of(name, deduped), revision or MAIN)
 
 
 def _on_the_hub(repo: str, revision: str, weights: bool) -> Location:
@@ -167,7 +180,8 @@ def _stored_config(whole: Location) -> PreTrainedConfig:
         return _as_transformers_reads(whole, 0.0)
     # A GGUF file's header holds the whole vocabulary: seconds, and asked for several times a run.
     changed = (whole.folder / whole.gguf).stat().st_mtime
-    return copy.deepcopy(_read_once(whole, changed))
+    with read_once():
+        return copy.deepcopy(_read_once(whole, changed))
 
 
 def _as_transformers_reads(whole: Location, changed: float) -> PreTrainedConfig:

@@ -12,12 +12,14 @@ from typing import Any
 
 from healing.config.fingerprint import as_params
 from healing.config.import_results import ImportConfig
+from healing.config.paths import local_path
+from healing.errors import TrackingError
 from healing.predecessor import records as legacy
 from healing.predecessor.records import LegacyError, LegacyRun
 from healing.predecessor.summarize_stage import LEGACY_RUNS, LEGACY_TAGS
 from healing.stages.terminal.console import Console
 from healing.tracking import queries, run_logger
-from healing.tracking.output_folder import output_folder, require_writable, writing
+from healing.tracking.output_folder import require_writable, run_folder, writing
 from healing.tracking.run_files import write_json
 from healing.tracking.run_logger import RunLogger
 
@@ -150,9 +152,18 @@ def read_all(root: pathlib.Path) -> tuple[list[LegacyRun], list[str]]:
     runs, skipped = [], []
     for folder in legacy.find_folders(root):
         try:
-            runs.append(legacy.read_run(folder, root))
+            run = legacy.read_run(folder, root)
+            names = {f"legacy/{name}" for point in run.points for name in point.metrics}
+            params = {f"legacy.{name}": value for name, value in run.params.items()}
+            if refused := queries.refused_by_stores([*names, *derive_numbers(run)], params):
+                raise LegacyError(f"{folder}: MLflow takes no {refused}")
+            describe(run)
         except LegacyError as error:
             skipped.append(str(error))
+        except (ArithmeticError, ValueError) as error:
+            skipped.append(f"{folder}: its numbers cannot be computed with ({error})")
+        else:
+            runs.append(run)
     return runs, skipped
 
 
@@ -189,7 +200,7 @@ def import_results(config: ImportConfig) -> Imported:
     console = Console(config.verbosity)
     if not config.folder:
         raise LegacyError("--folder is empty: name the folder of the predecessor's results")
-    root = pathlib.Path(config.folder).expanduser().resolve()
+    root = local_path(config.folder, "--folder")
     with run_logger.start("import neuroentropy", {"stage": STAGE, "role": "parent"}) as parent:
         parent.params(STAGE, as_params(config))
         require_writable(config.output_dir)
@@ -200,13 +211,20 @@ def import_results(config: ImportConfig) -> Imported:
         with console.bar(len(runs), "importing", unit="run") as bar:
             for run in runs:
                 if run.fingerprint not in present and run.fingerprint not in new:
-                    import_run(parent, run)
-                    new[run.fingerprint] = run
+                    try:
+                        import_run(parent, run)
+                    except TrackingError as error:  # a name or value that the store refuses
+                        skipped.append(f"{run.folder}: {error}")
+                    else:
+                        new[run.fingerprint] = run
                 bar.update(1)
-        known = tuple(r for r in runs if new.get(r.fingerprint) is not r)
+        stored_now = present | new.keys()
+        known = tuple(
+            r for r in runs if r.fingerprint in stored_now and new.get(r.fingerprint) is not r
+        )
         done = Imported(tuple(new.values()), known, tuple(skipped))
         text = report(root, done)
-        folder = output_folder(config.output_dir) / "imports" / parent.run_id
+        folder = run_folder(config.output_dir, "imports", parent.run_id)
         with writing(folder):
             folder.mkdir(parents=True)
             (folder / "import.md").write_text(text)
@@ -216,7 +234,7 @@ def import_results(config: ImportConfig) -> Imported:
         console.say(text.rstrip())
         if skipped:
             raise LegacyError(
-                f"{len(skipped)} of {len(runs) + len(skipped)} recorded runs skipped; "
+                f"{len(skipped)} of {len(new) + len(known) + len(skipped)} recorded runs skipped; "
                 f"first: {skipped[0]}"
             )
     return done

@@ -24,12 +24,13 @@ import torch
 from healing.errors import HealingError
 from healing.measurements.recovery import Damage, State, recovery_pct
 from healing.measurements.spectrum import Spectrum
+from healing.tracking.run_files import MAX_JSONL
 
 SOURCE = "neuroentropy"
 CONFIG, METRICS, SUMMARY = "config.json", "metrics.jsonl", "healing_summary.json"
 THRESHOLD = 0.01
 """Singular values (normalised to sum 1) up to this one were left out of their effective rank."""
-
+LARGEST = 1e15  # of a singular value; they were stored as shares of their sum
 PLACEHOLDER_LOSS = 1e10
 """What the predecessor wrote where no loss was computed; not a measurement."""
 
@@ -172,9 +173,8 @@ class LegacyRun:
     @property
     def unclamped_recovery_pct(self) -> float:
         """Rank recovery of a healing run by the formula alone, neither clamped nor judged."""
-        damage = self.damage
-        final = self.summary.get("final_effective_rank", math.nan)
-        return recovery_pct(final, damage.collapsed.effective_rank, damage.healthy.effective_rank)
+        ends = (self.damage.collapsed.effective_rank, self.damage.healthy.effective_rank)
+        return recovery_pct(self.summary.get("final_effective_rank", math.nan), *ends)
 
     @property
     def undefined_reason(self) -> str:
@@ -233,6 +233,8 @@ def find_folders(root: pathlib.Path) -> list[pathlib.Path]:
 
 def _text(path: pathlib.Path) -> tuple[str, bytes]:
     try:
+        if path.stat().st_size > MAX_JSONL:
+            raise LegacyError(f"{path}: more than {MAX_JSONL} bytes")
         raw = path.read_bytes()
         return raw.decode(), raw
     except OSError as error:
@@ -246,15 +248,15 @@ def _object(path: pathlib.Path, line: int, text: str) -> dict[str, Any]:
         value = json.loads(text)
     except json.JSONDecodeError as error:
         raise LegacyError(f"{path}:{line + error.lineno - 1}: not JSON ({error.msg})") from error
+    except (ValueError, RecursionError) as error:  # thousands of digits, or of levels
+        raise LegacyError(f"{path}:{line}: not JSON that can be read ({error})") from error
     if not isinstance(value, dict):
         raise LegacyError(f"{path}:{line}: a JSON object is needed, not {type(value).__name__}")
     return value
 
 
 def _is_number(value: Any) -> bool:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    return isinstance(value, float) or abs(value) < 2**63
+    return type(value) is float or (type(value) is int and abs(value) < 2**63)
 
 
 def _time_ms(where: str, value: Any) -> int:
@@ -270,7 +272,7 @@ def _time_ms(where: str, value: Any) -> int:
 
 
 def _singular_values(where: str, name: str, value: Any) -> tuple[float, ...]:
-    good = isinstance(value, list) and all(_is_number(v) and 0 <= v < math.inf for v in value)
+    good = isinstance(value, list) and all(_is_number(v) and 0 <= v <= LARGEST for v in value)
     if not good or not any(value):
         raise LegacyError(f"{where}: {name} is not a list of non-negative numbers")
     return tuple(map(float, value))
@@ -301,8 +303,8 @@ def _arm(path: pathlib.Path, names: set[str]) -> str:
         raise LegacyError(f"{path.parent}: no {SUMMARY}, and {METRICS} is of a healing run")
     found = {arm for prefix, arm in ARMS.items() if any(n.startswith(prefix) for n in names)}
     if len(found) != 1:
-        kinds = ", ".join(ARMS)
-        raise LegacyError(f"{path}: rows of exactly one of {kinds} are needed; found {len(found)}")
+        rows = f"rows of exactly one of {', '.join(ARMS)}"
+        raise LegacyError(f"{path}: {rows} are needed; found {len(found)}")
     return found.pop()
 
 
@@ -360,15 +362,16 @@ def read_run(folder: pathlib.Path, root: pathlib.Path) -> LegacyRun:
     Raises:
         LegacyError: A file is missing or not what the predecessor wrote.
     """
-    for name in (CONFIG, METRICS):
-        if not (folder / name).is_file():
-            raise LegacyError(f"{folder}: no {name}")
+    for path in (folder / CONFIG, folder / METRICS, folder / SUMMARY):
+        if path.name != SUMMARY and not path.is_file():
+            raise LegacyError(f"{folder}: no {path.name}")
+        if not path.resolve().is_relative_to(root.resolve()):
+            raise LegacyError(f"{path}: a link that leads out of {root}, which is not followed")
     config, config_bytes = _text(folder / CONFIG)
     metrics, metrics_bytes = _text(folder / METRICS)
     heals = (folder / SUMMARY).is_file()
     summary, summary_bytes = _text(folder / SUMMARY) if heals else ("", b"")
-    params = _flat(_object(folder / CONFIG, 1, config))
-    rows = _rows(folder / METRICS, metrics)
+    params, rows = _flat(_object(folder / CONFIG, 1, config)), _rows(folder / METRICS, metrics)
     points = tuple(_point(where, row) for where, row in rows)
     states = _states(rows)
     numbers = [{k: v for k, v in row.items() if k != "timestamp"} for _, row in rows]

@@ -5,17 +5,19 @@ from __future__ import annotations
 import csv
 import math
 import pathlib
+from collections.abc import Callable, Sequence
 
 from healing.config.fingerprint import as_params
 from healing.config.summarize import SummarizeConfig
 from healing.errors import TrackingError
 from healing.predecessor import summary as legacy_summary
-from healing.predecessor.records import SOURCE
+from healing.predecessor.records import LARGEST, SOURCE
 from healing.predecessor.summary import LegacyResult, LegacySummary, summarize_legacy
+from healing.reporting.escaping import csv_cell
 from healing.stages.summarize import LEGACY_TAG
 from healing.stages.terminal.console import Console
 from healing.tracking import queries, run_logger
-from healing.tracking.output_folder import output_folder, require_writable, writing
+from healing.tracking.output_folder import require_writable, run_folder, writing
 from healing.tracking.queries import RunView
 from healing.tracking.run_files import write_json
 from healing.tracking.run_logger import RunLogger
@@ -48,7 +50,27 @@ def read_result(view: RunView) -> LegacyResult:
     )
 
 
-def find_results(config: SummarizeConfig) -> list[LegacyResult]:
+def read_results(views: Sequence[RunView], note: Callable[[str], None]) -> list[LegacyResult]:
+    """Imported runs; one that is not what an import leaves is told of and left out."""
+    found = []
+    for view in views:
+        try:
+            result = read_result(view)
+        except KeyError as error:
+            note(f"failed: {view.name}: it lacks the tag or metric {error}")
+            continue
+        required = (result.healthy_rank, result.collapsed_rank, result.change_pct)
+        numbers = (*required, result.rederived_change_pct, result.published_recovery_pct)
+        if any(map(math.isnan, required)) or any(abs(x) > LARGEST for x in numbers):
+            note(f"failed: {view.name}: its ranks are missing, infinite or beyond {LARGEST:g}")
+        else:
+            found.append(result)
+    return found
+
+
+def find_results(
+    config: SummarizeConfig, note: Callable[[str], None] = lambda _: None
+) -> list[LegacyResult]:
     """The imported runs of the query.
 
     Raises:
@@ -64,7 +86,7 @@ def find_results(config: SummarizeConfig) -> list[LegacyResult]:
             f"no imported runs match {query!r} in experiment {config.experiment or experiment}: "
             "run the import_results entry point first, or widen --filter"
         )
-    return [read_result(view) for view in views]
+    return read_results(views, note)
 
 
 def _log(run: RunLogger, summary: LegacySummary) -> None:
@@ -84,7 +106,7 @@ def _write(folder: pathlib.Path, summary: LegacySummary) -> None:
         with (folder / "legacy_summary.csv").open("w", newline="") as stream:
             writer = csv.DictWriter(stream, list(rows[0]))
             writer.writeheader()
-            writer.writerows(rows)
+            writer.writerows({k: csv_cell(v) for k, v in row.items()} for row in rows)
 
 
 def summarize_imported(config: SummarizeConfig) -> LegacySummary:
@@ -97,8 +119,8 @@ def summarize_imported(config: SummarizeConfig) -> LegacySummary:
     with run_logger.start("legacy summary", {"stage": "summarize", **LEGACY_TAGS}) as run:
         run.params("summarize", as_params(config))
         require_writable(config.output_dir)
-        summary = summarize_legacy(find_results(config), config.confidence)
-        folder = output_folder(config.output_dir) / "summaries" / run.run_id
+        summary = summarize_legacy(find_results(config, console.say), config.confidence)
+        folder = run_folder(config.output_dir, "summaries", run.run_id)
         with writing(folder):
             _write(folder, summary)
         for path in sorted(folder.iterdir()):

@@ -14,6 +14,7 @@ INVISIBLE = {"Cc", "Cf", "Cs"}
 INTERVAL = r"(?<=\S )\[(?:-?[\d.,]+, -?(?:[\d.,]+|∞)|no interval|[\d.]+ %)\](?![(\[:])"
 """Brackets that this project writes itself and that no name can turn into a link."""
 ENTITIES = {"&": "&amp;", "<": "&lt;", "@": "&#64;", "://": "&#58;//", "www.": "www&#46;"}
+_SPACE = "\t\r\n"
 _MARKUP = re.compile(
     rf"(?P<kept>{INTERVAL})|://|www\.|[\\`*\[\]<|~&$@]|(?<![^\W_])_|_(?![^\W_])", re.IGNORECASE
 )
@@ -46,5 +47,17 @@ def _escape_match(found: re.Match[str]) -> str:
 
 
 def csv_cell(value: object) -> object:
-    """A cell that no spreadsheet computes: text that begins like a formula gets an apostrophe."""
-    return f"'{value}" if isinstance(value, str) and value[:1] in tuple("=+-@\t\r") else value
+    """A cell that no spreadsheet computes: text that begins like a formula gets an apostrophe.
+
+    Blanks and controls before it are looked through, as spreadsheets cut them off, and full-width
+    signs are read as the plain ones.
+    """
+    if not isinstance(value, str):
+        return value
+    bare = value.lstrip(_SPACE + "".join(c for c in set(value) if _is_invisible(c)))
+    first = unicodedata.normalize("NFKC", bare[:1])[:1]
+    return f"'{value}" if first in tuple("=+-@") or value[:1] in tuple(_SPACE) else value
+
+
+def _is_invisible(character: str) -> bool:
+    return character.isspace() or unicodedata.category(character) in INVISIBLE

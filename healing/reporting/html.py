@@ -13,6 +13,8 @@ import jinja2
 
 from healing.measurements.recovery import IRREVERSIBLE_BELOW, REVERSIBLE_ABOVE, Verdict
 from healing.reporting.contrasts import TITLE, comparison_gaps, lead_sentences, sections
+from healing.reporting.damage_regression import TITLE as DAMAGE_TITLE
+from healing.reporting.damage_regression import damage_sentences
 from healing.reporting.markdown import REPEATS_NOTE, RUNNING_NOTE, all_notes
 from healing.reporting.phrases import count_text, headline_groups, interval_text, shown_label
 from healing.reporting.tables import (
@@ -33,6 +35,7 @@ from healing.reporting.verdict_context import (
     healer_note,
     lead_sentence,
     multiplicity_sentence,
+    unjudged_note,
 )
 from healing.reporting.verdict_sentences import (
     OUTCOMES,
@@ -70,6 +73,11 @@ CAPTIONS = {
         "below them their mean with its unadjusted interval; rank left, loss right. Grey: "
         "differences that count as none. At the right: whether the treatment recovers "
         "more, less or alike."
+    ),
+    "recovery_against_damage": (
+        "Rank recovery after the last step, one point per checkpoint, against how far the attack "
+        "went: its distance in weights (left) and the loss at the start of healing (right), by "
+        "model. Names stand at the mean of their arm. " + ZONES
     ),
     "recovery_against_parameters": (
         "Mean rank recovery after the last step against the number of parameters, with its "
@@ -112,7 +120,8 @@ METHODS = (
     f"{MIN_BUDGETS} times the default tokens, by the strongest of several healers, by every "
     f"measure, and where the last doubling of the budget gained under {MAX_LAST_GAIN:g} points. "
     "“Healed” takes rank and loss, both against the healthy model after the same training where "
-    "there is one: an untrained model has a high rank and knows nothing.",
+    "there is one, and a loss under that of learning from scratch for equal tokens where that was "
+    "run: an untrained model has a high rank and knows nothing.",
 )
 
 
@@ -226,8 +235,11 @@ def render(summary: Summary, figures: Mapping[str, pathlib.Path]) -> str:
             gaps=comparison_gaps(summary),
             lead=lead_sentence(summary),
             multiplicity=multiplicity_sentence(summary),
+            unjudged=unjudged_note(summary),
             groups=_plain(main_table(summary)),
             damage=damage_table(summary),
+            damage_title=DAMAGE_TITLE,
+            damage_sentences=damage_sentences(summary),
             budgets=budget_table(summary),
             panel=_plain(panel_table(summary)),
             sham=sham_table(summary),

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from healing.reporting.contrasts import TITLE, comparison_gaps, lead_sentences, sections
+from healing.reporting.damage_regression import TITLE as DAMAGE_TITLE
+from healing.reporting.damage_regression import damage_sentences
 from healing.reporting.escaping import markdown as escape
 from healing.reporting.phrases import group_label, headline_groups, interval_text
 from healing.reporting.tables import Table, main_table, secondary_tables
@@ -13,6 +15,7 @@ from healing.reporting.verdict_context import (
     healer_note,
     lead_sentence,
     multiplicity_sentence,
+    unjudged_note,
 )
 from healing.reporting.verdict_sentences import verdict_heading, verdict_reason
 from healing.statistics.heal_runs import HealRun
@@ -59,7 +62,8 @@ def markdown(summary: Summary) -> str:
         lines += [f"  {line}" for line in _bullets(context_sentences(g))]
     if not summary.groups:
         lines += ["No finished runs: nothing can be said."]
-    for note in filter(None, (multiplicity_sentence(summary), healer_note(summary))):
+    beside = multiplicity_sentence(summary), escape(unjudged_note(summary)), healer_note(summary)
+    for note in filter(None, beside):
         lines += ["", note]
     lines += ["", *_section(main_table(summary))[2:]]
     lines += [
@@ -71,6 +75,8 @@ def markdown(summary: Summary) -> str:
         "",
     ]
     lines += _contrasts(summary)
+    if said := damage_sentences(summary):
+        lines += [f"## {DAMAGE_TITLE}", "", *_bullets(said), ""]
     if summary.slopes:
         slopes = _bullets(
             f"{arm}: {interval_text(slope.slope)} points per tenfold parameters"

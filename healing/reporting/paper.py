@@ -43,6 +43,7 @@ from healing.reporting.verdict_sentences import (
 )
 from healing.statistics.budgets import MAX_LAST_GAIN, MIN_BUDGETS
 from healing.statistics.contrasts.plan import Contrast
+from healing.statistics.fits.asymptotes import NOT_DETERMINED
 from healing.statistics.group import GroupSummary
 from healing.statistics.intervals import Interval
 from healing.statistics.summary import Summary
@@ -106,8 +107,8 @@ def _fit_values(group: GroupSummary) -> dict[str, str]:
         fits = {"Asymptote": found.asymptote, "HalfLife": found.half_life}
         for key, interval in fits.items():
             missing = found.n_checkpoints > 0 and not found.converged
-            values[f"{name}{key}"] = "not converged" if missing else number(interval.point)
-            values[f"{name}{key}Interval"] = "not converged" if missing else bounds(interval)
+            values[f"{name}{key}"] = NOT_DETERMINED if missing else number(interval.point)
+            values[f"{name}{key}Interval"] = NOT_DETERMINED if missing else bounds(interval)
     for endpoint, plan in group.plans.items():
         needed = "out of reach" if plan.n_checkpoints is None else str(plan.n_checkpoints)
         values[f"{_endpoint(endpoint)}CheckpointsNeeded"] = needed

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from healing.registry import TREATMENT
-from healing.statistics.checkpoint_estimates import Asymptotes
+from healing.statistics.fits.asymptotes import NOT_DETERMINED, Asymptotes
 from healing.statistics.group import GroupSummary
 from healing.statistics.intervals import Interval
 from healing.statistics.summary import Summary
@@ -140,13 +140,11 @@ def median_text(interval: Interval, unit: str = "") -> str:
 
 
 def asymptote_texts(found: Asymptotes) -> tuple[str, str]:
-    """Fitted asymptote and half-life, or ``not converged`` with the number of fits that did."""
+    """Limit and half-life, or ``not determined by this budget`` with what was missing."""
     if found.n_checkpoints == 0:
         return "undefined", "undefined"
     if not found.converged:
-        reasons = "; ".join(found.reasons)
-        lost = found.n_checkpoints - len(found.laws)
-        return f"not converged in {lost} of {found.n_checkpoints} ({reasons})", "not converged"
+        return f"{NOT_DETERMINED} ({'; '.join(found.reasons)})", NOT_DETERMINED
     return f"{interval_text(found.asymptote)} %", steps_text(found.half_life)
 
 

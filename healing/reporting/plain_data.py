@@ -12,8 +12,9 @@ from healing.reporting.phrases import RANK
 from healing.reporting.tables import STATUS_LABELS
 from healing.reporting.verdict_sentences import verdict_claim
 from healing.statistics.budgets import Persistence
-from healing.statistics.checkpoint_estimates import Asymptotes, HalfTimes
+from healing.statistics.checkpoint_estimates import HalfTimes
 from healing.statistics.contrasts.plan import Contrast, Pair
+from healing.statistics.fits.asymptotes import Asymptotes
 from healing.statistics.group import Band, GroupSummary
 from healing.statistics.heal_runs import HealRun
 from healing.statistics.intervals import Interval, scale_interval
@@ -244,6 +245,9 @@ def as_json(summary: Summary) -> dict[str, Any]:
         ],
         "contrasts": [_contrast_json(found) for found in summary.contrasts],
         "not_compared": [{**_pair_json(gap.pair), "why": gap.why} for gap in summary.gaps],
+        "recovery_against_damage": {
+            m: dataclasses.asdict(found) for m, found in summary.damage.items()
+        },
         "scaling": {arm: dataclasses.asdict(s) for arm, s in summary.slopes.items()},
         "failed": _run_records((r, r.failure) for r in summary.failed),
         "running": _run_records((r, "no end is stored") for r in summary.running),

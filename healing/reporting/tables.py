@@ -43,6 +43,7 @@ from healing.reporting.verdict_sentences import (
     verdict_cell,
 )
 from healing.statistics.checkpoint_estimates import HalfTimes
+from healing.statistics.fits.asymptotes import FLAT_GAIN, MIN_MEASUREMENTS
 from healing.statistics.group import GroupSummary
 from healing.statistics.heal_runs import SHAM_ENDPOINTS
 from healing.statistics.paired_tests import PRIMARY_ENDPOINTS
@@ -252,10 +253,12 @@ def asymptote_table(summary: Summary) -> Table:
     )
     note = (
         "Each checkpoint's mean trajectory (over its replicates with a defined recovery) is fitted "
-        "with an exponential and a power-law approach; AICc chooses. Asymptote and half-life are "
-        "Student t intervals over checkpoints, given only where every checkpoint's fit converged. "
-        "Both extrapolate beyond the measured steps: where noise hides a slow tail, the asymptote "
-        "is too low."
+        "with an exponential and a power-law approach; AICc chooses. A limit is given only where "
+        f"every checkpoint has {MIN_MEASUREMENTS} measurements and a fit that converged, and where "
+        "the last quarter of the steps is flat: the 90 % interval of what it gains lies within "
+        f"±{FLAT_GAIN:g} points. Its interval, over checkpoints, reaches from what is there to "
+        "what a tail of t^−½ would still bring; a slower one would bring more. A learning rate "
+        "that decays levels everything off: the limit is that of the schedule."
     )
     return Table("Fitted asymptotes and half-lives", header, rows, note)
 

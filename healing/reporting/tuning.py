@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from healing.config.healer import Healer
+from healing.reporting.escaping import csv_cell
 from healing.reporting.phrases import percent_text
 from healing.statistics.healer_trials import COMPLETE, Trial
 
@@ -94,5 +95,5 @@ def trials_csv(trials: Sequence[Trial]) -> str:
     names = list(dict.fromkeys(name for row in rows for name in row))
     writer = csv.DictWriter(out, names, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({name: csv_cell(value) for name, value in row.items()} for row in rows)
     return out.getvalue()

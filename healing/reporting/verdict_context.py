@@ -12,6 +12,7 @@ from healing.measurements.recovery import (
     REVERSIBLE_ABOVE,
     Verdict,
 )
+from healing.registry import SHAM, YARDSTICK
 from healing.reporting.phrases import (
     RANK,
     count_text,
@@ -25,6 +26,7 @@ from healing.reporting.phrases import (
 from healing.reporting.verdict_sentences import (
     OUTCOMES,
     ZONE_NAMES,
+    beats_scratch,
     heals,
     references,
     verdict_heading,
@@ -88,11 +90,18 @@ def _healing(group: GroupSummary) -> str:
     """Whether rank and knowledge came back."""
     rank, loss = (group.verdicts[e] for e in references(group))
     both = f"healing takes rank and knowledge, both over {REVERSIBLE_ABOVE:g} %"
+    if group.scratch is not None:
+        both += ", and a loss under that of learning from scratch"
     if heals(group):
         return f"Both are back: it heals ({both})."
     back = Verdict.REVERSIBLE
     accuracy = group.panel.get("accuracy_top1")
     knows = [v for v in (loss, accuracy) if v is not None]
+    if rank.side == back and all(v.side == back for v in knows) and not beats_scratch(group):
+        return (
+            "Both came back by their per cents, but the same tokens teach an untrained model as "
+            f"much: this is no healing ({both})."
+        )
     if rank.side == back and any(v.side not in (back, None) for v in knows):
         return f"The rank came back without the knowledge: this is no healing ({both})."
     if rank.side not in (back, None) and all(v.side == back for v in knows):
@@ -231,6 +240,26 @@ def scratch_sentence(group: GroupSummary) -> str:
     return (
         f"{text}: a collapsed model that does not beat learning from scratch has lost everything."
     )
+
+
+def unjudged_note(summary: Summary) -> str:
+    """Which models are not judged against learning from scratch, and why; empty for none."""
+    scratch = {g.model for g in summary.groups if g.role == YARDSTICK}
+    shown = [g for g in headline_groups(summary) if g.role not in (YARDSTICK, SHAM)]
+    judged = {g.model for g in shown if g.scratch is not None}
+    open_ones = [m for m in dict.fromkeys(g.model for g in shown) if m not in judged]
+    reasons = {
+        "no run of `reinitialised`": [m for m in open_ones if m not in scratch],
+        "`reinitialised` was healed for other steps or tokens": [
+            m for m in open_ones if m in scratch
+        ],
+    }
+    said = [
+        f"{listed(models)}: not judged against from scratch ({why})."
+        for why, models in reasons.items()
+        if models
+    ]
+    return " ".join(said)
 
 
 def plan_sentence(plan: VerdictPlan) -> str:

@@ -16,6 +16,7 @@ from healing.measurements.recovery import (
     REVERSIBLE_ABOVE,
     Verdict,
 )
+from healing.registry import YARDSTICK
 from healing.reporting.phrases import (
     LOSS,
     RANK,
@@ -194,8 +195,21 @@ def references(group: GroupSummary) -> tuple[str, str]:
     return (SHAM_ENDPOINTS[0], SHAM_ENDPOINTS[1]) if judged else (RANK, LOSS)
 
 
+def beats_scratch(group: GroupSummary) -> bool:
+    """Whether the loss is under that of learning from scratch, on average and in every pair of
+    equal seed; true where that was not run.
+    """
+    against = group.scratch
+    return against is None or (against.beaten and against.lower == against.pairs)
+
+
 def heals(group: GroupSummary) -> bool:
-    """Whether rank and knowledge both came back: loss, and accuracy where it was measured."""
+    """Whether rank and knowledge both came back: loss, and accuracy where it was measured; and,
+    where learning from scratch was run for equal tokens, a loss under that. The untrained model
+    itself does not heal, it learns.
+    """
+    if not beats_scratch(group) or group.role == YARDSTICK:
+        return False
     verdicts = [group.verdicts[e] for e in (RANK, *references(group))]
     if "accuracy_top1" in group.panel:
         verdicts.append(group.panel["accuracy_top1"])

@@ -11,6 +11,7 @@ from typing import Any
 from healing.config.arm_tags import arm_role, arm_tags
 from healing.config.attack import AttackConfig
 from healing.config.fingerprint import NOT_SETTINGS, as_params, fingerprint
+from healing.config.paths import is_address, local_path
 from healing.config.resolve import resolve_from_presets
 from healing.models.checkpoints import CHECKPOINT_NAME, read_checkpoint, save_checkpoint
 from healing.registry import DAMAGE_CONTROL, NEEDS
@@ -253,7 +254,7 @@ def _with_start(config: AttackConfig, store: Store) -> AttackConfig:
     given = config.start_checkpoint
     if not given:
         return config
-    local = store.download(given) if ":/" in given else pathlib.Path(given).expanduser().resolve()
+    local = store.download(given) if is_address(given) else local_path(given, "--start-checkpoint")
     config = replace(config, start_checkpoint=str(local))
     healed = read_healed(config.start_checkpoint)
     healed.pin_commit()

@@ -11,6 +11,7 @@ import torch
 from healing.config.arm_tags import arm_label
 from healing.config.basin import BasinConfig
 from healing.config.fingerprint import as_params
+from healing.config.paths import is_address, local_path
 from healing.errors import CheckpointError, TrackingError
 from healing.models.checkpoints import CHECKPOINT_NAME, HEALED_NAME, read_checkpoint
 from healing.reporting.phrases import minimum_text
@@ -43,8 +44,8 @@ SHOWN = (
 """Numbers of a state in the description's table."""
 
 
-def _local(given: str, store: Store) -> pathlib.Path:
-    return store.download(given) if ":/" in given else pathlib.Path(given).expanduser().resolve()
+def _local(given: str, flag: str, store: Store) -> pathlib.Path:
+    return store.download(given) if is_address(given) else local_path(given, flag)
 
 
 def _collapsed_of(view: RunView, store: Store) -> pathlib.Path | None:
@@ -52,7 +53,7 @@ def _collapsed_of(view: RunView, store: Store) -> pathlib.Path | None:
     attack_id, path = view.tags.get("attack_run_id", ""), view.tags.get("checkpoint", "")
     if not path:
         return None
-    local = pathlib.Path(path)
+    local = local_path(path, f"tag checkpoint of run {view.run_id}:")
     if attack_id:
         try:
             local = store.download(f"runs:/{attack_id}/checkpoints/{CHECKPOINT_NAME}")
@@ -104,8 +105,8 @@ def find_cell(config: BasinConfig, store: Store) -> BasinCell:
     if config.heal_run_id:
         collapsed, healed = _states_of(config.heal_run_id, store)
     else:
-        collapsed = _local(config.collapsed_checkpoint, store)
-        healed = _local(config.healed_checkpoint, store)
+        collapsed = _local(config.collapsed_checkpoint, "--collapsed-checkpoint", store)
+        healed = _local(config.healed_checkpoint, "--healed-checkpoint", store)
     resolved = resolve_from_checkpoint(config, read_checkpoint(healed), healed)
     return BasinCell(resolved, str(collapsed or ""), str(healed))
 

@@ -9,11 +9,11 @@ that is away).
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import pathlib
-import threading
 import time
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -21,36 +21,27 @@ from typing import Any, TypeVar
 import torch
 
 from healing import progress
-from healing.errors import ConfigError, HealingError, TrackingError
-from healing.progress import Safe, Stopped
+from healing.errors import HealingError, TrackingError
+from healing.progress import Safe, Stop, Stopped
 from healing.stages.cells.events import Begin, Events, Record
-from healing.stages.stage import Done, Kept, NoSnapshots, Report, Snapshots, Stage, Tools
-from healing.stages.terminal.console import Console, Progress
-from healing.stages.terminal.phase_times import TAG, Clock, PhaseTag, PhaseTimes, metric_name
+from healing.stages.stage import Done, Report, Stage, Tools, upload
+from healing.stages.terminal.console import Console
+from healing.stages.terminal.heard import PREPARING, Heard
+from healing.stages.terminal.phase_times import TAG, Clock, PhaseTag, metric_name
 from healing.tracking.journal import Journal, OnOutage, give_up
-from healing.tracking.output_folder import output_folder, require_room, require_writable, writing
+from healing.tracking.output_folder import require_room, require_writable, run_folder, writing
+from healing.tracking.processes import only_owner
 from healing.tracking.run import Run
-from healing.tracking.run_files import start_folder
+from healing.tracking.run_files import drop_previous, start_folder
+from healing.tracking.snapshots import Due, Kept, Snapshots
 from healing.tracking.store import MlflowStore, Store
 
 C = TypeVar("C")
 R = TypeVar("R")
 
 
-PREPARING = "preparing"
-"""Phase of a run before its cell begins."""
 DONE = "done"
 """Phase of a run that ended well."""
-
-
-class Stop(threading.Event):
-    """Asks every cell of a process to end at its next safe point.
-
-    Attributes:
-        signum: Of the signal that asked; 0 = none did.
-    """
-
-    signum = 0
 
 
 class Driver:
@@ -60,7 +51,9 @@ class Driver:
         console: What a person sees.
         store: Where runs go.
         stop: Set from elsewhere to end cells early.
-        snapshots: Where states are kept.
+        snapshots: Where states are kept; ``None`` = nowhere.
+        again: Whether a finished run of the same fingerprint is taken for every child, as where a
+            run that was cut goes on.
         on_outage: Asked where the store does not take a record that is on disk.
         clock: Tells the seconds of phases.
     """
@@ -72,25 +65,19 @@ class Driver:
         *,
         stop: Stop | None = None,
         snapshots: Snapshots | None = None,
+        again: bool = False,
         on_outage: OnOutage = give_up,
         clock: Clock = time.monotonic,
     ) -> None:
         self.console, self.store = console, store or MlflowStore()
         self.stop, self.on_outage, self.clock = stop or Stop(), on_outage, clock
-        self.snapshots: Snapshots = snapshots or NoSnapshots()
+        self.snapshots, self.again = snapshots, again
         self._known: dict[Hashable, Done] = {}
 
     def within(self, console: Console) -> Driver:
         """The same with another console; what was run is known to both."""
-        other = Driver(
-            console,
-            self.store,
-            stop=self.stop,
-            snapshots=self.snapshots,
-            on_outage=self.on_outage,
-            clock=self.clock,
-        )
-        other._known = self._known
+        other = copy.copy(self)
+        other.console = console
         return other
 
     @contextlib.contextmanager
@@ -103,6 +90,8 @@ class Driver:
             with contextlib.ExitStack() as ending:
                 with self.console.waiting("opening the store"):
                     run = ending.enter_context(self.store.start(title, tags))
+                    for line in self.store.close_left_running(run.experiment_id):
+                        self.console.say(line)
                 yield run
         finally:
             torch.set_num_threads(threads)
@@ -138,7 +127,7 @@ class Driver:
             shown = ending.enter_context(
                 contextlib.closing(self.console.progress(stage.title(config)))
             )
-            heard = _Heard(shown, self.stop, self.clock)
+            heard = Heard(shown, self.stop, self.clock)
             own = _OwnRun(self.store, stage, ending, run, parent, heard.tag)
             try:
                 with progress.listening(heard):
@@ -151,6 +140,9 @@ class Driver:
                     return self._drive(stage, config, own, heard, reuse)
             except HealingError:
                 own.open(config)  # the failure has a run to be recorded in
+                raise
+            except Stopped as stopped:
+                own.stopped(stopped, heard.step)
                 raise
             finally:
                 heard.tag.stop()
@@ -174,48 +166,82 @@ class Driver:
             return self.run_first(stage, wanted, own.parent or own.open(config))
 
     def _drive(
-        self, stage: Stage[C, R], config: C, own: _OwnRun, heard: _Heard, reuse: bool
+        self, stage: Stage[C, R], config: C, own: _OwnRun, heard: Heard, reuse: bool
     ) -> Done:
         with contextlib.closing(stage.cell(config)) as events:  # hooks and modes are undone
             begin = next(events)
             assert isinstance(begin, Begin), "a cell begins with Begin"
             folder = run_folder(stage.output_dir(config), stage.place, begin.name)
-            if reuse:
-                found = self.store.find_finished(own.experiment_id, begin.fingerprint)
-                if found is not None:
-                    return Done(found.run_id, folder)
-            run = own.open(config)
-            require_room(folder, begin.disk)
-            kept = self.snapshots.load(folder, begin.fingerprint)
-            self._announce(stage, begin, run, folder, fresh=kept is None)
-            lines = None if stage.keeps_folder else folder / "metrics.jsonl"
-            journal = Journal(lines, run, self.on_outage)
-            outcome, records = self._compute(begin, events, kept, folder, journal, heard)
-            heard.computed = True
-            progress.enter("files and figures")
-            with writing(folder):
-                report = stage.store(outcome, records, folder, run.run_id)
-            del outcome
-        self._finish(stage, report, own, run, folder, heard)
-        self.snapshots.drop(folder)
+            reuse = reuse or (self.again and own.is_child)
+            if reuse and (found := self._finished(own, begin, folder)):
+                return found
+            with self._alone(folder) as waited:
+                # Whom it waited for may have done the same.
+                if reuse and waited and (found := self._finished(own, begin, folder)):
+                    return found
+                run = own.open(config)
+                require_room(folder, begin.disk)
+                kept = self.snapshots.load(folder, begin.fingerprint) if self.snapshots else None
+                self._announce(stage, begin, run, folder, kept)
+                lines = None if stage.keeps_folder else folder / "metrics.jsonl"
+                journal = Journal(lines, run, self.on_outage)
+                due = Due(stage.saving(config), self.clock)
+                outcome, records = self._compute(begin, events, kept, folder, journal, heard, due)
+                heard.computed = True
+                progress.enter("files and figures")
+                with writing(folder):
+                    report = stage.store(outcome, records, folder, run.run_id)
+                del outcome
+                self._finish(stage, report, own, run, folder, heard)
+                if self.snapshots:
+                    self.snapshots.drop(folder)
+                drop_previous(folder)
         return Done(run.run_id, folder, report)
 
+    def _finished(self, own: _OwnRun, begin: Begin, folder: pathlib.Path) -> Done | None:
+        """A finished run of the same fingerprint."""
+        found = self.store.find_finished(own.experiment_id, begin.fingerprint)
+        return Done(found.run_id, folder) if found else None
+
+    @contextlib.contextmanager
+    def _alone(self, folder: pathlib.Path) -> Iterator[bool]:
+        """Nobody else writes a run's folder meanwhile; says whether that was waited for."""
+        told: set[str] = set()
+
+        def waiting(text: str) -> None:
+            if text not in told:
+                told.add(text)
+                self.console.say(text)
+            progress.enter(text)
+
+        with contextlib.ExitStack() as ending:
+            with writing(folder):
+                waited = ending.enter_context(only_owner(folder, waiting))
+            yield waited
+
     def _announce(
-        self, stage: Stage[Any, Any], begin: Begin, run: Run, folder: pathlib.Path, *, fresh: bool
+        self,
+        stage: Stage[Any, Any],
+        begin: Begin,
+        run: Run,
+        folder: pathlib.Path,
+        kept: Kept | None,
     ) -> None:
         """What is known of a run before it computes."""
         for name, count in begin.counts.items():
             run.n_params(count, name)
         run.tags({"fingerprint": begin.fingerprint, **begin.tags})
+        if kept is not None:
+            run.tags({"resumed_from": kept.run_id, "resumed_at_step": kept.step})
+            self.console.say(f"going on from step {kept.step}, where run {kept.run_id} was left")
         for warning in begin.warnings:
             self.console.say(f"warning: {warning}")
         for i in begin.inputs:
             name = f"{pathlib.Path(i.corpus).name}-{i.split}"
             run.dataset(name, i.digest, i.context, {"corpus": i.corpus, "split": i.split})
         if not stage.keeps_folder:
-            if fresh:
-                with writing(folder):
-                    start_folder(folder, begin.config)
+            with writing(folder):
+                start_folder(folder, begin.config)
             run.rescue(folder / "config.json", folder / "metrics.jsonl")
 
     def _compute(
@@ -225,7 +251,8 @@ class Driver:
         kept: Kept | None,
         folder: pathlib.Path,
         journal: Journal,
-        heard: _Heard,
+        heard: Heard,
+        due: Due,
     ) -> tuple[R, list[Record]]:
         """Run a cell to its end; every record is on disk before it is logged."""
         shown = heard.shown
@@ -234,6 +261,8 @@ class Driver:
             records.append(record)
             journal.record(record.step, record.metrics)
         shown.begin(begin.total, begin.unit)
+        if kept:
+            shown.step(kept.step)
         answer = kept.state if kept else None
         while True:
             try:
@@ -251,10 +280,30 @@ class Driver:
                 shown.step(event.step, event.note)
             elif isinstance(event, Safe):
                 shown.step(event.done, event.note)
-                if self.stop.is_set() or self.snapshots.due():
-                    self.snapshots.save(folder, Kept(begin.fingerprint, event.state(), records))
+                heard.step = event.done
+                if due(event.done) or self.stop.is_set():
+                    with heard.times.within("saving the state"):
+                        self._save(folder, begin, event, records, journal.run_id)
                 if self.stop.is_set():
                     raise Stopped(self.stop.signum)
+
+    def _save(
+        self,
+        folder: pathlib.Path,
+        begin: Begin,
+        event: Safe,
+        records: Sequence[Record],
+        run_id: str,
+    ) -> None:
+        """Keep a safe point's state, if it has one; a disk without room ends nothing."""
+        state = event.state() if self.snapshots else None
+        if self.snapshots is None or state is None:
+            return
+        plain = [replace(record, write=None) for record in records]
+        try:
+            self.snapshots.save(folder, Kept(begin.fingerprint, state, plain, run_id, event.done))
+        except OSError as error:
+            self.console.say(f"warning: the state at step {event.done} was not kept: {error}")
 
     def _finish(
         self,
@@ -263,7 +312,7 @@ class Driver:
         own: _OwnRun,
         run: Run,
         folder: pathlib.Path,
-        heard: _Heard,
+        heard: Heard,
     ) -> None:
         progress.enter("uploading")
         run.history(report.points)
@@ -280,23 +329,6 @@ class Driver:
             self.on_outage(error)
         heard.shown.close()
         (self.console.detail if report.detail else self.console.say)(report.line)
-
-
-class _Heard:
-    """What a cell says of its phases, shown, timed and kept as the run's tag; a stop takes effect
-    where it speaks, until it has computed everything.
-    """
-
-    def __init__(self, shown: Progress, stop: Stop, clock: Clock) -> None:
-        self.shown, self._stop, self.computed = shown, stop, False
-        self.times = PhaseTimes(PREPARING, clock)
-        self.tag = PhaseTag(self.times)
-
-    def __call__(self, name: str, done: int, total: int | None, note: str = "") -> None:
-        if self._stop.is_set() and not self.computed:
-            raise Stopped(self._stop.signum)
-        self.times.enter(name)
-        self.shown.phase(name, done, total, note)
 
 
 class _OwnRun:
@@ -316,6 +348,11 @@ class _OwnRun:
         self._is_prepared = False
         if run is not None:
             tag.start(run)
+
+    @property
+    def is_child(self) -> bool:
+        """Whether it is not the process' own."""
+        return self.parent is not None
 
     @property
     def experiment_id(self) -> str:
@@ -341,6 +378,11 @@ class _OwnRun:
                 self._run.params(self._stage.name, self._stage.params(config))
         return self._run
 
+    def stopped(self, why: Stopped, step: int) -> None:
+        """The run is ended early: by what, and where, goes with what is sent next."""
+        if self._run is not None:
+            self._run.tags({"stopped_by": why.name, "stopped_at_step": step}, later=True)
+
     def left_in(self, phase: str) -> None:
         """The run ends here, well or not: its phase goes with what is sent next."""
         if self._run is not None:
@@ -352,26 +394,3 @@ class _OwnRun:
     def _label(self, run: Run, config: Any) -> None:
         run.tags({**self._tags(config), "mlflow.runName": self._stage.title(config)})
         run.params(self._stage.name, self._stage.params(config))
-
-
-def run_folder(output_dir: str, place: str, name: str) -> pathlib.Path:
-    """Local folder of one run, always inside of the output folder.
-
-    Raises:
-        ConfigError: The name is more than one path component.
-    """
-    if name in ("", ".", "..") or set(name) & set("/\\\0"):
-        raise ConfigError(
-            f"{name!r} cannot be the name of a run's folder: what it is made of (arm, model) has "
-            "to be plain names"
-        )
-    return output_folder(output_dir) / place / name
-
-
-def upload(run: Run, folder: pathlib.Path, artifacts: str | None = None) -> None:
-    """Store every file of a local folder as artifacts, in the same layout."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    for path in progress.phase("uploading", files, len(files)):
-        parent = path.parent.relative_to(folder).as_posix()
-        parts = [part for part in (artifacts, parent) if part and part != "."]
-        run.artifact(path, "/".join(parts) or None)

@@ -13,7 +13,7 @@ from healing.config.arm_tags import SHAM_ARM, arm_label, arm_tags
 from healing.config.fingerprint import as_params
 from healing.config.heal import HealConfig
 from healing.config.options import AUTO
-from healing.errors import CheckpointError, HealingError
+from healing.errors import CheckpointError, HealingError, TrackingError
 from healing.measurements.recovery import State
 from healing.models.checkpoints import (
     HEALED_KIND,
@@ -40,6 +40,7 @@ from healing.stages.terminal.console import Console
 from healing.stages.tuning.healer_files import with_healer
 from healing.tracking.run import Run
 from healing.tracking.run_files import read_jsonl, write_json
+from healing.tracking.snapshots import Saving
 from healing.tracking.store import Store
 
 
@@ -122,12 +123,18 @@ def _sham_states(done: Done, store: Store) -> dict[int, State]:
     path = done.folder / "metrics.jsonl"
     if not path.is_file():
         path = store.download(f"runs:/{done.run_id}/metrics.jsonl")
-    return {
-        int(row["step"]): State(
-            float(row["effective_rank"]), float(row["loss"]), float(row["perplexity"])
-        )
-        for row in read_jsonl(path)
-    }
+    try:
+        return {
+            int(row["step"]): State(
+                float(row["effective_rank"]), float(row["loss"]), float(row["perplexity"])
+            )
+            for row in read_jsonl(path)
+        }
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+        raise TrackingError(
+            f"metrics.jsonl of the sham (run {done.run_id}) is malformed ({error!r}): delete that "
+            "run and heal again"
+        ) from error
 
 
 TAGGED = (
@@ -173,6 +180,10 @@ class HealStage(StageDefaults):
     def output_dir(self, cell: HealCell) -> str:
         """As configured."""
         return cell.config.output_dir
+
+    def saving(self, cell: HealCell) -> Saving:
+        """As configured."""
+        return super().saving(cell.config)
 
     def prepare(self, cell: HealCell, tools: Tools) -> HealCell:
         """Take the healer's settings where one is named, replace every ``auto`` by the
@@ -275,7 +286,8 @@ def _check_early(config: HealConfig, store: Store) -> None:
 
 
 def _fresh_attack(config: HealConfig, run: Run, driver: Driver) -> pathlib.Path:
-    done = driver.run_cell(ATTACK, fresh_attack_config(config), parent=run)
+    # Found again where it was made before: healing that was cut goes on without it.
+    done = driver.run_cell(ATTACK, fresh_attack_config(config), parent=run, reuse=True)
     return checkpoint_of(done, driver.store)
 
 

@@ -6,6 +6,8 @@ import pathlib
 
 from healing.config.attack import AttackConfig
 from healing.config.heal import HealConfig
+from healing.config.paths import is_address, local_path
+from healing.config.shared import SAVING
 from healing.errors import CheckpointError
 from healing.models.checkpoints import CHECKPOINT_NAME
 from healing.stages.cells.heal import resolve_from_checkpoint
@@ -18,14 +20,17 @@ def find_checkpoints(folder: str) -> list[pathlib.Path]:
     Raises:
         CheckpointError: There is no such folder, or none in it.
     """
-    root = pathlib.Path(folder).expanduser()
+    root = local_path(folder, "--checkpoint-dir")
     if not root.is_dir():
         raise CheckpointError(f"--checkpoint-dir {folder} is not a folder: name an existing one")
-    found = sorted(root.rglob(CHECKPOINT_NAME))
+    named = sorted(root.rglob(CHECKPOINT_NAME))
+    # What a link leads to outside is not in the folder, whoever made the link.
+    found = [path for path in named if path.resolve().is_relative_to(root)]
     if not found:
+        links = " (symbolic links that lead out of it are left out)" if named else ""
         raise CheckpointError(
-            f"no {CHECKPOINT_NAME} below {folder}: run the attack entry point first, or name "
-            "another folder"
+            f"no {CHECKPOINT_NAME} below {folder}{links}: run the attack entry point first, or "
+            "name another folder"
         )
     return found
 
@@ -42,7 +47,9 @@ def local_checkpoint(config: HealConfig, store: Store) -> pathlib.Path | None:
     given = config.collapsed_checkpoint
     if not given:
         return None
-    return store.download(given) if ":/" in given else pathlib.Path(given).expanduser().resolve()
+    if is_address(given):
+        return store.download(given)
+    return local_path(given, "--collapsed-checkpoint")
 
 
 def fresh_attack_config(config: HealConfig) -> AttackConfig:
@@ -70,6 +77,7 @@ def fresh_attack_config(config: HealConfig) -> AttackConfig:
             "output_dir",
             "cache_dir",
             "verbosity",
+            *SAVING,
         )
     }
     return AttackConfig(arm=config.arm, **shared, **config.given_of_the_attack())

@@ -8,7 +8,7 @@ import math
 import pathlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from healing.config.fingerprint import as_params, fingerprint
 from healing.config.pretrain import PretrainConfig
 from healing.data.corpora import load_corpus
 from healing.measurements.unigram import unigram_perplexity
-from healing.progress import enter
+from healing.progress import Safe, enter
 from healing.reporting.plots import runs as figures
 from healing.stages.cells.code_digest import code_digest
 from healing.stages.cells.events import Begin, Events, Record
@@ -55,12 +55,15 @@ def pretrain_cell(config: PretrainConfig) -> Events[PretrainOutcome]:
     own = fingerprint(
         "pretrain", config, corpus.digests, code_digest("healing.training.pretraining")
     )
-    yield Begin(own, config.model, as_params(config), training.total_steps)
-    records: list[PretrainRecord] = []
-    start = time.perf_counter()
-    for record in training.run():
+    kept = yield Begin(own, config.model, as_params(config), training.total_steps)
+    records: list[PretrainRecord] = list(kept["records"]) if kept else []
+    start, before = time.perf_counter(), records[-1].tokens if records else 0
+    for record in training.run(kept["loop"] if kept else None):
+        if isinstance(record, Safe):
+            yield replace(record, state=functools.partial(_state, record, records))
+            continue
         records.append(record)
-        speed = record.tokens / (time.perf_counter() - start)
+        speed = (record.tokens - before) / (time.perf_counter() - start)
         perplexity = math.exp(record.heldout_loss)
         metrics = {
             "loss": record.heldout_loss,
@@ -73,6 +76,11 @@ def pretrain_cell(config: PretrainConfig) -> Events[PretrainOutcome]:
         note = f"held-out perplexity {perplexity:.1f}"
         yield Record(record.step, metrics, note, functools.partial(_save, training))
     return PretrainOutcome(training, tuple(records), unigram, corpus.digests)
+
+
+def _state(safe: Safe, records: Sequence[PretrainRecord]) -> dict[str, Any]:
+    """What a cell goes on from: the loop's state, and the records so far."""
+    return {"loop": safe.state(), "records": list(records)}
 
 
 def _save(training: Pretraining, folder: pathlib.Path) -> None:

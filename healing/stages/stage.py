@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+from healing import progress
 from healing.config.fingerprint import as_params
 from healing.config.shared import RAW_DATA
 from healing.stages.cells.events import Events, Record
+from healing.tracking.run import Run
+from healing.tracking.snapshots import Saving
 from healing.tracking.store import Store
 
 C = TypeVar("C")
@@ -103,6 +106,9 @@ class Stage(Protocol[C, R]):
     def output_dir(self, config: C) -> str:
         """Where local folders go."""
 
+    def saving(self, config: C) -> Saving:
+        """How often the state is kept, so that a run that is cut can go on."""
+
     def prepare(self, config: C, tools: Tools) -> C:
         """Everything that reads or writes before the cell: downloads, cells that come first."""
 
@@ -131,51 +137,17 @@ class StageDefaults:
         directory: str = config.output_dir
         return directory
 
-
-@dataclass
-class Kept:
-    """What a snapshot holds of a cell that was left.
-
-    Attributes:
-        fingerprint: Of the cell.
-        state: Of the safe point.
-        records: Measured so far.
-    """
-
-    fingerprint: str
-    state: Any
-    records: list[Record] = field(default_factory=list)
+    def saving(self, config: Any) -> Saving:
+        """As configured, where it is; else only where the run is told to stop."""
+        return Saving(
+            getattr(config, "checkpoint_interval", 0), getattr(config, "checkpoint_minutes", 0.0)
+        )
 
 
-class Snapshots(Protocol):
-    """Where the states of cells are kept, so that they can go on."""
-
-    def load(self, folder: pathlib.Path, fingerprint: str) -> Kept | None:
-        """What was kept of this cell, if anything."""
-
-    def due(self) -> bool:
-        """Whether it is time for another."""
-
-    def save(self, folder: pathlib.Path, kept: Kept) -> None:
-        """Keep it in place of the one before."""
-
-    def drop(self, folder: pathlib.Path) -> None:
-        """The cell is over."""
-
-
-class NoSnapshots:
-    """Keeps nothing: every cell begins at its beginning."""
-
-    def load(self, folder: pathlib.Path, fingerprint: str) -> Kept | None:
-        """Nothing was kept."""
-        return None
-
-    def due(self) -> bool:
-        """Never."""
-        return False
-
-    def save(self, folder: pathlib.Path, kept: Kept) -> None:
-        """Nothing is kept."""
-
-    def drop(self, folder: pathlib.Path) -> None:
-        """There is nothing to drop."""
+def upload(run: Run, folder: pathlib.Path, artifacts: str | None = None) -> None:
+    """Store every file of a local folder as artifacts, in the same layout."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in progress.phase("uploading", files, len(files)):
+        parent = path.parent.relative_to(folder).as_posix()
+        parts = [part for part in (artifacts, parent) if part and part != "."]
+        run.artifact(path, "/".join(parts) or None)

@@ -23,17 +23,19 @@ from healing.reporting.escaping import csv_cell, one_line
 from healing.reporting.phrases import group_label, headline_groups
 from healing.reporting.plots import contrasts as contrasts_figure
 from healing.reporting.plots import groups as groups_figures
+from healing.reporting.plots.damage import recovery_against_damage
 from healing.reporting.plots.style import COLUMN
 from healing.reporting.verdict_context import lead_sentence
 from healing.reporting.verdict_sentences import verdict_heading, verdict_reason
-from healing.stages.driver import Driver, upload
+from healing.stages.driver import Driver
+from healing.stages.stage import upload
 from healing.stages.summarize_inputs import read_runs
 from healing.stages.terminal.console import Console
 from healing.statistics.group import GroupSummary
 from healing.statistics.heal_runs import HealRun
 from healing.statistics.summary import Summary, summarize_runs
 from healing.tracking import queries, run_logger
-from healing.tracking.output_folder import output_folder, require_writable, writing
+from healing.tracking.output_folder import require_writable, run_folder, writing
 from healing.tracking.queries import RunView
 from healing.tracking.run import Run
 from healing.tracking.run_files import write_json
@@ -145,6 +147,9 @@ def _draw(folder: pathlib.Path, summary: Summary) -> dict[str, pathlib.Path]:
     if summary.contrasts:
         contrasts_figure.contrasts(folder / "contrasts", summary.contrasts)
         drawn.append("contrasts")
+    if summary.damage:
+        recovery_against_damage(folder / "recovery_against_damage", summary.damage)
+        drawn.append("recovery_against_damage")
     return {name: folder / f"{name}.png" for name in drawn}
 
 
@@ -177,7 +182,7 @@ def summarize(
         with console.waiting(f"statistics of {len(runs)} runs"):
             draws = np.random.default_rng(BOOTSTRAP_SEED)
             summary = summarize_runs(runs, config.confidence, draws)
-        folder = output_folder(config.output_dir) / "summaries" / run.run_id
+        folder = run_folder(config.output_dir, "summaries", run.run_id)
         with console.waiting("tables, figures and a report"), writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             _log_groups(run, summary)

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import json
+import itertools
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from healing.config.arm_tags import arm_label, arm_role
 from healing.errors import TrackingError
-from healing.measurements.diagnosis import UNTRAINED
+from healing.measurements.diagnosis import NONFINITE_STEPS, OK, UNTRAINED
 from healing.measurements.recovery import PANEL, panel_metric
 from healing.statistics.heal_runs import ENDPOINTS, SHAM_ENDPOINTS, HealRun
 from healing.tracking import queries
@@ -26,8 +27,22 @@ from healing.tracking.store import MlflowStore, Store
 
 STEP_METRIC = "nonfinite_tokens"
 """Logged at every measured step, whatever else is NaN there."""
+PPL = "ppl_improvement_pct"
+STATUSES = (OK, NONFINITE_STEPS, *UNTRAINED)
+SPECTRAL_STATES = ("collapsed", "inflated", "unchanged", "undefined")
+LARGEST_RECOVERY = 1e12
+"""Percent: a loss of 10⁸ nats where the attack took 0.01. What is larger was never measured."""
+OVERFLOWING = 1e50
+"""Numbers whose squares' squares are no floats any more."""
+MAX_STEP, MAX_NAME, DIGITS = 10**12, 1000, 15
 RUNNING = ("RUNNING", "SCHEDULED")
 """Statuses of runs that MLflow does not know to have ended; a run that was killed hard keeps it."""
+
+
+def _step(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value // 1:
+        raise ValueError(f"step {str(value)[:40]} is not a whole number")
+    return int(value)
 
 
 def from_artifact(view: RunView, store: Store) -> Trajectory:
@@ -40,10 +55,11 @@ def from_artifact(view: RunView, store: Store) -> Trajectory:
         with tempfile.TemporaryDirectory() as folder:  # MLflow's own would stay behind
             path = store.download(f"runs:/{view.run_id}/metrics.jsonl", folder)
             rows = read_jsonl(path)
-        steps = tuple(int(row["step"]) for row in rows)
+        steps = tuple(_step(row["step"]) for row in rows)
         values = {e: tuple(float(row.get(e, math.nan)) for row in rows) for e in ENDPOINTS}
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise TrackingError(f"metrics.jsonl of {view.name} is malformed: {error!r}") from error
+    except (OSError, KeyError, TypeError, ValueError, ArithmeticError) as error:
+        reason = f"{type(error).__name__}: {error}"[:300]
+        raise TrackingError(f"metrics.jsonl of {view.name} is malformed: {reason}") from error
     if not steps or steps[0] != 0:
         raise TrackingError(f"metrics.jsonl of {view.name} does not begin with step 0")
     return Trajectory(steps, values)
@@ -97,8 +113,8 @@ def _heal_run(view: RunView, trajectory: Trajectory) -> HealRun:
         settings=tags["settings"],
         checkpoint=tags["checkpoint_id"],
         seed=tags["attack_seed"],
-        n_params=int(view.params["n_params"]),
-        final={e: v[-1] for e, v in values.items()},
+        n_params=_count(view.params["n_params"], "n_params"),
+        final={e: _final(e, v[-1]) for e, v in values.items()},
         steps=trajectory.steps,
         trajectory=values,
         status=tags["status"],
@@ -109,7 +125,7 @@ def _heal_run(view: RunView, trajectory: Trajectory) -> HealRun:
         fingerprint=tags.get("fingerprint", ""),
         tokens_per_step=tokens_per_step(view),
         healer=healer(view),
-        healers_tried=int(tags.get("healers_tried", 0)),
+        healers_tried=_count(tags.get("healers_tried", "0"), "healers_tried"),
         panel=panel(view),
         rank_recovery_error=_number(view, "rank_recovery_error"),
         rank_reduction_pct=_number(view, "rank_reduction_pct"),
@@ -120,8 +136,40 @@ def _heal_run(view: RunView, trajectory: Trajectory) -> HealRun:
 
 
 def _number(view: RunView, name: str) -> float:
-    """Entry of a run's summary; NaN where it was stored without it, or was not finite."""
-    return view.metrics.get(f"summary/{name}", math.nan)
+    """Entry of a run's summary; NaN where it was stored without it, or is beyond all measure."""
+    value = view.metrics.get(f"summary/{name}", math.nan)
+    return value if abs(value) <= OVERFLOWING else math.nan
+
+
+def _count(text: str, name: str) -> int:
+    """A whole number as a store keeps it."""
+    if not (text.isascii() and text.isdecimal() and len(text) <= DIGITS):
+        raise ValueError(f"{name} is {text[:40]!r}, not a whole number of at most {DIGITS} digits")
+    return int(text)
+
+
+def _final(endpoint: str, value: float) -> float:
+    """Perplexity is exponential in the loss: what overflows there says nothing against a run."""
+    return math.nan if endpoint == PPL and abs(value) > OVERFLOWING else value
+
+
+def objection(run: HealRun) -> str:
+    """Why a finished run cannot be what a healing run leaves; empty where it can."""
+    if run.n_params < 1:
+        return "n_params is 0"
+    if run.status not in STATUSES or run.spectral_state not in SPECTRAL_STATES:
+        return f"unknown status {run.status!r} or spectral state {run.spectral_state!r}"
+    if any(late <= early for early, late in itertools.pairwise(run.steps)):
+        return "its steps do not ascend"
+    if run.steps[0] != 0 or run.steps[-1] > MAX_STEP:
+        return f"its steps are not within 0 and {MAX_STEP:g}"
+    for endpoint, values in {**run.trajectory, **{k: (v,) for k, v in run.panel.items()}}.items():
+        if endpoint != PPL and any(abs(v) > LARGEST_RECOVERY for v in values):
+            return f"{endpoint} is infinite or beyond {LARGEST_RECOVERY:g}"
+    for name in ("model", "arm", "settings", "checkpoint", "seed"):
+        if len(getattr(run, name)) > MAX_NAME:
+            return f"its {name} has more than {MAX_NAME} characters"
+    return ""
 
 
 def panel(view: RunView) -> dict[str, float]:
@@ -149,7 +197,7 @@ def tokens_per_step(view: RunView) -> int:
     over the steps; 0 where a run tells neither.
     """
     sizes = [view.params.get(f"heal.{name}", "") for name in ("batch_size", "sequence_length")]
-    if all(size.isdecimal() for size in sizes):
+    if all(size.isascii() and size.isdecimal() and len(size) <= DIGITS for size in sizes):
         return int(sizes[0]) * int(sizes[1])
     tokens, steps = (view.metrics.get(name, math.nan) for name in ("tokens", "summary/steps"))
     share = tokens / steps if steps > 0 else math.nan
@@ -166,11 +214,15 @@ def _read(view: RunView, known: dict[str, Trajectory], store: Store) -> HealRun:
     if view.status != "FINISHED":
         return _failed(view, view.tags.get("failure", f"status {view.status}"))
     try:
-        return _heal_run(view, known.get(view.run_id) or from_artifact(view, store))
+        run = _heal_run(view, known.get(view.run_id) or from_artifact(view, store))
     except TrackingError as error:
         return _failed(view, str(error))
     except KeyError as error:
         return _failed(view, f"it lacks the tag or parameter {error}: not a run of this version")
+    except (ValueError, TypeError, ArithmeticError) as error:
+        return _failed(view, f"it is not what a healing run leaves: {error}")
+    why = objection(run)
+    return _failed(view, f"it is not what a healing run leaves: {why}") if why else run
 
 
 def read_runs(

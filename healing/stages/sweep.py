@@ -19,6 +19,7 @@ from healing.config.heal import HealConfig
 from healing.config.healer import Healer
 from healing.config.options import AUTO
 from healing.config.presets import preset_for
+from healing.config.shared import SAVING
 from healing.config.summarize import SummarizeConfig
 from healing.config.sweep import SweepConfig
 from healing.errors import ConfigError, HealingError, SweepError
@@ -66,6 +67,7 @@ def _shared(config: SweepConfig) -> dict[str, Any]:
         "device",
         "output_dir",
         "cache_dir",
+        *SAVING,
     )
     return {name: getattr(config, name) for name in names} | {"verbosity": "quiet"}
 

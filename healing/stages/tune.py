@@ -23,12 +23,14 @@ from healing.stages.cells.heal import heal_code
 from healing.stages.cells.heal_outcome import HealCell
 from healing.stages.cells.inputs import device_kind, resolve_from_model
 from healing.stages.cells.trial import TrialCell, TrialOutcome
-from healing.stages.driver import Driver, run_folder, upload
+from healing.stages.driver import Driver
+from healing.stages.stage import upload
 from healing.stages.terminal.console import Console
 from healing.stages.tuning.space import axes_of, settings_of
 from healing.stages.tuning.study import Proposal, Study
 from healing.stages.tuning.trial_stage import TRIAL, state_of
 from healing.statistics.healer_trials import COMPLETE, PRUNED, Trial, best_so_far, winner
+from healing.tracking.output_folder import run_folder
 from healing.tracking.run import Run
 from healing.tracking.run_files import write_json
 

@@ -1,6 +1,6 @@
-"""Estimates per checkpoint: half-recovery time, fitted asymptote, number of checkpoints needed.
+"""Estimates per checkpoint: its trajectory, half-recovery time, number of checkpoints needed.
 
-Fits and half-recovery times are made per checkpoint, the independent unit, and then pooled; a
+Half-recovery times are made per checkpoint, the independent unit, and then pooled; a
 trajectory is the mean over the defined replicates of one checkpoint. Nothing here changes a
 verdict.
 """
@@ -8,9 +8,8 @@ verdict.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -21,16 +20,12 @@ from healing.measurements.recovery import (
     REVERSIBLE_ABOVE,
     Verdict,
 )
-from healing.statistics.curve_fits import Law, TrajectoryFit, fit_trajectory
 from healing.statistics.intervals import (
     SPREAD_FLOOR,
-    DegenerateDataWarning,
     FloatArray,
     Interval,
     as_vector,
     drop_undefined,
-    exp_interval,
-    t_interval,
 )
 from healing.statistics.power import (
     MAX_CHECKPOINTS,
@@ -76,29 +71,6 @@ class HalfTimes:
 
 
 @dataclass(frozen=True)
-class Asymptotes:
-    """Fitted limit (asymptote) and half-life of recovery, over the checkpoints of a group.
-
-    ``asymptote`` (points) and ``half_life`` (steps, log scale) are Student t intervals over
-    checkpoints. Both are NaN unless every checkpoint's fit converged: those that did would be a
-    selection of the ones that bent early. ``reasons`` says why others did not.
-    """
-
-    asymptote: Interval
-    half_life: Interval
-    laws: tuple[Law, ...]
-    """Laws that AICc chose, one per converged checkpoint."""
-    n_checkpoints: int
-    """Checkpoints with a defined trajectory."""
-    reasons: tuple[str, ...]
-
-    @property
-    def converged(self) -> bool:
-        """Whether every checkpoint has a determined asymptote and half-life."""
-        return 0 < self.n_checkpoints == len(self.laws)
-
-
-@dataclass(frozen=True)
 class VerdictPlan:
     """How many checkpoints would decide, if observed mean and spread were the true ones."""
 
@@ -134,40 +106,6 @@ def half_times(trajectories: Sequence[CheckpointTrajectory], confidence: float) 
     else:
         mean = log_time_interval(times, censored, confidence)
     return HalfTimes(tuple(found), curve, mean)
-
-
-def fit_asymptotes(trajectories: Sequence[CheckpointTrajectory], confidence: float) -> Asymptotes:
-    """Fit every checkpoint's mean trajectory, then pool asymptotes and half-lives.
-
-    Args:
-        trajectories: one per checkpoint.
-        confidence: of both intervals.
-
-    Raises:
-        ValueError: as ``fit_trajectory``.
-    """
-    means = [(np.asarray(t.steps), t.mean()) for t in trajectories]
-    defined = [(steps, mean) for steps, mean in means if np.isfinite(mean[steps > 0]).any()]
-    with warnings.catch_warnings():
-        # Each degeneracy is in the result: a fit's reason, an interval without bounds.
-        warnings.simplefilter("ignore", DegenerateDataWarning)
-        fits = [fit_trajectory(steps, mean, confidence) for steps, mean in defined]
-        every = bool(fits) and all(fit.converged for fit in fits)
-        asymptotes = [fit.asymptote.point for fit in fits] if every else []
-        log_half_lives = [math.log(fit.half_life.point) for fit in fits] if every else []
-        asymptote = t_interval(asymptotes, confidence)
-        half_life = exp_interval(t_interval(log_half_lives, confidence))
-    return Asymptotes(
-        asymptote=asymptote,
-        half_life=replace(half_life, method="log-scale Student t"),
-        laws=tuple(fit.law for fit in fits if fit.converged and fit.law),
-        n_checkpoints=len(fits),
-        reasons=_reasons(fits),
-    )
-
-
-def _reasons(fits: Sequence[TrajectoryFit]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(fit.reason for fit in fits if not fit.converged))
 
 
 def plan_verdict(

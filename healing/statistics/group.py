@@ -20,13 +20,12 @@ from healing.statistics.budgets import (
     verdicts_by_budget,
 )
 from healing.statistics.checkpoint_estimates import (
-    Asymptotes,
     HalfTimes,
     VerdictPlan,
-    fit_asymptotes,
     half_times,
     plan_verdict,
 )
+from healing.statistics.fits.asymptotes import Asymptotes, fit_asymptotes
 from healing.statistics.heal_runs import (
     ENDPOINTS,
     SHAM_ENDPOINTS,

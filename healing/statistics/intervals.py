@@ -159,7 +159,7 @@ def undetermined(
     return estimate
 
 
-def with_t_bounds(estimate: Interval, standard_error: float, df: int) -> Interval:
+def with_t_bounds(estimate: Interval, standard_error: float, df: float) -> Interval:
     """Set the bounds point ± t(df, (1 + confidence)/2) · standard error."""
     half_width = float(special.stdtrit(df, (1.0 + estimate.confidence) / 2.0)) * standard_error
     return replace(estimate, low=estimate.point - half_width, high=estimate.point + half_width)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from healing.registry import SHAM, YARDSTICK
 from healing.statistics.contrasts.catalyst import CatalystAnswer, catalyst_answers
 from healing.statistics.contrasts.plan import Contrast, Gap, planned_contrasts
+from healing.statistics.damage_regression import DamageRegression, damage_regression
+from healing.statistics.fits.size_trend import ScalingSlope, scaling_slope
 from healing.statistics.group import GroupSummary, against_scratch, summarize_group
 from healing.statistics.heal_runs import HealRun, Repeat, distinct_runs, without_raised_rank
-from healing.statistics.size_trend import ScalingSlope, scaling_slope
 from healing.statistics.warning_collector import WarningCollector
 
 
@@ -32,6 +33,7 @@ class Summary:
         undefined: Finished runs without a defined rank recovery.
         notes: What contrasts and slopes do not determine: (of what, why).
         confidence: Level of all intervals.
+        damage: Model → recovery against distance and loss over all arms, where two have a distance.
     """
 
     groups: tuple[GroupSummary, ...]
@@ -44,6 +46,7 @@ class Summary:
     undefined: tuple[HealRun, ...]
     notes: tuple[tuple[str, str], ...]
     confidence: float
+    damage: Mapping[str, DamageRegression] = field(default_factory=dict)
 
     @property
     def catalyst(self) -> list[CatalystAnswer]:
@@ -143,4 +146,11 @@ def summarize_runs(runs: Sequence[HealRun], confidence: float, rng: np.random.Ge
         undefined=tuple(r for r in finished if r.undefined_reason and r.role != SHAM),
         notes=tuple(notes),
         confidence=confidence,
+        damage=_damage(finished, confidence),
     )
+
+
+def _damage(finished: Sequence[HealRun], confidence: float) -> dict[str, DamageRegression]:
+    models = dict.fromkeys(r.model for r in sorted(finished, key=lambda r: (r.n_params, r.model)))
+    of = {m: damage_regression([r for r in finished if r.model == m], confidence) for m in models}
+    return {model: found for model, found in of.items() if found is not None}

@@ -34,6 +34,11 @@ class Journal:
         self._lines: JsonLines | None = None
         self._began = time.perf_counter()
 
+    @property
+    def run_id(self) -> str:
+        """Of the run that is logged to."""
+        return self._run.run_id
+
     def record(self, step: int, values: Mapping[str, float]) -> None:
         """Write one record to disk, then send what of it is a number; without a file all of it."""
         sent = dict(values)

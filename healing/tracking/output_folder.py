@@ -13,14 +13,43 @@ from collections.abc import Iterator
 
 from safetensors import SafetensorError
 
-from healing.errors import OutputError
+from healing.errors import ConfigError, OutputError
 
 _TRIED = bytes(4096)
+_MAX_PART = 255
+"""Bytes of one component of a path."""
 
 
 def output_folder(directory: str) -> pathlib.Path:
-    """``--output-dir`` as a path."""
-    return pathlib.Path(directory).expanduser().resolve()
+    """``--output-dir`` as a path.
+
+    Raises:
+        OutputError: It cannot be one: an address, an unknown user's home, too long.
+    """
+    try:
+        if "://" in directory:
+            raise ValueError("results go to a folder of this machine, not to an address")
+        if any(len(part.encode()) > _MAX_PART for part in directory.split("/")):
+            raise ValueError("too long")
+        return pathlib.Path(directory).expanduser().resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise OutputError(
+            f"--output-dir {directory[:200]} cannot be a folder ({_reason(error)}): name another"
+        ) from error
+
+
+def run_folder(output_dir: str, place: str, name: str) -> pathlib.Path:
+    """Local folder of one run, always inside of the output folder.
+
+    Raises:
+        ConfigError: The name is more than one path component.
+    """
+    if name in ("", ".", "..") or set(name) & set("/\\\0"):
+        raise ConfigError(
+            f"{name!r} cannot be the name of a run's folder: what it is made of (arm, model) has "
+            "to be plain names"
+        )
+    return output_folder(output_dir) / place / name
 
 
 def _existing(path: pathlib.Path) -> pathlib.Path:
@@ -41,8 +70,7 @@ def require_writable(directory: str) -> None:
         )
     try:
         with tempfile.TemporaryFile(dir=place) as file:
-            file.write(_TRIED)
-            file.flush()
+            file.write(_TRIED)  # reaches the disk when the file is closed
     except OSError as error:
         raise OutputError(
             f"--output-dir {directory} cannot be written ({place}: {_reason(error)}): make it "

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import pathlib
+import posixpath
+import re
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import mlflow
-from mlflow.entities import LifecycleStage, Run
+from mlflow.entities import LifecycleStage, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from mlflow.utils.rest_utils import http_request, verify_rest_response
@@ -18,13 +22,9 @@ from mlflow.utils.rest_utils import http_request, verify_rest_response
 from healing.errors import TrackingError
 from healing.tracking import ui_view
 from healing.tracking.metric_history import POINTS_PER_PAGE, Point
-from healing.tracking.run_logger import (
-    DEFAULT_EXPERIMENT,
-    RunLogger,
-    _one_line,
-    _stored,
-    require_active,
-)
+from healing.tracking.processes import Process
+from healing.tracking.run_logger import DEFAULT_EXPERIMENT, PROCESS, RunLogger
+from healing.tracking.store_errors import one_line, require_active, stored
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def find_experiment(name_or_id: str) -> str:
         if found is None and wanted.isdecimal():
             found = client.get_experiment(wanted)
     except MlflowException as error:
-        raise TrackingError(f"experiment {wanted!r}: {_one_line(error)[:200]}") from error
+        raise TrackingError(f"experiment {wanted!r}: {one_line(error)[:200]}") from error
     if found is None:
         known = ", ".join(repr(e.name) for e in client.search_experiments(max_results=10))
         raise TrackingError(
@@ -108,11 +108,31 @@ def search(experiment_id: str, filter_string: str) -> list[RunView]:
                 page_token=token,
             )
         except MlflowException as error:
-            raise TrackingError(f"--filter {filter_string!r}: {_one_line(error)[:300]}") from error
+            raise TrackingError(f"--filter {filter_string!r}: {one_line(error)[:300]}") from error
         runs += [_view(run) for run in page]
         token = page.token
         if not token:
             return runs
+
+
+def close_left_running(experiment_id: str) -> list[str]:
+    """End as KILLED the runs of processes of this machine that are gone, as after a hard kill: they
+    would be RUNNING for ever.
+
+    Returns:
+        A line per run.
+    """
+    lines, client = [], MlflowClient()
+    for run in search(experiment_id, "attributes.status = 'RUNNING'"):
+        owner = Process.read(run.tags.get(PROCESS, ""))
+        if owner is None or not owner.is_gone:
+            continue
+        why = f"{owner} ended without ending it"
+        with stored(f"the end of run {run.run_id}"):
+            client.log_batch(run.run_id, tags=[RunTag("failure", why)])
+            client.set_terminated(run.run_id, "KILLED")
+        lines.append(f"run {run.run_id} ({run.name}) was left running: {why}; it is KILLED now")
+    return lines
 
 
 def get_run(run_id: str) -> RunView:
@@ -152,13 +172,43 @@ def children(parent: RunLogger) -> list[RunView]:
 def download(uri: str, folder: str | None = None) -> pathlib.Path:
     """Local path (below ``folder`` if given) of an artifact: ``runs:/…`` or another MLflow URI.
 
+    Without a folder the copy is gone when the process ends.
+
     Raises:
         TrackingError: It is not there.
     """
     try:
-        return pathlib.Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=folder))
-    except (MlflowException, OSError) as error:
-        raise TrackingError(f"artifact {uri} cannot be had: {_one_line(error)[:200]}") from error
+        # A file of this machine is taken where it is.
+        own = None if uri.startswith("file:") else tempfile.mkdtemp(dir=_downloads())
+        place = folder or own
+        return pathlib.Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=place))
+    except Exception as error:
+        raise TrackingError(f"artifact {uri} cannot be had: {one_line(error)[:200]}") from error
+
+
+@functools.cache
+def _downloads_folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="llm-healing-")
+
+
+def _downloads() -> str:
+    """Folder of everything that is fetched for this process alone; its end removes it."""
+    return _downloads_folder().name
+
+
+MAX_KEY, MAX_VALUE = 250, 6000
+"""Characters of a name, and of a parameter's value, that MLflow takes."""
+_KEY = re.compile(r"[/\w.\- :]+")
+
+
+def refused_by_stores(metrics: Iterable[str], params: Mapping[str, object]) -> str:
+    """Which name or value of a run no MLflow store would take; empty where all are taken."""
+    for name in (*metrics, *params):
+        is_path = posixpath.normpath(name) == name != "." and not name.startswith(("..", "/"))
+        if not (_KEY.fullmatch(name) and is_path and len(name) <= MAX_KEY):
+            return f"name {name[:80]!r}"
+    long = [name for name, value in params.items() if len(str(value)) > MAX_VALUE]
+    return f"value of {long[0]}, of more than {MAX_VALUE} characters" if long else ""
 
 
 BULK_HISTORY = "/ajax-api/2.0/mlflow/metrics/get-history-bulk"
@@ -188,14 +238,14 @@ def metric_page(run_ids: Sequence[str], metric: str) -> list[Point]:
             for r in rows
         ]
     except (MlflowException, KeyError, ValueError) as error:
-        raise TrackingError(f"no bulk history of {metric}: {_one_line(error)[:200]}") from error
+        raise TrackingError(f"no bulk history of {metric}: {one_line(error)[:200]}") from error
 
 
 def share_view(experiment_id: str) -> str:
     """Store the saved view of healing runs with the experiment; returns its path in the UI."""
     value = ui_view.encoded(int(time.time() * 1000))
     key = f"mlflow.sharedViewState.{ui_view.KEY}"
-    with _stored(f"the saved view of experiment {experiment_id}"):
+    with stored(f"the saved view of experiment {experiment_id}"):
         MlflowClient().set_experiment_tag(experiment_id, key, value)
     return ui_view.link(experiment_id)
 

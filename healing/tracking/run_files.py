@@ -56,13 +56,27 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     return found
 
 
+def _previous(folder: pathlib.Path) -> pathlib.Path:
+    return folder.parent / f".{folder.name}.previous"
+
+
 def start_folder(folder: pathlib.Path, config: Mapping[str, Any]) -> None:
     """An empty folder for a run that begins: what an earlier one left there would be mistaken for
     its results. The configuration is written first, so that a failed run has it too.
+
+    A finished run's folder (one with checkpoints) is put aside, under a hidden name beside it,
+    until :func:`drop_previous` says that there are new results; the first one put aside stays.
     """
-    if folder.exists():
+    if (folder / "checkpoints").is_dir() and not _previous(folder).exists():
+        folder.rename(_previous(folder))
+    elif folder.exists():
         shutil.rmtree(folder)
     write_json(folder / "config.json", config)
+
+
+def drop_previous(folder: pathlib.Path) -> None:
+    """Remove the earlier results of a run that has new ones."""
+    shutil.rmtree(_previous(folder), ignore_errors=True)
 
 
 class JsonLines:
@@ -79,7 +93,32 @@ class JsonLines:
             stream.write(json.dumps(plain(record), allow_nan=False) + "\n")
 
 
+MAX_JSONL = 256 << 20
+"""Bytes of a ``.jsonl`` file that is read: hundred thousands of measured steps."""
+
+
 def read_jsonl(path: pathlib.Path) -> list[dict[str, Any]]:
-    """All records of a ``.jsonl`` file, with NaN and infinities restored."""
-    lines = path.read_text().splitlines()
-    return [{k: number(v) for k, v in json.loads(line).items()} for line in lines if line.strip()]
+    """All records of a ``.jsonl`` file, with NaN and infinities restored.
+
+    Raises:
+        ValueError: A line is no JSON object (or one too deep, or with a number of thousands of
+            digits), or the file is too large.
+    """
+    if path.stat().st_size > MAX_JSONL:
+        raise ValueError(f"{path.name} has more than {MAX_JSONL} bytes")
+    found = []
+    for place, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path.name}, line {place}: {_first_line(error)}") from error
+        if not isinstance(record, dict):
+            raise ValueError(f"{path.name}, line {place}: no JSON object")
+        found.append({k: number(v) for k, v in record.items()})
+    return found
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0][:200]

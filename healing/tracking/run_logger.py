@@ -8,22 +8,22 @@ tag; what was logged before stays.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import pathlib
-import re
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import filelock
 import mlflow
 from mlflow.entities import (
     Dataset,
     DatasetInput,
-    Experiment,
     InputTag,
-    LifecycleStage,
     Metric,
     Param,
     Run,
@@ -34,10 +34,22 @@ from mlflow.tracking import MlflowClient
 
 from healing.errors import TrackingError
 from healing.tracking.git_version import code_version
+from healing.tracking.processes import this_process
 from healing.tracking.run import Run as OpenRun
+from healing.tracking.store_errors import (
+    UNREACHED,
+    deleted,
+    one_line,
+    require_active,
+    restore_experiment,
+    says_deleted,
+    stored,
+)
 
 DEFAULT_EXPERIMENT = "llm-healing"
 FLUSH_SECONDS = 2.0
+OPENING_SECONDS = 120.0
+"""Waited for other processes that open the same store."""
 METRICS_PER_REQUEST = 1000
 MAX_TAG = 8000
 """Characters; MLflow cuts longer tags anywhere."""
@@ -52,57 +64,12 @@ def _text(value: Any) -> str:
     return str(value)
 
 
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text[:2000]
+PROCESS = "process"
+"""Tag that says whose run it is, as long as it runs and afterwards."""
 
 
-UNREACHED = (MlflowException, OSError)
-"""What MLflow's clients raise where a store, a server or a disk does not take what is sent."""
-
-
-def _says_deleted(error: Exception) -> bool:
-    """Whether a store refuses because an experiment or run is deleted there."""
-    return isinstance(error, MlflowException) and bool(re.search(r"\bdeleted\b", str(error)))
-
-
-def _deleted(restore: str) -> str:
-    return f"is deleted in {mlflow.get_tracking_uri()}: restore it with `mlflow {restore}`"
-
-
-def _restore_experiment(name_or_id: str) -> str:
-    """The command, with the id where the store still knows the name."""
-    found = None
-    with contextlib.suppress(MlflowException):
-        found = MlflowClient().get_experiment_by_name(name_or_id)
-    return f"experiments restore --experiment-id {found.experiment_id if found else name_or_id}"
-
-
-@contextlib.contextmanager
-def _stored(what: str, restore: str = "") -> Iterator[None]:
-    """Turn a store's refusal into one line.
-
-    Args:
-        what: Is stored.
-        restore: MLflow's command that brings back what it belongs to.
-
-    Raises:
-        TrackingError: What could not be stored, where, why, and what to do.
-    """
-    try:
-        yield
-    except UNREACHED as error:
-        if restore and _says_deleted(error):
-            raise TrackingError(
-                f"{what} could not be stored, since what it belongs to {_deleted(restore)}, and "
-                "start again; the files written so far stay in the run's local folder"
-            ) from error
-        raise TrackingError(
-            f"{what} could not be stored in {mlflow.get_tracking_uri()} "
-            f"({_one_line(error)[:300]}): make that store reachable and writable, or set "
-            "MLFLOW_TRACKING_URI to another, and start again; the files written so far stay in "
-            "the run's local folder"
-        ) from error
+def _own_process() -> dict[str, str]:
+    return {PROCESS: this_process().text()}
 
 
 def whole_lines(text: str, elsewhere: str) -> str:
@@ -129,9 +96,22 @@ class RunLogger:
         self._later: dict[str, str] = {}
         self._flushed = time.monotonic()
         self._rescued: tuple[pathlib.Path, ...] = ()
+        self.abandoned = False
+
+    def abandon(self, why: str) -> None:
+        """End the run as KILLED from another thread, with what was sent so far."""
+        self.abandoned = True
+        with contextlib.suppress(*UNREACHED):
+            tags = {**self._later, "failure": why, "stopped_by": why.partition(",")[0]}
+            self._client.log_batch(self.run_id, tags=[RunTag(k, v) for k, v in tags.items()])
+            self._client.set_terminated(self.run_id, "KILLED")
+
+    def storing(self, what: str) -> contextlib.AbstractContextManager[None]:
+        """Turn a refusal to store something of this run into one line."""
+        return stored(f"{what} of run {self.run_id}", f"runs restore --run-id {self.run_id}")
 
     def _send(self, what: str, **content: Any) -> None:
-        with _stored(f"{what} of run {self.run_id}", f"runs restore --run-id {self.run_id}"):
+        with self.storing(what):
             self._client.log_batch(self.run_id, **content)
 
     def params(self, prefix: str, values: Mapping[str, Any]) -> None:
@@ -199,7 +179,7 @@ class RunLogger:
 
     def artifact(self, path: pathlib.Path, folder: str | None = None) -> None:
         """Store one file."""
-        with _stored(f"artifact {path.name} of run {self.run_id}"):
+        with self.storing(f"artifact {path.name}"):
             self._client.log_artifact(self.run_id, str(path), folder)
 
     def rescue(self, *paths: pathlib.Path) -> None:
@@ -209,7 +189,7 @@ class RunLogger:
     def failed(self, error: BaseException) -> None:
         """Store why the run fails and what there is of it; never raises in place of the reason."""
         try:
-            self.tags({"failure": _one_line(error), "failure_type": type(error).__name__})
+            self.tags({"failure": one_line(error), "failure_type": type(error).__name__})
         except TrackingError:
             return  # a store that takes no tag takes nothing: do not wait for it again
         with contextlib.suppress(TrackingError):
@@ -223,8 +203,19 @@ class RunLogger:
         source = {"tags": {key: _text(value) for key, value in facts.items()}}
         data = Dataset(name, digest, "code", json.dumps(source))
         tag = InputTag("mlflow.data.context", context)
-        with _stored(f"data set {name} of run {self.run_id}"), _DATASETS:
+        with self.storing(f"data set {name}"), _DATASETS:
             self._client.log_inputs(self.run_id, datasets=[DatasetInput(data, [tag])])
+
+
+_OPENING = threading.Lock()
+_OPEN: dict[str, RunLogger] = {}
+"""Runs under way in this process: a signal that cannot wait ends them."""
+
+
+def abandon_open_runs(why: str) -> None:
+    """End every open run of this process as KILLED; the newest first, since they are children."""
+    for logger in reversed(list(_OPEN.values())):
+        logger.abandon(why)
 
 
 @contextlib.contextmanager
@@ -232,16 +223,36 @@ def _ended(logger: RunLogger, end: Callable[[str], object]) -> Iterator[None]:
     """Send what is held back and end the run: FINISHED, or with the reason why the block failed,
     which a store that cannot be reached does not replace.
     """
+    with _OPENING:
+        _OPEN[logger.run_id] = logger
     try:
         yield
         logger.flush()
     except BaseException as error:
-        logger.failed(error)
-        with contextlib.suppress(*UNREACHED):
-            end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        if not logger.abandoned:
+            logger.failed(error)
+            with contextlib.suppress(*UNREACHED):
+                end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
-    with _stored(f"the end of run {logger.run_id}"):
+    finally:
+        with _OPENING:
+            _OPEN.pop(logger.run_id, None)
+    with logger.storing("the end"):
         end("FINISHED")
+
+
+@contextlib.contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """Processes of this machine open the same SQLite file one after the other: two that both make
+    its tables would fail, and so would two that both make the experiment.
+    """
+    uri = mlflow.get_tracking_uri()
+    if not uri.startswith("sqlite:"):
+        yield
+        return
+    name = f"llm-healing-{hashlib.sha256(uri.encode()).hexdigest()[:16]}.lock"
+    with filelock.FileLock(pathlib.Path(tempfile.gettempdir()) / name, timeout=OPENING_SECONDS):
+        yield
 
 
 @contextlib.contextmanager
@@ -263,26 +274,27 @@ def start(name: str, tags: Mapping[str, Any]) -> Iterator[RunLogger]:
     experiment = os.environ.get("MLFLOW_EXPERIMENT_ID")
     named = experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME", DEFAULT_EXPERIMENT)
     try:
-        if not run_id and not experiment:
-            mlflow.set_experiment(named)
-        run = mlflow.start_run(run_name=name)
+        with _one_at_a_time():
+            if not run_id and not experiment:
+                mlflow.set_experiment(named)
+            run = mlflow.start_run(run_name=name)
     except MlflowException as error:
-        if _says_deleted(error) and run_id:
-            why = _deleted(f"runs restore --run-id {run_id}")
+        if says_deleted(error) and run_id:
+            why = deleted(f"runs restore --run-id {run_id}")
             raise TrackingError(f"run {run_id} {why}, and start again") from error
-        if _says_deleted(error):
-            why = _deleted(_restore_experiment(named))
+        if says_deleted(error):
+            why = deleted(restore_experiment(named))
             raise TrackingError(
                 f"experiment {named!r} {why}, or set MLFLOW_EXPERIMENT_NAME to another"
             ) from error
         raise TrackingError(
-            f"MLflow store {mlflow.get_tracking_uri()} cannot be used ({_one_line(error)[:200]}): "
+            f"MLflow store {mlflow.get_tracking_uri()} cannot be used ({one_line(error)[:200]}): "
             "check MLFLOW_TRACKING_URI"
         ) from error
     logger = RunLogger(run)
     with _ended(logger, mlflow.end_run):
         # `mlflow run` names its run at random.
-        logger.tags({"mlflow.runName": name, **tags, **code_version()})
+        logger.tags({"mlflow.runName": name, **tags, **code_version(), **_own_process()})
         yield logger
 
 
@@ -312,20 +324,6 @@ def child(
         yield logger
 
 
-def require_active(experiment: Experiment | None) -> None:
-    """Refuse an experiment that is deleted: a store still finds it by its name.
-
-    Raises:
-        TrackingError: With the command that restores it.
-    """
-    if experiment is not None and experiment.lifecycle_stage == LifecycleStage.DELETED:
-        raise TrackingError(
-            f"experiment {experiment.name!r} is deleted in {mlflow.get_tracking_uri()}: restore it "
-            f"with `mlflow experiments restore --experiment-id {experiment.experiment_id}`, or "
-            "name another"
-        )
-
-
 @contextlib.contextmanager
 def start_in(experiment: str, name: str, tags: Mapping[str, Any]) -> Iterator[RunLogger]:
     """A run of its own in the experiment of this name, which is made where there is none.
@@ -333,7 +331,7 @@ def start_in(experiment: str, name: str, tags: Mapping[str, Any]) -> Iterator[Ru
     Unlike :func:`start` it leaves MLflow's active run, experiment and environment as they are.
     """
     client = MlflowClient()
-    with _stored(f"experiment {experiment!r}"):
+    with stored(f"experiment {experiment!r}"):
         found = client.get_experiment_by_name(experiment)
         require_active(found)
         wanted = found.experiment_id if found else client.create_experiment(experiment)
@@ -352,13 +350,14 @@ def _created(
     """A run made through the client; it ends with the block."""
     client = MlflowClient()
     system = {"mlflow.source.type": "LOCAL"}
+    own = _own_process() if end_ms is None else {}  # what was recorded earlier is nobody's
     restore = f"experiments restore --experiment-id {experiment_id}"
-    with _stored(f"run {name!r}", restore):
+    with stored(f"run {name!r}", restore):
         run = client.create_run(
             experiment_id,
             start_time=start_ms,
             run_name=name,
-            tags={**system, **{k: _text(v) for k, v in {**tags, **code_version()}.items()}},
+            tags={**system, **{k: _text(v) for k, v in {**tags, **code_version()}.items()}, **own},
         )
     logger = RunLogger(run)
 

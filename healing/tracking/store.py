@@ -33,6 +33,9 @@ class Store(Protocol):
     def find_finished(self, experiment_id: str, fingerprint: str) -> RunView | None:
         """The newest finished run with this fingerprint, if there is one."""
 
+    def close_left_running(self, experiment_id: str) -> list[str]:
+        """End the runs whose process is gone; a line per run."""
+
     def get_run(self, run_id: str) -> RunView:
         """One run by id."""
 
@@ -68,6 +71,10 @@ class MlflowStore:
     def find_finished(self, experiment_id: str, fingerprint: str) -> RunView | None:
         """As :func:`healing.tracking.queries.find_finished`."""
         return queries.find_finished(experiment_id, fingerprint)
+
+    def close_left_running(self, experiment_id: str) -> list[str]:
+        """As :func:`healing.tracking.queries.close_left_running`."""
+        return queries.close_left_running(experiment_id)
 
     def get_run(self, run_id: str) -> RunView:
         """As :func:`healing.tracking.queries.get_run`."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -119,9 +121,10 @@ def heal_events(
     probe: Probe,
     collapsed: Measurement,
     generator: torch.Generator,
+    kept: Mapping[str, Any] | None = None,
 ) -> Iterator[HealRecord | Safe]:
     """Fine-tune a model in place, yielding a record at step 0, every interval and the last step,
-    and a safe point after every step.
+    and a safe point after every step, from whose state the same steps and records follow.
 
     The model is measured in float32 whatever it trains in, and with its adapters where it has
     them; it is in float32 and its plain architecture again when the iterator is exhausted.
@@ -133,6 +136,7 @@ def heal_events(
         probe: Clean probe.
         collapsed: Measurement of the model as it comes.
         generator: Draws the data order.
+        kept: State of a safe point to go on from; what came before it is not yielded again.
 
     Ends early after :data:`MAX_CONSECUTIVE_NONFINITE_STEPS` consecutive steps that are not finite,
     and at once where an update leaves weights that are not.
@@ -140,16 +144,24 @@ def heal_events(
     model, total = loaded.model, int(config.healing_steps)
     precision = Precision(config.precision, config.precision_mode)
     stream = batches(windows, int(config.batch_size), generator)
-    yield HealRecord(0, 0, collapsed, headroom=precision.headroom(collapsed.peaks))
+    if kept is None:
+        yield HealRecord(0, 0, collapsed, headroom=precision.headroom(collapsed.peaks))
     if config.reset_norms and total:
         reset_norms(model)
     with adapted(model, config, generator), precision.weights(model):
         trainer = Trainer(model, config)
         losses: list[float] = []
         norms: list[float] = []
-        seconds, since = 0.0, 0
+        if kept is not None:
+            trainer.load_state_dict(kept["trainer"])
+            losses, norms = list(kept["losses"]), list(kept["norms"])
+            for _ in range(trainer.steps):  # the order's generator is where it was
+                next(stream)
+        seconds, since, done = 0.0, 0, trainer.steps
         tokens_per_step = int(config.batch_size) * config.sequence_length
-        for step in phase("healing", range(1, total + 1), total):
+        if done == total or trainer.must_stop:
+            return
+        for step in phase("healing", range(done + 1, total + 1), total, begin=done):
             begin = time.perf_counter()
             loss, norm = trainer.step(next(stream).to(loaded.device))
             seconds += time.perf_counter() - begin
@@ -180,9 +192,14 @@ def heal_events(
                     trainer.stalled or unsound,
                 )
                 losses, norms, seconds, since = [], [], 0.0, 0
-            yield Safe(step)
+            yield Safe(step, state=functools.partial(_state, trainer, losses, norms))
             if last:
                 return
+
+
+def _state(trainer: Trainer, losses: list[float], norms: list[float]) -> dict[str, Any]:
+    """What a run goes on from after a step."""
+    return {"trainer": trainer.state_dict(), "losses": list(losses), "norms": list(norms)}
 
 
 def replay_healthy(

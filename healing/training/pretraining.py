@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from healing.data.splits import Corpus
 from healing.data.windows import batches, pack
 from healing.models.blocks import evaluation_mode
 from healing.models.loading import new_embedded_model
-from healing.progress import phase
+from healing.progress import Safe, phase
 
 END_OF_TEXT = "<|endoftext|>"
 WARMUP_SHARE = 0.02
@@ -136,17 +137,29 @@ class Pretraining:
         per_step = self.config.batch_size * self.config.sequence_length
         return math.ceil(self.config.tokens_per_parameter * self.n_params / per_step)
 
-    def run(self) -> Iterator[PretrainRecord]:
-        """Train, yielding a record at step 0, every interval and the last step."""
+    def run(self, kept: Mapping[str, Any] | None = None) -> Iterator[PretrainRecord | Safe]:
+        """Train, yielding a record at step 0, every interval and the last step, and a safe point
+        after every step.
+
+        Args:
+            kept: State of a safe point to go on from; what came before it is not yielded again.
+        """
         config, model, total = self.config, self.model, self.total_steps
         order = torch.Generator().manual_seed(config.seed + 1)
         stream = batches(self.train, config.batch_size, order)
         optimizer = _optimizer(model, config)
         per_step = config.batch_size * config.sequence_length
-        yield PretrainRecord(0, 0, 0.0, math.nan, heldout_loss(model, self.heldout), math.nan)
+        done, losses = 0, []
+        if kept is None:
+            yield PretrainRecord(0, 0, 0.0, math.nan, heldout_loss(model, self.heldout), math.nan)
+        else:
+            model.load_state_dict(kept["weights"])
+            optimizer.load_state_dict(kept["optimizer"])
+            done, losses = kept["step"], list(kept["losses"])
+            for _ in range(done):  # the order's generator is where it was
+                next(stream)
         model.train()
-        losses: list[float] = []
-        for step in phase("training", range(1, total + 1), total):
+        for step in phase("training", range(done + 1, total + 1), total, begin=done):
             rate = learning_rate_at(step - 1, total, config.learning_rate)
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -164,7 +177,19 @@ class Pretraining:
                     step, step * per_step, rate, sum(losses) / len(losses), held, norm
                 )
                 losses.clear()
+            yield Safe(step, state=functools.partial(self._state, optimizer, step, losses))
         model.eval()
+
+    def _state(
+        self, optimizer: torch.optim.Optimizer, step: int, losses: list[float]
+    ) -> dict[str, Any]:
+        """What training goes on from after a step."""
+        return {
+            "weights": self.model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "step": step,
+            "losses": list(losses),
+        }
 
     def save(self, folder: pathlib.Path) -> None:
         """Write fp16 safetensors, config and tokenizer as a Hugging Face model folder."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -18,6 +20,12 @@ from healing.training.rate_schedule import rate_factor
 
 MAX_CONSECUTIVE_NONFINITE_STEPS = 10
 """Consecutive steps without a finite loss and gradient after which healing ends."""
+
+_COUNTS = (
+    "steps", "taken", "nonfinite", "scaler_skipped", "failure",
+    "_sound_at_first", "_first_skipped", "_streak", "_in_a_row", "_broken",
+)  # fmt: skip
+"""What a trainer knows of the steps that it tried."""
 
 
 class Trainer:
@@ -142,3 +150,22 @@ class Trainer:
         # Kernels that sum in another order each time may not fail twice.
         origin = GRADIENT if math.isfinite(loss) else FORWARD
         return found or Failure(self.steps, origin, "not found again")
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next step depends on, weights included, in the format that they are trained in:
+        the tensors themselves, not copies.
+        """
+        return {
+            "weights": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "counts": {name: getattr(self, name) for name in _COUNTS},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict` of a trainer with the same configuration."""
+        self.model.load_state_dict(state["weights"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        for name, value in state["counts"].items():
+            setattr(self, name, value)

@@ -19,7 +19,7 @@ import importlib, json, os, pkgutil, sys, warnings
 import jinja2, matplotlib, mlflow, mlflow.tracking, numpy, peft, torch, tqdm, transformers
 import datasets, huggingface_hub, scipy.integrate, scipy.optimize, scipy.special, scipy.stats
 import matplotlib.axes, matplotlib.figure, matplotlib.backends.backend_agg, matplotlib.ticker
-import torch.func
+import optuna.importance, torch.func
 def state():
     return {
         "environment": dict(os.environ),

@@ -176,6 +176,7 @@ class Store:
             return [self.untimed(json.loads(line)) for line in path.read_text().splitlines()]
         if path.suffix == ".pt":
             stored = torch.load(path, weights_only=True)
+            stored.pop("digests")  # of what follows, with the run's id in it
             weights = hashlib.sha256()
             for name, tensor in sorted(stored.pop("model_state_dict").items()):
                 weights.update(name.encode() + tensor.contiguous().numpy().tobytes())

@@ -213,6 +213,23 @@ def test_models_download_once_and_work_offline_afterwards(hub, tmp_path):
     assert not hub.requests
 
 
+def test_whether_weights_are_here_is_found_out_without_them(hub, tmp_path):
+    hub.repositories["models/own/parts"] = Repository({"main": sharded_files(*SHARDS)})
+    here = "{'here': weights_are_here('own/parts')}"
+    half = "huggingface_hub.hf_hub_download('own/parts', 'model-00001-of-00002.safetensors')"
+    early = "from healing.models.model_files import weights_are_here"
+    found = client(hub, tmp_path, here, f"[{half}] and {here}", here, "model('own/parts')", here,
+                   early=early)  # fmt: skip
+    assert [f.get("here") for f in found] == [False, False, False, None, True]
+    before = [r.path for r in hub.requests]
+    (again,) = client(hub, tmp_path, here, early=early, HF_HUB_OFFLINE="1")
+    assert again["here"]
+    assert [r.path for r in hub.requests] == before
+    (absent,) = client(hub, tmp_path / "empty", here, early=early)
+    assert absent["here"] is False
+    assert not [r for r in hub.requests[len(before) :] if r.path.endswith(".safetensors")]
+
+
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import pathlib
 import shutil
 import warnings
@@ -17,8 +18,10 @@ from healing.errors import ConfigError, ModelError
 from healing.models.architectures import architecture
 from healing.models.blocks import block_matrices
 from healing.models.checkpoints import load_state, read_checkpoint, save_checkpoint
+from healing.models.gguf_files import read_once
 from healing.models.loading import load_model
 from healing.models.model_files import EMBEDDED_DIR, model_shape
+from healing.progress import listening
 from tests.models.gguf_files import small_llama, write_gguf
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
@@ -109,6 +112,45 @@ def test_a_gguf_model_can_be_saved_and_is_like_any_other(gguf_path, tmp_path):
     load_state(again, read_checkpoint(path), path)
     assert model_shape(str(gguf_path)).hidden_size == 64
     assert architecture(str(gguf_path)).num_hidden_layers == 2
+
+
+def test_a_gguf_header_is_parsed_once_and_the_readers_bar_is_a_phase(gguf_path, monkeypatch, capfd):
+    import gguf
+    from transformers import modeling_gguf_pytorch_utils
+
+    own = gguf.GGUFReader, gguf.get_tensor_name_map, modeling_gguf_pytorch_utils.tqdm
+    parsed, told = [], []
+    fields = gguf.GGUFReader._build_fields
+    monkeypatch.setattr(
+        gguf.GGUFReader, "_build_fields", lambda *a: (parsed.append(1), fields(*a))[1]
+    )
+    with listening(lambda name, done, total, note="": told.append((name, done, total))):
+        load_model(str(gguf_path))
+    assert len(parsed) == 1
+    tensors = len(small_llama().state_dict())
+    assert [t for t in told if t[0] == "dequantizing"] == [
+        ("dequantizing", i, tensors) for i in range(tensors)
+    ]
+    assert "GGUF tensors" not in capfd.readouterr().err
+    with read_once():
+        assert gguf.GGUFReader is not own[0]
+    assert own == (gguf.GGUFReader, gguf.get_tensor_name_map, modeling_gguf_pytorch_utils.tqdm)
+
+
+def test_a_gguf_file_that_was_written_anew_is_read_anew(gguf_path):
+    import gguf
+
+    with read_once():
+        before = gguf.GGUFReader(gguf_path)
+        write_gguf(gguf_path, small_llama(), "F16")
+        os.utime(gguf_path, (1, 1))
+        after = gguf.GGUFReader(str(gguf_path))
+    plain = gguf.GGUFReader(gguf_path)
+    assert after.tensors[0].tensor_type == plain.tensors[0].tensor_type
+    assert after.tensors[0].tensor_type != before.tensors[0].tensor_type
+    for ours, theirs in zip(after.tensors, plain.tensors, strict=True):
+        assert ours.name == theirs.name
+        assert (ours.data == theirs.data).all()
 
 
 def test_loading_draws_nothing_from_the_global_generator(gguf_path):

@@ -24,6 +24,7 @@ from tests.conftest import SHARED_DATA
 from tests.legacy_folders import (
     AFTER,
     BEFORE,
+    CONFIG,
     attack_rows,
     heal_rows,
     healing_summary,
@@ -140,6 +141,38 @@ def test_malformed_runs_are_skipped_named_and_counted(records):
     assert (parent.info.status, parent.data.tags["skipped_runs"]) == ("FAILED", "2")
     note = parent.data.tags["mlflow.note.content"]
     assert "run02_fp16/metrics.jsonl:1: timestamp None is not an ISO date" in note
+
+
+def test_what_the_store_refuses_of_one_run_keeps_no_other(records):
+    named = [{**row, "é<>!": 1.0} for row in attack_rows(2.0, 2.2)]
+    write_run(records / "scaling" / "run00_fp16", named)
+    deep = write_run(records / "scaling" / "run09_fp16", attack_rows(2.0, 2.3))
+    with (deep / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 1' + "0" * 5000 + "}\n")
+    (deep / "config.json").write_text(json.dumps({**CONFIG, "x": "y" * 7000}))
+    first = r"2 of 7 recorded runs skipped; first: .*run00_fp16: MLflow takes no name 'legacy/é<>!'"
+    with pytest.raises(LegacyError, match=first):
+        import_results(config(records))
+    assert len(find_results(SummarizeConfig())) == 5
+    assert len(stored("tags.legacy_metrics = 'true'")) == 5
+    (parent,) = stored("tags.role = 'parent'")
+    assert "run09_fp16" in parent.data.tags["mlflow.note.content"]
+
+
+def test_a_run_that_fails_while_it_is_stored_keeps_no_other(records, monkeypatch):
+    """A refusal that nothing foresaw: its run is FAILED, the others are imported."""
+    original = run_logger.RunLogger.recorded
+
+    def refuse_one(self, points):
+        if len(points) == 4:  # the healing run's three, and what is derived
+            raise TrackingError("not this one")
+        original(self, points)
+
+    monkeypatch.setattr(run_logger.RunLogger, "recorded", refuse_one)
+    with pytest.raises(LegacyError, match=r"1 of 5 recorded runs skipped; first: .*not this one"):
+        import_results(config(records))
+    runs = stored("tags.legacy_metrics = 'true'")
+    assert sorted(r.info.status for r in runs) == ["FAILED", *["FINISHED"] * 4]
 
 
 def test_command_ends_with_one_line_and_a_code(records):

@@ -65,6 +65,7 @@ def test_sections_in_order_with_the_verdict_first(tmp_path):
         "micro, HAEP: not recovered within 60 steps by this healer",
         "70m, HAEP: healed within 60 steps, rank and knowledge", "HAEP against harm by other means",
         "Recovery of every group", "Verdict by budget", "By other measures", "What the attacks did",
+        "Is it the attack, or how far it went?",
         "Trajectories", "Every checkpoint", "Time to half recovery",
         "Contrasts, seed by seed", "Recovery and model size", "points per tenfold",
         "Fitted asymptotes and half-lives", "Methods", "Failed runs (1)", "out of memory",
@@ -75,7 +76,7 @@ def test_sections_in_order_with_the_verdict_first(tmp_path):
     places = [page.text.index(text) for text in wanted]
     assert places == sorted(places)
     images = [attributes for tag, attributes in page.elements if tag == "img"]
-    assert len(images) == 5
+    assert len(images) == 6
     assert all("rank" in image["alt"] for image in images)
 
 

@@ -107,7 +107,7 @@ def test_macros_hold_the_numbers_of_the_summary() -> None:
     assert values["RecoveryNanoHaepEndpoint"] == "partial"
     assert values["RecoveryNanoHaepSteps"] == "60"
     assert values["RecoveryMicroGaussianNoiseRank"] == "undefined"
-    assert values["RecoveryNanoSpectralRankAsymptote"] == "not converged"
+    assert values["RecoveryNanoSpectralRankAsymptote"] == "not determined by this budget"
     loss = summary.contrast("nano", "gaussian_noise").comparison.endpoints[1].superiority.interval
     assert values["RecoveryNanoHaepMinusNoiseLoss"] == f"{loss.point:.1f}"
     assert values["RecoveryConfidence"] == r"95\,\%"

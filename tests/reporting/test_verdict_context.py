@@ -18,6 +18,7 @@ from healing.reporting.verdict_context import (
     panel_sentence,
     persistence_sentence,
     scratch_sentence,
+    unjudged_note,
 )
 from healing.reporting.verdict_sentences import heals, run_outcome, verdict_cell, verdict_claim
 from tests.statistics.test_budgets import persistent
@@ -170,6 +171,51 @@ def test_learning_from_scratch_is_the_yardstick_from_below() -> None:
     assert "0 of 3 pairs" in lost
     assert lost.endswith("does not beat learning from scratch has lost everything.")
     assert scratch_sentence(group_of(5.0, 9.0)) == ""
+
+
+@pytest.mark.parametrize(
+    ("scratch_losses", "answer"),
+    [((4.7,) * 20, True), ((3.4,) * 20, False), ((3.4, *(4.7,) * 19), False)],
+)
+def test_healing_takes_a_loss_under_that_of_learning_from_scratch(scratch_losses, answer) -> None:
+    """On average and in every pair: twenty checkpoints over 80 % of rank and loss end at 3.6."""
+    runs = [make_run(90.0, seed=i, final_loss=3.6, tokens_per_step=9) for i in range(20)]
+    scratch = [
+        make_run(90.0, seed=i, arm="untrained", role="yardstick", final_loss=loss,
+                 tokens_per_step=9, checkpoint=f"u{i}")
+        for i, loss in enumerate(scratch_losses)
+    ]  # fmt: skip
+    groups = {g.arm: g for g in pool([*runs, *scratch]).groups}
+    assert heals(groups["haep"]) is answer
+    assert heals(pool(runs).groups[0])
+    assert not heals(groups["untrained"])
+    said = knowledge_sentence(groups["haep"])
+    if answer:
+        assert (
+            "Both are back: it heals (healing takes rank and knowledge, both over 70 %, and a"
+            in (said)
+        )
+    else:
+        assert "the same tokens teach an untrained model as much: this is no healing" in said
+        assert verdict_claim(groups["haep"]).endswith("knowledge not shown to be")
+
+
+def test_what_is_not_judged_against_from_scratch_is_said_once_per_model() -> None:
+    runs = [make_run(90.0, seed=i, final_loss=3.6, tokens_per_step=9, model=m, checkpoint=f"{m}{i}")
+            for i in range(5) for m in ("nano", "micro", "70m")]  # fmt: skip
+    scratch = [
+        make_run(90.0, seed=i, model=model, arm="untrained", role="yardstick", final_loss=4.0,
+                 tokens_per_step=tokens, checkpoint=f"{model}u{i}")
+        for i in range(2) for model, tokens in (("nano", 9), ("micro", 18))
+    ]  # fmt: skip
+    summary = pool([*runs, *scratch])
+    text = unjudged_note(summary)
+    assert text == (
+        "70m: not judged against from scratch (no run of `reinitialised`). micro: not judged "
+        "against from scratch (`reinitialised` was healed for other steps or tokens)."
+    )
+    assert markdown(summary).count("not judged against from scratch") == 2
+    assert unjudged_note(pool([])) == ""
 
 
 def test_the_number_of_verdicts_and_what_they_are_about_is_said() -> None:

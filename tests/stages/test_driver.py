@@ -14,13 +14,15 @@ import pytest
 import torch
 
 from healing.errors import ConfigError, CorpusError, TrackingError
-from healing.progress import Safe, Stopped, phase
+from healing.progress import Safe, Stop, Stopped, phase
 from healing.stages.cells.events import Begin, Input, Record
-from healing.stages.driver import Driver, Stop, run_folder
-from healing.stages.stage import Kept, Report, StageDefaults
+from healing.stages.driver import Driver
+from healing.stages.stage import Report, StageDefaults
 from healing.stages.terminal.console import Console, Silence
 from healing.tracking.local_store import LocalStore
+from healing.tracking.output_folder import run_folder
 from healing.tracking.run_files import read_jsonl
+from healing.tracking.snapshots import Kept
 
 
 @dataclass(frozen=True)
@@ -216,11 +218,8 @@ class Memory:
         kept = self.kept.get(folder)
         return kept if kept and kept.fingerprint == fingerprint else None
 
-    def due(self):
-        return True
-
     def save(self, folder, kept):
-        self.kept[folder] = Kept(kept.fingerprint, kept.state, list(kept.records))
+        self.kept[folder] = replace(kept, records=list(kept.records))
 
     def drop(self, folder):
         del self.kept[folder]

@@ -275,8 +275,9 @@ def test_failed_and_unreadable_runs_keep_their_reason(store):
     failures = {r.name: r.failure for r in read_runs(stored())}
     assert failures["broken"] == "out of memory"
     assert failures["untagged"].startswith("it lacks the tag or parameter 'status'")
-    assert failures["malformed"].startswith("metrics.jsonl of malformed is malformed: JSON")
-    assert failures["wrong"] == "metrics.jsonl of wrong is malformed: KeyError('step')"
+    line = "metrics.jsonl of malformed is malformed: ValueError: metrics.jsonl, line 1: Expecting"
+    assert failures["malformed"].startswith(line)
+    assert failures["wrong"] == "metrics.jsonl of wrong is malformed: KeyError: 'step'"
     assert failures["empty"] == "metrics.jsonl of empty does not begin with step 0"
     assert "cannot be had" in failures["none"]
     assert json.dumps(failures)

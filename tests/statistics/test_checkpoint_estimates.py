@@ -10,7 +10,6 @@ from scipy import stats as scipy_stats
 
 from healing.statistics.checkpoint_estimates import (
     CheckpointTrajectory,
-    fit_asymptotes,
     half_times,
     plan_verdict,
 )
@@ -19,69 +18,6 @@ from healing.statistics.intervals import (
     UndefinedDataWarning,
 )
 from healing.statistics.verdicts import decided, group_verdict
-
-STEPS = tuple(range(0, 101, 10))
-
-
-def exponential(asymptote: float, tau: float) -> tuple[float, ...]:
-    return tuple(asymptote * -math.expm1(-t / tau) for t in STEPS)
-
-
-def test_noiseless_checkpoints_give_the_t_intervals_of_their_parameters() -> None:
-    limits, taus = [40.0, 50.0, 54.0], [10.0, 14.0, 20.0]
-    found = fit_asymptotes(
-        [CheckpointTrajectory(STEPS, (exponential(*p),)) for p in zip(limits, taus, strict=True)],
-        0.9,
-    )
-    assert found.converged
-    low, high = scipy_stats.t.interval(0.9, 2, np.mean(limits), scipy_stats.sem(limits))
-    assert (found.asymptote.low, found.asymptote.high) == pytest.approx((low, high), rel=1e-6)
-    logs = np.log(np.log(2.0) * np.array(taus))
-    low, high = np.exp(scipy_stats.t.interval(0.9, 2, logs.mean(), scipy_stats.sem(logs)))
-    assert (found.half_life.low, found.half_life.high) == pytest.approx((low, high), rel=1e-6)
-    assert found.half_life.point == pytest.approx(math.log(2) * np.prod(taus) ** (1 / 3), rel=1e-6)
-
-
-def test_replicates_are_averaged_before_the_fit() -> None:
-    pairs = tuple(exponential(a, 12.0) for a in (30.0, 50.0))
-    found = fit_asymptotes([CheckpointTrajectory(STEPS, pairs)], 0.95)
-    assert found.asymptote.point == pytest.approx(40.0, rel=1e-6)
-    assert (found.n_checkpoints, found.asymptote.defined) == (1, False)
-
-
-def test_one_fit_that_does_not_converge_leaves_the_group_undetermined() -> None:
-    straight = tuple(0.3 * t for t in STEPS)
-    curves = [exponential(40.0, 10.0), exponential(45.0, 12.0), straight]
-    found = fit_asymptotes([CheckpointTrajectory(STEPS, (c,)) for c in curves], 0.95)
-    assert not found.converged
-    assert math.isnan(found.asymptote.point)
-    assert math.isnan(found.half_life.point)
-    assert (len(found.laws), found.n_checkpoints) == (2, 3)
-    assert found.reasons
-
-
-def test_undefined_checkpoints_are_left_out_and_all_undefined_is_not_converged() -> None:
-    undefined = CheckpointTrajectory(STEPS, ((math.nan,) * len(STEPS),))
-    defined = CheckpointTrajectory(STEPS, (exponential(40.0, 10.0),))
-    assert fit_asymptotes([undefined, defined], 0.95).n_checkpoints == 1
-    nothing = fit_asymptotes([undefined], 0.95)
-    assert (nothing.n_checkpoints, nothing.converged, nothing.reasons) == (0, False, ())
-
-
-def test_an_undefined_replicate_does_not_take_its_checkpoint_out_of_the_fits() -> None:
-    nowhere = (0.0, *(math.nan for _ in STEPS[1:]))
-    values = exponential(40.0, 10.0)
-    now_and_then = tuple(math.nan if t == 30 else v for t, v in zip(STEPS, values, strict=True))
-    with_both = CheckpointTrajectory(STEPS, (exponential(40.0, 10.0), nowhere))
-    alone = CheckpointTrajectory(STEPS, (exponential(40.0, 10.0),))
-    found, expected = (fit_asymptotes([c], 0.95) for c in (with_both, alone))
-    assert (found.n_checkpoints, found.converged) == (1, True)
-    assert found.asymptote.point == expected.asymptote.point
-    assert found.half_life.point == expected.half_life.point
-    # A step at which a defined replicate is undefined is left out: a mean would jump there.
-    gap = CheckpointTrajectory(STEPS, (exponential(80.0, 10.0), now_and_then))
-    assert np.isnan(gap.mean()).tolist() == [t == 30 for t in STEPS]
-    assert fit_asymptotes([gap], 0.95).asymptote.point == pytest.approx(60.0, rel=1e-6)
 
 
 def test_the_geometric_mean_has_an_interval_on_the_log_scale_where_none_is_censored() -> None:

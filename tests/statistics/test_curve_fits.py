@@ -8,8 +8,8 @@ import warnings
 import numpy as np
 import pytest
 
-from healing.statistics import curve_fits
-from healing.statistics.curve_fits import (
+from healing.statistics.fits import curve_fits
+from healing.statistics.fits.curve_fits import (
     NotConvergedWarning,
     TooFewMeasurementsWarning,
     TrajectoryFit,
@@ -52,13 +52,14 @@ def _noisy(curve: np.ndarray, sd: float, seed: int) -> np.ndarray:
 def _fit_quietly(curve: np.ndarray, sd: float, seed: int) -> TrajectoryFit:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NotConvergedWarning)
-        return fit_trajectory(STEPS, _noisy(curve, sd, seed))
+        # Independent errors, as they are simulated here; test_autocorrelation.py has the others.
+        return fit_trajectory(STEPS, _noisy(curve, sd, seed), autocorrelated=False)
 
 
 def test_exponential_reproduces_nist_boxbod() -> None:
     # Certified: b1 = 213.80940889 (sd 12.354515176), b2 = 0.54723748542 (sd 0.10455993237), RSS
     # 1168.0088766 on 4 degrees of freedom, t(4) = 2.7764451. Differences of order √eps.
-    fit = fit_trajectory(*BOXBOD, max_asymptote_half_width=50.0)
+    fit = fit_trajectory(*BOXBOD, max_asymptote_half_width=50.0, autocorrelated=False)
     assert fit.law == "exponential"
     assert fit.converged
     assert fit.parameters == pytest.approx((213.80940889, 1.0 / 0.54723748542), rel=1e-6)
@@ -80,7 +81,7 @@ def test_nist_misra1a_bends_too_little_for_an_asymptote() -> None:
     # Its certified half-life, ln 2/5.5015643181e-4 = 1260, lies beyond the last x, 760; and a
     # power law fits better (RSS 0.023 instead of 0.125) with any asymptote.
     with pytest.warns(NotConvergedWarning, match="fit not converged: "):
-        fit = fit_trajectory(*MISRA1A)
+        fit = fit_trajectory(*MISRA1A, autocorrelated=False)
     assert not fit.converged
     assert math.isnan(fit.asymptote.point)
     k3 = 14 * math.log(0.12455138894 / 14) + 6 + 24 / 10
@@ -184,9 +185,12 @@ def test_each_reason_is_given() -> None:
 def test_proportional_jacobian_columns_determine_no_covariance() -> None:
     column = np.linspace(0.1, 1.0, 10)
     jacobian = np.column_stack([column, 30.0 * column])
-    fit = curve_fits._LeastSquares("exponential", np.array([60.0, 4.0]), jacobian, 1.0, True, False)
-    assert curve_fits._covariance(fit) is None
-    asymptote, half_life = curve_fits._delta_intervals(fit, 0.95)
+    fit = curve_fits._LeastSquares(
+        "exponential", np.array([60.0, 4.0]), jacobian, column, 0.0, 1.0, 0.0, True, False
+    )
+    times = np.arange(1.0, 11.0)
+    assert curve_fits._covariance(fit, times, True) is None
+    asymptote, half_life = curve_fits._delta_intervals(fit, times, 0.95, True)
     assert not asymptote.defined
     assert not half_life.defined
 
@@ -235,8 +239,10 @@ def test_degenerate_trajectories_have_no_law(
 
 
 def test_five_measurements_allow_the_exponential_only() -> None:
-    fit = fit_trajectory(STEPS[:6], EXPONENTIAL[:6])
+    fit = fit_trajectory(STEPS[:6], EXPONENTIAL[:6], autocorrelated=False)
     assert list(fit.aicc) == ["exponential"]
+    with pytest.warns(TooFewMeasurementsWarning, match="too few measurements"):  # one more unknown
+        assert fit_trajectory(STEPS[:6], EXPONENTIAL[:6]).law is None
 
 
 def test_bad_arguments_are_rejected() -> None:

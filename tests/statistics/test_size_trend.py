@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
+from healing.statistics.fits.size_trend import TooFewSizesWarning, scaling_slope
 from healing.statistics.intervals import ZeroVarianceWarning
-from healing.statistics.size_trend import TooFewSizesWarning, scaling_slope
 
 
 def test_slope_of_three_points_by_hand() -> None:

@@ -266,7 +266,7 @@ def test_adapters_get_ten_times_the_rate():
         ({"precision": "bf16", "precision_mode": "pure"}, "use --precision-mode autocast"),
         ({"healing_optimizer": "sgd"}, "give a number with --healing-optimizer sgd"),
         ({"healing_method": "dora"}, "--healing-method must be one of full, lora; got 'dora'"),
-        ({"lora_rank": 0}, "--lora-rank must be at least 1, got 0"),
+        ({"lora_rank": 0}, "--lora-rank must be at least 1 and at most"),
         ({"lora_alpha": 0.0}, "--lora-alpha must be above 0, got 0"),
     ],
 )

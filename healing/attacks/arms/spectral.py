@@ -53,4 +53,5 @@ def make(context: AttackContext) -> ObjectiveArm:
         lambda: mean_spectral_entropy(model, fixed),
         context.measured_baselines(),
         context.change,
+        draw=lambda: next(stream),
     )

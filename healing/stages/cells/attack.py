@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from healing.attacks.base import AttackRecord, Preparation
@@ -148,7 +149,7 @@ def attack_cell(config: AttackConfig) -> Events[AttackOutcome]:
     if healed:
         require_made_from(healed, loaded, config.start_checkpoint)
     run_fingerprint = attack_fingerprint(config, loaded.identity, corpus.digests)
-    yield Begin(
+    kept = yield Begin(
         run_fingerprint,
         attack_name(config, run_fingerprint),
         as_params(config),
@@ -171,17 +172,27 @@ def attack_cell(config: AttackConfig) -> Events[AttackOutcome]:
         enter("healed measurement")
         start = _start(config, loaded, healed, prepared, healthy, probe)
         begin, running = start.measurement, repeated(config, start)
-    for event in prepared.arm.run(loaded, running, probe, begin, change, warmup):
+    # Arms of others may not know of it; theirs have no state that could be kept.
+    going_on = {"kept": kept["loop"]} if kept else {}
+    record = kept["record"] if kept else None
+    for event in prepared.arm.run(loaded, running, probe, begin, change, warmup, **going_on):
         if isinstance(event, Safe):
-            yield event
+            yield replace(event, state=functools.partial(_state, event, record))
             continue
         record, metrics = event, event.metrics()
         yield Record(record.step, metrics, rank_and_perplexity(metrics))
+    assert record is not None, "an attack has a record at step 0"
     enter("collapsed measurement")
     collapsed = measured(probe, loaded, config.seed)
     return AttackOutcome(
         config, run_fingerprint, loaded, healthy, collapsed, record, prepared, corpus.digests, start
     )
+
+
+def _state(safe: Safe, record: AttackRecord | None) -> dict[str, Any] | None:
+    """What a cell goes on from: the loop's state, and its last record."""
+    loop = safe.state()
+    return None if loop is None else {"loop": loop, "record": record}
 
 
 def _start(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
 from dataclasses import replace
 from typing import Any
@@ -31,6 +32,7 @@ from healing.models.checkpoints import (
     Checkpoint,
     load_state,
     read_checkpoint,
+    require_fitting,
     weight_distance,
 )
 from healing.models.loading import LoadedModel
@@ -182,7 +184,7 @@ def heal_cell(cell: HealCell) -> Events[tuple[HealOutcome, LoadedModel]]:
     run_fingerprint = heal_fingerprint(cell, checkpoint, loaded.identity, corpus.digests)
     settings = settings_of(cell, checkpoint, corpus.digests)
     method = METHODS.load(config.healing_method)
-    yield Begin(
+    kept = yield Begin(
         run_fingerprint,
         heal_name(cell, checkpoint, run_fingerprint),
         stored_config(cell, checkpoint, run_fingerprint),
@@ -232,9 +234,13 @@ def heal_cell(cell: HealCell) -> Events[tuple[HealOutcome, LoadedModel]]:
         ),
         weight_change=distance,
     )
-    for event in heal_events(loaded, config, windows, probe, collapsed, _data_order(cell)):
+    if kept is not None:
+        outcome = replace(outcome, records=tuple(kept["records"]))
+    loop = kept["loop"] if kept else None
+    order = _data_order(cell)
+    for event in heal_events(loaded, config, windows, probe, collapsed, order, loop):
         if isinstance(event, Safe):
-            yield event
+            yield replace(event, state=functools.partial(_state, event, outcome.records))
             continue
         known = outcome.records if event.step else ()
         outcome = replace(outcome, records=(*known, event))
@@ -245,6 +251,11 @@ def heal_cell(cell: HealCell) -> Events[tuple[HealOutcome, LoadedModel]]:
         enter("the healthy model through the same steps")
         outcome = replace(outcome, healthy_replay=_replay_healthy(cell, last.failure, windows))
     return outcome, loaded
+
+
+def _state(safe: Safe, records: tuple[HealRecord, ...]) -> dict[str, Any]:
+    """What a cell goes on from: the loop's state, and the records so far."""
+    return {"loop": safe.state(), "records": records}
 
 
 def _require_collapsed(checkpoint: Checkpoint, loaded: LoadedModel, cell: HealCell) -> None:
@@ -264,6 +275,8 @@ def _require_collapsed(checkpoint: Checkpoint, loaded: LoadedModel, cell: HealCe
             f"{cell.checkpoint} was made from other weights of {cell.config.label} than the ones "
             "here: its healthy reference is not this model; run the attack again"
         )
+    if cell.checkpoint:
+        require_fitting(loaded, checkpoint, cell.checkpoint)
 
 
 def heal_name(cell: HealCell, checkpoint: Checkpoint, run_fingerprint: str) -> str:

@@ -1,6 +1,5 @@
-"""What an attack or a healing run would do and leave on disk: counts, from its configuration alone.
-
-No time is estimated: a step that is timed needs the weights, which a dry run does not load.
+"""What an attack or a healing run would do and leave on disk: counts, from its configuration
+alone.
 """
 
 from __future__ import annotations
@@ -8,7 +7,8 @@ from __future__ import annotations
 from healing.config.attack import AttackConfig
 from healing.config.heal import HealConfig
 
-_SEARCHING = ("haep", "haep_oracle")
+SEARCHING = ("haep", "haep_oracle")
+"""Arms that search a catalyst."""
 
 
 def attack_plan(config: AttackConfig, n_params: int) -> list[str]:
@@ -21,10 +21,10 @@ def attack_plan(config: AttackConfig, n_params: int) -> list[str]:
     steps = {"none": 0, "reinitialised": 1}.get(config.arm, int(config.attack_steps))
     lines = [
         f"plan: one attack ({config.arm}) of at most {steps:,} steps, "
-        f"{_measurements(steps, config.measurement_interval)} measurements of "
+        f"{measurements(steps, config.measurement_interval)} measurements of "
         f"{int(config.probe_tokens):,} tokens"
     ]
-    if config.arm in _SEARCHING:
+    if config.arm in SEARCHING:
         lines.append(
             f"  search: {config.search_steps} rounds of {config.search_candidates} candidates, "
             f"{config.baseline_draws} random sequences, each of {config.catalyst_length} tokens"
@@ -46,19 +46,29 @@ def heal_plan(config: HealConfig, n_params: int) -> list[str]:
         n_params: Parameters of the model.
     """
     steps, tokens = int(config.healing_steps), int(config.batch_size) * config.sequence_length
-    runs = config.runs_per_checkpoint if config.checkpoint_dir else config.num_runs
-    shams = " and as many of the sham" if config.sham and config.arm != "none" else ""
+    runs = healing_runs(config)
+    shams = " and as many of the sham" if with_shams(config) else ""
     per = " per checkpoint" if config.checkpoint_dir else ""
     disk = f"{_gigabytes(n_params)} GB for each run's healed weights"
     return [
         f"plan: {runs} healing run(s){per}{shams}, each of {steps:,} steps of {tokens:,} tokens "
-        f"({steps * tokens:,}), {_measurements(steps, config.measurement_interval)} measurements "
+        f"({steps * tokens:,}), {measurements(steps, config.measurement_interval)} measurements "
         f"of {int(config.probe_tokens):,} tokens",
         f"  disk: {disk if config.save_healed else 'no weights are kept'}",
     ]
 
 
-def _measurements(steps: int, interval: int) -> int:
+def healing_runs(config: HealConfig) -> int:
+    """Of one checkpoint, without shams."""
+    return config.runs_per_checkpoint if config.checkpoint_dir else config.num_runs
+
+
+def with_shams(config: HealConfig) -> bool:
+    """Whether every run has a sham beside it."""
+    return config.sham and config.arm != "none"
+
+
+def measurements(steps: int, interval: int) -> int:
     """Two with standard errors (of an attack's begin and end; of the healthy and the collapsed
     model before healing), and one every interval and at the last step.
     """

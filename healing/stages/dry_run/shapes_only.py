@@ -44,6 +44,10 @@ class _EverythingSelected(TorchDispatchMode):
     So losses are finite, steps are taken and no token is an outlier.
     """
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled: torch's guard against that takes a tenth of the time
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
@@ -83,6 +87,8 @@ def _model_of_result(args: tuple[Any, ...]) -> torch.Tensor | None:
     kinds = {t.dtype for t in tensors}
     if len(kinds) > 1 or not tensors[0].is_floating_point():
         return None
+    if len({t.shape for t in tensors}) == 1:
+        return tensors[0]
     shape = torch.broadcast_shapes(*(t.shape for t in tensors))
     return next((t for t in tensors if t.shape == shape), None)
 

@@ -1,8 +1,14 @@
-"""``--dry-run``: the memory that an attack or a healing run would take, with nothing loaded."""
+"""``--dry-run``: the memory that an attack or a healing run would take, with nothing loaded, and
+the time, from one step of each kind.
+"""
 
 from __future__ import annotations
 
+import gc
 import os
+import pathlib
+import time
+from collections.abc import Mapping
 
 import torch
 from transformers import PreTrainedConfig
@@ -10,20 +16,24 @@ from transformers import PreTrainedConfig
 from healing.config.arm_tags import arm_needs
 from healing.config.attack import AttackConfig
 from healing.config.heal import HealConfig
+from healing.config.options import AUTO
+from healing.config.presets import EMBEDDED, model_kind
 from healing.errors import ConfigError
 from healing.models.architectures import architecture
 from healing.models.checkpoints import read_checkpoint
 from healing.models.loading import resolve_device
+from healing.models.model_files import weights_are_here
 from healing.registry import ARMS, METHODS, Registry
 from healing.stages.cells.heal import resolve_from_checkpoint
-from healing.stages.cells.inputs import resolve_from_model
+from healing.stages.cells.inputs import load_for, resolve_from_model, use_threads
 from healing.stages.dry_run.peak_memory import Prediction, predict_attack, predict_healing
 from healing.stages.dry_run.tensor_bytes import KINDS
+from healing.stages.dry_run.timing import Cost, attack_costs, healing_costs, in_words
 from healing.stages.heal_inputs import find_checkpoints, fresh_attack_config, local_checkpoint
 from healing.stages.terminal.console import Console
 from healing.stages.tuning.healer_files import with_healer
 from healing.tracking import run_logger
-from healing.tracking.store import MlflowStore
+from healing.tracking.store import MlflowStore  # never later: what a run has loaded is counted
 
 
 def table(prediction: Prediction) -> str:
@@ -61,14 +71,22 @@ def describe(name: str, label: str, prediction: Prediction) -> str:
     )
 
 
-def predictions(config: AttackConfig | HealConfig) -> dict[str, tuple[str, Prediction]]:
-    """Stage → (model, prediction): the stage itself, and the fresh attack where one comes first.
+def predictions(
+    config: AttackConfig | HealConfig, console: Console | None = None
+) -> dict[str, tuple[AttackConfig | HealConfig, Prediction]]:
+    """Stage → (resolved configuration, prediction): of the stage itself, and of the fresh attack
+    where one comes first.
+
+    Args:
+        config: Of the stage.
+        console: Shows that it goes on.
 
     Raises:
         ConfigError: Parameters contradict each other, or an arm or method is a plug-in's.
         CheckpointError: What is to be healed cannot be read, or is of another model.
         ModelError: The model's configuration cannot be had.
     """
+    console = console or Console("quiet")
     if isinstance(config, AttackConfig):
         _own_code(ARMS, config.arm)
         if needed := arm_needs(config.arm):
@@ -76,15 +94,28 @@ def predictions(config: AttackConfig | HealConfig) -> dict[str, tuple[str, Predi
                 f"memory is not predicted for --arm {config.arm}, which needs the {needed[0]} of "
                 "another attack: it takes what --arm gaussian_noise takes"
             )
-        attack = resolve_from_model(config)
-        return {"attack": (attack.label, predict_attack(attack, *_place(attack)))}
-    config, _ = with_healer(config, MlflowStore())
+        with console.waiting("reading the model's configuration"):
+            attack = resolve_from_model(config)
+        with console.waiting("the attack without numbers"):
+            return {"attack": (attack, predict_attack(attack, *_place(attack)))}
+    config, path = _what_is_healed(config)
+    with console.waiting("reading the model's configuration"):
+        healing = resolve_from_checkpoint(config, read_checkpoint(path) if path else None, path)
+    found = {} if path else predictions(fresh_attack_config(healing), console)
+    with console.waiting("healing without numbers"):
+        return {**found, "heal": (healing, predict_healing(healing, *_place(healing)))}
+
+
+def _what_is_healed(config: HealConfig) -> tuple[HealConfig, pathlib.Path | None]:
+    """The configuration with its healer, and the first checkpoint that would be healed; ``None``
+    where it is that of a fresh attack.
+    """
+    store = MlflowStore()
+    config, _ = with_healer(config, store)
     _own_code(METHODS, config.healing_method)
-    paths = find_checkpoints(config.checkpoint_dir) if config.checkpoint_dir else []
-    path = paths[0] if paths else local_checkpoint(config, MlflowStore())
-    healing = resolve_from_checkpoint(config, read_checkpoint(path) if path else None, path)
-    found = {} if path else predictions(fresh_attack_config(healing))
-    return {**found, "heal": (healing.label, predict_healing(healing, *_place(healing)))}
+    if config.checkpoint_dir:
+        return config, find_checkpoints(config.checkpoint_dir)[0]
+    return config, local_checkpoint(config, store)
 
 
 def _own_code(registry: Registry, name: str) -> None:
@@ -101,11 +132,59 @@ def _place(config: AttackConfig | HealConfig) -> tuple[PreTrainedConfig, torch.d
     return shape, resolve_device(config.device)
 
 
+def _no_estimate(config: AttackConfig | HealConfig, resolved: AttackConfig | HealConfig) -> str:
+    """Why no time is estimated; empty where it is."""
+    cheap = model_kind(resolved.model) == EMBEDDED
+    if config.time_steps == "false" or (config.time_steps == AUTO and not cheap):
+        return "--time-steps true loads the model and times one step of each kind"
+    if not weights_are_here(resolved.model, resolved.revision, resolved.deduped):
+        return "the model's weights would have to be downloaded first"
+    return ""
+
+
+def estimates(
+    config: AttackConfig | HealConfig, stages: Mapping[str, AttackConfig | HealConfig]
+) -> str:
+    """Lines on the time of every stage, or why there are none.
+
+    Args:
+        config: As given.
+        stages: Name → resolved configuration, all of one model.
+    """
+    first = next(iter(stages.values()))
+    if why := _no_estimate(config, first):
+        return f"no time is estimated: {why}"
+    console, lines = Console(config.verbosity), []
+    use_threads(first)
+    with console.waiting("loading the model"):
+        begin = time.perf_counter()
+        loaded = load_for(first)
+        loading = Cost("loading", 1, time.perf_counter() - begin)
+    for name, stage in stages.items():
+        with console.waiting("timing one step of each kind"):
+            if isinstance(stage, AttackConfig):
+                costs = attack_costs(stage, loaded)
+            else:
+                costs = healing_costs(stage, loaded)
+        lines.append(in_words(name, [loading, *costs]))
+    return "\n".join(lines)
+
+
 def dry_run(config: AttackConfig | HealConfig) -> dict[str, Prediction]:
     """Predict and print; a run is made only by ``mlflow run``, and then holds the prediction."""
-    found = predictions(config)
-    for name, (label, prediction) in found.items():
-        Console("normal").say(describe(name, label, prediction))
+    gc.freeze()  # what was imported need not be looked through again and again
+    try:
+        found = predictions(config, Console(config.verbosity))
+    finally:
+        gc.unfreeze()
+    console = Console("normal")  # what is printed is what was asked for
+    for name, (stage, prediction) in found.items():
+        console.say(describe(name, stage.label, prediction))
+    threads = torch.get_num_threads()
+    try:
+        console.say(estimates(config, {name: stage for name, (stage, _) in found.items()}))
+    finally:
+        torch.set_num_threads(threads)
     peak = max(prediction.peak_bytes for _, prediction in found.values())
     if "MLFLOW_RUN_ID" in os.environ:
         with run_logger.start("dry run", {"stage": "dry_run"}) as run:

@@ -275,6 +275,10 @@ class Usage(TorchDispatchMode):
 
         return watched
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # as for tensors without content
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:

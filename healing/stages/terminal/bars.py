@@ -14,6 +14,8 @@ from typing import Any
 from tqdm import tqdm
 from tqdm.utils import ObjectWrapper
 
+from healing.stages.terminal.lines import visible
+
 REDRAW_SECONDS = 0.2
 TICK_SECONDS = 1.0
 BESIDE_TITLE = 44
@@ -155,7 +157,7 @@ class Bar:
 
     def rename(self, title: str) -> None:
         """Another title."""
-        self._bar.set_description_str(title, refresh=False)
+        self._bar.set_description_str(visible(title), refresh=False)
 
     def begin(self, total: int, unit: str) -> None:
         """From here on a bar; its clock goes on, since what came before belongs to the run."""
@@ -171,7 +173,7 @@ class Bar:
 
     def part(self, share: float, text: str) -> None:
         """Move the bar by less than a step, and say what is being done."""
-        self._line.set_description_str(text, refresh=False)
+        self._line.set_description_str(visible(text), refresh=False)
         self._move(self._bar.whole, share)
 
     def _move(self, whole: int, share: float) -> None:
@@ -185,7 +187,7 @@ class Bar:
         own = total is None or total != self._bar.total  # the steps' number is in the bar
         text = phase_text(name, done, total, note) if own else phase_text(name, 0, None, note)
         words = [text, self._note]
-        self._line.set_description_str(", ".join(filter(None, words)), refresh=False)
+        self._line.set_description_str(visible(", ".join(filter(None, words))), refresh=False)
         self._redraw_sometimes()
 
     def _redraw_sometimes(self) -> None:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from healing.stages.terminal import bars
 from healing.stages.terminal.bars import Bar, phase_text
+from healing.stages.terminal.lines import is_terminal, visible, write_line
 
 LINE_SECONDS = 30.0
 
@@ -107,7 +108,7 @@ class Lines:
 
     def _say(self, text: str) -> None:
         self._said = time.monotonic()
-        print(f"{self._title}: {text}", file=sys.stderr, flush=True)
+        write_line(f"{self._title}: {text}", error=True)
 
 
 class Cells:
@@ -225,12 +226,12 @@ class Console:
     def say(self, text: str) -> None:
         """A line of result."""
         if self.verbosity != "quiet":
-            tqdm.write(text, file=sys.stdout)
+            write_line(text)
 
     def detail(self, text: str) -> None:
         """A line for those who asked for more."""
         if self.verbosity == "verbose":
-            tqdm.write(text, file=sys.stdout)
+            write_line(text)
 
     def progress(self, title: str) -> Progress:
         """Progress of one run."""
@@ -238,12 +239,12 @@ class Console:
             return self._cell.run(title)
         if self.verbosity == "quiet":
             return Silence()
-        return Bar(title) if sys.stderr.isatty() else Lines(title)
+        return Bar(visible(title)) if is_terminal() else Lines(title)
 
     @contextlib.contextmanager
     def waiting(self, text: str) -> Iterator[None]:
         """On a terminal a line with a clock, which is gone afterwards: what is no run."""
-        if self._cell is not None or self.verbosity == "quiet" or not sys.stderr.isatty():
+        if self._cell is not None or self.verbosity == "quiet" or not is_terminal():
             yield
             return
         with bars.waiting(text):
@@ -263,8 +264,8 @@ class Console:
             total=total,
             desc=title,
             unit=unit,
-            disable=self.verbosity == "quiet",
+            disable=self.verbosity == "quiet" or sys.stderr is None,
             dynamic_ncols=True,
-            mininterval=0.5 if sys.stderr.isatty() else 15.0,
+            mininterval=0.5 if is_terminal() else 15.0,
             **options,
         )

@@ -6,6 +6,7 @@ import pathlib
 
 from healing.config.heal import HealConfig
 from healing.config.healer import HEALER_NAME, INCLUDED, Healer, included_healers
+from healing.config.paths import is_address, local_path
 from healing.config.presets import model_label
 from healing.config.sweep import SweepConfig
 from healing.errors import ConfigError, TrackingError
@@ -27,7 +28,7 @@ def find_healer(source: str, store: Store) -> Healer:
     path = _path_of(source, store)
     try:
         entries = read_json(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError, AttributeError) as error:
         raise ConfigError(f"--healer {source} cannot be read ({error}): name another") from error
     return Healer.of(entries, source)
 
@@ -35,10 +36,11 @@ def find_healer(source: str, store: Store) -> Healer:
 def _path_of(source: str, store: Store) -> pathlib.Path:
     if source in included_healers():
         return INCLUDED / f"{source}.json"
-    path = pathlib.Path(source).expanduser()
-    if path.is_file() or (source.endswith(".json") and ":/" not in source):
-        return path
-    uri = source if ":/" in source else f"runs:/{source}/{HEALER_NAME}"
+    if not is_address(source):
+        path = local_path(source, "--healer")
+        if path.is_file() or source.endswith(".json"):
+            return path
+    uri = source if is_address(source) else f"runs:/{source}/{HEALER_NAME}"
     try:
         return store.download(uri)
     except TrackingError as error:

@@ -5,25 +5,33 @@ Both start at 0 in the collapsed state and approach ``asymptote``; only their ta
 - exponential: r(t) = a(1 − exp(−t/τ)), half-life τ ln 2;
 - power law: r(t) = a(1 − (1 + t/τ)^−b), half-life τ(2^(1/b) − 1).
 
-The intervals are conditional on the law and on independent errors. Where noise hides a power
-law's tail, AICc takes the exponential, whose asymptote is too low and whose 95 % interval then
-covers half of the time: an asymptote is an extrapolation. The intervals describe one trajectory;
-the spread between checkpoints comes from ``t_interval`` (:mod:`healing.statistics.intervals`) over
-their asymptotes.
+Errors of one trajectory depend on those before (:mod:`healing.statistics.fits.autocorrelation`):
+the fit is generalised least squares, and the correlation's own uncertainty widens the intervals.
+They are conditional on the law: where noise hides a power law's tail, AICc takes the exponential,
+whose asymptote is too low and whose 95 % interval then covers half of the time. An asymptote is an
+extrapolation. When one may be said of a group of checkpoints is the rule of
+:mod:`healing.statistics.fits.asymptotes`.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy import optimize
 
+from healing.statistics.fits.autocorrelation import (
+    GRID,
+    log_determinant,
+    neighbour_correlations,
+    weights,
+    whiten,
+)
+from healing.statistics.fits.laws import LAWS, Law
 from healing.statistics.intervals import (
     DegenerateDataWarning,
     FloatArray,
@@ -36,8 +44,6 @@ from healing.statistics.intervals import (
     require_same_length,
     with_t_bounds,
 )
-
-Law = Literal["exponential", "power law"]
 
 MAX_ASYMPTOTE_HALF_WIDTH = 20.0
 """Points; an asymptote known less well than this is not reported."""
@@ -90,50 +96,15 @@ class TrajectoryFit:
         return asymptote * LAWS[self.law].approach(t, np.log(shape))
 
 
-@dataclass(frozen=True)
-class ApproachLaw:
-    """Shape of an approach from 0 to 1, by the logarithms of its positive parameters."""
-
-    approach: Callable[[FloatArray, FloatArray], FloatArray]
-    """Of times and log parameters; parameters of shape (n_shape, m, 1) give m rows."""
-    log_half_life: Callable[[FloatArray], tuple[float, FloatArray]]
-    """Logarithm of the half-life and its gradient in the log parameters."""
-    n_shape: int
-
-
-def _exponential(t: FloatArray, log_shape: FloatArray) -> FloatArray:
-    fraction: FloatArray = -np.expm1(-t / np.exp(log_shape[0]))
-    return fraction
-
-
-def _power_law(t: FloatArray, log_shape: FloatArray) -> FloatArray:
-    tau, b = np.exp(log_shape)
-    fraction: FloatArray = -np.expm1(-b * np.log1p(t / tau))
-    return fraction
-
-
-def _exponential_half_life(log_shape: FloatArray) -> tuple[float, FloatArray]:
-    return float(log_shape[0]) + math.log(math.log(2.0)), np.array([1.0])
-
-
-def _power_law_half_life(log_shape: FloatArray) -> tuple[float, FloatArray]:
-    halvings = math.log(2.0) / math.exp(log_shape[1])  # ln(2)/b
-    value = float(log_shape[0]) + math.log(math.expm1(halvings))
-    return value, np.array([1.0, halvings / math.expm1(-halvings)])
-
-
-LAWS: dict[Law, ApproachLaw] = {
-    "exponential": ApproachLaw(_exponential, _exponential_half_life, 1),
-    "power law": ApproachLaw(_power_law, _power_law_half_life, 2),
-}
-
-
 @dataclass(frozen=True, eq=False)
 class _LeastSquares:
     law: Law
     theta: FloatArray  # asymptote, then log shape parameters
-    jacobian: FloatArray
-    rss: float
+    jacobian: FloatArray  # as it is, not whitened
+    residuals: FloatArray  # likewise; data minus curve
+    phi: float  # correlation of neighbouring errors that the fit took
+    rss: float  # of the whitened residuals
+    log_determinant: float  # of the errors' correlation matrix
     success: bool
     at_bound: bool
 
@@ -143,12 +114,15 @@ def fit_trajectory(
     recovery_pct: ArrayLike,
     confidence: float = 0.95,
     max_asymptote_half_width: float = MAX_ASYMPTOTE_HALF_WIDTH,
+    autocorrelated: bool = True,
 ) -> TrajectoryFit:
     """Fit both laws by least squares, keep the one with the lower AICc, judge what it determines.
 
-    AICc = n ln(RSS/n) + 2k + 2k(k + 1)/(n − k − 1), k counting the error variance (Hurvich & Tsai
+    AICc = n ln(RSS/n) + ln|R| + 2k + 2k(k + 1)/(n − k − 1), RSS of the whitened residuals, R the
+    correlations of the errors, k counting their variance and their correlation (Hurvich & Tsai
     1989). Intervals by the delta method: Student t on n − p degrees of freedom around the
-    asymptote, and around the logarithm of the half-life. Not converged: the optimiser fails or
+    asymptote, and around the logarithm of the half-life; their variance is averaged over the
+    correlations that the residuals leave possible. Not converged: the optimiser fails or
     stops at a bound, the Jacobian is singular, the half-life lies beyond the last measurement, or
     an interval is too wide. Both quantities are then NaN.
 
@@ -158,13 +132,15 @@ def fit_trajectory(
         recovery_pct: per cent, same shape; NaN is left out.
         confidence: nominal coverage of both intervals.
         max_asymptote_half_width: points; a wider interval counts as not converged.
+        autocorrelated: whether errors may depend on those before; otherwise least squares is
+            ordinary.
 
     Raises:
         ValueError: bad shapes or lengths, infinite entries, times not ascending from 0,
             confidence outside (0, 1), max_asymptote_half_width not positive.
 
     Warns:
-        TooFewMeasurementsWarning: under 5 measurements; no law is fitted.
+        TooFewMeasurementsWarning: under 6 measurements, 5 of independent ones; no law is fitted.
         ZeroVarianceWarning: constant recovery; no law is fitted.
         NotConvergedWarning: see above.
     """
@@ -179,15 +155,15 @@ def fit_trajectory(
     informative = (t > 0.0) & ~np.isnan(r)
     t, r = t[informative], r[informative]
 
-    candidates = [law for law in LAWS if _aicc_is_defined(law, len(t))]
+    candidates = [law for law in LAWS if _aicc_is_defined(law, len(t), autocorrelated)]
     if not candidates:
         return _no_law(len(t), confidence, TooFewMeasurementsWarning, "too few measurements")
     if has_no_spread(r):
         return _no_law(len(t), confidence, ZeroVarianceWarning, "recovery is constant")
-    fits = {law: _least_squares(law, t, r) for law in candidates}
-    aicc = {law: _aicc(fit, r) for law, fit in fits.items()}
+    fits = {law: _fit(law, t, r, autocorrelated) for law in candidates}
+    aicc = {law: _aicc(fit, r, autocorrelated) for law, fit in fits.items()}
     best = fits[min(aicc, key=lambda law: aicc[law])]
-    asymptote, half_life = _delta_intervals(best, confidence)
+    asymptote, half_life = _delta_intervals(best, t, confidence, autocorrelated)
     reason = _why_undetermined(best, asymptote, half_life, t[-1], max_asymptote_half_width)
     if reason:
         warnings.warn(f"{best.law} fit not converged: {reason}", NotConvergedWarning, stacklevel=2)
@@ -210,36 +186,59 @@ def _no_law(
     return TrajectoryFit(None, (), blank, blank, {}, False, reason, n)
 
 
-def _n_estimated(law: Law) -> int:
-    return LAWS[law].n_shape + 2  # asymptote, shape, error variance
+def _n_estimated(law: Law, autocorrelated: bool) -> int:
+    return LAWS[law].n_shape + 2 + autocorrelated  # asymptote, shape, error variance, correlation
 
 
-def _aicc_is_defined(law: Law, n: int) -> bool:
-    return n - _n_estimated(law) - 1 > 0
+def _aicc_is_defined(law: Law, n: int, autocorrelated: bool) -> bool:
+    return n - _n_estimated(law, autocorrelated) - 1 > 0
 
 
-def _aicc(fit: _LeastSquares, recovery: FloatArray) -> float:
-    n, k = len(recovery), _n_estimated(fit.law)
+def _aicc(fit: _LeastSquares, recovery: FloatArray, autocorrelated: bool) -> float:
+    n, k = len(recovery), _n_estimated(fit.law, autocorrelated)
     # Below the rounding of the data a smaller RSS is no better fit.
     rss = max(fit.rss, float(np.finfo(np.float64).eps * (recovery @ recovery)))
-    return n * math.log(rss / n) + 2 * k + 2 * k * (k + 1) / (n - k - 1)
+    return n * math.log(rss / n) + fit.log_determinant + 2 * k + 2 * k * (k + 1) / (n - k - 1)
 
 
-def _least_squares(law: Law, t: FloatArray, r: FloatArray) -> _LeastSquares:
-    """Minimise from the best point of a grid over the shape, the asymptote being linear in it."""
-    approach = LAWS[law].approach
+def _fit(law: Law, t: FloatArray, r: FloatArray, autocorrelated: bool) -> _LeastSquares:
+    """Ordinary least squares, then generalised ones with the mean correlation of its residuals."""
+    fit = _least_squares(law, t, r)
+    if not autocorrelated or _unit_gram_inverse(fit.jacobian) is None:
+        return fit
+    phi = float(weights(t, fit.jacobian, fit.residuals) @ GRID)
+    return _least_squares(law, t, r, phi, fit.theta)
+
+
+def _least_squares(
+    law: Law, t: FloatArray, r: FloatArray, phi: float = 0.0, start: FloatArray | None = None
+) -> _LeastSquares:
+    """Minimise the whitened misfit from a start, or from the best point of a grid over the shape,
+    the asymptote being linear in it.
+    """
+    approach, gradient = LAWS[law].approach, LAWS[law].gradient
+    rho = neighbour_correlations(t, phi)
+
+    def jacobian(theta: FloatArray) -> FloatArray:
+        return np.column_stack([approach(t, theta[1:]), theta[0] * gradient(t, theta[1:])])
+
+    def whitened(theta: FloatArray) -> FloatArray:
+        return whiten(residuals(theta), rho)
+
+    def slopes(theta: FloatArray) -> FloatArray:
+        return -whiten(jacobian(theta), rho)
 
     def residuals(theta: FloatArray) -> FloatArray:
-        misfit: FloatArray = theta[0] * approach(t, theta[1:]) - r
+        misfit: FloatArray = r - theta[0] * approach(t, theta[1:])
         return misfit
 
     lower, upper = _log_shape_bounds(law, t)
     result = optimize.least_squares(
-        residuals,
-        x0=_grid_start(law, t, r, lower, upper),
+        whitened,
+        x0=_grid_start(law, t, r, lower, upper) if start is None else _inside(start, lower, upper),
         bounds=(np.r_[-np.inf, lower], np.r_[np.inf, upper]),
         x_scale="jac",
-        jac="3-point",
+        jac=slopes,
         ftol=1e-12,  # the default 1e-8 stops short of certified digits along flat valleys
         xtol=1e-12,
         gtol=1e-12,
@@ -248,11 +247,20 @@ def _least_squares(law: Law, t: FloatArray, r: FloatArray) -> _LeastSquares:
     return _LeastSquares(
         law=law,
         theta=result.x,
-        jacobian=np.asarray(result.jac),
+        jacobian=jacobian(result.x),
+        residuals=residuals(result.x),
+        phi=phi,
         rss=2.0 * float(result.cost),
+        log_determinant=log_determinant(rho),
         success=bool(result.success),
         at_bound=bool(np.any(result.active_mask != 0)),
     )
+
+
+def _inside(theta: FloatArray, lower: FloatArray, upper: FloatArray) -> FloatArray:
+    """A start strictly within the bounds, which the optimiser asks for."""
+    room = 1e-6 * (upper - lower)
+    return np.r_[theta[:1], np.clip(theta[1:], lower + room, upper - room)]
 
 
 def _log_shape_bounds(law: Law, t: FloatArray) -> tuple[FloatArray, FloatArray]:
@@ -273,28 +281,56 @@ def _grid_start(
     return np.concatenate([asymptotes[[best]], shapes[:, best]])
 
 
-def _covariance(fit: _LeastSquares) -> FloatArray | None:
-    """s²(JᵀJ)⁻¹ with s² = RSS/(n − p), or None where the Jacobian is singular."""
-    n, p = fit.jacobian.shape
-    lengths = np.linalg.norm(fit.jacobian, axis=0)
+def _unit_gram_inverse(jacobian: FloatArray) -> FloatArray | None:
+    """(JᵀJ)⁻¹, or None where the Jacobian is singular."""
+    lengths = np.linalg.norm(jacobian, axis=0)
     if not (lengths > 0.0).all():
         return None
-    unit_columns = fit.jacobian / lengths
+    unit_columns = jacobian / lengths
     if np.linalg.cond(unit_columns) > MAX_CONDITION_NUMBER:
         return None
-    inverse = np.linalg.inv(unit_columns.T @ unit_columns) / np.outer(lengths, lengths)
-    covariance: FloatArray = inverse * (fit.rss / (n - p))
+    inverse: FloatArray = np.linalg.inv(unit_columns.T @ unit_columns) / np.outer(lengths, lengths)
+    return inverse
+
+
+def _covariance(fit: _LeastSquares, t: FloatArray, autocorrelated: bool) -> FloatArray | None:
+    """s²(JᵀR⁻¹J)⁻¹ with s² = RSS/(n − p), or None where the Jacobian is singular.
+
+    With errors that may correlate: its mean over the correlations of the grid, by their weights,
+    plus the covariance of the estimates that they would give (law of total variance).
+    """
+    n, p = fit.jacobian.shape
+    if _unit_gram_inverse(fit.jacobian) is None:
+        return None
+    if autocorrelated:
+        correlations, share = GRID, weights(t, fit.jacobian, fit.residuals)
+    else:
+        correlations, share = np.zeros(1), np.ones(1)
+    within, steps = np.zeros((p, p)), np.zeros((len(correlations), p))
+    for place, (phi, weight) in enumerate(zip(correlations, share, strict=True)):
+        rho = neighbour_correlations(t, phi)
+        columns, values = whiten(fit.jacobian, rho), whiten(fit.residuals, rho)
+        inverse = _unit_gram_inverse(columns)
+        if inverse is None:
+            return None
+        steps[place] = inverse @ (columns.T @ values)
+        left = values - columns @ steps[place]
+        within += weight * float(left @ left) / (n - p) * inverse
+    apart = steps - share @ steps
+    covariance: FloatArray = within + (apart * share[:, None]).T @ apart
     return covariance
 
 
-def _delta_intervals(fit: _LeastSquares, confidence: float) -> tuple[Interval, Interval]:
+def _delta_intervals(
+    fit: _LeastSquares, t: FloatArray, confidence: float, autocorrelated: bool
+) -> tuple[Interval, Interval]:
     """Asymptote and half-life with delta-method bounds, NaN where the Jacobian is singular."""
     n, p = fit.jacobian.shape
     method = f"{fit.law}, delta method"
     log_point, gradient = LAWS[fit.law].log_half_life(fit.theta[1:])
     asymptote = Interval(math.nan, float(fit.theta[0]), math.nan, n, method, confidence)
     log_half_life = replace(asymptote, point=log_point)
-    covariance = _covariance(fit)
+    covariance = _covariance(fit, t, autocorrelated)
     if covariance is not None:
         variance = float(gradient @ covariance[1:, 1:] @ gradient)
         asymptote = with_t_bounds(asymptote, math.sqrt(covariance[0, 0]), n - p)

@@ -1,0 +1,62 @@
+"""Going on with a run that was cut: its configuration, from its stored parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from healing.config.options import AUTO, fields_of, flag_name
+from healing.errors import ConfigError
+
+C = TypeVar("C")
+
+_TRUE_FALSE = {"True": True, "False": False}
+
+
+def _value(text: str, kind: type, may_be_auto: bool, flag: str) -> Any:
+    if may_be_auto and text == AUTO:
+        return AUTO
+    try:
+        return _TRUE_FALSE[text] if kind is bool else kind(text)
+    except (ValueError, KeyError) as error:
+        raise ConfigError(f"the run's {flag} is {text[:100]!r}, which cannot be read") from error
+
+
+def config_of_run(given: C, stage: str, params: Mapping[str, str]) -> C:
+    """The configuration of a stored run, with what determines no number as it is given now.
+
+    Args:
+        given: Of the command that resumes.
+        stage: Prefix of the parameters.
+        params: Of the stored run, all of them.
+
+    Raises:
+        ConfigError: They are no configuration of this stage, or a given option contradicts them.
+    """
+    if not any(name.startswith(f"{stage}.") for name in params):
+        raise ConfigError(
+            "the run was cut before its settings were stored: give the command that began it "
+            "instead of --resume-run-id"
+        )
+    values: dict[str, Any] = {}
+    for field, kind, may_be_auto in fields_of(type(given)):  # type: ignore[arg-type]
+        name, flag = field.name, flag_name(field.name)
+        now, key = getattr(given, name), f"{stage}.{field.name}"
+        stored = now
+        if key in params:
+            stored = _value(params[key], kind, may_be_auto, flag)
+        elif field.metadata["determines"]:
+            stored = field.default  # an option that came later
+        if name == "resume_run_id":
+            values[name] = ""
+        elif now == field.default:
+            values[name] = stored
+        elif field.metadata["determines"] and now != stored:
+            raise ConfigError(
+                f"--resume-run-id goes on with the run's own settings, and {flag} {now} is not its "
+                f"{stored}: leave it out"
+            )
+        else:
+            values[name] = now
+    return dataclasses.replace(given, **values)  # type: ignore[type-var]

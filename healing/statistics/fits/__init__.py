@@ -1,0 +1,1 @@
+"""Regressions on recoveries: laws of approach, their limits, and recovery against size."""
