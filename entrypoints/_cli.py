@@ -19,9 +19,9 @@ os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
 
 from entrypoints import _signals
+from entrypoints._resume import resumed
 from entrypoints._stages import STAGES, EntryPoint
 from healing.config.options import AUTO, choices_of, fields_of, flag_name, help_of
-from healing.config.resume import config_of_run
 from healing.errors import ConfigError, HealingError
 from healing.progress import Stop, Stopped
 from healing.stages.terminal.console import Console
@@ -142,23 +142,3 @@ def _run(name: str, stage: Callable[..., Any], config: Any, stop: Stop) -> None:
     snapshots = FileSnapshots(STATE_CLASSES)
     console = Console(config.verbosity)
     stage(config, driver=Driver(console, stop=stop, snapshots=snapshots, again=bool(run_id)))
-
-
-def resumed(stage: str, config: Any, run_id: str) -> Any:
-    """The configuration of a run that was cut.
-
-    Raises:
-        HealingError: There is no such run, it is another stage's or finished, it was cut before its
-            settings were known, or an option contradicts them.
-    """
-    from healing.tracking.queries import get_run
-
-    run = get_run(run_id)
-    of = run.tags.get("stage", "")
-    if of != stage:
-        raise ConfigError(
-            f"--resume-run-id {run_id} is a run of {of or 'something else'}, not of {stage}"
-        )
-    if run.status == "FINISHED":
-        raise ConfigError(f"--resume-run-id {run_id}: that run finished, nothing is left to do")
-    return config_of_run(config, stage, run.params)

@@ -60,3 +60,23 @@ def config_of_run(given: C, stage: str, params: Mapping[str, str]) -> C:
         else:
             values[name] = now
     return dataclasses.replace(given, **values)  # type: ignore[type-var]
+
+
+def resumed(stage: str, config: Any, run_id: str) -> Any:
+    """The configuration of a run that was cut.
+
+    Raises:
+        HealingError: There is no such run, it is another stage's or finished, it was cut before its
+            settings were known, or an option contradicts them.
+    """
+    from healing.tracking.queries import get_run
+
+    run = get_run(run_id)
+    of = run.tags.get("stage", "")
+    if of != stage:
+        raise ConfigError(
+            f"--resume-run-id {run_id} is a run of {of or 'something else'}, not of {stage}"
+        )
+    if run.status == "FINISHED":
+        raise ConfigError(f"--resume-run-id {run_id}: that run finished, nothing is left to do")
+    return config_of_run(config, stage, run.params)
