@@ -11,6 +11,7 @@ os.environ["MLFLOW_TRACKING_URI"] = ""
 
 import importlib.metadata
 import pathlib
+import shutil
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from collections.abc import Iterator
 import mlflow
 import pytest
 import torch
+from mlflow.tracking import MlflowClient
 from transformers import GPTNeoXForCausalLM
 
 from healing.measurements.kept_measurements import forget
@@ -52,10 +54,21 @@ def nothing_measured_before() -> None:
     forget()
 
 
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A SQLite store without runs: making its tables takes MLflow seconds, a copy nothing."""
+    path = tmp_path_factory.mktemp("store") / "empty.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
 @pytest.fixture
-def store(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[pathlib.Path]:
+def store(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, empty_database: pathlib.Path
+) -> Iterator[pathlib.Path]:
     """An empty SQLite tracking store, with the working directory beside it."""
     monkeypatch.chdir(tmp_path)
+    shutil.copy(empty_database, tmp_path / "mlflow.db")
     for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
         monkeypatch.delenv(name, raising=False)  # set_experiment() leaves one behind
     uri = f"sqlite:///{tmp_path}/mlflow.db"

@@ -72,7 +72,10 @@ SCENARIOS = {
 TIMED = re.compile(r"seconds(/.*)?|tokens_per_second")
 """Names of numbers that differ from run to run."""
 PHASE = "phase"
+PROCESS_TAG = "process"  # of the machine
 """Tag of a run under way: which phases last long enough for it differs from run to run."""
+PROCESS = "process"
+"""Tag that names the machine and the process."""
 PICTURES = (".png", ".pdf")
 KEPT_TAGS = ("mlflow.runName", "mlflow.note.content", "mlflow.parentRunId")
 """Tags of MLflow's own that this project sets."""
@@ -156,7 +159,7 @@ class Store:
         for run_id, name in names.items():
             value = value.replace(run_id, name)
         value = re.sub(r"(file://)?" + re.escape(str(self.root)), "ROOT", value)
-        return re.sub(re.escape(tempfile.gettempdir()) + r"/\w+/", "DOWNLOADED/", value)
+        return re.sub(re.escape(tempfile.gettempdir()) + r"/(?:[\w-]+/)+", "DOWNLOADED/", value)
 
     def artifacts(self, run_id: str) -> dict[str, Any]:
         """Path → content of every file of a run, pictures and checkpoints by name or weights."""
@@ -208,7 +211,7 @@ class Store:
         tags = {
             k: v
             for k, v in sorted(run.data.tags.items())
-            if k in KEPT_TAGS or not k.startswith(("mlflow.", "git_", PHASE))
+            if k in KEPT_TAGS or not k.startswith(("mlflow.", "git_", PHASE, PROCESS))
         }
         inputs = [
             [i.dataset.name, i.dataset.digest, i.tags[0].value] for i in run.inputs.dataset_inputs

@@ -44,6 +44,7 @@ from healing.stages.cells.inputs import cached_corpus
 from healing.stages.heal import heal
 from healing.stages.heal_inputs import find_checkpoints
 from healing.tracking.store import MlflowStore
+from tests.rewritten import rewritten
 
 pytestmark = pytest.mark.slow
 
@@ -269,10 +270,7 @@ def test_a_sham_has_no_attack_step_and_says_so(store):
 
 
 def poison(path: pathlib.Path, target: pathlib.Path, **config) -> pathlib.Path:
-    data = torch.load(path, weights_only=True)
-    data["config"].update(config)
-    torch.save(data, target)
-    return target
+    return rewritten(path, target, lambda data: data["config"].update(config))
 
 
 def test_states_that_do_not_belong_together_are_refused(store, healed):
@@ -326,9 +324,11 @@ def test_the_collapsed_checkpoint_is_found_without_its_artifact(store, healed):
 def test_a_state_that_cannot_compute_is_undetermined(store, healed):
     collapsed, after = checkpoints(store)
     cell = find_cell(config_for(healed), MlflowStore())
-    data = torch.load(after, weights_only=True)
-    next(reversed(data["model_state_dict"].values()))[3] = math.nan  # the output matrix
-    torch.save(data, store / "nan.pt")
+
+    def poisoned(data: dict) -> None:
+        next(reversed(data["model_state_dict"].values()))[3] = math.nan  # the output matrix
+
+    rewritten(after, store / "nan.pt", poisoned)
     outcome = outcome_of(basin_cell(BasinCell(cell.config, str(collapsed), str(store / "nan.pt"))))
     assert outcome.statements()["healed_is_minimum"] == "undetermined"
     assert outcome.states["healed"].statement.because == "the gradient is not finite"

@@ -8,7 +8,6 @@ import pathlib
 from types import SimpleNamespace
 
 import pytest
-import torch
 from mlflow.tracking import MlflowClient
 
 from healing.config.attack import AttackConfig
@@ -25,6 +24,7 @@ from healing.stages.cells.recollapse import (
     target_rank,
 )
 from healing.stages.heal import heal
+from tests.rewritten import rewritten
 
 SMALL = {"model": "nano", "sequence_length": 64, "probe_tokens": 512, "batch_size": 4,
          "verbosity": "quiet"}  # fmt: skip
@@ -102,9 +102,8 @@ def test_known_outcomes_of_attacking_again(store):
     assert (summary["recollapse_steps"], summary["first_attack_steps"]) == (0.0, first.step)
     assert summary["start_effective_rank"] == summary["collapsed_effective_rank"]
     # Healed all the way: the healthy weights under a healed checkpoint's name.
-    data = torch.load(path, weights_only=True)
-    data["model_state_dict"] = load_model("nano").model.state_dict()
-    torch.save(data, store / "whole.pt")
+    healthy = {"model_state_dict": load_model("nano").model.state_dict()}
+    rewritten(path, store / "whole.pt", lambda data: data.update(healthy))
     run_id, again = attack(AttackConfig(start_checkpoint=str(store / "whole.pt"),
                                         verbosity="quiet"))  # fmt: skip
     second, client = read_checkpoint(again), MlflowClient()
@@ -124,18 +123,14 @@ def test_known_outcomes_of_attacking_again(store):
 def _refused(path: pathlib.Path, collapsed: pathlib.Path, store: pathlib.Path) -> None:
     with pytest.raises(CheckpointError, match="is not a healed checkpoint"):
         read_healed(str(collapsed))
-    data = torch.load(path, weights_only=True)
-    del data["config"]["attack_rank"]
-    torch.save(data, store / "old.pt")
+    rewritten(path, store / "old.pt", lambda data: data["config"].pop("attack_rank"))
     with pytest.raises(CheckpointError, match=r"does not say how it was attacked .attack_rank is"):
         read_healed(str(store / "old.pt"))
-    data = torch.load(path, weights_only=True)
-    data["config"]["attack"]["arm"] = "gaussian_noise"
-    torch.save(data, store / "noise.pt")
+    noise = {"arm": "gaussian_noise"}
+    rewritten(path, store / "noise.pt", lambda data: data["config"]["attack"].update(noise))
     with pytest.raises(ConfigError, match="--arm gaussian_noise does not stop at"):
         attack(AttackConfig(start_checkpoint=str(store / "noise.pt"), verbosity="quiet"))
-    data["config"]["attack"]["arm"] = "random_tokens"
-    data["config"]["healthy_digest"] = "0" * 16
-    torch.save(data, store / "other.pt")
+    other = {"healthy_digest": "0" * 16}
+    rewritten(path, store / "other.pt", lambda data: data["config"].update(other))
     with pytest.raises(CheckpointError, match="was made from other weights of nano"):
         attack(AttackConfig(start_checkpoint=str(store / "other.pt"), verbosity="quiet"))

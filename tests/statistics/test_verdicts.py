@@ -217,7 +217,7 @@ def test_the_documents_table_is_what_the_rule_does() -> None:
     documented = {
         (cells[0].strip(), float(cells[1])): cells[2:]
         for cells in rows
-        if cells[0].strip() in known
+        if cells[0].strip() in known and ("→" in cells[2] or cells[0].startswith(" *"))
     }
     for name, (mean, _) in REGIMES.items():
         for n, cell in zip(SIZES, documented[name.strip(), mean], strict=True):
