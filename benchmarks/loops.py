@@ -38,7 +38,7 @@ from healing.measurements.probe import Probe
 from healing.models.loading import LoadedModel
 from healing.randomness import named_generator
 from healing.stages.cells.inputs import cached_corpus, use_threads
-from healing.tracking import run_logger
+from healing.tracking import open_runs, run_logger
 from healing.tracking.run_files import JsonLines
 from healing.training.healing_loop import heal
 
@@ -201,7 +201,7 @@ def main() -> None:
         place = pathlib.Path(folder)
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{place}/mlflow.db"
         os.chdir(place)
-        with run_logger.start("loops", {"stage": "benchmark"}) as run:
+        with open_runs.start("loops", {"stage": "benchmark"}) as run:
             loops = {
                 "bare": lambda: bare(loaded, config, drawn),
                 "project": lambda: project(loaded, config, windows, probe, run, place),

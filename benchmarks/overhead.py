@@ -37,7 +37,7 @@ from healing.stages.cells.inputs import (
     training_windows,
     use_threads,
 )
-from healing.tracking import run_logger
+from healing.tracking import open_runs
 from healing.training.healing_loop import heal
 
 
@@ -84,7 +84,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
         os.chdir(pathlib.Path(folder))
-        with run_logger.start("overhead", {"stage": "benchmark"}) as run:
+        with open_runs.start("overhead", {"stage": "benchmark"}) as run:
             for _ in range(arguments.rounds):
                 begin = time.perf_counter()
                 for _ in ("healthy", "collapsed"):

@@ -22,11 +22,13 @@ from entrypoints import _signals
 from entrypoints._resume import resumed
 from entrypoints._stages import STAGES, EntryPoint
 from healing.config.options import AUTO, choices_of, fields_of, flag_name, help_of
-from healing.errors import ConfigError, HealingError
+from healing.errors import ConfigError, HealingError, OutageError
 from healing.progress import Stop, Stopped
 from healing.stages.terminal.console import Console
 from healing.stages.terminal.lines import visible, write_line
 
+TRY_LATER = 75
+"""Exit code where the tracking store is away: ``EX_TEMPFAIL`` of sysexits.h."""
 RESUME = "resume_run_id"
 """Field of the stages that go on with a run that was cut."""
 
@@ -97,14 +99,14 @@ def run_stage(name: str, entry: EntryPoint, values: dict[str, Any]) -> None:
         config = entry.config(**values)
     except ConfigError as error:
         if "MLFLOW_RUN_ID" in os.environ:
-            from healing.tracking.run_logger import mark_failed
+            from healing.tracking.open_runs import mark_failed
 
             mark_failed(str(error))
         raise click.UsageError(visible(str(error))) from error
     # Imports torch, which --help and errors of options do not need, and which takes seconds.
     with Console(str(values.get("verbosity", "normal"))).waiting("starting"):
         stage = entry.load(values)
-    from healing.tracking.run_logger import abandon_open_runs
+    from healing.tracking.open_runs import abandon_open_runs
 
     stop = Stop()
     try:
@@ -114,6 +116,8 @@ def run_stage(name: str, entry: EntryPoint, values: dict[str, Any]) -> None:
         again = " (the same command goes on from there)" if hasattr(config, RESUME) else ""
         write_line(f"stopped by {stopped.name}{again}", error=True)
         sys.exit(128 + stopped.signum)
+    except OutageError as error:
+        _fail(str(error), TRY_LATER)
     except HealingError as error:
         _fail(str(error))
     except OSError as error:  # of a file that no part of the program expected to be refused
@@ -121,10 +125,10 @@ def run_stage(name: str, entry: EntryPoint, values: dict[str, Any]) -> None:
         _fail(f"{error.filename or 'a file'} could not be used: {reason}")
 
 
-def _fail(reason: str) -> NoReturn:
-    """One line on stderr, and exit code 1."""
+def _fail(reason: str, code: int = 1) -> NoReturn:
+    """One line on stderr, and an exit code."""
     write_line(f"error: {' '.join(reason.split())}", error=True)
-    sys.exit(1)
+    sys.exit(code)
 
 
 def _run(name: str, stage: Callable[..., Any], config: Any, stop: Stop) -> None:

@@ -108,7 +108,8 @@ def attack(
 
     config = _config(AttackConfig, {"model": model, "arm": arm, "seed": seed, **settings}, keep)
     driver = _driver(track, progress)
-    with driver.process(ATTACK.title(config), {"stage": ATTACK.name}) as run:
+    kept = config.output_dir if keep else ""
+    with driver.process(ATTACK.title(config), {"stage": ATTACK.name}, kept) as run:
         done = driver.run_cell(ATTACK, config, run=run)
     return AttackResult(*_described(done, driver.store))
 
@@ -146,7 +147,7 @@ def heal(
     driver = _driver(track, progress)
     settings = {"healing_steps": steps, "sham": sham, **settings}
     config = _config(HealConfig, {**settings, **_start(start)}, keep)
-    with driver.process(HEAL.name, {"stage": HEAL.name}) as run:
+    with driver.process(HEAL.name, {"stage": HEAL.name}, config.output_dir if keep else "") as run:
         path = local_checkpoint(config, driver.store)
         done = driver.run_cell(HEAL, HealCell(config, str(path), replicate), run=run)
     return HealResult(*_described(done, driver.store))
@@ -190,7 +191,9 @@ def landscape(
             "collapsed_checkpoint": str(healed.config["checkpoint"]),
         }
     config = _config(BasinConfig, {**settings, **named}, keep)
-    with driver.process(BASIN.name, {"stage": BASIN.name}) as run:
+    with driver.process(
+        BASIN.name, {"stage": BASIN.name}, config.output_dir if keep else ""
+    ) as run:
         done = driver.run_cell(BASIN, BasinCell(config), run=run)
     return LandscapeResult(*_described(done, driver.store))
 

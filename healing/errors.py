@@ -35,6 +35,16 @@ class TrackingError(HealingError, RuntimeError):
     """The tracking store cannot be reached, or a run or artifact is not in it."""
 
 
+class OutageError(TrackingError):
+    """The tracking store is away for now: what was to be stored may be stored later.
+
+    Attributes:
+        denied: Whether it is there, and lets nobody in.
+    """
+
+    denied = False
+
+
 class OutputError(HealingError, RuntimeError):
     """The local folder for results cannot be written."""
 

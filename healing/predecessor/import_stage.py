@@ -18,7 +18,7 @@ from healing.predecessor import records as legacy
 from healing.predecessor.records import LegacyError, LegacyRun
 from healing.predecessor.summarize_stage import LEGACY_RUNS, LEGACY_TAGS
 from healing.stages.terminal.console import Console
-from healing.tracking import queries, run_logger
+from healing.tracking import open_runs, queries
 from healing.tracking.output_folder import require_writable, run_folder, writing
 from healing.tracking.run_files import write_json
 from healing.tracking.run_logger import RunLogger
@@ -121,7 +121,7 @@ def describe(run: LegacyRun) -> str:
 
 def import_run(parent: RunLogger, run: LegacyRun) -> None:
     """One recorded run as a child, with its own times, numbers and files."""
-    with run_logger.child(
+    with open_runs.child(
         parent, run.name, tags_of(run), start_ms=run.start_ms, end_ms=run.end_ms
     ) as logger:
         logger.params("legacy", {**run.params, "model": run.model, "arm": run.arm})
@@ -201,7 +201,7 @@ def import_results(config: ImportConfig) -> Imported:
     if not config.folder:
         raise LegacyError("--folder is empty: name the folder of the predecessor's results")
     root = local_path(config.folder, "--folder")
-    with run_logger.start("import neuroentropy", {"stage": STAGE, "role": "parent"}) as parent:
+    with open_runs.start("import neuroentropy", {"stage": STAGE, "role": "parent"}) as parent:
         parent.params(STAGE, as_params(config))
         require_writable(config.output_dir)
         runs, skipped = read_all(root)

@@ -16,7 +16,7 @@ from healing.predecessor.summary import LegacyResult, LegacySummary, summarize_l
 from healing.reporting.escaping import csv_cell
 from healing.stages.summarize import LEGACY_TAG
 from healing.stages.terminal.console import Console
-from healing.tracking import queries, run_logger
+from healing.tracking import open_runs, queries
 from healing.tracking.output_folder import require_writable, run_folder, writing
 from healing.tracking.queries import RunView
 from healing.tracking.run_files import write_json
@@ -116,7 +116,7 @@ def summarize_imported(config: SummarizeConfig) -> LegacySummary:
         TrackingError: Nothing to summarize.
     """
     console = Console(config.verbosity)
-    with run_logger.start("legacy summary", {"stage": "summarize", **LEGACY_TAGS}) as run:
+    with open_runs.start("legacy summary", {"stage": "summarize", **LEGACY_TAGS}) as run:
         run.params("summarize", as_params(config))
         require_writable(config.output_dir)
         summary = summarize_legacy(find_results(config, console.say), config.confidence)

@@ -268,6 +268,6 @@ def attack(config: AttackConfig, driver: Driver | None = None) -> tuple[str, pat
         MLflow run id and the local checkpoint.
     """
     driver = driver or Driver(Console(config.verbosity))
-    with driver.process(ATTACK.title(config), {"stage": ATTACK.name}) as run:
+    with driver.process(ATTACK.title(config), {"stage": ATTACK.name}, config.output_dir) as run:
         done = driver.run_cell(ATTACK, config, run=run)
     return done.run_id, checkpoint_of(done, driver.store)

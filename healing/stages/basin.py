@@ -283,7 +283,7 @@ def basin(config: BasinConfig, driver: Driver | None = None) -> BasinOutcome:
         TrackingError: No such run or artifact.
     """
     driver = driver or Driver(Console(config.verbosity))
-    with driver.process(BASIN.name, {"stage": BASIN.name}) as run:
+    with driver.process(BASIN.name, {"stage": BASIN.name}, config.output_dir) as run:
         done = driver.run_cell(BASIN, BasinCell(config), run=run)
     assert done.report is not None, "a run that was not looked up has its report"
     outcome: BasinOutcome = done.report.result

@@ -1,9 +1,8 @@
 """The one driver of all stages that compute: runs, folders, journal, progress, artifacts, reuse.
 
 A stage says what it is (:class:`healing.stages.stage.Stage`) and computes in a cell, a generator of
-events. The driver alone opens runs, makes folders, writes and logs. Three things plug in here:
-``stop`` (signals), ``snapshots`` (going on with a cell that was left) and ``on_outage`` (a store
-that is away).
+events. The driver alone opens runs, makes folders, writes and logs. Two things plug in here:
+``stop`` (signals) and ``snapshots`` (going on with a cell that was left).
 """
 
 from __future__ import annotations
@@ -21,15 +20,21 @@ from typing import Any, TypeVar
 import torch
 
 from healing import progress
-from healing.errors import HealingError, TrackingError
+from healing.errors import HealingError
 from healing.progress import Safe, Stop, Stopped
 from healing.stages.cells.events import Begin, Events, Record
 from healing.stages.stage import Done, Report, Stage, Tools, upload
 from healing.stages.terminal.console import Console
 from healing.stages.terminal.heard import PREPARING, Heard
 from healing.stages.terminal.phase_times import TAG, Clock, PhaseTag, metric_name
-from healing.tracking.journal import Journal, OnOutage, give_up
-from healing.tracking.output_folder import require_room, require_writable, run_folder, writing
+from healing.tracking.journal import Journal
+from healing.tracking.output_folder import (
+    output_folder,
+    require_room,
+    require_writable,
+    run_folder,
+    writing,
+)
 from healing.tracking.processes import only_owner
 from healing.tracking.run import Run
 from healing.tracking.run_files import drop_previous, start_folder
@@ -54,7 +59,6 @@ class Driver:
         snapshots: Where states are kept; ``None`` = nowhere.
         again: Whether a finished run of the same fingerprint is taken for every child, as where a
             run that was cut goes on.
-        on_outage: Asked where the store does not take a record that is on disk.
         clock: Tells the seconds of phases.
     """
 
@@ -66,11 +70,10 @@ class Driver:
         stop: Stop | None = None,
         snapshots: Snapshots | None = None,
         again: bool = False,
-        on_outage: OnOutage = give_up,
         clock: Clock = time.monotonic,
     ) -> None:
         self.console, self.store = console, store or MlflowStore()
-        self.stop, self.on_outage, self.clock = stop or Stop(), on_outage, clock
+        self.stop, self.clock = stop or Stop(), clock
         self.snapshots, self.again = snapshots, again
         self._known: dict[Hashable, Done] = {}
 
@@ -81,15 +84,26 @@ class Driver:
         return other
 
     @contextlib.contextmanager
-    def process(self, title: str, tags: Mapping[str, Any]) -> Iterator[Run]:
+    def process(self, title: str, tags: Mapping[str, Any], output_dir: str = "") -> Iterator[Run]:
         """The outermost run of a command. Failures land in it; torch's threads are as before
         afterwards.
+
+        Args:
+            title: Name of the run.
+            tags: At least ``stage``.
+            output_dir: Where what a store that is away could not be told is kept; empty = nowhere.
+
+        Raises:
+            OutageError: At the end: the store did not come back, and everything is on disk.
         """
+        output = output_folder(output_dir) if output_dir else None
         threads = torch.get_num_threads()
         try:
             with contextlib.ExitStack() as ending:
                 with self.console.waiting("opening the store"):
-                    run = ending.enter_context(self.store.start(title, tags))
+                    run = ending.enter_context(
+                        self.store.start(title, tags, output, self.console.say)
+                    )
                     for line in self.store.close_left_running(run.experiment_id):
                         self.console.say(line)
                 yield run
@@ -97,11 +111,11 @@ class Driver:
             torch.set_num_threads(threads)
 
     def run_of(
-        self, title: str, tags: Mapping[str, Any], parent: Run | None
+        self, title: str, tags: Mapping[str, Any], parent: Run | None, output_dir: str
     ) -> AbstractContextManager[Run]:
         """A run for what computes no cell: the process' own, or a child of the given one."""
         if parent is None:
-            return self.process(title, tags)
+            return self.process(title, tags, output_dir)
         return self.store.child(parent, title, tags)
 
     def run_cell(
@@ -184,7 +198,7 @@ class Driver:
                 kept = self.snapshots.load(folder, begin.fingerprint) if self.snapshots else None
                 self._announce(stage, begin, run, folder, kept)
                 lines = None if stage.keeps_folder else folder / "metrics.jsonl"
-                journal = Journal(lines, run, self.on_outage)
+                journal = Journal(lines, run)
                 due = Due(stage.saving(config), self.clock)
                 outcome, records = self._compute(begin, events, kept, folder, journal, heard, due)
                 heard.computed = True
@@ -323,10 +337,7 @@ class Driver:
         seconds = heard.times.seconds()
         heard.times.enter(DONE)
         own.left_in(DONE)
-        try:
-            run.history([(0, {metric_name(name): spent for name, spent in seconds.items()})])
-        except TrackingError as error:
-            self.on_outage(error)
+        run.history([(0, {metric_name(name): spent for name, spent in seconds.items()})])
         heard.shown.close()
         (self.console.detail if report.detail else self.console.say)(report.line)
 

@@ -260,7 +260,7 @@ def heal(config: HealConfig, driver: Driver | None = None) -> list[HealOutcome]:
         ConfigError: Parameters contradict each other.
     """
     driver = driver or Driver(Console(config.verbosity))
-    with driver.process("heal", {"stage": HEAL.name}) as run:
+    with driver.process("heal", {"stage": HEAL.name}, config.output_dir) as run:
         _check_early(config, driver.store)
         if config.checkpoint_dir:
             paths = find_checkpoints(config.checkpoint_dir)

@@ -167,6 +167,6 @@ def _write_files(outcome: PretrainOutcome, folder: pathlib.Path) -> None:
 def pretrain(config: PretrainConfig, driver: Driver | None = None) -> pathlib.Path:
     """Train, evaluate and store one embedded model; returns its folder."""
     driver = driver or Driver(Console(config.verbosity))
-    with driver.process(PRETRAIN.title(config), {"stage": PRETRAIN.name}) as run:
+    with driver.process(PRETRAIN.title(config), {"stage": PRETRAIN.name}, config.output_dir) as run:
         done = driver.run_cell(PRETRAIN, config, run=run)
     return done.folder

@@ -172,7 +172,7 @@ def summarize(
     """
     driver = driver or Driver(Console(config.verbosity))
     console = driver.console
-    with driver.run_of("summary", {"stage": "summarize"}, parent) as run:
+    with driver.run_of("summary", {"stage": "summarize"}, parent, config.output_dir) as run:
         run.params("summarize", as_params(config))
         require_writable(config.output_dir)
         with console.waiting("reading the healing runs"):

@@ -320,7 +320,7 @@ def sweep(config: SweepConfig, driver: Driver | None = None) -> Summary:
     driver = driver or Driver(Console(config.verbosity))
     console = driver.console
     name = f"{config.models} x {config.arms} x seeds {config.seeds}"
-    with driver.process(name, {"stage": "main"}) as run:
+    with driver.process(name, {"stage": "main"}, config.output_dir) as run:
         run.params("main", as_params(config))
         require_writable(config.output_dir)
         roles = {arm: arm_role(arm) for arm in config.arm_list()}

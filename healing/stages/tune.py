@@ -286,7 +286,7 @@ def tune(config: TuneConfig, driver: Driver | None = None) -> Tuned:
     driver = driver or Driver(Console(config.verbosity))
     title = f"tune {config.label} {config.arms} seeds {config.seeds}"
     tags = {"stage": "tune", "role": "parent", "model": config.label}
-    with driver.process(title, tags) as run:
+    with driver.process(title, tags, config.output_dir) as run:
         config = resolve_from_model(config)
         run.params("tune", as_params(config))
         if METHOD in config.axis_list():

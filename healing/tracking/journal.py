@@ -5,19 +5,10 @@ from __future__ import annotations
 import math
 import pathlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
-from healing.errors import TrackingError
 from healing.tracking.run import Run
 from healing.tracking.run_files import JsonLines
-
-OnOutage = Callable[[TrackingError], None]
-"""What to do where the store does not take what it is sent: raise, or go on."""
-
-
-def give_up(error: TrackingError) -> None:
-    """End the run with the store's reason."""
-    raise error
 
 
 class Journal:
@@ -26,11 +17,10 @@ class Journal:
     Args:
         path: Of the file, which appears with the first record; ``None`` = there is none.
         run: That is logged to.
-        on_outage: Asked where the store does not take a record that is on disk.
     """
 
-    def __init__(self, path: pathlib.Path | None, run: Run, on_outage: OnOutage = give_up) -> None:
-        self._path, self._run, self._on_outage = path, run, on_outage
+    def __init__(self, path: pathlib.Path | None, run: Run) -> None:
+        self._path, self._run = path, run
         self._lines: JsonLines | None = None
         self._began = time.perf_counter()
 
@@ -47,7 +37,4 @@ class Journal:
             self._lines = self._lines or JsonLines(self._path)
             seconds = time.perf_counter() - self._began
             self._lines.append({"step": step, "seconds": seconds, **values})
-        try:
-            self._run.metrics(sent, step)
-        except TrackingError as error:
-            self._on_outage(error)
+        self._run.metrics(sent, step)

@@ -6,7 +6,7 @@ import contextlib
 import pathlib
 import threading
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from healing.errors import TrackingError
@@ -82,7 +82,13 @@ class LocalStore:
         self._lock = threading.Lock()
 
     @contextlib.contextmanager
-    def start(self, name: str, tags: Mapping[str, Any]) -> Iterator[Run]:
+    def start(
+        self,
+        name: str,
+        tags: Mapping[str, Any],
+        output: pathlib.Path | None = None,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> Iterator[Run]:
         """A run that is FINISHED when the block ends well, else FAILED or KILLED."""
         run = LocalRun(name, tags)
         with self._lock:

@@ -22,9 +22,17 @@ from mlflow.utils.rest_utils import http_request, verify_rest_response
 from healing.errors import TrackingError
 from healing.tracking import ui_view
 from healing.tracking.metric_history import POINTS_PER_PAGE, Point
+from healing.tracking.open_runs import DEFAULT_EXPERIMENT, PROCESS
 from healing.tracking.processes import Process
-from healing.tracking.run_logger import DEFAULT_EXPERIMENT, PROCESS, RunLogger
-from healing.tracking.store_errors import one_line, require_active, stored
+from healing.tracking.run_logger import RunLogger
+from healing.tracking.sending.requests import LOCAL_ID
+from healing.tracking.store_errors import (
+    http_status,
+    one_line,
+    outage,
+    require_active,
+    stored,
+)
 
 
 @dataclass(frozen=True)
@@ -79,7 +87,7 @@ def find_experiment(name_or_id: str) -> str:
         if found is None and wanted.isdecimal():
             found = client.get_experiment(wanted)
     except MlflowException as error:
-        raise TrackingError(f"experiment {wanted!r}: {one_line(error)[:200]}") from error
+        raise outage(f"experiment {wanted!r}: {one_line(error)[:200]}", error) from error
     if found is None:
         known = ", ".join(repr(e.name) for e in client.search_experiments(max_results=10))
         raise TrackingError(
@@ -108,7 +116,8 @@ def search(experiment_id: str, filter_string: str) -> list[RunView]:
                 page_token=token,
             )
         except MlflowException as error:
-            raise TrackingError(f"--filter {filter_string!r}: {one_line(error)[:300]}") from error
+            text = f"--filter {filter_string!r}: {one_line(error)[:300]}"
+            raise outage(text, error) from error
         runs += [_view(run) for run in page]
         token = page.token
         if not token:
@@ -142,11 +151,12 @@ def get_run(run_id: str) -> RunView:
         TrackingError: There is none.
     """
     try:
-        found = MlflowClient().get_run(run_id)
+        found = _found(run_id)
     except MlflowException as error:
-        raise TrackingError(
+        raise outage(
             f"no run {run_id!r} in {mlflow.get_tracking_uri()}: "
-            "check the id and MLFLOW_TRACKING_URI"
+            f"check the id and MLFLOW_TRACKING_URI ({one_line(error)[:200]})",
+            error,
         ) from error
     if found.info.lifecycle_stage == LifecycleStage.DELETED:
         raise TrackingError(
@@ -154,6 +164,21 @@ def get_run(run_id: str) -> RunView:
             f"restore --run-id {run_id}`"
         )
     return _view(found)
+
+
+def _found(run_id: str) -> Run:
+    """By the store's id, or by what its process called it while the store was away."""
+    client = MlflowClient()
+    try:
+        return client.get_run(run_id)
+    except MlflowException as error:
+        if http_status(error) != NOT_FOUND or not re.fullmatch(r"[0-9a-f]{32}", run_id):
+            raise
+        everywhere = [e.experiment_id for e in client.search_experiments()]
+        named = client.search_runs(everywhere, f"tags.{LOCAL_ID} = '{run_id}'", max_results=1)
+        if not named:
+            raise
+        return named[0]
 
 
 def find_finished(experiment_id: str, fingerprint: str) -> RunView | None:
@@ -196,6 +221,7 @@ def _downloads() -> str:
     return _downloads_folder().name
 
 
+NOT_FOUND = 404
 MAX_KEY, MAX_VALUE = 250, 6000
 """Characters of a name, and of a parameter's value, that MLflow takes."""
 _KEY = re.compile(r"[/\w.\- :]+")

@@ -11,7 +11,10 @@ class Run(Protocol):
     """A run that is under way. Every method may raise ``TrackingError``."""
 
     run_id: str
-    experiment_id: str
+
+    @property
+    def experiment_id(self) -> str:
+        """Of the experiment it is in; empty where the store did not say it yet."""
 
     def params(self, prefix: str, values: Mapping[str, Any]) -> None:
         """Log parameters as ``prefix.name``; the shared ones under their bare name too."""

@@ -1,60 +1,30 @@
-"""Runs of MLflow: opened, logged to in batches, ended with their status and reason.
+"""What a run is told: parameters, metrics, tags, files, its end.
 
-A stage asks for a run with :func:`start`, logs through the returned :class:`RunLogger`, and never
-sees an MLflow type. A run that leaves its context by an exception is FAILED with the reason as a
-tag; what was logged before stays.
+Everything goes through a :class:`~healing.tracking.sending.sender.Sender`: a store that is away
+stops no computation.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
-import os
 import pathlib
-import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-import filelock
-import mlflow
-from mlflow.entities import (
-    Dataset,
-    DatasetInput,
-    InputTag,
-    Metric,
-    Param,
-    Run,
-    RunTag,
-)
-from mlflow.exceptions import MlflowException
-from mlflow.tracking import MlflowClient
+from mlflow.entities import Metric
 
 from healing.errors import TrackingError
-from healing.tracking.git_version import code_version
-from healing.tracking.processes import this_process
-from healing.tracking.run import Run as OpenRun
-from healing.tracking.store_errors import (
-    UNREACHED,
-    deleted,
-    one_line,
-    require_active,
-    restore_experiment,
-    says_deleted,
-    stored,
-)
+from healing.tracking.sending.outbox import Request
+from healing.tracking.sending.requests import ARTIFACT, END, INPUT, batch
+from healing.tracking.sending.sender import UNLIMITED, Sender
+from healing.tracking.store_errors import one_line
 
-DEFAULT_EXPERIMENT = "llm-healing"
 FLUSH_SECONDS = 2.0
-OPENING_SECONDS = 120.0
-"""Waited for other processes that open the same store."""
 METRICS_PER_REQUEST = 1000
 MAX_TAG = 8000
 """Characters; MLflow cuts longer tags anywhere."""
-_DATASETS = threading.Lock()
-"""MLflow looks a dataset up before it inserts it: two threads at once violate its uniqueness."""
 
 SHARED_PARAMS = ("model", "arm", "seed")
 """Parameters logged under their bare name in every stage, so that runs group by them."""
@@ -64,12 +34,9 @@ def _text(value: Any) -> str:
     return str(value)
 
 
-PROCESS = "process"
-"""Tag that says whose run it is, as long as it runs and afterwards."""
-
-
-def _own_process() -> dict[str, str]:
-    return {PROCESS: this_process().text()}
+def now_ms() -> int:
+    """Milliseconds since the epoch."""
+    return int(time.time() * 1000)
 
 
 def whole_lines(text: str, elsewhere: str) -> str:
@@ -80,66 +47,104 @@ def whole_lines(text: str, elsewhere: str) -> str:
     return text[: MAX_TAG - len(more)].rpartition("\n")[0] + more
 
 
+@dataclass
+class Told:
+    """What a run was told so far, sent or not: what is known of it while its store is away."""
+
+    name: str = ""
+    status: str = "RUNNING"
+    params: dict[str, str] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    files: dict[str, pathlib.Path] = field(default_factory=dict)
+
+
 class RunLogger:
     """Writes to one MLflow run; every call is one batched request where MLflow has one.
 
-    All of its methods raise :class:`TrackingError` where the store does not take what they send.
+    All of its methods raise :class:`TrackingError` where the store refuses what they send.
+
+    Args:
+        run_id: The store's id of it, or the process' own while the store is away.
+        experiment: Of the run: ``{"id": …}`` or ``{"name": …}``.
+        sender: Sends everything.
+        name: Shown in the UI.
+        tags: That it was made with.
+        is_local: Whether the id is the process' own, which the store has as a tag at most.
     """
 
-    def __init__(self, run: Run) -> None:
-        self.run_id: str = run.info.run_id
-        self.experiment_id: str = run.info.experiment_id
-        self._client = MlflowClient()
-        # What `mlflow run` logged itself, in its own spelling: a parameter cannot be changed.
-        self._taken = set(run.data.params)
+    def __init__(
+        self,
+        run_id: str,
+        experiment: Mapping[str, str],
+        sender: Sender,
+        name: str,
+        tags: Mapping[str, str],
+        *,
+        is_local: bool = False,
+    ) -> None:
+        self.run_id, self.experiment, self.sender = run_id, experiment, sender
+        self.is_local = is_local
+        self.told = Told(name, tags=dict(tags))
         self._buffer: list[Metric] = []
         self._later: dict[str, str] = {}
         self._flushed = time.monotonic()
         self._rescued: tuple[pathlib.Path, ...] = ()
         self.abandoned = False
 
+    @property
+    def experiment_id(self) -> str:
+        """Empty while the store is away and only its name is known."""
+        return self.experiment.get("id") or self.sender.experiment_id(self.run_id)
+
     def abandon(self, why: str) -> None:
         """End the run as KILLED from another thread, with what was sent so far."""
         self.abandoned = True
-        with contextlib.suppress(*UNREACHED):
-            tags = {**self._later, "failure": why, "stopped_by": why.partition(",")[0]}
-            self._client.log_batch(self.run_id, tags=[RunTag(k, v) for k, v in tags.items()])
-            self._client.set_terminated(self.run_id, "KILLED")
+        tags = {**self._later, "failure": why, "stopped_by": why.partition(",")[0]}
+        with contextlib.suppress(TrackingError):
+            self.sender.put(batch(self.run_id, "tags", tags=tags), patience=0.2)
+            self.end("KILLED")
 
-    def storing(self, what: str) -> contextlib.AbstractContextManager[None]:
-        """Turn a refusal to store something of this run into one line."""
-        return stored(f"{what} of run {self.run_id}", f"runs restore --run-id {self.run_id}")
+    def end(self, status: str, end_ms: int | None = None) -> None:
+        """The last word on it."""
+        self.told.status = status
+        content = {"status": status, "time": now_ms() if end_ms is None else end_ms}
+        self.sender.put(Request(self.run_id, END, content))
 
-    def _send(self, what: str, **content: Any) -> None:
-        with self.storing(what):
-            self._client.log_batch(self.run_id, **content)
+    def _batch(self, what: str, **content: Any) -> None:
+        self.sender.put(batch(self.run_id, what, **content))
 
     def params(self, prefix: str, values: Mapping[str, Any]) -> None:
         """Log parameters as ``prefix.name``; the shared ones under their bare name too."""
         wanted = {f"{prefix}.{name}": _text(value) for name, value in values.items()}
         wanted |= {name: _text(values[name]) for name in SHARED_PARAMS if name in values}
-        fresh = {name: value for name, value in wanted.items() if name not in self._taken}
-        self._send("parameters", params=[Param(k, v) for k, v in fresh.items()])
-        self._taken |= fresh.keys()
+        self._params(wanted)
 
     def n_params(self, count: int, name: str = "n_params") -> None:
         """Log a number of parameters, to plot against, under its bare name."""
-        if name not in self._taken:
-            self._send("parameters", params=[Param(name, str(count))])
-            self._taken.add(name)
+        self._params({name: str(count)})
+
+    def _params(self, wanted: Mapping[str, str]) -> None:
+        """What is there already cannot be changed and stays."""
+        fresh = {name: value for name, value in wanted.items() if name not in self.told.params}
+        self.told.params |= fresh
+        if fresh:
+            self._batch("parameters", params=fresh)
 
     def tags(self, values: Mapping[str, Any], *, later: bool = False) -> None:
         """Set tags in one request; ``later``: in the next that sends tags or metrics."""
         tags = {name: _text(value) for name, value in values.items()}
+        self.told.tags |= tags
+        self.told.name = tags.get("mlflow.runName", self.told.name)
         if later:
             self._later = {**self._later, **tags}
         else:
-            self._send("tags", tags=self._tags_due(tags))
+            self._batch("tags", tags=self._tags_due(tags))
 
-    def _tags_due(self, tags: Mapping[str, str]) -> list[RunTag]:
+    def _tags_due(self, tags: Mapping[str, str]) -> dict[str, str]:
         """These tags, and those that were to go with what is sent next."""
         due, self._later = {**self._later, **tags}, {}
-        return [RunTag(name, value) for name, value in due.items()]
+        return due
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         """Log the metrics of one step (NaN and infinities included).
@@ -147,19 +152,23 @@ class RunLogger:
         Points are sent together, at most :data:`FLUSH_SECONDS` late: a request costs tens of
         milliseconds however many points it carries.
         """
-        now = int(time.time() * 1000)
-        self._buffer += [Metric(name, float(value), now, step) for name, value in values.items()]
+        self._add(values, step, now_ms())
         if time.monotonic() - self._flushed >= FLUSH_SECONDS:
             self.flush()
 
+    def _add(self, values: Mapping[str, float], step: int, moment: int) -> None:
+        numbers = {name: float(value) for name, value in values.items()}
+        self.told.metrics |= numbers
+        self._buffer += [Metric(name, value, moment, step) for name, value in numbers.items()]
+
     def flush(self) -> None:
         """Send what is still held back."""
-        for start in range(0, len(self._buffer), METRICS_PER_REQUEST):
-            chunk = self._buffer[start : start + METRICS_PER_REQUEST]
-            self._send("metrics", metrics=chunk, tags=self._tags_due({}))
+        points, self._buffer = self._buffer, []
+        for start in range(0, len(points), METRICS_PER_REQUEST):
+            chunk = points[start : start + METRICS_PER_REQUEST]
+            self._batch("metrics", metrics=chunk, tags=self._tags_due({}))
         if self._later:
             self.tags({})
-        self._buffer = []
         self._flushed = time.monotonic()
 
     def history(self, points: Sequence[tuple[int, Mapping[str, float]]]) -> None:
@@ -170,7 +179,7 @@ class RunLogger:
     def recorded(self, points: Sequence[tuple[int, int, Mapping[str, float]]]) -> None:
         """Log what was measured earlier: triples (step, milliseconds since the epoch, metrics)."""
         for step, moment, values in points:
-            self._buffer += [Metric(k, float(v), moment, step) for k, v in values.items()]
+            self._add(values, step, moment)
         self.flush()
 
     def describe(self, markdown: str) -> None:
@@ -179,8 +188,10 @@ class RunLogger:
 
     def artifact(self, path: pathlib.Path, folder: str | None = None) -> None:
         """Store one file."""
-        with self.storing(f"artifact {path.name}"):
-            self._client.log_artifact(self.run_id, str(path), folder)
+        self.told.files[f"{folder}/{path.name}" if folder else path.name] = path
+        content = {"path": self.sender.place_of(path), "folder": folder}
+        # A large file takes its time, and nothing is computed meanwhile.
+        self.sender.put(Request(self.run_id, ARTIFACT, content), path, patience=UNLIMITED)
 
     def rescue(self, *paths: pathlib.Path) -> None:
         """Name local files that grow during the run: they are stored even if it fails."""
@@ -191,187 +202,16 @@ class RunLogger:
         try:
             self.tags({"failure": one_line(error), "failure_type": type(error).__name__})
         except TrackingError:
-            return  # a store that takes no tag takes nothing: do not wait for it again
+            return  # a store that refuses a tag takes nothing of the run
         with contextlib.suppress(TrackingError):
             self.flush()
         for path in self._rescued:
-            with contextlib.suppress(TrackingError):
-                self.artifact(path)
+            if path.is_file():
+                with contextlib.suppress(TrackingError):
+                    self.artifact(path)
 
     def dataset(self, name: str, digest: str, context: str, facts: Mapping[str, Any]) -> None:
         """Record an input by name and content digest, without copying it."""
-        source = {"tags": {key: _text(value) for key, value in facts.items()}}
-        data = Dataset(name, digest, "code", json.dumps(source))
-        tag = InputTag("mlflow.data.context", context)
-        with self.storing(f"data set {name}"), _DATASETS:
-            self._client.log_inputs(self.run_id, datasets=[DatasetInput(data, [tag])])
-
-
-_OPENING = threading.Lock()
-_OPEN: dict[str, RunLogger] = {}
-"""Runs under way in this process: a signal that cannot wait ends them."""
-
-
-def abandon_open_runs(why: str) -> None:
-    """End every open run of this process as KILLED; the newest first, since they are children."""
-    for logger in reversed(list(_OPEN.values())):
-        logger.abandon(why)
-
-
-@contextlib.contextmanager
-def _ended(logger: RunLogger, end: Callable[[str], object]) -> Iterator[None]:
-    """Send what is held back and end the run: FINISHED, or with the reason why the block failed,
-    which a store that cannot be reached does not replace.
-    """
-    with _OPENING:
-        _OPEN[logger.run_id] = logger
-    try:
-        yield
-        logger.flush()
-    except BaseException as error:
-        if not logger.abandoned:
-            logger.failed(error)
-            with contextlib.suppress(*UNREACHED):
-                end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
-        raise
-    finally:
-        with _OPENING:
-            _OPEN.pop(logger.run_id, None)
-    with logger.storing("the end"):
-        end("FINISHED")
-
-
-@contextlib.contextmanager
-def _one_at_a_time() -> Iterator[None]:
-    """Processes of this machine open the same SQLite file one after the other: two that both make
-    its tables would fail, and so would two that both make the experiment.
-    """
-    uri = mlflow.get_tracking_uri()
-    if not uri.startswith("sqlite:"):
-        yield
-        return
-    name = f"llm-healing-{hashlib.sha256(uri.encode()).hexdigest()[:16]}.lock"
-    with filelock.FileLock(pathlib.Path(tempfile.gettempdir()) / name, timeout=OPENING_SECONDS):
-        yield
-
-
-@contextlib.contextmanager
-def start(name: str, tags: Mapping[str, Any]) -> Iterator[RunLogger]:
-    """The outermost run of a process: FINISHED when the block ends well, else FAILED (KILLED by
-    Ctrl-C) with the reason in the tag ``failure``.
-
-    Under ``mlflow run`` it is the run that MLflow made; otherwise a new one in the experiment of
-    ``MLFLOW_EXPERIMENT_NAME`` (default ``llm-healing``).
-
-    Args:
-        name: Shown in the UI.
-        tags: At least ``stage``.
-
-    Raises:
-        TrackingError: The store cannot be reached.
-    """
-    run_id = os.environ.get("MLFLOW_RUN_ID")
-    experiment = os.environ.get("MLFLOW_EXPERIMENT_ID")
-    named = experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME", DEFAULT_EXPERIMENT)
-    try:
-        with _one_at_a_time():
-            if not run_id and not experiment:
-                mlflow.set_experiment(named)
-            run = mlflow.start_run(run_name=name)
-    except MlflowException as error:
-        if says_deleted(error) and run_id:
-            why = deleted(f"runs restore --run-id {run_id}")
-            raise TrackingError(f"run {run_id} {why}, and start again") from error
-        if says_deleted(error):
-            why = deleted(restore_experiment(named))
-            raise TrackingError(
-                f"experiment {named!r} {why}, or set MLFLOW_EXPERIMENT_NAME to another"
-            ) from error
-        raise TrackingError(
-            f"MLflow store {mlflow.get_tracking_uri()} cannot be used ({one_line(error)[:200]}): "
-            "check MLFLOW_TRACKING_URI"
-        ) from error
-    logger = RunLogger(run)
-    with _ended(logger, mlflow.end_run):
-        # `mlflow run` names its run at random.
-        logger.tags({"mlflow.runName": name, **tags, **code_version(), **_own_process()})
-        yield logger
-
-
-@contextlib.contextmanager
-def child(
-    parent: OpenRun,
-    name: str,
-    tags: Mapping[str, Any],
-    *,
-    start_ms: int | None = None,
-    end_ms: int | None = None,
-) -> Iterator[RunLogger]:
-    """A run nested below another, with the same promises as :func:`start`.
-
-    Made through the client, not the fluent API, whose notion of the active run is one per thread:
-    children of one parent may run in several threads.
-
-    Args:
-        parent: The run above.
-        name: Shown in the UI.
-        tags: At least ``stage``.
-        start_ms: When it began, milliseconds since the epoch; ``None`` = now.
-        end_ms: When it ended well; ``None`` = when the block ends.
-    """
-    system = {"mlflow.parentRunId": parent.run_id}
-    with _created(parent.experiment_id, name, {**system, **tags}, start_ms, end_ms) as logger:
-        yield logger
-
-
-@contextlib.contextmanager
-def start_in(experiment: str, name: str, tags: Mapping[str, Any]) -> Iterator[RunLogger]:
-    """A run of its own in the experiment of this name, which is made where there is none.
-
-    Unlike :func:`start` it leaves MLflow's active run, experiment and environment as they are.
-    """
-    client = MlflowClient()
-    with stored(f"experiment {experiment!r}"):
-        found = client.get_experiment_by_name(experiment)
-        require_active(found)
-        wanted = found.experiment_id if found else client.create_experiment(experiment)
-    with _created(wanted, name, tags) as logger:
-        yield logger
-
-
-@contextlib.contextmanager
-def _created(
-    experiment_id: str,
-    name: str,
-    tags: Mapping[str, Any],
-    start_ms: int | None = None,
-    end_ms: int | None = None,
-) -> Iterator[RunLogger]:
-    """A run made through the client; it ends with the block."""
-    client = MlflowClient()
-    system = {"mlflow.source.type": "LOCAL"}
-    own = _own_process() if end_ms is None else {}  # what was recorded earlier is nobody's
-    restore = f"experiments restore --experiment-id {experiment_id}"
-    with stored(f"run {name!r}", restore):
-        run = client.create_run(
-            experiment_id,
-            start_time=start_ms,
-            run_name=name,
-            tags={**system, **{k: _text(v) for k, v in {**tags, **code_version()}.items()}, **own},
-        )
-    logger = RunLogger(run)
-
-    def end(status: str) -> None:
-        client.set_terminated(logger.run_id, status, end_ms if status == "FINISHED" else None)
-
-    with _ended(logger, end):
-        yield logger
-
-
-def mark_failed(reason: str) -> None:
-    """Tag the run that ``mlflow run`` made with the reason why nothing could start in it."""
-    if "MLFLOW_RUN_ID" in os.environ:
-        run_id = os.environ["MLFLOW_RUN_ID"]
-        tags = {"failure": reason, "failure_type": "ConfigError"}
-        with contextlib.suppress(*UNREACHED):  # the reason itself is shown to the user anyway
-            MlflowClient().log_batch(run_id, tags=[RunTag(k, v) for k, v in tags.items()])
+        texts = {key: _text(value) for key, value in facts.items()}
+        content = {"name": name, "digest": digest, "context": context, "facts": texts}
+        self.sender.put(Request(self.run_id, INPUT, content))

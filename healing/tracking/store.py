@@ -5,27 +5,48 @@ A stage asks a :class:`Store` for runs and never sees an MLflow type.
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import pathlib
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
-from healing.tracking import queries, run_logger
+from healing.errors import OutageError
+from healing.tracking import open_runs, queries
 from healing.tracking.queries import RunView
 from healing.tracking.run import Run
+from healing.tracking.run_logger import RunLogger
+from healing.tracking.sending.left_behind import send_left
+from healing.tracking.sending.outbox import PLACE
+from healing.tracking.sending.sender import BLOCKING_SECONDS, Sender
+
+T = TypeVar("T")
 
 
 class Store(Protocol):
-    """Opens runs and finds them again.
+    """Opens runs and finds them again."""
 
-    Attributes:
-        has_history: Whether trajectories of many runs can be asked for at once.
-    """
+    @property
+    def has_history(self) -> bool:
+        """Whether trajectories of many runs can be asked for at once."""
 
-    has_history: bool
+    def start(
+        self,
+        name: str,
+        tags: Mapping[str, Any],
+        output: pathlib.Path | None = None,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> AbstractContextManager[Run]:
+        """The outermost run of a process.
 
-    def start(self, name: str, tags: Mapping[str, Any]) -> AbstractContextManager[Run]:
-        """The outermost run of a process."""
+        Args:
+            name: Shown to people.
+            tags: At least ``stage``.
+            output: Folder in which is kept what a store that is away could not be told.
+            say: Told when the store goes and comes back.
+        """
 
     def child(self, parent: Run, name: str, tags: Mapping[str, Any]) -> AbstractContextManager[Run]:
         """A run nested below another."""
@@ -49,41 +70,139 @@ class Store(Protocol):
 class MlflowStore:
     """The tracking store that MLflow is set to.
 
+    What this process told it is known here too: while the store is away, that is what there is.
+
     Args:
         experiment: Where the outermost run goes; empty = where MLflow puts it by itself.
     """
 
-    has_history = True
-
     def __init__(self, experiment: str = "") -> None:
         self._experiment = experiment
+        self._sender: Sender | None = None
+        self._own: dict[str, RunLogger] = {}
+        self._lock = threading.Lock()
 
-    def start(self, name: str, tags: Mapping[str, Any]) -> AbstractContextManager[Run]:
-        """As :func:`healing.tracking.run_logger.start`."""
-        if self._experiment:
-            return run_logger.start_in(self._experiment, name, tags)
-        return run_logger.start(name, tags)
+    @property
+    def _is_away(self) -> bool:
+        return self._sender is not None and self._sender.is_away
 
-    def child(self, parent: Run, name: str, tags: Mapping[str, Any]) -> AbstractContextManager[Run]:
-        """As :func:`healing.tracking.run_logger.child`; the parent's id is a tag too."""
-        return run_logger.child(parent, name, {**tags, "parent": parent.run_id})
+    @property
+    def has_history(self) -> bool:
+        """Whether the store can be asked for trajectories now."""
+        return not self._is_away
+
+    @contextlib.contextmanager
+    def start(
+        self,
+        name: str,
+        tags: Mapping[str, Any],
+        output: pathlib.Path | None = None,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> Iterator[Run]:
+        """As :func:`healing.tracking.open_runs.start`, after what was left to be sent."""
+        keep = output / PLACE if output else None
+        opened = open_runs.start(name, tags, experiment=self._experiment, keep=keep, say=say)
+        with opened as run:
+            self._sender = run.sender
+            self._remember(run)
+            if output and not run.sender.is_away:
+                send_left(output, say)
+            yield run
+
+    def _remember(self, run: RunLogger) -> None:
+        with self._lock:
+            self._own[run.run_id] = run
+
+    @contextlib.contextmanager
+    def child(self, parent: Run, name: str, tags: Mapping[str, Any]) -> Iterator[Run]:
+        """As :func:`healing.tracking.open_runs.child`; the parent's id is a tag too."""
+        with open_runs.child(parent, name, {**tags, "parent": parent.run_id}) as run:
+            self._remember(run)
+            yield run
+
+    def _ask(self, question: Callable[[], T], otherwise: Callable[[OutageError], T]) -> T:
+        """Ask the store, or answer from what this process told it while it is away.
+
+        Nothing is computed meanwhile, so that a store which gives no answer is not waited for.
+        """
+        gone = self._sender.away if self._sender is not None else None
+        if not self._is_away:
+            # Not by a pool's `with`, which would wait for the thread after all.
+            pool = concurrent.futures.ThreadPoolExecutor(1)
+            try:
+                return pool.submit(question).result(
+                    BLOCKING_SECONDS if self._sender is not None and self._sender.keeps else None
+                )
+            except OutageError as error:
+                gone = error
+            except concurrent.futures.TimeoutError:
+                gone = OutageError("the tracking store gives no answer")
+            finally:
+                pool.shutdown(wait=False)
+        return otherwise(gone or OutageError("the tracking store gives no answer"))
+
+    def _told(self) -> list[RunLogger]:
+        with self._lock:
+            return list(self._own.values())
 
     def find_finished(self, experiment_id: str, fingerprint: str) -> RunView | None:
-        """As :func:`healing.tracking.queries.find_finished`."""
-        return queries.find_finished(experiment_id, fingerprint)
+        """As :func:`healing.tracking.queries.find_finished`; of this process' runs while the store
+        is away.
+        """
+        own = [
+            _view(run)
+            for run in self._told()
+            if run.told.status == "FINISHED" and run.told.tags.get("fingerprint") == fingerprint
+        ]
+        if own or not experiment_id:
+            return own[-1] if own else None
+        return self._ask(
+            lambda: queries.find_finished(experiment_id, fingerprint), lambda error: None
+        )
 
     def close_left_running(self, experiment_id: str) -> list[str]:
-        """As :func:`healing.tracking.queries.close_left_running`."""
-        return queries.close_left_running(experiment_id)
+        """As :func:`healing.tracking.queries.close_left_running`; none while the store is away."""
+        if not experiment_id:
+            return []
+        return self._ask(lambda: queries.close_left_running(experiment_id), lambda error: [])
 
     def get_run(self, run_id: str) -> RunView:
         """As :func:`healing.tracking.queries.get_run`."""
-        return queries.get_run(run_id)
+
+        def told(error: OutageError) -> RunView:
+            if run_id not in self._own:
+                raise error
+            return _view(self._own[run_id])
+
+        if run_id in self._own and self._own[run_id].is_local:
+            return _view(self._own[run_id])
+        return self._ask(lambda: queries.get_run(run_id), told)
 
     def download(self, uri: str, folder: str | None = None) -> pathlib.Path:
-        """As :func:`healing.tracking.queries.download`."""
+        """As :func:`healing.tracking.queries.download`; a file of this process' own runs is taken
+        where it was written while the store is away.
+        """
+        run_id, _, path = uri.removeprefix("runs:/").partition("/")
+        own = self._own.get(run_id)
+        if own is not None and (self._is_away or own.is_local):
+            found = own.told.files.get(path)
+            if found is not None and found.is_file():
+                return found
         return queries.download(uri, folder)
 
     def share_view(self, experiment_id: str) -> str:
         """As :func:`healing.tracking.queries.share_view`, as a link to a server on this machine."""
-        return f"http://127.0.0.1:5000{queries.share_view(experiment_id)}"
+        if self._is_away or not experiment_id:
+            return ""
+        try:
+            return f"http://127.0.0.1:5000{queries.share_view(experiment_id)}"
+        except OutageError:
+            return ""
+
+
+def _view(run: RunLogger) -> RunView:
+    told = run.told
+    return RunView(
+        run.run_id, told.name, told.status, run.experiment_id, dict(told.params), dict(told.tags),
+        dict(told.metrics),
+    )  # fmt: skip

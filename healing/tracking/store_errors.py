@@ -11,7 +11,7 @@ from mlflow.entities import Experiment, LifecycleStage
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from healing.errors import TrackingError
+from healing.errors import OutageError, TrackingError
 
 
 def one_line(error: BaseException) -> str:
@@ -22,6 +22,38 @@ def one_line(error: BaseException) -> str:
 
 UNREACHED = (MlflowException, OSError)
 """What MLflow's clients raise where a store, a server or a disk does not take what is sent."""
+
+
+TEMPORARY = (408, 425, 429, 499)
+DENIED = (401, 403)
+"""HTTP statuses that may be others later."""
+
+
+def is_away(error: Exception) -> bool:
+    """Whether a store does not take anything now, and may later: it cannot be reached, is
+    overloaded or locked, its disk is full. What it will never take is refused.
+    """
+    if says_deleted(error) or isinstance(error, FileNotFoundError):
+        return False
+    status = http_status(error)
+    return status is None or status >= 500 or status in (*TEMPORARY, *DENIED)
+
+
+def http_status(error: Exception) -> int | None:
+    """What a server answered, or would have; ``None`` where there was no answer."""
+    if isinstance(error, MlflowException):
+        return error.get_http_status_code()
+    answer = getattr(error, "response", None)  # of a file's upload
+    return None if answer is None else int(answer.status_code)
+
+
+def outage(text: str, error: Exception) -> TrackingError:
+    """The error of a store that does not take something: of an outage, or a refusal."""
+    if not is_away(error):
+        return TrackingError(text)
+    away = OutageError(text)
+    away.denied = http_status(error) in DENIED
+    return away
 
 
 def says_deleted(error: Exception) -> bool:
@@ -51,7 +83,8 @@ def stored(what: str, restore: str = "") -> Iterator[None]:
         restore: MLflow's command that brings back what it belongs to.
 
     Raises:
-        TrackingError: What could not be stored, where, why, and what to do.
+        TrackingError: What could not be stored, where, why, and what to do; an
+            :class:`OutageError` where the store may take it later.
     """
     try:
         yield
@@ -61,11 +94,12 @@ def stored(what: str, restore: str = "") -> Iterator[None]:
                 f"{what} could not be stored, since what it belongs to {deleted(restore)}, and "
                 "start again; the files written so far stay in the run's local folder"
             ) from error
-        raise TrackingError(
+        raise outage(
             f"{what} could not be stored in {mlflow.get_tracking_uri()} "
             f"({one_line(error)[:300]}): make that store reachable and writable, or set "
             "MLFLOW_TRACKING_URI to another, and start again; the files written so far stay in "
-            "the run's local folder"
+            "the run's local folder",
+            error,
         ) from error
 
 

@@ -19,7 +19,7 @@ from healing.predecessor.import_stage import import_results
 from healing.predecessor.records import LegacyError, read_run
 from healing.predecessor.summarize_stage import find_results, summarize_imported
 from healing.stages.summarize import find_runs
-from healing.tracking import run_logger
+from healing.tracking import open_runs, run_logger
 from tests.conftest import SHARED_DATA
 from tests.legacy_folders import (
     AFTER,
@@ -189,7 +189,7 @@ def test_command_ends_with_one_line_and_a_code(records):
 
 
 def heal_run(name: str, **tags) -> None:
-    with run_logger.start(name, {"stage": "heal", **tags}):
+    with open_runs.start(name, {"stage": "heal", **tags}):
         pass
 
 

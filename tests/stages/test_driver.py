@@ -129,8 +129,8 @@ def test_a_record_is_on_disk_before_it_is_sent(tmp_path):
     seen = []
 
     class Watching(LocalStore):
-        def start(self, name, tags):
-            context = super().start(name, tags)
+        def start(self, *given):
+            context = super().start(*given)
 
             class Watched:
                 def __enter__(self):
@@ -255,39 +255,25 @@ def test_a_snapshot_of_another_cell_is_not_gone_on_with(tmp_path):
     assert stage.computed == [1, 2, 3, 4, 5, 6]
 
 
-class Away(LocalStore):
-    """A store that takes no metrics."""
+class Refusing(LocalStore):
+    """A store that refuses metrics."""
 
-    def start(self, name, tags):
-        context = super().start(name, tags)
+    @contextlib.contextmanager
+    def start(self, *given):
+        with super().start(*given) as run:
 
-        class Refusing:
-            def __enter__(self):
-                run = context.__enter__()
+            def metrics(values, step=0):
+                raise TrackingError("the run is deleted")
 
-                def metrics(values, step=0):
-                    raise TrackingError("the store is away")
-
-                run.metrics = metrics
-                return run
-
-            def __exit__(self, *error):
-                return context.__exit__(*error)
-
-        return Refusing()
+            run.metrics = metrics
+            yield run
 
 
-def test_a_store_that_is_away_ends_the_run_unless_something_else_is_decided(tmp_path):
-    with pytest.raises(TrackingError, match="away"):
-        run(driver(Away()), Toy(), Config(str(tmp_path)))
+def test_a_store_that_refuses_ends_the_run_with_its_record_on_disk(tmp_path):
+    with pytest.raises(TrackingError, match="deleted"):
+        run(driver(Refusing()), Toy(), Config(str(tmp_path)))
     (lines,) = tmp_path.rglob("metrics.jsonl")
     assert [row["step"] for row in read_jsonl(lines)] == [2]
-    told, stage = [], Toy()
-    stage.store = lambda outcome, *_: Report([], {}, "", "", result=outcome)
-    done = run(driver(Away(), on_outage=told.append), stage, Config(str(tmp_path)))
-    assert done.report.result == 21
-    assert len(told) == 4  # three records, and the seconds of its phases
-    assert [row["step"] for row in read_jsonl(lines)] == [2, 4, 6]
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "", ".", "..", "a\\b", "a\0b", "/etc"])

@@ -26,7 +26,7 @@ from healing.stages.summarize_inputs import (
     read_runs,
 )
 from healing.statistics.heal_runs import ENDPOINTS
-from healing.tracking import queries, run_logger
+from healing.tracking import open_runs, queries
 from healing.tracking.run_files import JsonLines
 from healing.tracking.store import MlflowStore
 
@@ -36,7 +36,7 @@ TAGS = {"stage": "heal", "model": "nano", "arm": "haep", "settings": "s", "check
 
 def make_run(folder: pathlib.Path, name: str, rows: list[dict], artifact: bool = True) -> None:
     """A healing run as the heal stage logs it: NaN metrics are left out, the file has them all."""
-    with run_logger.start(name, TAGS) as run:
+    with open_runs.start(name, TAGS) as run:
         run.n_params(300_000)
         lines = JsonLines(folder / name / "metrics.jsonl")
         for row in rows:
@@ -150,7 +150,7 @@ def test_over_http(store, server, monkeypatch):
 
 def test_runs_without_history_are_read_from_their_artifact(store):
     make_run(store, "whole", rows(1.0))
-    with run_logger.start("bare", TAGS) as run:
+    with open_runs.start("bare", TAGS) as run:
         run.n_params(300_000)
         lines = JsonLines(store / "bare" / "metrics.jsonl")
         for row in rows(2.0):
@@ -169,7 +169,7 @@ def test_runs_without_history_are_read_from_their_artifact(store):
 def test_a_history_that_ends_too_early_is_not_used(store):
     """Its own summary says how many steps the run took."""
     make_run(store, "lost", rows(1.0))
-    with run_logger.start("more", {}) as run:
+    with open_runs.start("more", {}) as run:
         pass
     client = mlflow.tracking.MlflowClient()
     (view,) = stored()
@@ -248,7 +248,7 @@ def test_tokens_per_step_come_from_the_configuration_or_the_metric(store):
 
 def test_a_run_that_runs_is_no_failed_one(store):
     make_run(store, "done", rows(1.0))
-    with run_logger.start("open", {**TAGS, "fingerprint": "f"}) as run:
+    with open_runs.start("open", {**TAGS, "fingerprint": "f"}) as run:
         done, running = read_runs(stored())
     assert (running.run_id, running.running, running.finished) == (run.run_id, True, False)
     assert running.failure == ""
@@ -261,15 +261,15 @@ def test_a_run_that_runs_is_no_failed_one(store):
 
 
 def test_failed_and_unreadable_runs_keep_their_reason(store):
-    with pytest.raises(RuntimeError), run_logger.start("broken", TAGS):
+    with pytest.raises(RuntimeError), open_runs.start("broken", TAGS):
         raise RuntimeError("out of memory")
     for name, content in (("malformed", '{"step"'), ("wrong", '{"x": 1}'), ("empty", "")):
-        with run_logger.start(name, TAGS) as run:
+        with open_runs.start(name, TAGS) as run:
             (store / "metrics.jsonl").write_text(content)
             run.artifact(store / "metrics.jsonl")
-    with run_logger.start("none", TAGS):
+    with open_runs.start("none", TAGS):
         pass
-    with run_logger.start("untagged", {k: v for k, v in TAGS.items() if k != "status"}) as run:
+    with open_runs.start("untagged", {k: v for k, v in TAGS.items() if k != "status"}) as run:
         (store / "metrics.jsonl").write_text('{"step": 0}')
         run.artifact(store / "metrics.jsonl")
     failures = {r.name: r.failure for r in read_runs(stored())}

@@ -22,7 +22,7 @@ from healing.predecessor.import_stage import import_results
 from healing.stages.attack import attack
 from healing.stages.heal import heal
 from healing.stages.summarize import summarize
-from healing.tracking import queries, run_logger
+from healing.tracking import open_runs, queries, run_logger
 from tests.legacy_folders import attack_rows, write_run
 
 SMALL = {"model": "nano", "sequence_length": 64, "probe_tokens": 512, "batch_size": 2,
@@ -67,7 +67,7 @@ def an_import() -> None:
 
 
 def a_start_in() -> None:
-    with run_logger.start_in("gone", "a run", {}):
+    with open_runs.start_in("gone", "a run", {}):
         pass
 
 
@@ -99,7 +99,7 @@ def test_a_run_into_a_deleted_experiment(gone, monkeypatch, variable):
     monkeypatch.setenv(variable, gone if variable.endswith("ID") else "gone")
 
     def start() -> None:
-        with run_logger.start("a run", {}):
+        with open_runs.start("a run", {}):
             pass
 
     check_and_mend(start, gone, "MLFLOW_EXPERIMENT_NAME")
@@ -126,17 +126,17 @@ def test_children_of_an_experiment_that_is_deleted_meanwhile(store):
     parents = []
 
     def bear() -> None:
-        with run_logger.start("parent", {}) as parent:
+        with open_runs.start("parent", {}) as parent:
             parents.append(parent)
             MlflowClient().delete_experiment(parent.experiment_id)
-            with run_logger.child(parent, "child", {}):
+            with open_runs.child(parent, "child", {}):
                 pass
 
     message = told(bear)
     (parent,) = parents
     assert "run 'child' could not be stored" in message
     mend(message)
-    with run_logger.child(parent, "child", {}) as child:
+    with open_runs.child(parent, "child", {}) as child:
         pass
     assert MlflowClient().get_run(child.run_id).info.status == "FINISHED"
 
@@ -144,7 +144,7 @@ def test_children_of_an_experiment_that_is_deleted_meanwhile(store):
 @pytest.fixture
 def lost(store) -> str:
     """Id of a deleted run."""
-    with run_logger.start("an attack", {"stage": "attack"}) as run:
+    with open_runs.start("an attack", {"stage": "attack"}) as run:
         pass
     MlflowClient().delete_run(run.run_id)
     return run.run_id
@@ -173,7 +173,7 @@ def test_a_run_that_is_none_is_not_called_deleted(lost):
 def test_a_deleted_run_of_mlflow_run(lost, monkeypatch):
     def join() -> None:
         monkeypatch.setenv("MLFLOW_RUN_ID", lost)  # MLflow takes it out of the environment
-        with run_logger.start("joins", {}) as run:
+        with open_runs.start("joins", {}) as run:
             assert run.run_id == lost
 
     message = told(join)
@@ -198,7 +198,7 @@ def test_a_run_that_is_deleted_while_it_writes(store, what):
     runs = []
 
     def a_run() -> None:
-        with run_logger.start("a run", {}) as run:
+        with open_runs.start("a run", {}) as run:
             runs.append(run)
             MlflowClient().delete_run(run.run_id)
             write(run)

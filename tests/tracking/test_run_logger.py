@@ -15,11 +15,11 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from healing.errors import TrackingError
-from healing.tracking import queries, run_logger
+from healing.tracking import open_runs, queries
 
 
 def test_finished_run_with_parameters_metrics_tags_and_inputs(store):
-    with run_logger.start("a run", {"stage": "heal"}) as run:
+    with open_runs.start("a run", {"stage": "heal"}) as run:
         run.params("heal", {"model": "nano", "healing_lr": 1e-3})
         run.metrics({"loss": 2.0, "rank": math.nan}, 0)
         run.metrics({"loss": 1.5, "rank": math.inf}, 10)
@@ -39,7 +39,7 @@ def test_failed_run_keeps_what_was_logged_and_says_why(store):
     ids = []
 
     def failing_stage() -> None:
-        with run_logger.start("a", {"stage": "heal"}) as run:
+        with open_runs.start("a", {"stage": "heal"}) as run:
             ids.append(run.run_id)
             run.metrics({"loss": 2.0}, 3)
             raise ValueError("broken\nthing")
@@ -54,10 +54,10 @@ def test_failed_run_keeps_what_was_logged_and_says_why(store):
 
 
 def test_children_are_nested_and_fail_alone(store):
-    with run_logger.start("parent", {"stage": "main"}) as parent:
-        with run_logger.child(parent, "good", {"stage": "heal"}) as good:
+    with open_runs.start("parent", {"stage": "main"}) as parent:
+        with open_runs.child(parent, "good", {"stage": "heal"}) as good:
             good.metrics({"x": 1.0})
-        with pytest.raises(RuntimeError), run_logger.child(parent, "bad", {}) as bad:
+        with pytest.raises(RuntimeError), open_runs.child(parent, "bad", {}) as bad:
             raise RuntimeError("no")
     client = MlflowClient()
     assert client.get_run(good.run_id).data.tags["mlflow.parentRunId"] == parent.run_id
@@ -67,8 +67,8 @@ def test_children_are_nested_and_fail_alone(store):
 
 
 def test_interrupted_child_is_killed_not_running(store):
-    with run_logger.start("parent", {"stage": "main"}) as parent:
-        with pytest.raises(KeyboardInterrupt), run_logger.child(parent, "c", {}) as run:
+    with open_runs.start("parent", {"stage": "main"}) as parent:
+        with pytest.raises(KeyboardInterrupt), open_runs.child(parent, "c", {}) as run:
             raise KeyboardInterrupt
         assert MlflowClient().get_run(run.run_id).info.status == "KILLED"
 
@@ -80,7 +80,7 @@ def test_parameters_that_mlflow_run_logged_first_are_kept(store, monkeypatch):
     MlflowClient().log_param(outer.info.run_id, "model", "auto")
     monkeypatch.setenv("MLFLOW_RUN_ID", outer.info.run_id)
     monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", experiment.experiment_id)
-    with run_logger.start("heal nano", {"stage": "heal"}) as run:
+    with open_runs.start("heal nano", {"stage": "heal"}) as run:
         run.params("heal", {"model": "nano"})
     stored = MlflowClient().get_run(outer.info.run_id)
     assert run.run_id == outer.info.run_id
@@ -98,7 +98,7 @@ def test_metrics_are_sent_together(store, monkeypatch):
         return original(self, run_id, metrics=metrics, params=params, tags=tags, **options)
 
     monkeypatch.setattr(MlflowClient, "log_batch", spy)
-    with run_logger.start("a", {}) as run:
+    with open_runs.start("a", {}) as run:
         for step in range(300):
             run.metrics({f"m{i}": float(i) for i in range(8)}, step)
     assert sum(calls) == 2400
@@ -115,7 +115,7 @@ def test_tags_for_later_go_with_the_next_request(store, monkeypatch, ending):
         sent.append({kind: [x.key for x in entries] for kind, entries in content.items()})
         return original(self, run_id, **content)
 
-    with contextlib.suppress(ValueError), run_logger.start("a", {"stage": "heal"}) as run:
+    with contextlib.suppress(ValueError), open_runs.start("a", {"stage": "heal"}) as run:
         monkeypatch.setattr(MlflowClient, "log_batch", spy)
         run.tags({"phase": "bases"}, later=True)
         run.tags({"phase": "done"}, later=True)
@@ -136,12 +136,12 @@ def test_tags_for_later_go_with_the_next_request(store, monkeypatch, ending):
 
 
 def test_search_and_find_finished(store):
-    with run_logger.start("p", {"stage": "main"}) as parent:
-        with run_logger.child(parent, "one", {"stage": "heal", "fingerprint": "f1"}) as one:
+    with open_runs.start("p", {"stage": "main"}) as parent:
+        with open_runs.child(parent, "one", {"stage": "heal", "fingerprint": "f1"}) as one:
             one.metrics({"loss": math.inf})
         with (
             pytest.raises(RuntimeError),
-            run_logger.child(parent, "two", {"stage": "heal", "fingerprint": "f2"}),
+            open_runs.child(parent, "two", {"stage": "heal", "fingerprint": "f2"}),
         ):
             raise RuntimeError("x")
         found = queries.search(parent.experiment_id, "tags.stage = 'heal'")
@@ -154,7 +154,7 @@ def test_search_and_find_finished(store):
 
 
 def test_errors_name_what_is_missing(store):
-    with run_logger.start("p", {}) as run:
+    with open_runs.start("p", {}) as run:
         pass
     assert queries.find_experiment("") == run.experiment_id
     assert queries.find_experiment(run.experiment_id) == run.experiment_id
@@ -173,7 +173,7 @@ def test_unusable_store(store, monkeypatch):
     mlflow.set_tracking_uri("http://127.0.0.1:9")
     with (
         pytest.raises(TrackingError, match="check MLFLOW_TRACKING_URI"),
-        run_logger.start("a", {}),
+        open_runs.start("a", {}),
     ):
         pass
 
@@ -204,7 +204,7 @@ CALLS = {
 def test_every_call_that_fails_is_one_clear_line(store, monkeypatch, method, what):
     path = store / "m.jsonl"
     path.write_text("{}\n")
-    with run_logger.start("a", {"stage": "heal"}) as run, monkeypatch.context() as broken:
+    with open_runs.start("a", {"stage": "heal"}) as run, monkeypatch.context() as broken:
         broken.setattr(MlflowClient, method, failing)
         with pytest.raises(TrackingError) as caught:
             CALLS[method][what](run, path)
@@ -218,7 +218,7 @@ def test_every_call_that_fails_is_one_clear_line(store, monkeypatch, method, wha
 
 def test_a_file_that_cannot_be_copied_is_such_a_failure_too(store):
     with (
-        run_logger.start("a", {}) as run,
+        open_runs.start("a", {}) as run,
         pytest.raises(TrackingError, match=r"artifact none\.json .* could not be stored"),
     ):
         run.artifact(store / "none.json")
@@ -231,10 +231,10 @@ def test_a_broken_store_does_not_hide_why_the_run_failed(store, monkeypatch, met
     path.write_text("{}\n")
 
     def stage() -> None:
-        with run_logger.start("p", {}) as parent:
+        with open_runs.start("p", {}) as parent:
             if not nested:
                 broken_stage(parent)
-            with run_logger.child(parent, "c", {}) as run:
+            with open_runs.child(parent, "c", {}) as run:
                 broken_stage(run)
 
     def broken_stage(run) -> None:
@@ -250,7 +250,7 @@ def test_a_broken_store_does_not_hide_why_the_run_failed(store, monkeypatch, met
 
 def test_the_end_of_a_run_that_cannot_be_stored_is_told(store, monkeypatch):
     def stage() -> None:
-        with run_logger.start("p", {}):
+        with open_runs.start("p", {}):
             monkeypatch.setattr(MlflowClient, "set_terminated", failing)
 
     with pytest.raises(TrackingError, match=r"the end of run \w+ could not be stored"):
@@ -258,12 +258,12 @@ def test_the_end_of_a_run_that_cannot_be_stored_is_told(store, monkeypatch):
 
 
 def test_a_child_and_a_view_that_cannot_be_stored(store, monkeypatch):
-    with run_logger.start("p", {}) as parent, monkeypatch.context() as broken:
+    with open_runs.start("p", {}) as parent, monkeypatch.context() as broken:
         broken.setattr(MlflowClient, "create_run", failing)
         broken.setattr(MlflowClient, "set_experiment_tag", failing)
         with (
             pytest.raises(TrackingError, match="run 'c' could not be stored"),
-            run_logger.child(parent, "c", {}),
+            open_runs.child(parent, "c", {}),
         ):
             pass
         with pytest.raises(TrackingError, match="the saved view of experiment 1"):
@@ -272,7 +272,7 @@ def test_a_child_and_a_view_that_cannot_be_stored(store, monkeypatch):
 
 def test_marking_a_run_that_never_began_needs_no_store(store, monkeypatch):
     monkeypatch.setenv("MLFLOW_RUN_ID", "0" * 32)
-    run_logger.mark_failed("a bad option")  # no such run: the user sees the reason in any case
+    open_runs.mark_failed("a bad option")  # no such run: the user sees the reason in any case
 
 
 def test_a_failed_run_keeps_its_growing_files_and_its_last_metrics(store):
@@ -281,7 +281,7 @@ def test_a_failed_run_keeps_its_growing_files_and_its_last_metrics(store):
     ids = []
 
     def stage() -> None:
-        with run_logger.start("a", {}) as run:
+        with open_runs.start("a", {}) as run:
             ids.append(run.run_id)
             run.rescue(store / "never_written.json", path)
             run.metrics({"loss": 2.0}, 3)
@@ -293,7 +293,7 @@ def test_a_failed_run_keeps_its_growing_files_and_its_last_metrics(store):
     assert [a.path for a in client.list_artifacts(ids[0])] == ["metrics.jsonl"]
     assert client.get_run(ids[0]).data.metrics == {"loss": 2.0}
     assert client.get_run(ids[0]).data.tags["failure"] == "no"
-    with run_logger.start("b", {}) as fine:
+    with open_runs.start("b", {}) as fine:
         fine.rescue(path)
     assert client.list_artifacts(fine.run_id) == []  # one that ends well stores its own
 
@@ -342,7 +342,7 @@ def test_a_server_that_stops_answering_is_one_line(server, store):
     local = store / "metrics.jsonl"
 
     def stage() -> None:
-        with run_logger.start("a", {"stage": "heal"}) as run:
+        with open_runs.start("a", {"stage": "heal"}) as run:
             run.rescue(local)
             for step in range(3):
                 local.write_text("{}\n" * (step + 1))

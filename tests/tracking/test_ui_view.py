@@ -12,7 +12,7 @@ from mlflow.tracking import MlflowClient
 from healing.measurements.probe import Measurement
 from healing.measurements.recovery import Damage, State
 from healing.measurements.spectrum import Spectrum
-from healing.tracking import queries, run_logger, ui_view
+from healing.tracking import open_runs, queries, ui_view
 from healing.training.healing_loop import HealRecord
 
 
@@ -43,7 +43,7 @@ def test_view_names_metrics_that_exist():
 
 
 def test_view_is_stored_with_the_experiment(store):
-    with run_logger.start("a", {"stage": "main"}) as run:
+    with open_runs.start("a", {"stage": "main"}) as run:
         path = queries.share_view(run.experiment_id)
     tags = MlflowClient().get_experiment(run.experiment_id).tags
     assert tags["mlflow.sharedViewState.healing"]

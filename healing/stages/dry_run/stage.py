@@ -32,7 +32,7 @@ from healing.stages.dry_run.timing import Cost, attack_costs, healing_costs, in_
 from healing.stages.heal_inputs import find_checkpoints, fresh_attack_config, local_checkpoint
 from healing.stages.terminal.console import Console
 from healing.stages.tuning.healer_files import with_healer
-from healing.tracking import run_logger
+from healing.tracking import open_runs
 from healing.tracking.store import MlflowStore  # never later: what a run has loaded is counted
 
 
@@ -187,6 +187,6 @@ def dry_run(config: AttackConfig | HealConfig) -> dict[str, Prediction]:
         torch.set_num_threads(threads)
     peak = max(prediction.peak_bytes for _, prediction in found.values())
     if "MLFLOW_RUN_ID" in os.environ:
-        with run_logger.start("dry run", {"stage": "dry_run"}) as run:
+        with open_runs.start("dry run", {"stage": "dry_run"}) as run:
             run.metrics({"summary/predicted_peak_bytes": float(peak)})
     return {name: prediction for name, (_, prediction) in found.items()}

@@ -1,0 +1,60 @@
+"""Send to the tracking store what runs could not send while it was away."""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+
+import click
+
+from entrypoints._cli import TRY_LATER  # sets MLflow's defaults before it is imported
+from healing.errors import HealingError
+from healing.stages.terminal.lines import write_line
+from healing.tracking.output_folder import output_folder
+
+
+@click.command(name="sync")
+@click.argument("folders", nargs=-1, metavar="FOLDER...")
+def main(folders: tuple[str, ...]) -> None:
+    """Send to the tracking store what runs could not send while it was away.
+
+    FOLDER is an output folder (--output-dir of the runs), or several; without one it is
+    ./experiments/results. It may have been copied from another machine. Everything goes to the
+    store of MLFLOW_TRACKING_URI, in order; what arrived before is not stored twice.
+    """
+    from healing.tracking.sending.left_behind import deliver
+
+    codes, found = [0], 0
+    for name in folders or ("./experiments/results",):
+        try:
+            folder = output_folder(name)
+            if not folder.is_dir():
+                raise click.UsageError(f"{name} is not a folder: name the output folder of runs")
+            for delivery in deliver(folder):
+                found += 1
+                codes.append(_told(delivery))
+        except HealingError as error:
+            write_line(f"error: {error}", error=True)
+            codes.append(1)
+    if not found and max(codes) == 0:
+        write_line("nothing waits to be sent")
+    sys.exit(max(codes))
+
+
+def _told(delivery: object) -> int:
+    """A line on what became of one process' requests; the exit code that it asks for."""
+    from healing.tracking.sending.left_behind import Delivery
+
+    assert isinstance(delivery, Delivery)
+    runs = ", ".join(delivery.runs) or "no run"
+    place = pathlib.Path(delivery.folder).name
+    if not delivery.error:
+        write_line(f"sent {delivery.requests} request(s) of {place}: {runs}")
+        return 0
+    sent = f"{delivery.requests} request(s) sent, then: " if delivery.requests else ""
+    write_line(f"error: {place} is not sent: {sent}{delivery.error}", error=True)
+    return TRY_LATER if delivery.away else 1
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""Requests to a store, on disk before they are sent: what an outage or a hard kill leaves there is
+sent later, from this machine or another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import secrets
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import filelock
+
+from healing.tracking.processes import this_process
+
+PLACE = ".outbox"
+"""Folder below an output folder that holds one folder per process with something to send."""
+_REQUESTS, _SENT, _LOCK, _ABOUT = "requests.jsonl", "sent", "lock", "about.json"
+
+
+@dataclass(frozen=True)
+class Request:
+    """One thing that a store is told of a run.
+
+    Attributes:
+        run: The run's id, as the process that speaks of it calls it.
+        kind: One of those that :mod:`healing.tracking.sending.requests` carries out.
+        content: Of JSON's types.
+    """
+
+    run: str
+    kind: str
+    content: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Outbox:
+    """The requests of one process, in one folder.
+
+    Args:
+        folder: Its own; made with the first request.
+        store: Address that the requests are meant for.
+    """
+
+    def __init__(self, folder: pathlib.Path, store: str = "") -> None:
+        self.folder, self.store = folder, store
+        self._lock = filelock.FileLock(folder / _LOCK, thread_local=False)
+        self._written = self._sent = 0
+
+    @property
+    def root(self) -> pathlib.Path:
+        """The output folder that it belongs to."""
+        return self.folder.parent.parent.resolve()
+
+    @classmethod
+    def of_this_process(cls, place: pathlib.Path, store: str) -> Outbox:
+        """A new one below the folder of all outboxes; the names sort by time."""
+        name = f"{time.time_ns():020d}-{os.getpid()}-{secrets.token_hex(3)}"
+        return cls(place / name, store)
+
+    def append(self, request: Request) -> int:
+        """Write a request; returns its number, from 0.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+        if not self._written:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(timeout=0)
+            about = {"process": this_process().text(), "store": self.store}
+            (self.folder / _ABOUT).write_text(json.dumps(about))
+        line = json.dumps([request.run, request.kind, request.content])
+        with (self.folder / _REQUESTS).open("a") as stream:
+            stream.write(line + "\n")
+        self._written += 1
+        return self._written - 1
+
+    def keep(self, number: int, path: pathlib.Path) -> None:
+        """Keep a file that a request sends as it is now, whatever becomes of it where it lies."""
+        kept = self._kept(number, path)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            try:
+                os.link(path, kept)
+            except OSError:  # another file system, or one without links
+                shutil.copy2(path, kept)
+
+    def _kept(self, number: int, path: pathlib.Path) -> pathlib.Path:
+        return self.folder / "files" / f"{number:09d}" / path.name
+
+    def kept_file(self, number: int, path: pathlib.Path) -> pathlib.Path:
+        """Where a request's file is: the kept one, or where it was written."""
+        kept = self._kept(number, path)
+        return kept if kept.is_file() else path
+
+    def sent(self, number: int) -> None:
+        """A request arrived, and so did all before it."""
+        self._sent = number + 1
+        with contextlib.suppress(OSError):  # it would be sent again, which changes nothing
+            (self.folder / _SENT).write_text(str(self._sent))
+            shutil.rmtree(self.folder / "files" / f"{number:09d}", ignore_errors=True)
+
+    def close(self, *, drop: bool) -> None:
+        """End; a folder in which everything was sent is dropped."""
+        if not self._written:
+            return
+        if drop:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self._lock.release()
+        if drop:
+            shutil.rmtree(self.folder, ignore_errors=True)  # with the lock
+            with contextlib.suppress(OSError):
+                self.folder.parent.rmdir()  # where it was the last
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[bool]:
+        """Have what an ended process left; whether its process is really gone."""
+        try:
+            self._lock.acquire(timeout=0)
+        except (filelock.Timeout, OSError):
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            self._lock.release()
+
+    def left(self) -> tuple[list[Request], int]:
+        """All requests, and how many of them were sent; a last line that was cut is left out.
+
+        Raises:
+            ValueError: A file is none of this program's.
+        """
+        requests = []
+        lines = (self.folder / _REQUESTS).read_text().split("\n")
+        for place, line in enumerate(lines):
+            try:
+                run, kind, content = json.loads(line)
+                if [type(run), type(kind), type(content)] != [str, str, dict]:
+                    raise TypeError("other types")
+                requests.append(Request(run, kind, content))
+            except (ValueError, TypeError, RecursionError) as error:
+                if line and place < len(lines) - 1:
+                    raise ValueError(f"{_REQUESTS}, line {place + 1} is no request") from error
+        self._written = len(requests)
+        try:
+            self._sent = min(max(int((self.folder / _SENT).read_text()), 0), len(requests))
+        except (OSError, ValueError):
+            self._sent = 0
+        return requests, self._sent
+
+    def about(self, name: str) -> str:
+        """What its process said of itself: ``process`` or ``store``; empty where unknown."""
+        try:
+            return str(json.loads((self.folder / _ABOUT).read_text()[:10_000])[name])
+        except (OSError, ValueError, TypeError, KeyError):
+            return ""
+
+    def file_of(self, number: int, place: str) -> pathlib.Path:
+        """The file that a request of an ended process sends.
+
+        Raises:
+            ValueError: It lies outside of the output folder: what a file says is not trusted.
+        """
+        path = (self.root / place).resolve()
+        kept = self._kept(number, path)
+        if kept.is_file() and not kept.is_symlink():
+            return kept
+        if not path.is_relative_to(self.root):
+            raise ValueError(f"the file {place[:200]!r} is not in {self.root}")
+        return path
+
+
+def outboxes(place: pathlib.Path) -> list[Outbox]:
+    """What earlier processes left below a folder of outboxes, the oldest first."""
+    if not place.is_dir():
+        return []
+    found = (path for path in sorted(place.iterdir()) if not path.is_symlink())
+    return [Outbox(path) for path in found if (path / _REQUESTS).is_file()]

@@ -1,0 +1,207 @@
+"""The kinds of request, and how each is carried out so that doing it twice changes nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import pathlib
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import filelock
+import mlflow
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import (
+    INVALID_PARAMETER_VALUE,
+    RESOURCE_ALREADY_EXISTS,
+    ErrorCode,
+)
+from mlflow.tracking import MlflowClient
+
+from healing.tracking.sending.outbox import Request
+from healing.tracking.store_errors import require_active, stored
+
+CREATE, JOIN, BATCH, ARTIFACT, INPUT, END = "create", "join", "batch", "artifact", "input", "end"
+LOCAL_ID = "local_run_id"
+"""Tag: what the process called a run before the store named it; a run is made once for each."""
+OPENING_SECONDS = 100.0
+"""Waited for other processes that open the same store."""
+_DATASETS = threading.Lock()
+"""MLflow looks a dataset up before it inserts it: two threads at once violate its uniqueness."""
+
+
+@contextlib.contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """Processes of this machine open the same SQLite file one after the other: two that both make
+    its tables would fail, and so would two that both make the experiment.
+    """
+    uri = mlflow.get_tracking_uri()
+    if not uri.startswith("sqlite:"):
+        yield
+        return
+    name = f"llm-healing-{hashlib.sha256(uri.encode()).hexdigest()[:16]}.lock"
+    with filelock.FileLock(pathlib.Path(tempfile.gettempdir()) / name, timeout=OPENING_SECONDS):
+        yield
+
+
+def create(
+    local_id: str,
+    experiment: Mapping[str, str],
+    name: str,
+    tags: Mapping[str, str],
+    start_ms: int,
+) -> Request:
+    """Make a run. ``experiment``: ``{"id": …}`` or ``{"name": …}``, made where there is none."""
+    content = {"experiment": dict(experiment), "name": name, "tags": dict(tags), "start": start_ms}
+    return Request(local_id, CREATE, content)
+
+
+def batch(
+    run: str,
+    what: str,
+    metrics: Sequence[Metric] = (),
+    params: Mapping[str, str] | None = None,
+    tags: Mapping[str, str] | None = None,
+) -> Request:
+    """Log metrics, parameters and tags of a run."""
+    points = [[m.key, m.value, m.timestamp, m.step] for m in metrics]
+    content = {"what": what, "metrics": points, "params": params or {}, "tags": tags or {}}
+    return Request(run, BATCH, content)
+
+
+class Messenger:
+    """Carries requests out on the store that MLflow is set to.
+
+    Attributes:
+        known: What a process calls a run → the store's id of it.
+    """
+
+    def __init__(self) -> None:
+        self.known: dict[str, str] = {}
+        self._experiments: dict[str, str] = {}
+        self._client = MlflowClient()
+
+    def __call__(self, request: Request, file: pathlib.Path | None, *, again: bool) -> None:
+        """Carry one out.
+
+        Args:
+            request: Which.
+            file: Of an artifact.
+            again: Whether it was tried before, and may have arrived.
+
+        Raises:
+            TrackingError: The store refuses it.
+            OutageError: The store is away.
+        """
+        run, content = self.run_id(request.run), request.content
+        restore = f"runs restore --run-id {run}"
+        if request.kind == CREATE:
+            self._create(request, again=again)
+        elif request.kind == JOIN:
+            with stored(f"run {run}", restore):
+                found = self._client.get_run(run)
+                self._client.update_run(run, status="RUNNING")
+            self._experiments[run] = found.info.experiment_id
+        elif request.kind == BATCH:
+            with stored(f"{content['what']} of run {run}", restore):
+                self._batch(run, content)
+        elif request.kind == ARTIFACT:
+            assert file is not None, "an artifact has a file"
+            with stored(f"artifact {file.name} of run {run}", restore):
+                if not file.is_file():
+                    raise FileNotFoundError(f"there is no {file}")
+                self._client.log_artifact(run, str(file), content["folder"])
+        elif request.kind == INPUT:
+            with stored(f"data set {content['name']} of run {run}", restore), _DATASETS:
+                self._input(run, content)
+        elif request.kind == END:
+            with stored(f"the end of run {run}", restore):
+                self._client.set_terminated(run, content["status"], content["time"])
+
+    def run_id(self, run: str) -> str:
+        """The store's id of a run."""
+        return self.known.get(run, run)
+
+    def experiment_id(self, run: str) -> str:
+        """Of a run; empty where it is not known."""
+        return self._experiments.get(run, "")
+
+    def _named(self, text: str) -> str:
+        """A text with the store's ids in the place of the process' own."""
+        for own, known in self.known.items():
+            text = text.replace(own, known)
+        return text
+
+    def _create(self, request: Request, *, again: bool) -> None:
+        content = request.content
+        with stored(f"run {content['name']!r}"), _one_at_a_time():
+            experiment = self._experiment(content["experiment"])
+        restore = f"experiments restore --experiment-id {experiment}"
+        tags = {key: self._named(value) for key, value in content["tags"].items()}
+        with stored(f"run {content['name']!r}", restore):
+            run_id = self._made_before(experiment, request.run) if again else ""
+            if not run_id:
+                made = self._client.create_run(
+                    experiment,
+                    start_time=content["start"],
+                    run_name=content["name"],
+                    tags={**tags, LOCAL_ID: request.run},
+                )
+                run_id = made.info.run_id
+        self.known[request.run] = run_id
+        self._experiments[request.run] = experiment
+
+    def _made_before(self, experiment: str, local_id: str) -> str:
+        """The run that a request made whose answer was lost; empty where there is none."""
+        wanted = f"tags.{LOCAL_ID} = '{local_id}'"
+        found = self._client.search_runs([experiment], wanted, max_results=1)
+        return str(found[0].info.run_id) if found else ""
+
+    def _experiment(self, named: Mapping[str, str]) -> str:
+        """The id of an experiment, which is made where there is none of the name."""
+        if "id" in named:
+            return named["id"]
+        name = named["name"]
+        found = self._client.get_experiment_by_name(name)
+        require_active(found)
+        if found is None:
+            try:
+                return str(self._client.create_experiment(name))
+            except MlflowException as error:  # another process made it meanwhile
+                if error.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS):
+                    raise
+                found = self._client.get_experiment_by_name(name)
+                assert found is not None, "the store says that it exists"
+        return str(found.experiment_id)
+
+    def _batch(self, run: str, content: Mapping[str, Any]) -> None:
+        metrics = [Metric(*point) for point in content["metrics"]]
+        params = {k: self._named(v) for k, v in content["params"].items()}
+        tags = [RunTag(k, self._named(v)) for k, v in content["tags"].items()]
+        try:
+            self._log(run, metrics, params, tags)
+        except MlflowException as error:
+            if not params or error.error_code != ErrorCode.Name(INVALID_PARAMETER_VALUE):
+                raise
+            # `mlflow run` logs its own spelling of a parameter, which cannot be changed.
+            taken = self._client.get_run(run).data.params
+            fresh = {k: v for k, v in params.items() if k not in taken}
+            if len(fresh) == len(params):
+                raise
+            self._log(run, metrics, fresh, tags)
+
+    def _log(
+        self, run: str, metrics: list[Metric], params: Mapping[str, str], tags: list[RunTag]
+    ) -> None:
+        fresh = [Param(k, v) for k, v in params.items()]
+        self._client.log_batch(run, metrics=metrics, params=fresh, tags=tags)
+
+    def _input(self, run: str, content: Mapping[str, Any]) -> None:
+        source = json.dumps({"tags": content["facts"]})
+        data = Dataset(content["name"], content["digest"], "code", source)
+        tag = InputTag("mlflow.data.context", content["context"])
+        self._client.log_inputs(run, datasets=[DatasetInput(data, [tag])])

@@ -1,0 +1,332 @@
+"""Sends requests in order from a thread of its own; a store that is away stops nobody for long."""
+
+from __future__ import annotations
+
+import pathlib
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from healing.errors import OutageError, OutputError, TrackingError
+from healing.tracking.sending.outbox import Outbox, Request
+
+BLOCKING_SECONDS = 5.0
+"""That a computation waits for a slow or absent store, in all."""
+QUICK_SECONDS = 0.5
+"""An answer within this time is no waiting."""
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 15.0
+"""Seconds between two tries of a store that is away; doubled each time."""
+UNLIMITED = 1e6
+"""Seconds that a file may take."""
+PATIENCE = 30.0
+"""Seconds that the end of a process waits for a store that is away."""
+
+
+class CarryOut(Protocol):
+    """Does what a request asks.
+
+    Raises ``OutageError`` where the store is away, ``TrackingError`` where it refuses.
+    """
+
+    def __call__(self, request: Request, file: pathlib.Path | None, *, again: bool) -> None:
+        """``file``: of an artifact; ``again``: it was tried before, and may have arrived."""
+
+    def run_id(self, run: str) -> str:
+        """The store's id of a run; what it is called as long as the store has none."""
+
+    def experiment_id(self, run: str) -> str:
+        """Of a run; empty where it is not known."""
+
+
+@dataclass
+class _Waiting:
+    """A request on its way."""
+
+    request: Request
+    number: int
+    file: pathlib.Path | None
+    tried: bool = False
+    kept: bool = False
+    error: TrackingError | None = None
+    over: threading.Event = field(default_factory=threading.Event)
+
+
+class Sender:
+    """The requests of one process: first on disk, then in the store, in order, once each.
+
+    As long as the store answers, a request is over when :meth:`put` returns. While it is away, the
+    requests wait, on disk if there is an outbox; they are sent when it is back.
+
+    Args:
+        carry_out: Does what a request asks.
+        outbox: On disk; ``None`` = nothing is kept beyond the process.
+        say: Told when the store goes and comes back.
+        clock: Seconds.
+    """
+
+    def __init__(
+        self,
+        carry_out: CarryOut,
+        outbox: Outbox | None = None,
+        say: Callable[[str], None] = lambda text: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._carry_out, self._outbox, self._say, self._clock = carry_out, outbox, say, clock
+        self._queue: deque[_Waiting] = deque()
+        self._changed = threading.Condition()
+        self._away: OutageError | None = None
+        self._refused: dict[str, TrackingError] = {}
+        self._answered = self._closed = self._late = False
+        self._left = BLOCKING_SECONDS
+        self._numbers = 0
+        self._thread = threading.Thread(target=self._run, name="tracking", daemon=True)
+
+    @property
+    def away(self) -> OutageError | None:
+        """Why the store cannot be reached now; ``None`` = it can, as far as is known."""
+        return self._away
+
+    @property
+    def is_away(self) -> bool:
+        """Whether nothing is to be asked of the store now."""
+        return self._away is not None or self._late
+
+    @property
+    def keeps(self) -> bool:
+        """Whether requests outlive the process."""
+        return self._outbox is not None
+
+    def run_id(self, run: str) -> str:
+        """The store's id of a run; what it is called as long as the store has none."""
+        return self._carry_out.run_id(run)
+
+    def experiment_id(self, run: str) -> str:
+        """Of a run; empty where it is not known."""
+        return self._carry_out.experiment_id(run)
+
+    def place_of(self, path: pathlib.Path) -> str:
+        """A file's path as a request names it: below the output folder where it is there, so that
+        the folder can be sent from another machine.
+        """
+        whole = path.resolve()
+        if self._outbox is not None and whole.is_relative_to(self._outbox.root):
+            return whole.relative_to(self._outbox.root).as_posix()
+        return str(whole)
+
+    def put(
+        self, request: Request, file: pathlib.Path | None = None, *, patience: float | None = None
+    ) -> bool:
+        """Hand a request over.
+
+        Args:
+            request: What to do.
+            file: Of an artifact; kept as it is now, should it have to wait.
+            patience: Seconds to wait for the answer of a store that is not known to be away;
+                ``None`` = what is left of :data:`BLOCKING_SECONDS`.
+
+        Returns:
+            Whether it is over; else it waits its turn.
+
+        Raises:
+            TrackingError: The store refuses this request, or an earlier one of the run.
+            OutputError: It cannot be written to disk.
+        """
+        if request.run in self._refused:
+            raise self._refused[request.run]
+        waiting = self._queued(request, file)
+        if self.is_away:
+            self._keep(waiting)
+            return False
+        self._wait(waiting, patience)
+        if waiting.error is not None:
+            raise waiting.error
+        if not waiting.over.is_set():
+            self._keep(waiting)
+        return waiting.over.is_set()
+
+    def _queued(self, request: Request, file: pathlib.Path | None) -> _Waiting:
+        with self._changed:
+            number = self._numbers
+            if self._outbox is not None:
+                try:
+                    number = self._outbox.append(request)
+                except OSError as error:
+                    raise OutputError(
+                        f"{self._outbox.folder} could not be written ({error.strerror or error}): "
+                        "free some of its disk or make it writable, and start again"
+                    ) from error
+            self._numbers += 1
+            waiting = _Waiting(request, number, file)
+            self._queue.append(waiting)
+            if not self._thread.is_alive() and not self._closed:
+                self._thread.start()
+            self._changed.notify_all()
+        return waiting
+
+    def _keep(self, waiting: _Waiting) -> None:
+        """Keep a file that waits: where it lies, a later run may write another."""
+        if self._outbox is None or waiting.file is None or waiting.kept:
+            return
+        try:
+            self._outbox.keep(waiting.number, waiting.file)
+        except FileNotFoundError:  # the store will say so
+            return
+        except OSError as error:
+            raise OutputError(
+                f"{waiting.file} could not be kept for later in {self._outbox.folder} "
+                f"({error.strerror or error}): free some of its disk"
+            ) from error
+        waiting.kept = True
+
+    def _wait(self, waiting: _Waiting, patience: float | None) -> None:
+        """Until the request is over, the store is away, or it took too long."""
+        began = self._clock()
+        allowed = self._left if patience is None else patience
+        with self._changed:
+            self._changed.wait_for(
+                lambda: waiting.over.is_set() or self._away is not None, timeout=allowed
+            )
+            spent = self._clock() - began
+            if patience is None and spent > QUICK_SECONDS:
+                self._left = max(0.0, self._left - spent)
+            if not waiting.over.is_set() and self._away is None:
+                self._late = True  # no answer is no error yet: nobody waits until there is one
+
+    def settle(self, patience: float = BLOCKING_SECONDS) -> None:
+        """Wait until everything arrived, the store is away, or an answer takes too long; files are
+        given the time that they take.
+        """
+        with self._changed:
+            while self._queue and self._away is None:
+                head = self._queue[0]
+                limit = None if head.file is not None else patience
+                moved = self._changed.wait_for(
+                    lambda head=head: (  # type: ignore[misc]
+                        not self._queue or self._queue[0] is not head or self._away is not None
+                    ),
+                    timeout=limit,
+                )
+                if not moved:
+                    return
+
+    def close(self, patience: float = PATIENCE) -> None:
+        """Send what is left and end.
+
+        Args:
+            patience: Seconds that a store that is away is waited for.
+
+        Raises:
+            OutageError: Something could not be sent; it is on disk if there is an outbox.
+        """
+        if self._closed:
+            return
+        self._say_waiting(patience)
+        with self._changed:
+            end = self._clock() + patience
+            while self._queue:
+                head = self._queue[0]
+                uploading = head.file is not None and self._away is None
+                left = None if uploading else end - self._clock()
+                if left is not None and left <= 0:
+                    break
+                self._changed.wait(1.0 if left is None else min(1.0, left))
+            self._closed = True
+            pending = len(self._queue)
+            reason = self._away
+            self._changed.notify_all()
+        for waiting in list(self._queue):
+            self._keep(waiting)
+        if self._outbox is not None:
+            self._outbox.close(drop=not pending)
+        if pending:
+            why = str(reason) if reason else "the store gave no answer"
+            raise OutageError(self._kept_text(pending, why)) from reason
+
+    def forget(self) -> None:
+        """End without having sent anything: the process does not begin."""
+        with self._changed:
+            self._closed = True
+            self._queue.clear()
+            self._changed.notify_all()
+        if self._outbox is not None:
+            self._outbox.close(drop=True)
+
+    def _say_waiting(self, patience: float) -> None:
+        if self.is_away and self._queue and patience >= 1.0:
+            self._say(
+                f"the store is away; waiting up to {patience:.0f} seconds for it "
+                "(Ctrl-C twice: not at all)"
+            )
+
+    def _kept_text(self, pending: int, why: str) -> str:
+        if self._outbox is None:
+            return f"{pending} request(s) could not be stored: {why}"
+        output = self._outbox.root
+        return (
+            f"the tracking store did not come back ({why}): {pending} request(s) wait in "
+            f"{self._outbox.folder}. All results are on disk; send them with `python -m "
+            f"entrypoints.sync {output}` once the store is there"
+        )
+
+    def _run(self) -> None:
+        """The thread: one request after the other, each until it is over."""
+        pause = FIRST_PAUSE
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._queue or self._closed)
+                if self._closed:
+                    return
+                waiting = self._queue[0]
+            error = self._try(waiting)
+            with self._changed:
+                if isinstance(error, OutageError):
+                    self._gone(error)
+                    self._changed.wait_for(lambda: self._closed, timeout=pause)
+                    pause = min(2.0 * pause, LONGEST_PAUSE)
+                    continue
+                pause = FIRST_PAUSE
+                self._back()
+                if error is not None:
+                    waiting.error = error
+                    self._refused.setdefault(waiting.request.run, error)
+                if self._queue:  # not forgotten meanwhile
+                    self._queue.popleft()
+                if self._outbox is not None:
+                    self._outbox.sent(waiting.number)
+                waiting.over.set()
+                self._changed.notify_all()
+
+    def _try(self, waiting: _Waiting) -> TrackingError | None:
+        """Carry a request out; what is wrong with it or the store."""
+        if refused := self._refused.get(waiting.request.run):
+            return refused
+        again, waiting.tried = waiting.tried, True
+        file = waiting.file
+        if waiting.kept and self._outbox is not None and file is not None:
+            file = self._outbox.kept_file(waiting.number, file)
+        try:
+            self._carry_out(waiting.request, file, again=again)
+        except OutageError as error:
+            # Who is not let in at first has no store; later it may be a matter of time.
+            return TrackingError(str(error)) if error.denied and not self._answered else error
+        except TrackingError as error:
+            return error
+        except Exception as error:  # noqa: BLE001 — a thread that dies would hang the process
+            return TrackingError(f"the tracking store failed: {error!r}"[:2000])
+        self._answered = True
+        return None
+
+    def _gone(self, error: OutageError) -> None:
+        if self._away is None:
+            what = "its requests wait on disk" if self._outbox else "its requests wait"
+            self._say(f"warning: the tracking store is away, {what}: {error}")
+        self._away = error
+        self._changed.notify_all()
+
+    def _back(self) -> None:
+        if self._away is not None:
+            self._say(f"the tracking store is back; {len(self._queue)} request(s) are being sent")
+        self._away, self._late = None, False
