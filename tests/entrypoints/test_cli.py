@@ -56,12 +56,14 @@ def test_help_explains_every_option(name):
         ("pretrain", ["--learning-rate", "0"], "--learning-rate must be above 0, got 0"),
     ],
 )
-def test_bad_parameters_end_before_anything_starts(store, command, arguments, message):
+def test_bad_parameters_end_before_anything_starts(
+    store, empty_database, command, arguments, message
+):
     result = invoke(command, *arguments)
     assert result.exit_code == 2
     assert message in result.output
     assert "Traceback" not in result.output
-    assert not (store / "mlflow.db").exists()
+    assert (store / "mlflow.db").read_bytes() == empty_database.read_bytes()
 
 
 def test_bad_parameters_are_tagged_on_the_run_that_mlflow_made(store, monkeypatch):
