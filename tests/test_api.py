@@ -95,6 +95,7 @@ def test_a_sham_is_healed_once_and_results_are_summarized_from_memory(collapsed,
 
 @pytest.mark.slow
 def test_a_sweep_without_tracking_leaves_no_store(store):
+    (store / "mlflow.db").unlink()
     found = api.sweep(
         ["nano"], ["random_tokens"], [0], keep=store / "kept", healing_steps=2, attack_steps=2,
         batch_size=4, sequence_length=64, measurement_interval=2, sham=False, progress=False,

@@ -53,8 +53,10 @@ def _difference(found: DamageRegression, label: str) -> str:
     if label in found.apart:
         where = listed([NAMES[name] for name in found.apart[label]])
         return f"{first}; they do not overlap in {where}: nothing can be said at equal damage"
+    if equal is None:  # with no covariate nothing is held equal either
+        return first
     held = listed([NAMES[name] for name in found.covariates])
-    return first if equal is None else f"{first}, {interval_text(equal)} at equal {held}"
+    return f"{first}, {interval_text(equal)} at equal {held}"
 
 
 def damage_sentences(summary: Summary) -> list[str]:

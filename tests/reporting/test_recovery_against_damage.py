@@ -41,6 +41,17 @@ def test_arms_apart_say_that_nothing_can_be_said() -> None:
     )
 
 
+def test_where_distance_and_loss_do_not_vary_there_is_only_the_plain_difference() -> None:
+    found = fitted(
+        [replace(r, weight_change=0.5, start_loss=5.0) for r in runs_of(np.random.default_rng(3))]
+    )
+    assert (found.covariates, found.adjusted) == ((), {})
+    said = damage_sentence("nano", found)
+    assert said.count("points as it is") == 1
+    assert "distance does not vary within arms" in said
+    assert "nothing can be said of arms at equal damage" in said
+
+
 def test_everything_is_in_the_outputs() -> None:
     summary = pool(runs_of_summary())
     said = damage_sentences(summary)

@@ -267,6 +267,7 @@ def test_full_healing_of_1b_fits_in_20_gigabytes():
 
 @pytest.mark.parametrize("command", [heal_command, attack_command])
 def test_dry_run_prints_and_makes_no_run(command, store):
+    pathlib.Path("mlflow.db").unlink()
     done = CliRunner().invoke(command, ["--model", "nano", "--dry-run", "true"])
     assert done.exit_code == 0, done.output
     assert "predicted peak:" in done.output
