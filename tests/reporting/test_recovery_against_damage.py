@@ -49,7 +49,7 @@ def test_where_distance_and_loss_do_not_vary_there_is_only_the_plain_difference(
     said = damage_sentence("nano", found)
     assert said.count("points as it is") == 1
     assert "distance does not vary within arms" in said
-    assert "nothing can be said of arms at equal damage" in said
+    assert "Nothing can be said of arms at equal damage." in said
 
 
 def test_everything_is_in_the_outputs() -> None:
