@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
 import sys
 
@@ -9,6 +10,7 @@ import click
 
 from entrypoints._cli import TRY_LATER  # sets MLflow's defaults before it is imported
 from healing.errors import HealingError
+from healing.stages.terminal.console import Console
 from healing.stages.terminal.lines import write_line
 from healing.tracking.output_folder import output_folder
 
@@ -30,9 +32,14 @@ def main(folders: tuple[str, ...]) -> None:
             folder = output_folder(name)
             if not folder.is_dir():
                 raise click.UsageError(f"{name} is not a folder: name the output folder of runs")
-            for delivery in deliver(folder):
-                found += 1
-                codes.append(_told(delivery))
+            with contextlib.closing(Console("normal").progress(f"sync {name}")) as shown:
+
+                def tell(done: int, total: int) -> None:
+                    shown.phase("sending", done, total)
+
+                deliveries = list(deliver(folder, tell=tell))
+            found += len(deliveries)
+            codes += [_told(delivery) for delivery in deliveries]
         except HealingError as error:
             write_line(f"error: {error}", error=True)
             codes.append(1)

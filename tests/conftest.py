@@ -29,6 +29,7 @@ from healing.randomness import named_generator
 from healing.registry import ARMS, MEASUREMENTS, METHODS
 from healing.stages.cells.code_digest import code_digest, parsed
 from healing.stages.cells.inputs import cached_corpus
+from healing.tracking.sending import sender
 
 ROOT = pathlib.Path(__file__).parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
@@ -46,6 +47,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def little_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store that is away does not come back in most tests: those of outages wait for it."""
+    monkeypatch.setattr(sender, "PATIENCE", 0.5)
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,6 @@ import functools
 import pathlib
 import time
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -109,14 +108,6 @@ class Driver:
                 yield run
         finally:
             torch.set_num_threads(threads)
-
-    def run_of(
-        self, title: str, tags: Mapping[str, Any], parent: Run | None, output_dir: str
-    ) -> AbstractContextManager[Run]:
-        """A run for what computes no cell: the process' own, or a child of the given one."""
-        if parent is None:
-            return self.process(title, tags, output_dir)
-        return self.store.child(parent, title, tags)
 
     def run_cell(
         self,

@@ -172,7 +172,13 @@ def summarize(
     """
     driver = driver or Driver(Console(config.verbosity))
     console = driver.console
-    with driver.run_of("summary", {"stage": "summarize"}, parent, config.output_dir) as run:
+    title, tags = "summary", {"stage": "summarize"}
+    opened = (
+        driver.process(title, tags, config.output_dir)
+        if parent is None
+        else driver.store.child(parent, title, tags)
+    )
+    with opened as run:
         run.params("summarize", as_params(config))
         require_writable(config.output_dir)
         with console.waiting("reading the healing runs"):

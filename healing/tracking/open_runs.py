@@ -20,15 +20,16 @@ from mlflow.entities import RunTag
 from mlflow.tracking import MlflowClient
 from mlflow.tracking.context.registry import resolve_tags
 
-from healing.errors import OutageError, TrackingError
+from healing.errors import OutageError, OutputError, TrackingError
 from healing.tracking.git_version import code_version
+from healing.tracking.output_folder import require_writable
 from healing.tracking.processes import this_process
 from healing.tracking.run import Run as OpenRun
 from healing.tracking.run_logger import RunLogger, now_ms
 from healing.tracking.sending.outbox import Outbox, Request
 from healing.tracking.sending.requests import CREATE, JOIN, Messenger, create
-from healing.tracking.sending.sender import PATIENCE, Sender
-from healing.tracking.store_errors import UNREACHED, one_line
+from healing.tracking.sending.sender import Sender
+from healing.tracking.store_errors import UNREACHED, deleted, one_line, restore_experiment
 
 DEFAULT_EXPERIMENT = "llm-healing"
 OPENING_SECONDS = {"http": 10.0, "": 120.0}
@@ -91,6 +92,11 @@ def _sending(
         OutageError: The store did not come back. What the block raised goes before it.
     """
     messenger = Messenger()
+    if keep is not None:
+        try:
+            require_writable(str(keep.parent))
+        except OutputError:
+            keep = None  # the stage says so, in a run that can be recorded
     outbox = Outbox.of_this_process(keep, mlflow.get_tracking_uri()) if keep else None
     sender = Sender(messenger, outbox, say)
     try:
@@ -98,8 +104,8 @@ def _sending(
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt)
         try:
-            sender.close(STOPPING_SECONDS if stopped else PATIENCE)
-        except OutageError as outage:
+            sender.close(STOPPING_SECONDS if stopped else None)
+        except TrackingError as outage:
             say(f"warning: {outage}")
         raise
     sender.close()
@@ -174,7 +180,7 @@ def _opened(
     except TrackingError as error:
         sender.forget()
         if "is deleted in" in str(error):
-            raise
+            raise _deleted(request, place) from error
         raise type(error)(
             f"MLflow store {uri} cannot be used ({one_line(error)[:300]}): check "
             "MLFLOW_TRACKING_URI"
@@ -184,6 +190,18 @@ def _opened(
     run_id = messenger.run_id(request.run)
     is_local = request.kind == CREATE and run_id == request.run
     return RunLogger(run_id, experiment, sender, name, tags, is_local=is_local)
+
+
+def _deleted(request: Request, place: Mapping[str, str]) -> TrackingError:
+    """Of the run that ``mlflow run`` made, or of the experiment that a new one goes to."""
+    if request.kind == JOIN:
+        restore = f"runs restore --run-id {request.run}"
+        return TrackingError(f"run {request.run} {deleted(restore)}, and start again")
+    named = place.get("name") or place["id"]
+    return TrackingError(
+        f"experiment {named!r} {deleted(restore_experiment(named))}, or set "
+        "MLFLOW_EXPERIMENT_NAME to another"
+    )
 
 
 def _may_come_back(uri: str, error: OutageError) -> bool:

@@ -224,7 +224,8 @@ def project() -> dict:
 
 def test_every_stage_is_an_entry_point():
     assert set(project()["entry_points"]) == set(STAGES)
-    assert {p.stem for p in (ROOT / "entrypoints").glob("[a-z]*.py")} == set(STAGES)
+    named = {p.stem for p in (ROOT / "entrypoints").glob("[a-z]*.py")}
+    assert named == {*STAGES, "sync"}  # which makes no run
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -67,7 +67,7 @@ def an_import() -> None:
 
 
 def a_start_in() -> None:
-    with open_runs.start_in("gone", "a run", {}):
+    with open_runs.start("a run", {}, experiment="gone"):
         pass
 
 
@@ -106,7 +106,7 @@ def test_a_run_into_a_deleted_experiment(gone, monkeypatch, variable):
 
 
 def test_start_in_a_deleted_experiment(gone):
-    check_and_mend(a_start_in, gone, "or name another")
+    check_and_mend(a_start_in, gone, "to another")
     assert mlflow.active_run() is None
 
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import mlflow
 
 from healing.errors import OutageError, TrackingError
-from healing.progress import phase
 from healing.tracking.processes import Process
 from healing.tracking.sending.outbox import PLACE, Outbox, Request, outboxes
 from healing.tracking.sending.requests import ARTIFACT, CREATE, END, JOIN, Messenger, batch
@@ -35,7 +34,15 @@ class Delivery:
     away: bool = False
 
 
-def deliver(output: pathlib.Path, store: str = "") -> Iterator[Delivery]:
+Tell = Callable[[int, int], None]
+"""Told how many of how many requests are sent."""
+
+
+def silent(done: int, total: int) -> None:
+    """Tell nobody."""
+
+
+def deliver(output: pathlib.Path, store: str = "", tell: Tell = silent) -> Iterator[Delivery]:
     """Send what is left in an output folder to the store that MLflow is set to, process by process.
 
     Sending twice changes nothing, from whatever machine. A run whose process ended without saying
@@ -44,6 +51,7 @@ def deliver(output: pathlib.Path, store: str = "") -> Iterator[Delivery]:
     Args:
         output: An output folder.
         store: Leave out what was meant for another store than this; empty = send all.
+        tell: Told of the progress.
     """
     for outbox in outboxes(output / PLACE):
         if store and outbox.about("store") != store:
@@ -53,13 +61,13 @@ def deliver(output: pathlib.Path, store: str = "") -> Iterator[Delivery]:
                 owner = Process.read(outbox.about("process")) or "another process"
                 yield Delivery(outbox.folder, error=f"{owner} still runs and sends it")
                 continue
-            found = _deliver(outbox)
+            found = _deliver(outbox, tell)
         if not found.error:
             outbox.close(drop=True)
         yield found
 
 
-def _deliver(outbox: Outbox) -> Delivery:
+def _deliver(outbox: Outbox, tell: Tell) -> Delivery:
     try:
         requests, sent = outbox.left()
     except (OSError, ValueError) as error:
@@ -69,7 +77,8 @@ def _deliver(outbox: Outbox) -> Delivery:
     messenger = Messenger()
     done = 0
     try:
-        for number, request in phase("sending", list(enumerate(requests)), len(requests)):
+        for number, request in enumerate(requests):
+            tell(number, len(requests))
             # A run that was made before is found again, for its id.
             if number < sent and request.kind != CREATE:
                 continue

@@ -198,7 +198,8 @@ class Messenger:
         self, run: str, metrics: list[Metric], params: Mapping[str, str], tags: list[RunTag]
     ) -> None:
         fresh = [Param(k, v) for k, v in params.items()]
-        self._client.log_batch(run, metrics=metrics, params=fresh, tags=tags)
+        kinds: dict[str, Any] = {"metrics": metrics, "params": fresh, "tags": tags}
+        self._client.log_batch(run, **{kind: found for kind, found in kinds.items() if found})
 
     def _input(self, run: str, content: Mapping[str, Any]) -> None:
         source = json.dumps({"tags": content["facts"]})

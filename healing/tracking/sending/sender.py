@@ -50,6 +50,7 @@ class _Waiting:
     file: pathlib.Path | None
     tried: bool = False
     kept: bool = False
+    awaited: bool = True
     error: TrackingError | None = None
     over: threading.Event = field(default_factory=threading.Event)
 
@@ -78,8 +79,9 @@ class Sender:
         self._queue: deque[_Waiting] = deque()
         self._changed = threading.Condition()
         self._away: OutageError | None = None
-        self._refused: dict[str, TrackingError] = {}
+        self._unheard: dict[str, TrackingError] = {}
         self._answered = self._closed = self._late = False
+        self._broken: BaseException | None = None
         self._left = BLOCKING_SECONDS
         self._numbers = 0
         self._thread = threading.Thread(target=self._run, name="tracking", daemon=True)
@@ -131,13 +133,18 @@ class Sender:
             Whether it is over; else it waits its turn.
 
         Raises:
-            TrackingError: The store refuses this request, or an earlier one of the run.
+            TrackingError: The store refuses this request, or refused an earlier one of the run
+                that had to wait.
             OutputError: It cannot be written to disk.
         """
-        if request.run in self._refused:
-            raise self._refused[request.run]
+        self._raise_unheard(request.run)
+        if self._closed:  # the process' own run is over: nobody else sends
+            if error := self._try(_Waiting(request, 0, file)):
+                raise error
+            return True
         waiting = self._queued(request, file)
         if self.is_away:
+            waiting.awaited = False
             self._keep(waiting)
             return False
         self._wait(waiting, patience)
@@ -145,7 +152,17 @@ class Sender:
             raise waiting.error
         if not waiting.over.is_set():
             self._keep(waiting)
-        return waiting.over.is_set()
+            return False
+        return True
+
+    def _raise_unheard(self, run: str) -> None:
+        """A refusal that nobody waited for is raised once, where the run is next spoken of."""
+        with self._changed:
+            error = self._unheard.pop(run, None)
+        if self._broken is not None:
+            raise RuntimeError("the thread that sends has ended") from self._broken
+        if error is not None:
+            raise error
 
     def _queued(self, request: Request, file: pathlib.Path | None) -> _Waiting:
         with self._changed:
@@ -187,12 +204,14 @@ class Sender:
         allowed = self._left if patience is None else patience
         with self._changed:
             self._changed.wait_for(
-                lambda: waiting.over.is_set() or self._away is not None, timeout=allowed
+                lambda: waiting.over.is_set() or self._away is not None or self._broken is not None,
+                timeout=allowed,
             )
             spent = self._clock() - began
             if patience is None and spent > QUICK_SECONDS:
                 self._left = max(0.0, self._left - spent)
-            if not waiting.over.is_set() and self._away is None:
+            waiting.awaited = waiting.over.is_set()
+            if not waiting.awaited and self._away is None:
                 self._late = True  # no answer is no error yet: nobody waits until there is one
 
     def settle(self, patience: float = BLOCKING_SECONDS) -> None:
@@ -200,33 +219,29 @@ class Sender:
         given the time that they take.
         """
         with self._changed:
-            while self._queue and self._away is None:
+            while self._queue and self._away is None and self._broken is None:
                 head = self._queue[0]
-                limit = None if head.file is not None else patience
-                moved = self._changed.wait_for(
-                    lambda head=head: (  # type: ignore[misc]
-                        not self._queue or self._queue[0] is not head or self._away is not None
-                    ),
-                    timeout=limit,
-                )
-                if not moved:
+                if not self._changed.wait(None if head.file is not None else patience):
                     return
 
-    def close(self, patience: float = PATIENCE) -> None:
+    def close(self, patience: float | None = None) -> None:
         """Send what is left and end.
 
         Args:
-            patience: Seconds that a store that is away is waited for.
+            patience: Seconds that a store that is away is waited for; ``None`` =
+                :data:`PATIENCE`.
 
         Raises:
             OutageError: Something could not be sent; it is on disk if there is an outbox.
+            TrackingError: The store refused something that nobody heard of yet.
         """
         if self._closed:
             return
+        patience = PATIENCE if patience is None else patience
         self._say_waiting(patience)
         with self._changed:
             end = self._clock() + patience
-            while self._queue:
+            while self._queue and self._broken is None:
                 head = self._queue[0]
                 uploading = head.file is not None and self._away is None
                 left = None if uploading else end - self._clock()
@@ -244,6 +259,8 @@ class Sender:
         if pending:
             why = str(reason) if reason else "the store gave no answer"
             raise OutageError(self._kept_text(pending, why)) from reason
+        for run in list(self._unheard):
+            self._raise_unheard(run)
 
     def forget(self) -> None:
         """End without having sent anything: the process does not begin."""
@@ -272,7 +289,17 @@ class Sender:
         )
 
     def _run(self) -> None:
-        """The thread: one request after the other, each until it is over."""
+        """The thread. What it cannot handle is raised where the next request is handed over."""
+        try:
+            self._send_all()
+        except BaseException as error:
+            with self._changed:
+                self._broken = error
+                self._changed.notify_all()
+            raise
+
+    def _send_all(self) -> None:
+        """One request after the other, each until it is over."""
         pause = FIRST_PAUSE
         while True:
             with self._changed:
@@ -289,9 +316,9 @@ class Sender:
                     continue
                 pause = FIRST_PAUSE
                 self._back()
-                if error is not None:
-                    waiting.error = error
-                    self._refused.setdefault(waiting.request.run, error)
+                waiting.error = error
+                if error is not None and not waiting.awaited:
+                    self._unheard.setdefault(waiting.request.run, error)
                 if self._queue:  # not forgotten meanwhile
                     self._queue.popleft()
                 if self._outbox is not None:
@@ -301,8 +328,6 @@ class Sender:
 
     def _try(self, waiting: _Waiting) -> TrackingError | None:
         """Carry a request out; what is wrong with it or the store."""
-        if refused := self._refused.get(waiting.request.run):
-            return refused
         again, waiting.tried = waiting.tried, True
         file = waiting.file
         if waiting.kept and self._outbox is not None and file is not None:
@@ -314,8 +339,6 @@ class Sender:
             return TrackingError(str(error)) if error.denied and not self._answered else error
         except TrackingError as error:
             return error
-        except Exception as error:  # noqa: BLE001 — a thread that dies would hang the process
-            return TrackingError(f"the tracking store failed: {error!r}"[:2000])
         self._answered = True
         return None
 
