@@ -34,8 +34,9 @@ from healing.stages.terminal.console import Console
 from healing.statistics.group import GroupSummary
 from healing.statistics.heal_runs import HealRun
 from healing.statistics.summary import Summary, summarize_runs
-from healing.tracking import queries, run_logger
+from healing.tracking import queries
 from healing.tracking.output_folder import require_writable, run_folder, writing
+from healing.tracking.page_text import whole_lines
 from healing.tracking.queries import RunView
 from healing.tracking.run import Run
 from healing.tracking.run_files import write_json
@@ -132,7 +133,7 @@ def _drawn(summary: Summary) -> list[GroupSummary]:
 
 def description(summary: Summary) -> str:
     """``summary.md`` as far as whole lines of it fit in a tag of MLflow."""
-    return run_logger.whole_lines(report.markdown(summary), "`summary.md`")
+    return whole_lines(report.markdown(summary), "`summary.md`")
 
 
 def _draw(folder: pathlib.Path, summary: Summary) -> dict[str, pathlib.Path]:

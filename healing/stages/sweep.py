@@ -67,6 +67,8 @@ def _shared(config: SweepConfig) -> dict[str, Any]:
         "device",
         "output_dir",
         "cache_dir",
+        "log_layers",
+        "log_images",
         *SAVING,
     )
     return {name: getattr(config, name) for name in names} | {"verbosity": "quiet"}
@@ -125,6 +127,7 @@ def heal_config(
         healing_lr=config.healing_lr,
         healer=source,
         sham=config.sham and cell.role != SHAM,
+        log_text=config.log_text,
         **_shared(config),
     )
     return resolve_from_model(healer.applied(wanted) if healer else wanted)

@@ -27,10 +27,18 @@ class Journal:
         path: Of the file, which appears with the first record; ``None`` = there is none.
         run: That is logged to.
         on_outage: Asked where the store does not take a record that is on disk.
+        kept_back: Beginnings of the names that are on disk alone.
     """
 
-    def __init__(self, path: pathlib.Path | None, run: Run, on_outage: OnOutage = give_up) -> None:
+    def __init__(
+        self,
+        path: pathlib.Path | None,
+        run: Run,
+        on_outage: OnOutage = give_up,
+        kept_back: tuple[str, ...] = (),
+    ) -> None:
         self._path, self._run, self._on_outage = path, run, on_outage
+        self._kept_back = kept_back
         self._lines: JsonLines | None = None
         self._began = time.perf_counter()
 
@@ -43,7 +51,11 @@ class Journal:
         """Write one record to disk, then send what of it is a number; without a file all of it."""
         sent = dict(values)
         if self._path is not None:
-            sent = {k: v for k, v in values.items() if not math.isnan(v)}
+            sent = {
+                k: v
+                for k, v in values.items()
+                if not math.isnan(v) and not k.startswith(self._kept_back)
+            }
             self._lines = self._lines or JsonLines(self._path)
             seconds = time.perf_counter() - self._began
             self._lines.append({"step": step, "seconds": seconds, **values})

@@ -31,9 +31,11 @@ from mlflow.entities import (
 )
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
+from mlflow.tracking.context.registry import resolve_tags
 
 from healing.errors import TrackingError
-from healing.tracking.git_version import code_version
+from healing.tracking.git_version import code_version, environment
+from healing.tracking.page_text import origin, resolved, said, whole_lines
 from healing.tracking.processes import this_process
 from healing.tracking.run import Run as OpenRun
 from healing.tracking.store_errors import (
@@ -51,17 +53,11 @@ FLUSH_SECONDS = 2.0
 OPENING_SECONDS = 120.0
 """Waited for other processes that open the same store."""
 METRICS_PER_REQUEST = 1000
-MAX_TAG = 8000
-"""Characters; MLflow cuts longer tags anywhere."""
 _DATASETS = threading.Lock()
 """MLflow looks a dataset up before it inserts it: two threads at once violate its uniqueness."""
 
 SHARED_PARAMS = ("model", "arm", "seed")
 """Parameters logged under their bare name in every stage, so that runs group by them."""
-
-
-def _text(value: Any) -> str:
-    return str(value)
 
 
 PROCESS = "process"
@@ -70,14 +66,6 @@ PROCESS = "process"
 
 def _own_process() -> dict[str, str]:
     return {PROCESS: this_process().text()}
-
-
-def whole_lines(text: str, elsewhere: str) -> str:
-    """As many whole lines of a text as a tag holds, and where the rest is."""
-    if len(text) <= MAX_TAG:
-        return text
-    more = f"\n\nThe rest is in {elsewhere}."
-    return text[: MAX_TAG - len(more)].rpartition("\n")[0] + more
 
 
 class RunLogger:
@@ -89,6 +77,8 @@ class RunLogger:
     def __init__(self, run: Run) -> None:
         self.run_id: str = run.info.run_id
         self.experiment_id: str = run.info.experiment_id
+        self.origin = origin(run.data.tags)
+        self._parent_id: str = run.data.tags.get("mlflow.parentRunId", "")
         self._client = MlflowClient()
         # What `mlflow run` logged itself, in its own spelling: a parameter cannot be changed.
         self._taken = set(run.data.params)
@@ -115,9 +105,11 @@ class RunLogger:
             self._client.log_batch(self.run_id, **content)
 
     def params(self, prefix: str, values: Mapping[str, Any]) -> None:
-        """Log parameters as ``prefix.name``; the shared ones under their bare name too."""
-        wanted = {f"{prefix}.{name}": _text(value) for name, value in values.items()}
-        wanted |= {name: _text(values[name]) for name in SHARED_PARAMS if name in values}
+        """Log parameters as ``prefix.name``, empty ones not; the shared ones under their bare name
+        too.
+        """
+        wanted = {f"{prefix}.{name}": value for name, value in said(values).items()}
+        wanted |= {name: str(values[name]) for name in SHARED_PARAMS if name in values}
         fresh = {name: value for name, value in wanted.items() if name not in self._taken}
         self._send("parameters", params=[Param(k, v) for k, v in fresh.items()])
         self._taken |= fresh.keys()
@@ -130,7 +122,7 @@ class RunLogger:
 
     def tags(self, values: Mapping[str, Any], *, later: bool = False) -> None:
         """Set tags in one request; ``later``: in the next that sends tags or metrics."""
-        tags = {name: _text(value) for name, value in values.items()}
+        tags = said(values)
         if later:
             self._later = {**self._later, **tags}
         else:
@@ -175,7 +167,24 @@ class RunLogger:
 
     def describe(self, markdown: str) -> None:
         """Set the run's description (shown first in the UI), as far as its lines fit in a tag."""
-        self.tags({"mlflow.note.content": whole_lines(markdown, "the artifacts")})
+        text = resolved(markdown, self.experiment_id, self._parent_id, self._experiment_of)
+        self.tags({"mlflow.note.content": whole_lines(text, "the artifacts")})
+
+    def _experiment_of(self, run_id: str) -> str:
+        """Where another run is; of one that cannot be had, this run's."""
+        with contextlib.suppress(*UNREACHED):
+            return str(self._client.get_run(run_id).info.experiment_id)
+        return self.experiment_id
+
+    def image(self, key: str, step: int, picture: Any) -> None:
+        """Store one picture (PIL) of a series that the UI shows by step."""
+        with self.storing(f"picture {key}"):
+            self._client.log_image(self.run_id, picture, key=key, step=step, synchronous=True)
+
+    def table(self, name: str, columns: Mapping[str, Sequence[Any]]) -> None:
+        """Store a table that the UI compares over runs: column → cells."""
+        with self.storing(f"table {name}"):
+            self._client.log_table(self.run_id, dict(columns), f"{name}.json")
 
     def artifact(self, path: pathlib.Path, folder: str | None = None) -> None:
         """Store one file."""
@@ -200,7 +209,7 @@ class RunLogger:
 
     def dataset(self, name: str, digest: str, context: str, facts: Mapping[str, Any]) -> None:
         """Record an input by name and content digest, without copying it."""
-        source = {"tags": {key: _text(value) for key, value in facts.items()}}
+        source = {"tags": {key: str(value) for key, value in facts.items()}}
         data = Dataset(name, digest, "code", json.dumps(source))
         tag = InputTag("mlflow.data.context", context)
         with self.storing(f"data set {name}"), _DATASETS:
@@ -294,7 +303,8 @@ def start(name: str, tags: Mapping[str, Any]) -> Iterator[RunLogger]:
     logger = RunLogger(run)
     with _ended(logger, mlflow.end_run):
         # `mlflow run` names its run at random.
-        logger.tags({"mlflow.runName": name, **tags, **code_version(), **_own_process()})
+        told = {**tags, **code_version(), **environment(), **_own_process()}
+        logger.tags({"mlflow.runName": name, **told})
         yield logger
 
 
@@ -319,7 +329,7 @@ def child(
         start_ms: When it began, milliseconds since the epoch; ``None`` = now.
         end_ms: When it ended well; ``None`` = when the block ends.
     """
-    system = {"mlflow.parentRunId": parent.run_id}
+    system = {"mlflow.parentRunId": parent.run_id, **getattr(parent, "origin", {})}
     with _created(parent.experiment_id, name, {**system, **tags}, start_ms, end_ms) as logger:
         yield logger
 
@@ -349,15 +359,16 @@ def _created(
 ) -> Iterator[RunLogger]:
     """A run made through the client; it ends with the block."""
     client = MlflowClient()
-    system = {"mlflow.source.type": "LOCAL"}
-    own = _own_process() if end_ms is None else {}  # what was recorded earlier is nobody's
+    # What was recorded earlier is nobody's, and ran with other versions.
+    own = {**environment(), **_own_process()} if end_ms is None else {}
+    by_whom = {} if origin(tags) else resolve_tags()
     restore = f"experiments restore --experiment-id {experiment_id}"
     with stored(f"run {name!r}", restore):
         run = client.create_run(
             experiment_id,
             start_time=start_ms,
             run_name=name,
-            tags={**system, **{k: _text(v) for k, v in {**tags, **code_version()}.items()}, **own},
+            tags={**by_whom, **said({**tags, **code_version()}), **own},
         )
     logger = RunLogger(run)
 

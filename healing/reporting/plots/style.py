@@ -133,6 +133,18 @@ def paper_figure(
         fig.savefig(path.with_name(path.name + ".pdf"), metadata={"CreationDate": None})
 
 
+@contextlib.contextmanager
+def small_figure(
+    path: pathlib.Path, columns: int, size: tuple[float, float] = (6.9, 1.9)
+) -> Iterator[tuple[Figure, Sequence[Axes]]]:
+    """One row of panels for the page of a run: PNG, 100 pixels to the inch."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _styled_figure(PAPER, 1, columns, size) as fig:
+        yield fig, fig.axes
+        fig.tight_layout(pad=0.4, w_pad=0.8)
+        fig.savefig(path, dpi=100)
+
+
 def text_colour(colour: str) -> str:
     """A line's colour, darkened so that small type in it can be read on white."""
     red, green, blue = colors.to_rgb(colour)

@@ -1,0 +1,81 @@
+"""The command on a run's page, run as it stands, gives the run's numbers again."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shlex
+
+import pytest
+from click.testing import CliRunner
+from mlflow.tracking import MlflowClient
+
+from healing.config.attack import AttackConfig
+from healing.config.heal import HealConfig
+from healing.stages.attack import attack
+from healing.stages.heal import heal
+from healing.tracking import git_version
+from healing.tracking.run_files import read_jsonl
+
+SMALL = {"model": "nano", "sequence_length": 64, "probe_tokens": 1024, "batch_size": 4,
+         "measurement_interval": 4, "verbosity": "quiet"}  # fmt: skip
+TIMES = {"seconds", "tokens_per_second"}
+
+
+@pytest.fixture(autouse=True)
+def no_remote(monkeypatch):
+    """The command is one for a checkout: this one."""
+    found = git_version.Checkout(commit="c" * 40)
+    for module in ("attack", "heal"):
+        monkeypatch.setattr(f"healing.stages.{module}.checkout", lambda: found)
+
+
+def runs(stage: str) -> list:
+    (experiment,) = MlflowClient().search_experiments(filter_string="name = 'llm-healing'")
+    found = MlflowClient().search_runs([experiment.experiment_id], f"tags.stage = '{stage}'")
+    return [r for r in found if r.data.tags.get("role") != "parent"]
+
+
+def rows(run_id: str) -> list[dict]:
+    import pathlib
+
+    path = pathlib.Path(MlflowClient().download_artifacts(run_id, "metrics.jsonl"))
+    return [{k: repr(v) for k, v in r.items() if k not in TIMES} for r in read_jsonl(path)]
+
+
+def run_again(run) -> None:
+    """What stands in the code block, in this process."""
+    note = run.data.tags["mlflow.note.content"]
+    words = shlex.split(re.search(r"```bash\n(.+?)\n```", note, re.DOTALL)[1])
+    assert words[:2] == ["python", "-m"]
+    result = CliRunner().invoke(importlib.import_module(words[2]).main, words[3:])
+    assert result.exit_code == 0, result.output
+
+
+def test_an_attack_is_repeated(store):
+    attack(AttackConfig(**SMALL, arm="random_tokens", attack_steps=4, seed=5))
+    (first,) = runs("attack")
+    run_again(first)
+    second, _ = runs("attack")
+    assert rows(second.info.run_id) == rows(first.info.run_id)
+    assert second.data.tags["fingerprint"] == first.data.tags["fingerprint"]
+
+
+def test_a_healing_run_its_replicate_and_its_sham_are_repeated(store):
+    run_id, _ = attack(AttackConfig(**SMALL, arm="random_tokens", attack_steps=4))
+    wanted = HealConfig(**SMALL, attack_run_id=run_id, healing_steps=4, sham=True, num_runs=2)
+    heal(wanted)
+    before = {r.info.run_id: r for r in runs("heal")}
+    assert len(before) == 4
+    for run in before.values():
+        known = {r.info.run_id for r in runs("heal")}
+        run_again(run)
+        new = [r for r in runs("heal") if r.info.run_id not in known]
+        assert rows(run.info.run_id) in [rows(r.info.run_id) for r in new]
+    page = next(r for r in before.values() if r.data.tags["arm"] != "none")
+    note = page.data.tags["mlflow.note.content"]
+    assert f"/runs/{run_id}?" in note
+    assert f"/runs/{page.data.tags['sham_run_id']}?" in note
+    assert f"/runs/{page.data.tags['mlflow.parentRunId']}?" in note
+    assert page.data.params["used.attack_run_id"] == run_id
+    assert page.data.params["used.device"] == "cpu"
