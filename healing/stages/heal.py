@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,110 +25,30 @@ from healing.models.checkpoints import (
 from healing.models.loading import LoadedModel
 from healing.registry import METHODS
 from healing.reporting import run_page
-from healing.reporting.phrases import percent_text, quantity_text
+from healing.reporting.phrases import percent_text
 from healing.reporting.plots import runs as figures
+from healing.reporting.plots.layers import rank_map
 from healing.reporting.verdict_sentences import run_outcome
 from healing.stages.attack import ATTACK, checkpoint_of
 from healing.stages.cells.events import Record
 from healing.stages.cells.heal import heal_cell, resolve_from_checkpoint, stored_config
 from healing.stages.cells.heal_outcome import HealCell, HealOutcome
-from healing.stages.cells.inputs import device_kind, use_threads
+from healing.stages.cells.inputs import use_threads
 from healing.stages.cells.recollapse import FIRST_RANK, FIRST_STEPS
 from healing.stages.driver import Driver
-from healing.stages.heal_inputs import find_checkpoints, fresh_attack_config, local_checkpoint
+from healing.stages.healing_run.inputs import (
+    find_checkpoints,
+    fresh_attack_config,
+    local_checkpoint,
+)
+from healing.stages.healing_run.page import describe, pictures, tables
 from healing.stages.stage import Done, Report, StageDefaults, Tools, headlines, points_of
 from healing.stages.terminal.console import Console
 from healing.stages.tuning.healer_files import with_healer
-from healing.tracking.git_version import checkout
 from healing.tracking.run import Run
 from healing.tracking.run_files import read_jsonl, write_json
 from healing.tracking.snapshots import Saving
 from healing.tracking.store import Store
-
-
-def describe(outcome: HealOutcome, run_id: str) -> str:
-    """Markdown description of a healing run."""
-    s, config, made = outcome.summary(), outcome.cell.config, outcome.checkpoint.config
-    why = s["rank_undefined_reason"]
-    rank = f"undefined ({why})" if why else f"**{s['rank_recovery_pct']:.1f} %**"
-    loss = s["loss_undefined_reason"]
-    loss = f"undefined ({loss})" if loss else f"{s['loss_recovery_pct']:.1f} %"
-    what = run_outcome(s["verdict"], s["steps"])
-    arm = arm_label(made.get("arm", "unknown"))
-    rows = (
-        ("effective rank", "original_rank", "collapsed_rank", "final_effective_rank"),
-        ("loss (nats per token)", "original_loss", "collapsed_loss", "final_loss"),
-        ("perplexity", "original_perplexity", "collapsed_perplexity", "final_perplexity"),
-    )
-    return run_page.page(
-        f"**{what[:1].upper()}{what[1:]}**: {config.label} after {arm}, seed {config.seed}. Rank "
-        f"recovery {rank}, loss recovery {loss}.",
-        run_id,
-        [
-            "| | healthy | collapsed | healed |",
-            "|---|---|---|---|",
-            *(f"| {name} | {' | '.join(quantity_text(s[k]) for k in keys)} |"
-              for name, *keys in rows),
-        ],
-        _repeat(outcome),
-        run_page.PART_OF,
-        run_page.links(
-            "Comes from",
-            [
-                ("the attack", run_page.run_link(made.get("attack_run_id", ""))),
-                ("the sham that it is compared with", run_page.run_link(outcome.cell.sham_run_id)),
-            ],
-        ),
-        run_page.links("Then", _children(outcome, run_id)),
-        _sham_line(s),
-        [
-            f"Spectral state before healing: {s['spectral_state']}. Status: **{s['status']}**. "
-            f"{s['status_reason']}"
-        ],
-        alt="effective rank, loss and recovery against healing steps",
-    )  # fmt: skip
-
-
-def _repeat(outcome: HealOutcome) -> list[str]:
-    """The command that heals the same state in the same way."""
-    cell, made = outcome.cell, outcome.checkpoint.config
-    attack_run_id = made.get("attack_run_id", "")
-    also: dict[str, Any] = {
-        "attack_run_id": attack_run_id,
-        "collapsed_checkpoint": "" if attack_run_id else cell.checkpoint,
-        "arm": "",
-        "device": device_kind(cell.config),
-        "healer": cell.config.healer,
-    }
-    notes = []
-    if attack_run_id:
-        notes.append("It reads the attack's checkpoint from this store (MLFLOW_TRACKING_URI).")
-    if not cell.checkpoint:
-        also["arm"] = SHAM_ARM
-        notes.append("It leaves the weights as they are, and heals those.")
-    if cell.replicate:
-        also["num_runs"] = cell.replicate + 1
-        notes.append(f"Its run {cell.replicate + 1} is this one.")
-    options = run_page.settings(cell.config, **also)
-    return run_page.repeat("heal", options, checkout(), " ".join(notes))
-
-
-def _children(outcome: HealOutcome, run_id: str) -> list[tuple[str, str]]:
-    """What may be made of a healing run, as searches: they find what comes later, too."""
-    if not outcome.cell.checkpoint:
-        return [("runs that are compared with it", run_page.search_link("sham_run_id", run_id))]
-    return [
-        ("its loss landscapes", run_page.search_link("heal_run_id", run_id)),
-        ("attacks on the healed weights", run_page.search_link("start_run_id", run_id)),
-    ]
-
-
-def _sham_line(summary: Mapping[str, Any]) -> list[str]:
-    if "rank_recovery_sham_pct" not in summary:
-        return []
-    rank = percent_text(summary["rank_recovery_sham_pct"])
-    loss = percent_text(summary["loss_recovery_sham_pct"])
-    return [f"Against the sham (the healthy model at the same step): rank {rank}, loss {loss}.", ""]
 
 
 def _write_files(outcome: HealOutcome, folder: pathlib.Path, records: Sequence[Record]) -> None:
@@ -148,6 +68,10 @@ def _write_files(outcome: HealOutcome, folder: pathlib.Path, records: Sequence[R
     figures.overview(folder / run_page.PICTURE, rows, s, sham_loss, arm)
     figures.perplexity_recovery(folder / "plots" / "perplexity_recovery.png", rows, s, arm, title)
     figures.spectral_decay(folder / "plots" / "spectral_decay_three_state.png", spectra, title)
+    if config.log_images:
+        ranks = outcome.rank_shares()
+        steps = [record.step for record in records]
+        rank_map(folder / "plots" / "rank_by_block.png", steps, ranks, "healing steps", title)
 
 
 def _save_healed(
@@ -289,7 +213,15 @@ class HealStage(StageDefaults):
         )
         # At step 0 the UI draws one number as a bar, at any other as a line of one point.
         points = [(0, numbers), *headlines(records, HEADLINES)]
-        return Report(points, tags, describe(found, run_id), line, result=found)
+        return Report(
+            points,
+            tags,
+            describe(found, run_id),
+            line,
+            result=found,
+            pictures=pictures(found),
+            tables=tables(found, healed.tokenizer),
+        )
 
 
 HEAL = HealStage()

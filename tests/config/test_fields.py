@@ -24,7 +24,7 @@ from healing.config.options import Options, option, ordered_names
 from healing.config.resolve import resolve_from_presets
 from healing.errors import ConfigError
 from healing.stages.cells.heal_outcome import HealCell
-from healing.stages.heal_inputs import fresh_attack_config
+from healing.stages.healing_run.inputs import fresh_attack_config
 
 # Stage → every field, each with its answer: "name" determines numbers and separates runs in a
 # summary; "~name" determines numbers, but runs that differ in it are pooled; "-name" does neither.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import dataclass, replace
 
 import pytest
@@ -15,6 +14,7 @@ from healing.config.resolve import resolve_from_presets
 from healing.config.sweep import SweepConfig
 from healing.reporting.phrases import quantity_text
 from healing.reporting.run_page import WIDTH, command, links, page, repeat, settings
+from tests.shell_words import words_of
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ CONFIGS = {
 def test_the_command_is_read_back_to_the_same_fingerprint(entry, code):
     script, config = CONFIGS[entry]
     text = command(entry, settings(config, device="cpu"), code)
-    words = shlex.split(text)  # as a shell reads it, its broken lines too
+    words = words_of(text)
     if code.url:
         assert words[:5] == ["mlflow", "run", code.url, "-v", code.commit]
         assert words[5:9] == ["--env-manager", "local", "-e", entry]

@@ -42,7 +42,7 @@ from healing.stages.cells.heal import resolve_from_checkpoint, settings_of
 from healing.stages.cells.heal_outcome import HealCell
 from healing.stages.cells.inputs import cached_corpus
 from healing.stages.heal import heal
-from healing.stages.heal_inputs import find_checkpoints
+from healing.stages.healing_run.inputs import find_checkpoints
 from healing.tracking.store import MlflowStore
 
 pytestmark = pytest.mark.slow

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import pathlib
 import re
-import shlex
 
 import pytest
 from click.testing import CliRunner
@@ -16,6 +16,7 @@ from healing.stages.attack import attack
 from healing.stages.heal import heal
 from healing.tracking import git_version
 from healing.tracking.run_files import read_jsonl
+from tests.shell_words import words_of
 
 SMALL = {"model": "nano", "sequence_length": 64, "probe_tokens": 1024, "batch_size": 4,
          "measurement_interval": 4, "verbosity": "quiet"}  # fmt: skip
@@ -37,8 +38,6 @@ def runs(stage: str) -> list:
 
 
 def rows(run_id: str) -> list[dict]:
-    import pathlib
-
     path = pathlib.Path(MlflowClient().download_artifacts(run_id, "metrics.jsonl"))
     return [{k: repr(v) for k, v in r.items() if k not in TIMES} for r in read_jsonl(path)]
 
@@ -46,7 +45,7 @@ def rows(run_id: str) -> list[dict]:
 def run_again(run) -> None:
     """What stands in the code block, in this process."""
     note = run.data.tags["mlflow.note.content"]
-    words = shlex.split(re.search(r"```bash\n(.+?)\n```", note, re.DOTALL)[1])
+    words = words_of(re.search(r"```bash\n(.+?)\n```", note, re.DOTALL)[1])
     assert words[:2] == ["python", "-m"]
     result = CliRunner().invoke(importlib.import_module(words[2]).main, words[3:])
     assert result.exit_code == 0, result.output

@@ -134,6 +134,14 @@ def paper_figure(
 
 
 @contextlib.contextmanager
+def bare_figure(size: tuple[float, float]) -> Iterator[tuple[Figure, Axes]]:
+    """A figure that is written by nobody: 100 pixels to the inch, its axes laid out by hand."""
+    with _styled_figure(STYLE, 1, 1, size) as fig:
+        fig.subplots_adjust(left=0.11, right=0.98, bottom=0.12, top=0.92)
+        yield fig, fig.axes[0]
+
+
+@contextlib.contextmanager
 def small_figure(
     path: pathlib.Path, columns: int, size: tuple[float, float] = (6.9, 1.9)
 ) -> Iterator[tuple[Figure, Sequence[Axes]]]:
