@@ -6,6 +6,7 @@ import importlib
 import pathlib
 import re
 
+import mlflow
 import pytest
 from click.testing import CliRunner
 from mlflow.tracking import MlflowClient
@@ -78,3 +79,33 @@ def test_a_healing_run_its_replicate_and_its_sham_are_repeated(store):
     assert f"/runs/{page.data.tags['mlflow.parentRunId']}?" in note
     assert page.data.params["used.attack_run_id"] == run_id
     assert page.data.params["used.device"] == "cpu"
+
+
+def test_pictures_and_text_are_stored_and_change_no_number(store):
+    run_id, _ = attack(AttackConfig(**SMALL, arm="random_tokens", attack_steps=4))
+    wanted = {**SMALL, "attack_run_id": run_id, "healing_steps": 4}
+    heal(HealConfig(**wanted))
+    (shown,) = runs("heal")
+    heal(HealConfig(**wanted, log_images=False, log_text=False, log_layers=True))
+    plain = next(r for r in runs("heal") if r.info.run_id != shown.info.run_id)
+    assert rows(shown.info.run_id) == rows(plain.info.run_id)
+    assert shown.data.tags["fingerprint"] == plain.data.tags["fingerprint"]
+    assert shown.data.tags["settings"] == plain.data.tags["settings"]
+    client = MlflowClient()
+    pictures = {
+        int(a.path.split("+step+")[1].split("+")[0])
+        for a in client.list_artifacts(shown.info.run_id, "images")
+    }
+    assert pictures == {0, 4}
+    assert client.list_artifacts(plain.info.run_id, "images") == []
+    table = mlflow.load_table("text.json", run_ids=[shown.info.run_id])
+    assert list(table) == ["opening", "the text goes on", "healthy", "collapsed", "healed"]
+    assert len(table) == 4
+    assert set(table["healthy"]).isdisjoint(table["collapsed"])
+    assert "mlflow.loggedArtifacts" not in plain.data.tags
+    assert {"layers/effective_rank_00"} <= plain.data.metrics.keys()
+    assert not any(name.startswith("layers/") for name in shown.data.metrics)
+    charts = {n.removeprefix("headline/") for n in shown.data.metrics if n.startswith("headline/")}
+    assert charts == {"effective_rank", "loss_recovery_pct", "rank_recovery_pct"}
+    for name in charts:
+        assert shown.data.metrics[f"headline/{name}"] == shown.data.metrics[name]

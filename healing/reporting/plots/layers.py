@@ -16,7 +16,7 @@ from healing.reporting.plots.style import BLACK, SMALL, bare_figure, small_figur
 
 PICTURES = 10
 """At most so many steps are drawn: the first, the last, and what lies evenly between."""
-COLOURS = 64
+COLOURS = 32
 """Of a picture's palette: its file is a third of one with all colours, and looks the same."""
 _MAP = colormaps["viridis"]
 
@@ -46,10 +46,10 @@ def spectra_by_step(
         healthy: Of the untouched model.
 
     Returns:
-        (step, PIL picture of 640 × 400 pixels in at most :data:`COLOURS` colours).
+        (step, PIL picture of 520 × 320 pixels in at most :data:`COLOURS` colours).
     """
-    with bare_figure((6.4, 4.0)) as (fig, ax):
-        _axes(ax, healthy)
+    with bare_figure((5.2, 3.2)) as (fig, ax):
+        _axes(ax, healthy, min(map(_lowest, (healthy, *spectra))))
         canvas: Any = fig.canvas
         canvas.draw()
         behind = canvas.copy_from_bbox(fig.bbox)
@@ -57,8 +57,8 @@ def spectra_by_step(
         for place in chosen(steps):
             canvas.restore_region(behind)
             lines = _lines(ax, spectra[place], "-", 1.4)
-            title = ax.text(0.99, 0.95, f"step {steps[place]}", transform=ax.transAxes,
-                            ha="right", fontsize=11, color=BLACK)  # fmt: skip
+            title = ax.text(0.99, 1.03, f"step {steps[place]}", transform=ax.transAxes,
+                            ha="right", fontsize=10, color=BLACK)  # fmt: skip
             for artist in (*lines, title):
                 ax.draw_artist(artist)
                 artist.remove()
@@ -67,15 +67,22 @@ def spectra_by_step(
     return found
 
 
-def _axes(ax: Axes, healthy: Spectra) -> None:
+def _lowest(spectra: Spectra) -> float:
+    """The smallest share that is drawn; at least a millionth."""
+    shares = np.array([_relative(values) for values in spectra])
+    known = shares[np.isfinite(shares)]
+    return max(1e-6, float(known.min())) if len(known) else 0.1
+
+
+def _axes(ax: Axes, healthy: Spectra, lowest: float) -> None:
     ax.set(
         xlabel="singular value index",
         ylabel="singular value / largest of its block",
         yscale="log",
-        ylim=(1e-4, 1.5),
+        ylim=(0.7 * lowest, 1.5),
         xlim=(0, healthy.shape[1] + 1),
-        title="hidden states by block: dark first, light last; grey: healthy",
     )
+    ax.set_title("blocks: dark first, light last; grey: healthy", fontsize=9, loc="left")
     for line in _lines(ax, healthy, "-", 0.9):
         line.set_color("#C8C8C8")
 

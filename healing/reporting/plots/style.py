@@ -137,7 +137,7 @@ def paper_figure(
 def bare_figure(size: tuple[float, float]) -> Iterator[tuple[Figure, Axes]]:
     """A figure that is written by nobody: 100 pixels to the inch, its axes laid out by hand."""
     with _styled_figure(STYLE, 1, 1, size) as fig:
-        fig.subplots_adjust(left=0.11, right=0.98, bottom=0.12, top=0.92)
+        fig.subplots_adjust(left=0.13, right=0.98, bottom=0.14, top=0.91)
         yield fig, fig.axes[0]
 
 
