@@ -34,12 +34,15 @@ def origin(tags: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in tags.items() if ORIGIN.fullmatch(name)}
 
 
-def whole_lines(text: str, elsewhere: str) -> str:
-    """As many whole lines of a text as a tag holds, and where the rest is."""
-    if len(text) <= MAX_TAG:
+def whole_lines(text: str, elsewhere: str, spare: int = 0) -> str:
+    """As many whole lines of a text as a tag holds, and where the rest is; ``spare`` characters are
+    left free.
+    """
+    most = MAX_TAG - spare
+    if len(text) <= most:
         return text
     more = f"\n\nThe rest is in {elsewhere}."
-    return text[: MAX_TAG - len(more)].rpartition("\n")[0] + more
+    return text[: most - len(more)].rpartition("\n")[0] + more
 
 
 def run_page(experiment_id: str, run_id: str) -> str:

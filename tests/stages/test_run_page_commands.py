@@ -28,7 +28,7 @@ TIMES = {"seconds", "tokens_per_second"}
 def no_remote(monkeypatch):
     """The command is one for a checkout: this one."""
     found = git_version.Checkout(commit="c" * 40)
-    for module in ("attack", "heal"):
+    for module in ("attack", "healing_run.page"):
         monkeypatch.setattr(f"healing.stages.{module}.checkout", lambda: found)
 
 

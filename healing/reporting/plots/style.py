@@ -19,6 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.transforms import offset_copy
+from PIL import Image
 from scipy import optimize
 
 from healing.measurements.recovery import IRREVERSIBLE_BELOW, REVERSIBLE_ABOVE
@@ -151,6 +152,19 @@ def small_figure(
         yield fig, fig.axes
         fig.tight_layout(pad=0.4, w_pad=0.8)
         fig.savefig(path, dpi=100)
+
+
+def for_a_page(source: pathlib.Path, path: pathlib.Path, width: int = 690) -> None:
+    """A figure at the width of a run's page, which shows pictures as large as they are.
+
+    Args:
+        source: PNG at print resolution.
+        path: PNG to write.
+        width: Pixels.
+    """
+    with Image.open(source) as picture:
+        size = (width, round(picture.height * width / picture.width))
+        picture.convert("RGB").resize(size, Image.Resampling.LANCZOS).save(path)
 
 
 def text_colour(colour: str) -> str:
