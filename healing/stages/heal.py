@@ -66,7 +66,9 @@ def _write_files(outcome: HealOutcome, folder: pathlib.Path, records: Sequence[R
     figures.recovery_trajectory(folder / "plots" / "recovery_trajectory.png", rows, s, arm, title)
     sham_loss = {step: state.loss for step, state in outcome.cell.sham.items()}
     figures.overview(folder / run_page.PICTURE, rows, s, sham_loss, arm)
-    figures.perplexity_recovery(folder / "plots" / "perplexity_recovery.png", rows, s, arm, title)
+    figures.perplexity_recovery(
+        folder / "plots" / "perplexity_recovery.png", rows, s, arm, title, sham_loss
+    )
     figures.spectral_decay(folder / "plots" / "spectral_decay_three_state.png", spectra, title)
     if config.log_images:
         ranks = outcome.rank_shares()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -138,8 +139,9 @@ def recovery_trajectory(
                 right.plot(xs, ys, line, color=shade, label=f"{label} recovery")
         right.axhspan(IRREVERSIBLE_BELOW, REVERSIBLE_ABOVE, color="#EEEEEE", zorder=0)
         for value, text, side in (
-            (REVERSIBLE_ABOVE, f"reversible above {REVERSIBLE_ABOVE:g} %", "bottom"),
-            (IRREVERSIBLE_BELOW, f"irreversible below {IRREVERSIBLE_BELOW:g} %", "top"),
+            (REVERSIBLE_ABOVE, f"over {REVERSIBLE_ABOVE:g} %: recovered", "bottom"),
+            (REVERSIBLE_ABOVE, "between: in part", "top"),
+            (IRREVERSIBLE_BELOW, f"under {IRREVERSIBLE_BELOW:g} %: not recovered", "top"),
         ):
             right.annotate(text, (last, value), ha="right", va=side, fontsize=8, color="#555555")
         if summary["rank_undefined_reason"]:
@@ -271,14 +273,22 @@ def _knowing_less(
                     va="bottom", fontsize=SMALL, color=text_colour(BLUE))  # fmt: skip
 
 
+def _perplexity(loss: float) -> float:
+    """exp(loss); infinite where that overflows."""
+    return math.exp(loss) if loss < 700.0 else math.inf
+
+
 def perplexity_recovery(
     path: pathlib.Path,
     trajectory: Trajectory,
     summary: Mapping[str, Any],
     arm: str,
     title: str,
+    sham_loss: Mapping[int, float] = MappingProxyType({}),
 ) -> None:
-    """Healing: perplexity on a log scale against steps, with its references."""
+    """Healing: perplexity on a log scale against steps, beside the states, the sham at the same
+    steps and a model that knows token frequencies alone.
+    """
     last = trajectory[-1][0]
     with figure(path) as (_, (ax,)):
         _measured_line(ax, trajectory, "perplexity", arm)
@@ -288,4 +298,16 @@ def perplexity_recovery(
         ):
             if math.isfinite(summary[key]):
                 reference_line(ax, summary[key], state, last)
+        unigram = _perplexity(summary["unigram_loss"])
+        if math.isfinite(unigram):
+            ax.axhline(unigram, color="#777777", linestyle=":", linewidth=1)
+            ax.annotate(f"unigram model {quantity_text(unigram)}", (last, unigram), ha="right",
+                        va="bottom", fontsize=8, color="#555555")  # fmt: skip
+        steps = [step for step, _ in trajectory if step in sham_loss]
+        if steps:
+            values = [_perplexity(sham_loss[step]) for step in steps]
+            ax.plot(steps, values, color=BLUE, linestyle=(0, (1, 1.5)), linewidth=1.2)
+            shade = text_colour(BLUE)
+            ax.annotate("sham (dotted)", (steps[0], values[0]), xytext=(3, 6),
+                        textcoords="offset points", fontsize=8, color=shade)  # fmt: skip
         ax.set(ylabel="perplexity on the probe (log scale)", yscale="log", title=title)

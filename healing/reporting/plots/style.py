@@ -24,6 +24,7 @@ from scipy import optimize
 
 from healing.measurements.recovery import IRREVERSIBLE_BELOW, REVERSIBLE_ABOVE
 from healing.registry import ARMS
+from healing.reporting.phrases import quantity_text
 
 # Okabe & Ito (2008): distinguishable with every common form of colour blindness.
 BLACK, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE = (
@@ -263,11 +264,41 @@ def reference_line(ax: Axes, value: float, state: str, x: float) -> None:
     colour, line = STATE_STYLES[state]
     ax.axhline(value, color=colour, linestyle=line, linewidth=1)
     ax.annotate(
-        f"{state} {value:.4g}", (x, value), ha="right", va="bottom", fontsize=8, color=colour
+        f"{state} {quantity_text(value)}",
+        (x, value),
+        ha="right",
+        va="bottom",
+        fontsize=8,
+        color=text_colour(colour),
     )
 
 
-def verdict_zones(ax: Axes) -> None:
-    """Shade the partial zone and mark the healthy value."""
+ZONES = f"dotted: healthy; grey: {IRREVERSIBLE_BELOW:g}–{REVERSIBLE_ABOVE:g} %, in part"
+"""What the line and the zone are, as figures say it."""
+
+
+def verdict_zones(ax: Axes, explained: bool = False) -> None:
+    """Shade the partial zone and mark the healthy value.
+
+    Args:
+        ax: Recovery in per cent is its ordinate.
+        explained: Whether both are named, over the line: once per figure is enough.
+    """
     ax.axhspan(IRREVERSIBLE_BELOW, REVERSIBLE_ABOVE, color="#EEEEEE", zorder=0)
     ax.axhline(100, color=BLACK, linewidth=0.8, linestyle=":")
+    if explained:
+        ax.annotate(ZONES, (0.985, 100.0), xytext=(0, 1.5), textcoords="offset points",
+                    xycoords=("axes fraction", "data"), ha="right", va="bottom",
+                    fontsize=SMALL, color="#555555", gid="zones")  # fmt: skip
+
+
+def upright_verdict_zones(ax: Axes, explained: bool = False) -> None:
+    """The same where recovery is the abscissa; the names stand over the axes."""
+    ax.axvspan(IRREVERSIBLE_BELOW, REVERSIBLE_ABOVE, color="#EEEEEE", zorder=0)
+    ax.axvline(100, color=BLACK, linewidth=0.8, linestyle=":")
+    if explained:
+        middle = (IRREVERSIBLE_BELOW + REVERSIBLE_ABOVE) / 2
+        for text, x in (("in part", middle), ("healthy", 100.0)):
+            ax.annotate(text, (x, 1.0), xytext=(0, 1.5), textcoords="offset points",
+                        xycoords=("data", "axes fraction"), ha="center", va="bottom",
+                        fontsize=SMALL, color="#555555", gid="zones")  # fmt: skip
