@@ -119,7 +119,7 @@ def _primary(group: GroupSummary, prefix: str) -> dict[str, float]:
 
 
 MAIN_FIGURES = ("mean_recovery", "final_recovery", "recovery_against_parameters")
-OVERVIEW = "figures/overview.png"
+OVERVIEW = "overview.png"
 """The first of them as large as a page shows it."""
 
 
@@ -134,9 +134,9 @@ def show_summary(run: Run, summary: Summary, folder: pathlib.Path) -> None:
     run.history(group_metrics(summary))
     _log_table(run, summary)
     paths = [folder / "figures" / f"{name}.png" for name in MAIN_FIGURES]
-    for path in (*paths, folder / OVERVIEW):
+    for path, place in [*((path, "figures") for path in paths), (folder / OVERVIEW, None)]:
         if path.is_file():
-            run.artifact(path, "figures")
+            run.artifact(path, place)
 
 
 def _log_table(run: Run, summary: Summary) -> None:
