@@ -191,7 +191,7 @@ class LoggingOptions(Options):
     log_images: bool = option(
         True,
         "Log the spectra of all blocks at up to ten steps as pictures that MLflow shows by step "
-        "(about 0.15 MB a run).",
+        "(about 0.16 MB a run).",
         determines=False,
     )
 
