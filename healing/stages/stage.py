@@ -181,12 +181,12 @@ def used(config: Mapping[str, Any]) -> dict[str, Any]:
     """What a run computes with, beside its configuration: the device that ``auto`` stands for, its
     name, torch's CPU threads, and the attack whose checkpoint is healed.
     """
-    found: dict[str, Any] = {"threads": torch.get_num_threads()}
+    found: dict[str, Any] = {}
     if "device" in config:
         device = resolve_device(config["device"])
         on_gpu = device.type == "cuda"
         name = torch.cuda.get_device_name(device) if on_gpu else processor()
-        found |= {"device": device, "hardware": name}
+        found |= {"device": device, "hardware": name, "threads": torch.get_num_threads()}
     attack = config.get("attack")
     if isinstance(attack, Mapping):
         found["attack_run_id"] = attack.get("attack_run_id", "")
