@@ -17,6 +17,7 @@ from healing.models.checkpoints import CHECKPOINT_NAME, HEALED_NAME, read_checkp
 from healing.reporting import run_page
 from healing.reporting.phrases import minimum_text
 from healing.reporting.plots import basin as figures
+from healing.reporting.plots.style import for_a_page
 from healing.stages.cells.basin import STATES, basin_cell, inputs_of, resolve_from_checkpoint
 from healing.stages.cells.basin_outcome import BasinCell, BasinOutcome
 from healing.stages.cells.events import Record
@@ -138,7 +139,6 @@ def describe(outcome: BasinOutcome, run_id: str) -> str:
             ],
         ),
         _evidence(outcome),
-        picture="plots/loss_barriers.png",
         alt="loss along the straight paths between the states",
     )
 
@@ -224,6 +224,7 @@ def _write_files(outcome: BasinOutcome, folder: pathlib.Path) -> None:
     figures.loss_barriers(
         plots / "loss_barriers.png", outcome.paths, f"Loss on straight paths: {run}"
     )
+    for_a_page(plots / "loss_barriers.png", folder / run_page.PICTURE)
     densities = {name: report.density for name, report in outcome.states.items()}
     figures.spectral_density(
         plots / "spectral_density.png",
