@@ -172,7 +172,7 @@ def test_basin_logs_statement_numbers_paths_and_figures(store, healed):
     files = {a.path for a in client.list_artifacts(run_id)}
     assert {"basin_summary.json", "paths.json", "spectral_density.json", "config.json"} <= files
     plots = {a.path for a in client.list_artifacts(run_id, "plots")}
-    assert plots == {"plots/loss_barriers.png", "plots/spectral_density.png",
+    assert plots == {"plots/overview.png", "plots/loss_barriers.png", "plots/spectral_density.png",
                      "plots/gradient_and_eigenvalues.png"}  # fmt: skip
 
 
