@@ -142,7 +142,7 @@ def heal(
     """
     from healing.stages.cells.heal_outcome import HealCell
     from healing.stages.heal import HEAL
-    from healing.stages.heal_inputs import local_checkpoint
+    from healing.stages.healing_run.inputs import local_checkpoint
 
     driver = _driver(track, progress)
     settings = {"healing_steps": steps, "sham": sham, **settings}

@@ -13,7 +13,13 @@ from healing.config.arm_tags import (
     arms_that_take,
 )
 from healing.config.options import AUTO, flag_name, option
-from healing.config.shared import OPTIMIZERS, BaseConfig, DryRunOptions, SavingOptions
+from healing.config.shared import (
+    OPTIMIZERS,
+    BaseConfig,
+    DryRunOptions,
+    LoggingOptions,
+    SavingOptions,
+)
 from healing.errors import ConfigError
 from healing.registry import ARMS, DAMAGE_CONTROL, MATCHES
 
@@ -27,7 +33,7 @@ BY_ARM, ALWAYS, NEVER = ALIGNMENT_CHOICES = ("by_arm", "always", "never")
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttackConfig(BaseConfig, SavingOptions, DryRunOptions):
+class AttackConfig(BaseConfig, SavingOptions, LoggingOptions, DryRunOptions):
     """One attack: a healthy model, an arm, a budget."""
 
     order = (
@@ -35,6 +41,8 @@ class AttackConfig(BaseConfig, SavingOptions, DryRunOptions):
         "checkpoint_interval",
         "checkpoint_minutes",
         "resume_run_id",
+        "log_layers",
+        "log_images",
         "dry_run",
         "time_steps",
     )

@@ -15,11 +15,13 @@ from healing.config.presets import (
 from healing.config.shared import (
     DEDUPED_HELP,
     HEALER_HELP,
+    LOGGING,
     OPTIMIZERS,
     REVISION_HELP,
     BaseConfig,
     DryRunOptions,
     SavingOptions,
+    TextLoggingOptions,
 )
 from healing.errors import ConfigError
 from healing.registry import ARMS, METHODS, Facts
@@ -68,7 +70,7 @@ def _of_the_attack(name: str, choices: tuple[str, ...] | None = None) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class HealConfig(BaseConfig, SavingOptions, DryRunOptions):
+class HealConfig(BaseConfig, SavingOptions, TextLoggingOptions, DryRunOptions):
     """Healing of one checkpoint, of a folder of checkpoints, or of a fresh attack."""
 
     order = (
@@ -76,6 +78,7 @@ class HealConfig(BaseConfig, SavingOptions, DryRunOptions):
         "checkpoint_interval",
         "checkpoint_minutes",
         "resume_run_id",
+        *LOGGING,
         "dry_run",
         "time_steps",
     )

@@ -180,6 +180,39 @@ SAVING = ("checkpoint_interval", "checkpoint_minutes")
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoggingOptions(Options):
+    """What MLflow shows of a run beside its headline numbers."""
+
+    log_layers: bool = option(
+        False,
+        "Chart every block's numbers in MLflow, as layers/…; metrics.jsonl has them in any case.",
+        determines=False,
+    )
+    log_images: bool = option(
+        True,
+        "Log the spectra of all blocks at up to ten steps as pictures that MLflow shows by step "
+        "(about 0.16 MB a run).",
+        determines=False,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextLoggingOptions(LoggingOptions):
+    """The same of a run that has healed something."""
+
+    log_text: bool = option(
+        True,
+        "Log how the healthy, the collapsed and the healed model continue the same four openings "
+        "of the probe, greedily by 24 tokens.",
+        determines=False,
+    )
+
+
+LOGGING = ("log_layers", "log_images", "log_text")
+"""Fields of the above."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DryRunOptions(Options):
     """Whether it runs at all."""
 

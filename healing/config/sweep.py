@@ -12,6 +12,7 @@ from healing.config.shared import (
     BLANK_LINES,
     DEDUPED_HELP,
     HEALER_HELP,
+    LOGGING,
     REVISION_HELP,
     SPLIT_RULE_HELP,
     SPLIT_RULES,
@@ -21,6 +22,7 @@ from healing.config.shared import (
     DeviceOptions,
     OutputOptions,
     SavingOptions,
+    TextLoggingOptions,
     TrainingOptions,
 )
 from healing.errors import ConfigError
@@ -33,7 +35,9 @@ MAX_SEEDS = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepConfig(TrainingOptions, DeviceOptions, CacheOptions, OutputOptions, SavingOptions):
+class SweepConfig(
+    TrainingOptions, DeviceOptions, CacheOptions, OutputOptions, SavingOptions, TextLoggingOptions
+):
     """Models x arms x seeds: attack and heal each, then summarize."""
 
     order = (
@@ -49,6 +53,7 @@ class SweepConfig(TrainingOptions, DeviceOptions, CacheOptions, OutputOptions, S
         "checkpoint_interval",
         "checkpoint_minutes",
         "resume_run_id",
+        *LOGGING,
     )
 
     models: str = option("nano,micro", f"Comma-separated models: {MODELS_HELP}.")

@@ -6,7 +6,9 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from healing.data.splits import Corpus
@@ -110,6 +112,10 @@ class Measurement:
             **{name: self._mean(name) for name in spectral},
             **{name.removeprefix("extra/"): value for name, value in accuracy.items()},
         }
+
+    def block_spectra(self) -> NDArray[np.float64]:
+        """Singular values of every block, descending: (blocks, hidden)."""
+        return torch.stack([s.singular_values for s in self.spectra]).numpy()
 
     def mean_spectrum(self) -> list[float]:
         """Singular values over the largest of their block, averaged over blocks, descending."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import functools
+import math
 import pathlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,10 +14,11 @@ from typing import Any
 import jinja2
 
 from healing.measurements.recovery import IRREVERSIBLE_BELOW, REVERSIBLE_ABOVE, Verdict
+from healing.reporting.cautions import caution_table
 from healing.reporting.contrasts import TITLE, comparison_gaps, lead_sentences, sections
 from healing.reporting.damage_regression import TITLE as DAMAGE_TITLE
 from healing.reporting.damage_regression import damage_sentences
-from healing.reporting.markdown import REPEATS_NOTE, RUNNING_NOTE, all_notes
+from healing.reporting.markdown import REPEATS_NOTE, RUNNING_NOTE
 from healing.reporting.phrases import count_text, headline_groups, interval_text, shown_label
 from healing.reporting.tables import (
     Table,
@@ -39,12 +42,14 @@ from healing.reporting.verdict_context import (
 )
 from healing.reporting.verdict_sentences import (
     OUTCOMES,
+    budget_text,
     verdict_heading,
     verdict_reason,
 )
 from healing.statistics.budgets import MAX_LAST_GAIN, MIN_BUDGETS
 from healing.statistics.group import GroupSummary
 from healing.statistics.heal_runs import HealRun
+from healing.statistics.intervals import Interval
 from healing.statistics.summary import Summary
 
 CSS_PIXELS_PER_INCH = 96
@@ -166,9 +171,16 @@ def _environment() -> jinja2.Environment:
 
 def _verdict(group: GroupSummary, groups: Sequence[GroupSummary]) -> dict[str, Any]:
     reason = verdict_reason(group)
+    rank, loss = (_recovered(group.intervals[e]) for e in (_RANK, _LOSS))
+    checkpoints = count_text(group.n_checkpoints, "checkpoint")
     return {
         "kind": group.verdict.replace(" ", "-"),
         "heading": verdict_heading(group, groups),
+        "asked": f"does {group.model} recover from {shown_label(group, groups)} within "
+        f"{budget_text(group)}?",
+        "found": f"rank recovery {rank}, loss recovery {loss}",
+        "rests_on": f"{checkpoints}, {count_text(group.n_runs, 'healing run')}"
+        + (f", {group.healer}" if group.healer else ""),
         "sentences": [f"{reason[:1].upper()}{reason[1:]}.", *context_sentences(group)],
     }
 
@@ -181,6 +193,11 @@ def _alt(key: str, summary: Summary) -> str:
         for g in summary.groups
     )
     return f"{CAPTIONS[key]} Final recovery in per cent: {said}."
+
+
+def _recovered(interval: Interval) -> str:
+    text = interval_text(interval)
+    return text if math.isnan(interval.point) else f"{text} %"
 
 
 _RANK, _LOSS = "rank_recovery_pct", "loss_recovery_pct"
@@ -222,7 +239,7 @@ def render(summary: Summary, figures: Mapping[str, pathlib.Path]) -> str:
         ValueError: A figure is not a PNG file.
     """
     groups = summary.groups
-    return (
+    return _with_contents(
         _environment()
         .get_template("report.html")
         .render(
@@ -260,9 +277,21 @@ def render(summary: Summary, figures: Mapping[str, pathlib.Path]) -> str:
             repeats=_run_rows((r.run, r.why) for r in summary.repeats),
             repeats_note=REPEATS_NOTE,
             undefined=_run_rows((r, r.undefined_reason) for r in summary.undefined),
-            notes=all_notes(summary),
+            cautions=caution_table(summary),
+            contents=CONTENTS,
         )
     )
+
+
+CONTENTS = "<!-- contents -->"
+_SECTION = re.compile(r'<section id="([^"]+)"><h2>(.*?)</h2>')
+
+
+def _with_contents(page: str) -> str:
+    """The page with a list of links to its sections, as it says their titles."""
+    items = "".join(f'<li><a href="#{i}">{title}</a></li>' for i, title in _SECTION.findall(page))
+    inside = f'<nav aria-label="Contents"><ul>{items}</ul></nav>'
+    return page.replace(CONTENTS, inside, 1)
 
 
 def _plain(table: Table) -> Table:

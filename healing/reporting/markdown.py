@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from healing.reporting.cautions import caution_table
 from healing.reporting.contrasts import TITLE, comparison_gaps, lead_sentences, sections
 from healing.reporting.damage_regression import TITLE as DAMAGE_TITLE
 from healing.reporting.damage_regression import damage_sentences
 from healing.reporting.escaping import markdown as escape
-from healing.reporting.phrases import group_label, headline_groups, interval_text
+from healing.reporting.phrases import headline_groups, interval_text
 from healing.reporting.tables import Table, main_table, secondary_tables
 from healing.reporting.verdict_context import (
     context_sentences,
@@ -90,10 +91,9 @@ def markdown(summary: Summary) -> str:
     lines += _listing("Repeated runs", [(r.run, r.why) for r in summary.repeats], REPEATS_NOTE)
     undefined = [(r, r.undefined_reason) for r in summary.undefined]
     lines += _listing("Runs without a defined rank recovery", undefined)
-    notes = all_notes(summary)
-    if notes:
-        lines += ["## What the data do not determine", ""]
-        lines += [*_bullets(f"{where}: {what}" for where, what in notes), ""]
+    cautions = caution_table(summary)
+    if cautions.rows:
+        lines += _section(cautions)
     return "\n".join(lines)
 
 
@@ -108,13 +108,3 @@ def _contrasts(summary: Summary) -> list[str]:
     for heading, sentences in sections(summary):
         lines += [f"### {escape(heading)}", "", *_bullets(sentences), ""]
     return [*lines, *_bullets(gaps), ""] if gaps else lines
-
-
-def all_notes(summary: Summary) -> list[tuple[str, str]]:
-    """Of what the data do not determine something, and the named warning that says so."""
-    own = [
-        (f"{g.model} {group_label(g, summary.groups)}", note)
-        for g in summary.groups
-        for note in g.notes
-    ]
-    return [*own, *summary.notes]

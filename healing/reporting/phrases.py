@@ -24,6 +24,21 @@ def percent_text(value: float) -> str:
     return "undefined" if math.isnan(value) else f"{value:.1f} %"
 
 
+_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def quantity_text(value: float) -> str:
+    """A measured number as people write it: ``42.89``, ``3.3×10⁹``, ``undefined``."""
+    if math.isnan(value):
+        return "undefined"
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    if value == 0.0 or 1e-3 <= abs(float(f"{value:.4g}")) < 1e5:
+        return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+    mantissa, _, exponent = f"{value:.1e}".partition("e")
+    return f"{mantissa}×10{str(int(exponent)).translate(_RAISED)}"
+
+
 def interval_text(interval: Interval) -> str:
     """Point and bounds: ``12.3 [8.1, 16.5]``; without bounds the point and ``[no interval]``."""
     if math.isnan(interval.point):

@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from healing.reporting.cautions import all_notes
 from healing.reporting.contrasts import catalyst_sentence
-from healing.reporting.markdown import all_notes
 from healing.reporting.phrases import RANK
 from healing.reporting.tables import STATUS_LABELS
 from healing.reporting.verdict_sentences import verdict_claim

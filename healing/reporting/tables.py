@@ -26,11 +26,11 @@ from healing.reporting.phrases import (
     asymptote_texts,
     duration,
     group_estimate,
-    group_label,
     interval_text,
     laws_text,
     median_text,
     number_text,
+    shown_label,
     time_text,
 )
 from healing.reporting.verdict_context import (
@@ -88,7 +88,7 @@ def endpoint_name(endpoint: str) -> str:
 
 
 def _row(group: GroupSummary, summary: Summary, *cells: str) -> tuple[str, ...]:
-    return (group.model, group_label(group, summary.groups), *cells)
+    return (group.model, shown_label(group, summary.groups), *cells)
 
 
 def _endpoint_rows(

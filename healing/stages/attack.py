@@ -8,77 +8,140 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from healing.config.arm_tags import arm_role, arm_tags
+from healing.config.arm_tags import arm_label, arm_role, arm_tags
 from healing.config.attack import AttackConfig
 from healing.config.fingerprint import NOT_SETTINGS, as_params, fingerprint
 from healing.config.paths import is_address, local_path
 from healing.config.resolve import resolve_from_presets
-from healing.models.checkpoints import CHECKPOINT_NAME, read_checkpoint, save_checkpoint
+from healing.models.checkpoints import (
+    CHECKPOINT_NAME,
+    HEALED_NAME,
+    read_checkpoint,
+    save_checkpoint,
+)
 from healing.registry import DAMAGE_CONTROL, NEEDS
+from healing.reporting import run_page
+from healing.reporting.phrases import quantity_text
 from healing.reporting.plots import runs as figures
 from healing.stages.cells.attack import (
     AttackOutcome,
     attack_cell,
     attack_code,
     noise_match,
+    reference_tags,
 )
 from healing.stages.cells.events import Record
-from healing.stages.cells.inputs import resolve_from_model, use_threads
+from healing.stages.cells.inputs import device_kind, resolve_from_model, use_threads
 from healing.stages.cells.recollapse import read_healed, resolve_from_healed
 from healing.stages.driver import Driver
-from healing.stages.stage import Done, Report, StageDefaults, Tools, points_of
+from healing.stages.stage import Done, Report, StageDefaults, Tools, headlines, points_of
 from healing.stages.terminal.console import Console
+from healing.tracking.git_version import checkout
 from healing.tracking.run_files import write_json
 from healing.tracking.store import Store
 
 
-def describe(outcome: AttackOutcome) -> str:
+def describe(outcome: AttackOutcome, run_id: str) -> str:
     """Markdown description of an attack run."""
     s, damage, config = outcome.summary(), outcome.damage, outcome.config
-    lines = [
-        f"Attack **{config.arm}** on **{config.label}**, seed {config.seed}: "
-        f"**{damage.spectral_state}**.",
-        "",
-        "| | healthy | after the attack | change |",
-        "|---|---|---|---|",
-        f"| effective rank (mean over blocks) | {s['healthy_effective_rank']:.2f} | "
-        f"{s['collapsed_effective_rank']:.2f} | {-s['rank_reduction_pct']:+.1f} % |",
-        f"| perplexity | {s['healthy_perplexity']:.4g} | {s['collapsed_perplexity']:.4g} | "
-        f"x {s['perplexity_ratio']:.4g} |",
-    ]
+    rows = (
+        (
+            "effective rank (mean over blocks)",
+            "effective_rank",
+            f"{-s['rank_reduction_pct']:+.1f} %",
+        ),
+        ("loss (nats per token)", "loss", ""),
+        ("perplexity", "perplexity", f"× {quantity_text(s['perplexity_ratio'])}"),
+    )
+    return run_page.page(
+        f"**{damage.spectral_state.capitalize()}**: {config.label} after "
+        f"{arm_label(config.arm)}, seed {config.seed}. Effective rank "
+        f"{quantity_text(s['healthy_effective_rank'])} → "
+        f"**{quantity_text(s['collapsed_effective_rank'])}**, perplexity "
+        f"{quantity_text(s['healthy_perplexity'])} → {quantity_text(s['collapsed_perplexity'])}.",
+        run_id,
+        [
+            "| | healthy | after the attack | change |",
+            "|---|---|---|---|",
+            *(f"| {name} | {quantity_text(s[f'healthy_{key}'])} | "
+              f"{quantity_text(s[f'collapsed_{key}'])} | {change} |" for name, key, change in rows),
+        ],
+        _repeat(outcome),
+        run_page.PART_OF,
+        run_page.links("Comes from", _origins(outcome)),
+        run_page.links(
+            "Then",
+            [
+                ("its healing runs", run_page.search_link("attack_run_id", run_id)),
+                ("controls matched to it", run_page.search_link("reference_run_id", run_id)),
+            ],
+        ),
+        _findings(outcome),
+        alt="effective rank and perplexity against attack steps",
+    )  # fmt: skip
+
+
+def _referred(outcome: AttackOutcome) -> dict[str, str]:
+    """The runs that an attack refers to, by the option that names them."""
+    found = dict(reference_tags(outcome.config))
+    if outcome.start:
+        found["start_run_id"] = outcome.start.checkpoint.config.get("heal_run_id", "")
+    return found
+
+
+def _repeat(outcome: AttackOutcome) -> list[str]:
+    """The command that attacks in the same way."""
+    also: dict[str, Any] = {"device": device_kind(outcome.config), **_referred(outcome)}
+    if healed := also.pop("start_run_id", ""):
+        also["start_checkpoint"] = f"runs:/{healed}/checkpoints/{HEALED_NAME}"
+    needs = also.keys() - {"device"}
+    note = "It reads the runs that it names from this store (MLFLOW_TRACKING_URI)." if needs else ""
+    return run_page.repeat("attack", run_page.settings(outcome.config, **also), checkout(), note)
+
+
+def _origins(outcome: AttackOutcome) -> list[tuple[str, str]]:
+    found = _referred(outcome)
+    named = {
+        "reference_run_id": "the attack whose damage it is matched to",
+        "direction_run_id": "the attack whose direction it takes",
+        "start_run_id": "the healing run whose weights it attacks again",
+    }
+    return [(text, run_page.run_link(found.get(name, ""))) for name, text in named.items()]
+
+
+def _findings(outcome: AttackOutcome) -> list[str]:
+    """What else is to be said of an attack: one paragraph each."""
+    s, config = outcome.summary(), outcome.config
+    lines: list[str] = []
     if outcome.catalyst:
         c = outcome.catalyst
         lines += [
-            "",
             f"Catalyst search **{c.status}**: alignment {c.alignment:.4f}, random tokens "
             f"{s['random_alignment_mean']:.4f} (highest of {len(c.random_alignments)}: "
             f"{s['random_alignment_max']:.4f}).",
         ]
     if "rayleigh_quotient" in s:
         lines += [
-            "",
             f"Curvature of the clean loss along the catalyst's gradient: "
             f"{s['rayleigh_quotient']:.4g}, percentile {s['rayleigh_percentile']:.0f} among "
             f"{config.rayleigh_draws} random directions (mean {s['rayleigh_random_mean']:.4g}).",
         ]
     if outcome.start:
-        lines += ["", f"Attacked again after healing: {recollapse_sentence(s)}."]
+        lines += [f"Attacked again after healing: {recollapse_sentence(s)}."]
     reached = outcome.last.diagnostics
     if "match_error_pct" in reached:
         lines += [
-            "",
             f"Matched to the reference's {config.match.partition('+')[0]} within "
             f"{abs(reached['match_error_pct']):.2f} % at strength {reached['noise_scale']:.4g}, "
             f"after {outcome.last.step} strengths tried.",
         ]
     if "readout_scale" in reached:
         lines += [
-            "",
             "Then matched to its loss within "
             f"{abs(reached['readout_match_error_pct']):.2f} % by noise on the readout, of "
             f"{reached['readout_scale']:.4g} times its norm.",
         ]
-    return "\n".join(lines)
+    return [line for text in lines for line in (text, "")]
 
 
 def recollapse_sentence(s: Mapping[str, Any]) -> str:
@@ -202,9 +265,9 @@ class AttackStage(StageDefaults):
         """The checkpoint, the summary, the spectra and two figures."""
         config, s = outcome.config, outcome.summary()
         _save(outcome, folder, run_id)
-        figures.rank_collapse(
-            folder / "plots" / "rank_collapse.png", points_of(records), config.arm, config.label
-        )
+        points, plots = points_of(records), folder / "plots"
+        figures.rank_collapse(plots / "rank_collapse.png", points, config.arm, config.label)
+        figures.attack_overview(folder / run_page.PICTURE, points, s, config.arm)
         catalyst = f", catalyst {outcome.catalyst.status}" if outcome.catalyst else ""
         line = (
             f"{self.title(config)}: {outcome.damage.spectral_state}, rank "
@@ -213,10 +276,12 @@ class AttackStage(StageDefaults):
         )
         if outcome.start:
             line += f"; {recollapse_sentence(s)}"
-        points = [(outcome.last.step, {f"summary/{k}": v for k, v in s.items()})]
+        final = {f"summary/{k}": v for k, v in s.items()}
+        charts = [(0, final), *headlines(records, ("effective_rank", "loss"))]
         result = {**s, **_tags(outcome)}
         detail = outcome.start is None
-        return Report(points, _tags(outcome), describe(outcome), line, detail=detail, result=result)
+        page = describe(outcome, run_id)
+        return Report(charts, _tags(outcome), page, line, detail=detail, result=result)
 
 
 ATTACK = AttackStage()

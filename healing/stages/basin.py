@@ -14,15 +14,18 @@ from healing.config.fingerprint import as_params
 from healing.config.paths import is_address, local_path
 from healing.errors import CheckpointError, TrackingError
 from healing.models.checkpoints import CHECKPOINT_NAME, HEALED_NAME, read_checkpoint
+from healing.reporting import run_page
 from healing.reporting.phrases import minimum_text
 from healing.reporting.plots import basin as figures
+from healing.reporting.plots.style import for_a_page
 from healing.stages.cells.basin import STATES, basin_cell, inputs_of, resolve_from_checkpoint
 from healing.stages.cells.basin_outcome import BasinCell, BasinOutcome
 from healing.stages.cells.events import Record
-from healing.stages.cells.inputs import use_threads
+from healing.stages.cells.inputs import device_kind, use_threads
 from healing.stages.driver import Driver
 from healing.stages.stage import Report, StageDefaults, Tools
 from healing.stages.terminal.console import Console
+from healing.tracking.git_version import checkout
 from healing.tracking.queries import RunView
 from healing.tracking.run_files import write_json
 from healing.tracking.store import Store
@@ -111,11 +114,39 @@ def find_cell(config: BasinConfig, store: Store) -> BasinCell:
     return BasinCell(resolved, str(collapsed or ""), str(healed))
 
 
-def describe(outcome: BasinOutcome) -> str:
+def describe(outcome: BasinOutcome, run_id: str) -> str:
     """Markdown description: the statement, its evidence, the tables."""
-    collapsed, healthy = (outcome.states[s].statement for s in ("collapsed", "healthy"))
-    lines = [
+    collapsed, made = outcome.states["collapsed"].statement, outcome.made
+    heal_run_id = made.get("heal_run_id", "")
+    options = {"heal_run_id": heal_run_id, "device": device_kind(inputs_of(outcome.cell.config))}
+    if not heal_run_id:
+        cell = outcome.cell
+        options |= {"collapsed_checkpoint": cell.collapsed, "healed_checkpoint": cell.healed}
+    needs = "It reads the healing run's checkpoints from this store (MLFLOW_TRACKING_URI)."
+    return run_page.page(
         f"**Is the collapsed state a minimum? {collapsed.answer}**: {collapsed.because}.",
+        run_id,
+        [],
+        run_page.repeat(
+            "basin", run_page.settings(outcome.cell.config, **options), checkout(), needs
+        ),
+        run_page.PART_OF,
+        run_page.links(
+            "Comes from",
+            [
+                ("the healing run", run_page.run_link(heal_run_id)),
+                ("the attack", run_page.run_link(made.get("attack_run_id", ""))),
+            ],
+        ),
+        _evidence(outcome),
+        alt="loss along the straight paths between the states",
+    )
+
+
+def _evidence(outcome: BasinOutcome) -> list[str]:
+    """What the statements rest on."""
+    healthy = outcome.states["healthy"].statement
+    lines = [
         f"The healthy state, by the same rule: {healthy.answer} ({healthy.because}).",
         "",
         *(f"* {state}: **{r.statement.answer}** ({r.statement.because}). {r.statement.evidence}."
@@ -134,7 +165,7 @@ def describe(outcome: BasinOutcome) -> str:
         note = path.reason or f"{path.barrier:.4g} | {at}"
         row = f"{note} | {path.climb:.4g}" if not path.reason else f"{note} | |"
         lines.append(f"| {name.replace('_', ' → ')} | {row} |")
-    return "\n".join([*lines, "", _angle(outcome)])
+    return [*lines, "", _angle(outcome)]
 
 
 def _angle(outcome: BasinOutcome) -> str:
@@ -193,6 +224,7 @@ def _write_files(outcome: BasinOutcome, folder: pathlib.Path) -> None:
     figures.loss_barriers(
         plots / "loss_barriers.png", outcome.paths, f"Loss on straight paths: {run}"
     )
+    for_a_page(plots / "loss_barriers.png", folder / run_page.PICTURE)
     densities = {name: report.density for name, report in outcome.states.items()}
     figures.spectral_density(
         plots / "spectral_density.png",
@@ -267,7 +299,7 @@ class BasinStage(StageDefaults):
         )
         line = f"{self.title(outcome.cell)}: a minimum? {answers} → {folder}"
         points = [(0, outcome.metrics()), *_path_points(outcome)]
-        return Report(points, _tags(outcome), describe(outcome), line, result=outcome)
+        return Report(points, _tags(outcome), describe(outcome, run_id), line, result=outcome)
 
 
 BASIN = BasinStage()

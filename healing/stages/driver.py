@@ -22,7 +22,7 @@ from healing import progress
 from healing.errors import HealingError
 from healing.progress import Safe, Stop, Stopped
 from healing.stages.cells.events import Begin, Events, Record
-from healing.stages.stage import Done, Report, Stage, Tools, upload
+from healing.stages.stage import Done, Report, Stage, Tools, announce, kept_back, show, upload
 from healing.stages.terminal.console import Console
 from healing.stages.terminal.heard import PREPARING, Heard
 from healing.stages.terminal.phase_times import TAG, Clock, PhaseTag, metric_name
@@ -189,7 +189,7 @@ class Driver:
                 kept = self.snapshots.load(folder, begin.fingerprint) if self.snapshots else None
                 self._announce(stage, begin, run, folder, kept)
                 lines = None if stage.keeps_folder else folder / "metrics.jsonl"
-                journal = Journal(lines, run)
+                journal = Journal(lines, run, kept_back(begin))
                 due = Due(stage.saving(config), self.clock)
                 outcome, records = self._compute(begin, events, kept, folder, journal, heard, due)
                 heard.computed = True
@@ -233,17 +233,12 @@ class Driver:
         kept: Kept | None,
     ) -> None:
         """What is known of a run before it computes."""
-        for name, count in begin.counts.items():
-            run.n_params(count, name)
-        run.tags({"fingerprint": begin.fingerprint, **begin.tags})
+        announce(run, begin)
         if kept is not None:
             run.tags({"resumed_from": kept.run_id, "resumed_at_step": kept.step})
             self.console.say(f"going on from step {kept.step}, where run {kept.run_id} was left")
         for warning in begin.warnings:
             self.console.say(f"warning: {warning}")
-        for i in begin.inputs:
-            name = f"{pathlib.Path(i.corpus).name}-{i.split}"
-            run.dataset(name, i.digest, i.context, {"corpus": i.corpus, "split": i.split})
         if not stage.keeps_folder:
             with writing(folder):
                 start_folder(folder, begin.config)
@@ -322,8 +317,8 @@ class Driver:
         progress.enter("uploading")
         run.history(report.points)
         run.tags(report.tags)
-        run.describe(report.markdown)
         upload(run, folder, stage.artifacts)
+        show(run, report)
         heard.tag.stop()
         seconds = heard.times.seconds()
         heard.times.enter(DONE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,8 +24,10 @@ from healing.models.checkpoints import (
 )
 from healing.models.loading import LoadedModel
 from healing.registry import METHODS
+from healing.reporting import run_page
 from healing.reporting.phrases import percent_text
 from healing.reporting.plots import runs as figures
+from healing.reporting.plots.layers import rank_map
 from healing.reporting.verdict_sentences import run_outcome
 from healing.stages.attack import ATTACK, checkpoint_of
 from healing.stages.cells.events import Record
@@ -34,48 +36,19 @@ from healing.stages.cells.heal_outcome import HealCell, HealOutcome
 from healing.stages.cells.inputs import use_threads
 from healing.stages.cells.recollapse import FIRST_RANK, FIRST_STEPS
 from healing.stages.driver import Driver
-from healing.stages.heal_inputs import find_checkpoints, fresh_attack_config, local_checkpoint
-from healing.stages.stage import Done, Report, StageDefaults, Tools, points_of
+from healing.stages.healing_run.inputs import (
+    find_checkpoints,
+    fresh_attack_config,
+    local_checkpoint,
+)
+from healing.stages.healing_run.page import describe, pictures, tables
+from healing.stages.stage import Done, Report, StageDefaults, Tools, headlines, points_of
 from healing.stages.terminal.console import Console
 from healing.stages.tuning.healer_files import with_healer
 from healing.tracking.run import Run
 from healing.tracking.run_files import read_jsonl, write_json
 from healing.tracking.snapshots import Saving
 from healing.tracking.store import Store
-
-
-def describe(outcome: HealOutcome) -> str:
-    """Markdown description of a healing run."""
-    s, config = outcome.summary(), outcome.cell.config
-    why = s["rank_undefined_reason"]
-    rank = f"undefined ({why})" if why else f"**{s['rank_recovery_pct']:.1f} %**"
-    loss = s["loss_undefined_reason"]
-    loss = f"undefined ({loss})" if loss else f"{s['loss_recovery_pct']:.1f} %"
-    return "\n".join(
-        [
-            f"**{run_outcome(s['verdict'], s['steps'])}** on {config.label}: rank recovery {rank}, "
-            f"loss recovery {loss}.",
-            "",
-            "| | healthy | collapsed | healed |",
-            "|---|---|---|---|",
-            f"| effective rank | {s['original_rank']:.2f} | {s['collapsed_rank']:.2f} | "
-            f"{s['final_effective_rank']:.2f} |",
-            f"| perplexity | {s['original_perplexity']:.4g} | {s['collapsed_perplexity']:.4g} | "
-            f"{s['final_perplexity']:.4g} |",
-            "",
-            *_sham_line(s),
-            f"Spectral state before healing: {s['spectral_state']}. Status: **{s['status']}**. "
-            f"{s['status_reason']}",
-        ]
-    )
-
-
-def _sham_line(summary: Mapping[str, Any]) -> list[str]:
-    if "rank_recovery_sham_pct" not in summary:
-        return []
-    rank = percent_text(summary["rank_recovery_sham_pct"])
-    loss = percent_text(summary["loss_recovery_sham_pct"])
-    return [f"Against the sham (the healthy model at the same step): rank {rank}, loss {loss}.", ""]
 
 
 def _write_files(outcome: HealOutcome, folder: pathlib.Path, records: Sequence[Record]) -> None:
@@ -91,8 +64,16 @@ def _write_files(outcome: HealOutcome, folder: pathlib.Path, records: Sequence[R
     write_json(folder / "spectra.json", spectra)
     title = f"{config.label}, {arm_label(arm)}, seed {config.seed}"
     figures.recovery_trajectory(folder / "plots" / "recovery_trajectory.png", rows, s, arm, title)
-    figures.perplexity_recovery(folder / "plots" / "perplexity_recovery.png", rows, s, arm, title)
+    sham_loss = {step: state.loss for step, state in outcome.cell.sham.items()}
+    figures.overview(folder / run_page.PICTURE, rows, s, sham_loss, arm)
+    figures.perplexity_recovery(
+        folder / "plots" / "perplexity_recovery.png", rows, s, arm, title, sham_loss
+    )
     figures.spectral_decay(folder / "plots" / "spectral_decay_three_state.png", spectra, title)
+    if config.log_images:
+        ranks = outcome.rank_shares()
+        steps = [record.step for record in records]
+        rank_map(folder / "plots" / "rank_by_block.png", steps, ranks, "healing steps", title)
 
 
 def _save_healed(
@@ -136,6 +117,9 @@ def _sham_states(done: Done, store: Store) -> dict[int, State]:
             "run and heal again"
         ) from error
 
+
+HEADLINES = ("effective_rank", "loss_recovery_pct", "rank_recovery_pct")
+"""What a healing run's page charts first."""
 
 TAGGED = (
     "verdict",
@@ -229,8 +213,17 @@ class HealStage(StageDefaults):
             f"{percent_text(s['rank_recovery_pct'])}, loss recovery "
             f"{percent_text(s['loss_recovery_pct'])}) → {folder}"
         )
-        points = [(found.records[-1].step, numbers)]
-        return Report(points, tags, describe(found), line, result=found)
+        # At step 0 the UI draws one number as a bar, at any other as a line of one point.
+        points = [(0, numbers), *headlines(records, HEADLINES)]
+        return Report(
+            points,
+            tags,
+            describe(found, run_id),
+            line,
+            result=found,
+            pictures=pictures(found),
+            tables=tables(found, healed.tokenizer),
+        )
 
 
 HEAL = HealStage()

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
+
+import torch
 
 from healing import progress
 from healing.config.fingerprint import as_params
 from healing.config.shared import RAW_DATA
-from healing.stages.cells.events import Events, Record
+from healing.models.loading import resolve_device
+from healing.stages.cells.events import Begin, Events, Record
+from healing.tracking.git_version import processor
 from healing.tracking.run import Run
 from healing.tracking.snapshots import Saving
 from healing.tracking.store import Store
@@ -30,6 +35,8 @@ class Report:
         line: For the terminal.
         detail: Whether the line is only for those who asked for more.
         result: What a caller in Python gets; never a model, since a sweep has many.
+        pictures: (name, step, picture) of series that are shown by step.
+        tables: Name → column → cells, compared over runs.
     """
 
     points: Sequence[tuple[int, Mapping[str, float]]]
@@ -38,6 +45,8 @@ class Report:
     line: str
     detail: bool = False
     result: Any = None
+    pictures: Sequence[tuple[str, int, Any]] = ()
+    tables: Mapping[str, Mapping[str, Sequence[Any]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -76,6 +85,21 @@ class Tools:
 def points_of(records: Sequence[Record]) -> list[tuple[int, dict[str, float]]]:
     """Records as figures take them: (step, metrics)."""
     return [(record.step, dict(record.metrics)) for record in records]
+
+
+def headlines(
+    records: Sequence[Record], names: Sequence[str]
+) -> list[tuple[int, dict[str, float]]]:
+    """The numbers that matter once more, as ``headline/…``.
+
+    MLflow sorts a run's charts by what stands before the ``/`` of their names, and puts those
+    without one last.
+    """
+    return [
+        (r.step, {f"headline/{n}": r.metrics[n] for n in names
+                  if math.isfinite(r.metrics.get(n, math.nan))})
+        for r in records
+    ]  # fmt: skip
 
 
 class Stage(Protocol[C, R]):
@@ -142,6 +166,53 @@ class StageDefaults:
         return Saving(
             getattr(config, "checkpoint_interval", 0), getattr(config, "checkpoint_minutes", 0.0)
         )
+
+
+LAYERS = "layers/"
+"""Beginning of the names of what single blocks measure: dozens of charts."""
+
+
+def kept_back(begin: Begin) -> tuple[str, ...]:
+    """Beginnings of the names that are in ``metrics.jsonl`` and no charts, unless asked for."""
+    return () if begin.config.get("log_layers", True) else (LAYERS,)
+
+
+def used(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run computes with, beside its configuration: the device that ``auto`` stands for, its
+    name, torch's CPU threads, and the attack whose checkpoint is healed.
+    """
+    found: dict[str, Any] = {}
+    if "device" in config:
+        device = resolve_device(config["device"])
+        on_gpu = device.type == "cuda"
+        name = torch.cuda.get_device_name(device) if on_gpu else processor()
+        found |= {"device": device, "hardware": name, "threads": torch.get_num_threads()}
+    attack = config.get("attack")
+    if isinstance(attack, Mapping):
+        found["attack_run_id"] = attack.get("attack_run_id", "")
+    return found
+
+
+def announce(run: Run, begin: Begin) -> None:
+    """Log what is known of a run once its inputs are loaded."""
+    for name, count in begin.counts.items():
+        run.n_params(count, name)
+    using = used(begin.config)
+    run.params("used", using)
+    hardware = {"hardware": using.get("hardware", "")}
+    run.tags({"fingerprint": begin.fingerprint, **begin.tags, **hardware})
+    for i in begin.inputs:
+        name = f"{pathlib.Path(i.corpus).name}-{i.split}"
+        run.dataset(name, i.digest, i.context, {"corpus": i.corpus, "split": i.split})
+
+
+def show(run: Run, report: Report) -> None:
+    """Log what a person sees of a finished run: its description, pictures and tables."""
+    for name, step, picture in report.pictures:
+        run.image(name, step, picture)
+    for name, columns in report.tables.items():
+        run.table(name, columns)
+    run.describe(report.markdown)
 
 
 def upload(run: Run, folder: pathlib.Path, artifacts: str | None = None) -> None:

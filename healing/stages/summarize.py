@@ -24,7 +24,7 @@ from healing.reporting.phrases import group_label, headline_groups
 from healing.reporting.plots import contrasts as contrasts_figure
 from healing.reporting.plots import groups as groups_figures
 from healing.reporting.plots.damage import recovery_against_damage
-from healing.reporting.plots.style import COLUMN
+from healing.reporting.plots.style import COLUMN, for_a_page
 from healing.reporting.verdict_context import lead_sentence
 from healing.reporting.verdict_sentences import verdict_heading, verdict_reason
 from healing.stages.driver import Driver
@@ -33,9 +33,11 @@ from healing.stages.summarize_inputs import read_runs
 from healing.stages.terminal.console import Console
 from healing.statistics.group import GroupSummary
 from healing.statistics.heal_runs import HealRun
-from healing.statistics.summary import Summary, summarize_runs
-from healing.tracking import queries, run_logger
+from healing.statistics.paired_tests import PRIMARY_ENDPOINTS
+from healing.statistics.summary import Summary, sizes_of, summarize_runs
+from healing.tracking import queries
 from healing.tracking.output_folder import require_writable, run_folder, writing
+from healing.tracking.page_text import whole_lines
 from healing.tracking.queries import RunView
 from healing.tracking.run import Run
 from healing.tracking.run_files import write_json
@@ -89,6 +91,61 @@ def _log_groups(run: Run, summary: Summary) -> None:
     run.history([(s, {k: v for k, v in row.items() if not math.isnan(v)}) for s, row in history])
 
 
+def group_metrics(summary: Summary) -> list[tuple[int, dict[str, float]]]:
+    """What compares summaries: means with their bounds by group, and by arm over model sizes.
+
+    ``group/MODEL-ARM/ENDPOINT_mean`` is at step 0. ``size/ARM/ENDPOINT_mean`` has the number of
+    parameters for its step, so that its chart is recovery against size; an arm is there where each
+    of its sizes has one group.
+    """
+    points: list[tuple[int, dict[str, float]]] = []
+    for group in summary.groups:
+        prefix = f"group/{_key(group, summary.groups, '-')}"
+        numbers: dict[str, float] = {f"{prefix}/checkpoints": group.n_checkpoints}
+        points.append((0, numbers | _primary(group, prefix)))
+    for arm in dict.fromkeys(g.arm for g in summary.groups):
+        own, one_each = sizes_of(summary.groups, arm)
+        if one_each:
+            points += [(g.n_params, _primary(g, f"size/{_safe_name(arm)}")) for g in own]
+    return points
+
+
+def _primary(group: GroupSummary, prefix: str) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for endpoint in PRIMARY_ENDPOINTS:
+        i = group.intervals[endpoint]
+        found |= _bounds(f"{prefix}/{endpoint}", i.point, i.low, i.high)
+    return {name: value for name, value in found.items() if math.isfinite(value)}
+
+
+MAIN_FIGURES = ("mean_recovery", "final_recovery", "recovery_against_parameters")
+OVERVIEW = "overview.png"
+"""The first of them as large as a page shows it."""
+
+
+def show_summary(run: Run, summary: Summary, folder: pathlib.Path) -> None:
+    """What a sweep's own run has of its summary: numbers, the table, the main figures.
+
+    Args:
+        run: Of the sweep.
+        summary: Of its healing runs.
+        folder: That holds the summary's files.
+    """
+    run.history(group_metrics(summary))
+    _log_table(run, summary)
+    paths = [folder / "figures" / f"{name}.png" for name in MAIN_FIGURES]
+    for path, place in [*((path, "figures") for path in paths), (folder / OVERVIEW, None)]:
+        if path.is_file():
+            run.artifact(path, place)
+
+
+def _log_table(run: Run, summary: Summary) -> None:
+    table = tables.main_table(summary)
+    if table.rows:
+        cells = zip(*table.rows, strict=True)
+        run.table("summary_table", dict(zip(table.header, map(list, cells), strict=True)))
+
+
 def _bounds(name: str, point: float, low: float, high: float) -> dict[str, float]:
     return {f"{name}_mean": point, f"{name}_low": low, f"{name}_high": high}
 
@@ -114,6 +171,8 @@ def write_summary(folder: pathlib.Path, summary: Summary) -> None:
     write_csv(folder / "measures.csv", plain_data.panel_rows(summary))
     (folder / "summary.md").write_text(report.markdown(summary), encoding="utf-8")
     figures = _draw(folder / "figures", summary)
+    if "mean_recovery" in figures:
+        for_a_page(figures["mean_recovery"], folder / OVERVIEW)
     (folder / "report.html").write_text(html_report.render(summary, figures), encoding="utf-8")
     place = folder / "paper"
     place.mkdir(exist_ok=True)
@@ -130,9 +189,16 @@ def _drawn(summary: Summary) -> list[GroupSummary]:
     return [g for g in summary.groups if g.role != SHAM] or list(summary.groups)
 
 
-def description(summary: Summary) -> str:
-    """``summary.md`` as far as whole lines of it fit in a tag of MLflow."""
-    return run_logger.whole_lines(report.markdown(summary), "`summary.md`")
+def description(summary: Summary, run_id: str = "") -> str:
+    """``summary.md``, after its main figure, as far as whole lines of it fit in a tag of MLflow.
+
+    Args:
+        summary: To describe.
+        run_id: Of the run that holds the figure; empty = none does.
+    """
+    image = f"![mean recovery](runs:/{run_id}/{OVERVIEW})\n\n" if run_id else ""
+    # The address grows where the store makes it one that the UI opens.
+    return whole_lines(image + report.markdown(summary), "`summary.md`", spare=200)
 
 
 def _draw(folder: pathlib.Path, summary: Summary) -> dict[str, pathlib.Path]:
@@ -153,14 +219,19 @@ def _draw(folder: pathlib.Path, summary: Summary) -> dict[str, pathlib.Path]:
     return {name: folder / f"{name}.png" for name in drawn}
 
 
-def summarize(
+def summarize(config: SummarizeConfig, **options: Any) -> Summary:
+    """As :func:`summarized`, for the summary alone."""
+    return summarized(config, **options)[0]
+
+
+def summarized(
     config: SummarizeConfig,
     *,
     views: list[RunView] | None = None,
     failed: Sequence[HealRun] = (),
     parent: Run | None = None,
     driver: Driver | None = None,
-) -> Summary:
+) -> tuple[Summary, pathlib.Path, str]:
     """Pool healing runs, log and store the result as a run of its own.
 
     Args:
@@ -169,6 +240,9 @@ def summarize(
         failed: What should have become a run and did not; listed with the failed runs.
         parent: The run that the summary is a child of.
         driver: Where to print and to log; ``None`` = by the configured verbosity, to MLflow.
+
+    Returns:
+        The summary, the folder of its files, and the id of its run.
     """
     driver = driver or Driver(Console(config.verbosity))
     console = driver.console
@@ -192,9 +266,11 @@ def summarize(
         with console.waiting("tables, figures and a report"), writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             _log_groups(run, summary)
+            run.history([(step, row) for step, row in group_metrics(summary) if step])
             write_summary(folder, summary)
         with console.waiting("uploading"):
             upload(run, folder)
+            _log_table(run, summary)
         run.tags(
             {
                 "runs": len(runs),
@@ -204,7 +280,7 @@ def summarize(
                 **_verdicts(summary.groups),
             }
         )
-        run.describe(description(summary))
+        run.describe(description(summary, run.run_id if summary.groups else ""))
         console.say("\n" + tables.text_table(summary))
         for group in headline_groups(summary):
             console.say(
@@ -218,7 +294,7 @@ def summarize(
         for line in _left_out(summary):
             console.say(one_line(line))
         console.say(f"summary → {folder}")
-    return summary
+    return summary, folder, run.run_id
 
 
 def _left_out(summary: Summary) -> list[str]:
@@ -236,4 +312,8 @@ def _verdicts(groups: Sequence[GroupSummary]) -> dict[str, str]:
 def _key(group: GroupSummary, groups: Sequence[GroupSummary], between: str) -> str:
     """Model and arm in characters that MLflow takes in the name of a metric or tag."""
     text = f"{group.model}{between}{group_label(group, groups).replace(' #', '-')}"
+    return _safe_name(text)
+
+
+def _safe_name(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]", "_", text)[:KEY_LENGTH]

@@ -25,6 +25,7 @@ from healing.config.sweep import SweepConfig
 from healing.errors import ConfigError, HealingError, SweepError
 from healing.models.loading import resolve_device
 from healing.registry import DAMAGE_CONTROL, SHAM, TREATMENT
+from healing.reporting import run_page
 from healing.reporting.markdown import markdown
 from healing.stages.attack import ATTACK, checkpoint_of
 from healing.stages.basin import BASIN
@@ -34,11 +35,12 @@ from healing.stages.cells.inputs import resolve_from_model
 from healing.stages.cells.sweep_plan import SweepCell, plan
 from healing.stages.driver import Driver
 from healing.stages.heal import HEAL
-from healing.stages.summarize import summarize
+from healing.stages.summarize import OVERVIEW, show_summary, summarized
 from healing.stages.terminal.console import Cells, Console
 from healing.stages.tuning.healer_files import healers_of
 from healing.statistics.heal_runs import HealRun
 from healing.statistics.summary import Summary
+from healing.tracking.git_version import checkout
 from healing.tracking.output_folder import require_writable
 from healing.tracking.queries import RunView
 from healing.tracking.run import Run
@@ -67,6 +69,8 @@ def _shared(config: SweepConfig) -> dict[str, Any]:
         "device",
         "output_dir",
         "cache_dir",
+        "log_layers",
+        "log_images",
         *SAVING,
     )
     return {name: getattr(config, name) for name in names} | {"verbosity": "quiet"}
@@ -125,6 +129,7 @@ def heal_config(
         healing_lr=config.healing_lr,
         healer=source,
         sham=config.sham and cell.role != SHAM,
+        log_text=config.log_text,
         **_shared(config),
     )
     return resolve_from_model(healer.applied(wanted) if healer else wanted)
@@ -300,14 +305,30 @@ def failed_run(result: CellResult) -> HealRun:
     )
 
 
-def _describe(config: SweepConfig, summary: Summary, results: list[CellResult]) -> str:
+def _describe(
+    config: SweepConfig, summary: Summary, results: list[CellResult], run_id: str, summary_id: str
+) -> str:
     reused = sum(r.reused for r in results)
     again = f" ({reused} of them finished earlier and not run again)" if reused else ""
-    landscape = "".join(f"- {line}\n" for line in basin_sentences(results))
-    return (
+    landscape = [f"- {line}" for line in basin_sentences(results)]
+    options = run_page.settings(config, device=resolve_device(config.device).type)
+    return run_page.page(
         f"Models {config.models}; arms {config.arms}; seeds {config.seeds}. "
-        f"{len(results)} cells{again}.\n\n{markdown(summary)}"
-        + (f"\n## Landscape\n\n{landscape}" if landscape else "")
+        f"{len(results)} cells{again}.",
+        run_id,
+        [],
+        run_page.repeat("main", options, checkout()),
+        run_page.links(
+            "Then",
+            [
+                ("the summary: report, tables, figures", run_page.run_link(summary_id)),
+                ("all runs of this sweep", run_page.search_link("parent", run_id)),
+            ],
+        ),
+        [markdown(summary)],
+        ["", "## Landscape", "", *landscape] if landscape else [],
+        picture=OVERVIEW if summary.groups else "",
+        alt="mean recovery by arm, rank left and loss right",
     )
 
 
@@ -339,10 +360,13 @@ def sweep(config: SweepConfig, driver: Driver | None = None) -> Summary:
             raise SweepError(failures)
         query = SummarizeConfig(output_dir=config.output_dir, verbosity=config.verbosity)
         lost = [failed_run(r) for r in results if r.failure]
-        summary = summarize(query, views=views, failed=lost, parent=run, driver=driver)
+        summary, folder, summary_id = summarized(
+            query, views=views, failed=lost, parent=run, driver=driver
+        )
+        show_summary(run, summary, folder)
         for line in basin_sentences(results):
             console.say(line)
-        run.describe(_describe(config, summary, results))
+        run.describe(_describe(config, summary, results, run.run_id, summary_id))
         run.tags({"heal_runs": len(views), "reused_runs": sum(r.reused for r in results)})
         if link := driver.store.share_view(run.experiment_id):
             console.say(f"in the MLflow UI: {link}")

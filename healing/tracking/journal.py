@@ -17,10 +17,13 @@ class Journal:
     Args:
         path: Of the file, which appears with the first record; ``None`` = there is none.
         run: That is logged to.
+        kept_back: Beginnings of the names that are on disk alone.
     """
 
-    def __init__(self, path: pathlib.Path | None, run: Run) -> None:
-        self._path, self._run = path, run
+    def __init__(
+        self, path: pathlib.Path | None, run: Run, kept_back: tuple[str, ...] = ()
+    ) -> None:
+        self._path, self._run, self._kept_back = path, run, kept_back
         self._lines: JsonLines | None = None
         self._began = time.perf_counter()
 
@@ -33,7 +36,11 @@ class Journal:
         """Write one record to disk, then send what of it is a number; without a file all of it."""
         sent = dict(values)
         if self._path is not None:
-            sent = {k: v for k, v in values.items() if not math.isnan(v)}
+            sent = {
+                k: v
+                for k, v in values.items()
+                if not math.isnan(v) and not k.startswith(self._kept_back)
+            }
             self._lines = self._lines or JsonLines(self._path)
             seconds = time.perf_counter() - self._began
             self._lines.append({"step": step, "seconds": seconds, **values})

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from healing.errors import TrackingError
+from healing.tracking.page_text import said
 from healing.tracking.queries import RunView
 from healing.tracking.run import Run
 from healing.tracking.run_logger import SHARED_PARAMS
@@ -31,7 +32,7 @@ class LocalRun:
 
     def params(self, prefix: str, values: Mapping[str, Any]) -> None:
         """Keep parameters as ``prefix.name``; the shared ones under their bare name too."""
-        self._params |= {f"{prefix}.{name}": str(value) for name, value in values.items()}
+        self._params |= {f"{prefix}.{name}": text for name, text in said(values).items()}
         self._params |= {name: str(values[name]) for name in SHARED_PARAMS if name in values}
 
     def n_params(self, count: int, name: str = "n_params") -> None:
@@ -40,7 +41,7 @@ class LocalRun:
 
     def tags(self, values: Mapping[str, Any], *, later: bool = False) -> None:
         """Keep tags."""
-        self._tags |= {name: str(value) for name, value in values.items()}
+        self._tags |= said(values)
         self.name = self._tags.get("mlflow.runName", self.name)
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
@@ -65,6 +66,12 @@ class LocalRun:
 
     def dataset(self, name: str, digest: str, context: str, facts: Mapping[str, Any]) -> None:
         """Inputs are in the run's ``config.json`` and checkpoints by their digests."""
+
+    def image(self, key: str, step: int, picture: Any) -> None:
+        """There is no UI that shows it; what it is drawn from is in the run's files."""
+
+    def table(self, name: str, columns: Mapping[str, Sequence[Any]]) -> None:
+        """There is no UI that shows it; what it holds is in the run's files."""
 
     def view(self) -> RunView:
         """As a stored run."""

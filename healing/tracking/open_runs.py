@@ -21,15 +21,16 @@ from mlflow.tracking import MlflowClient
 from mlflow.tracking.context.registry import resolve_tags
 
 from healing.errors import OutageError, OutputError, TrackingError
-from healing.tracking.git_version import code_version
+from healing.tracking.git_version import code_version, environment
 from healing.tracking.output_folder import require_writable
+from healing.tracking.page_text import origin, said
 from healing.tracking.processes import this_process
 from healing.tracking.run import Run as OpenRun
 from healing.tracking.run_logger import RunLogger, now_ms
 from healing.tracking.sending.outbox import Outbox, Request
 from healing.tracking.sending.requests import CREATE, JOIN, Messenger, create
 from healing.tracking.sending.sender import Sender
-from healing.tracking.store_errors import UNREACHED, deleted, one_line, restore_experiment
+from healing.tracking.sending.store_errors import UNREACHED, deleted, one_line, restore_experiment
 
 DEFAULT_EXPERIMENT = "llm-healing"
 OPENING_SECONDS = {"http": 10.0, "": 120.0}
@@ -143,7 +144,7 @@ def start(
     by_id = "" if experiment else os.environ.get("MLFLOW_EXPERIMENT_ID", "")
     named = experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME", DEFAULT_EXPERIMENT)
     place = {"id": by_id} if by_id else {"name": named}
-    own = {key: str(value) for key, value in {**tags, **code_version(), **_own_process()}.items()}
+    own = said({**tags, **code_version(), **environment(), **_own_process()})
     with _sending(keep, say) as (messenger, sender):
         if given:
             logger = _opened(messenger, sender, Request(given, JOIN), place, name, own)
@@ -230,9 +231,11 @@ def child(
         end_ms: When it ended well; ``None`` = when the block ends.
     """
     assert isinstance(parent, RunLogger), "a child has a parent of the same store"
-    own = _own_process() if end_ms is None else {}  # what was recorded earlier is nobody's
-    system = {"mlflow.parentRunId": parent.run_id, "mlflow.source.type": "LOCAL"}
-    texts = {k: str(v) for k, v in {**system, **tags, **code_version(), **own}.items()}
+    # What was recorded earlier is nobody's, and ran with other versions.
+    own = {**environment(), **_own_process()} if end_ms is None else {}
+    by_whom = origin(parent.told.tags) or resolve_tags()
+    system = {"mlflow.parentRunId": parent.run_id, **by_whom}
+    texts = said({**system, **tags, **code_version(), **own})
     local, sender = uuid.uuid4().hex, parent.sender
     request = create(
         local, parent.experiment, name, texts, now_ms() if start_ms is None else start_ms

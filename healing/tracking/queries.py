@@ -26,7 +26,7 @@ from healing.tracking.open_runs import DEFAULT_EXPERIMENT, PROCESS
 from healing.tracking.processes import Process
 from healing.tracking.run_logger import RunLogger
 from healing.tracking.sending.requests import LOCAL_ID
-from healing.tracking.store_errors import (
+from healing.tracking.sending.store_errors import (
     http_status,
     one_line,
     outage,

@@ -42,3 +42,9 @@ class Run(Protocol):
 
     def dataset(self, name: str, digest: str, context: str, facts: Mapping[str, Any]) -> None:
         """Record an input by name and content digest."""
+
+    def image(self, key: str, step: int, picture: Any) -> None:
+        """Store one picture (PIL) of a series that is shown by step."""
+
+    def table(self, name: str, columns: Mapping[str, Sequence[Any]]) -> None:
+        """Store a table that is compared over runs: column → cells, all of one length."""

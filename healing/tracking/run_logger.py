@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import pathlib
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,35 +17,29 @@ from typing import Any
 from mlflow.entities import Metric
 
 from healing.errors import TrackingError
+from healing.tracking.page_text import said
 from healing.tracking.sending.outbox import Request
-from healing.tracking.sending.requests import ARTIFACT, END, INPUT, batch
+from healing.tracking.sending.requests import (
+    ARTIFACT,
+    DESCRIBE,
+    END,
+    IMAGE,
+    INPUT,
+    TABLE,
+    batch,
+)
 from healing.tracking.sending.sender import UNLIMITED, Sender
-from healing.tracking.store_errors import one_line
+from healing.tracking.sending.store_errors import one_line
 
 FLUSH_SECONDS = 2.0
 METRICS_PER_REQUEST = 1000
-MAX_TAG = 8000
-"""Characters; MLflow cuts longer tags anywhere."""
-
 SHARED_PARAMS = ("model", "arm", "seed")
 """Parameters logged under their bare name in every stage, so that runs group by them."""
-
-
-def _text(value: Any) -> str:
-    return str(value)
 
 
 def now_ms() -> int:
     """Milliseconds since the epoch."""
     return int(time.time() * 1000)
-
-
-def whole_lines(text: str, elsewhere: str) -> str:
-    """As many whole lines of a text as a tag holds, and where the rest is."""
-    if len(text) <= MAX_TAG:
-        return text
-    more = f"\n\nThe rest is in {elsewhere}."
-    return text[: MAX_TAG - len(more)].rpartition("\n")[0] + more
 
 
 @dataclass
@@ -115,9 +110,11 @@ class RunLogger:
         self.sender.put(batch(self.run_id, what, **content))
 
     def params(self, prefix: str, values: Mapping[str, Any]) -> None:
-        """Log parameters as ``prefix.name``; the shared ones under their bare name too."""
-        wanted = {f"{prefix}.{name}": _text(value) for name, value in values.items()}
-        wanted |= {name: _text(values[name]) for name in SHARED_PARAMS if name in values}
+        """Log parameters as ``prefix.name``, empty ones not; the shared ones under their bare name
+        too.
+        """
+        wanted = {f"{prefix}.{name}": value for name, value in said(values).items()}
+        wanted |= {name: str(values[name]) for name in SHARED_PARAMS if name in values}
         self._params(wanted)
 
     def n_params(self, count: int, name: str = "n_params") -> None:
@@ -133,7 +130,7 @@ class RunLogger:
 
     def tags(self, values: Mapping[str, Any], *, later: bool = False) -> None:
         """Set tags in one request; ``later``: in the next that sends tags or metrics."""
-        tags = {name: _text(value) for name, value in values.items()}
+        tags = said(values)
         self.told.tags |= tags
         self.told.name = tags.get("mlflow.runName", self.told.name)
         if later:
@@ -183,8 +180,26 @@ class RunLogger:
         self.flush()
 
     def describe(self, markdown: str) -> None:
-        """Set the run's description (shown first in the UI), as far as its lines fit in a tag."""
-        self.tags({"mlflow.note.content": whole_lines(markdown, "the artifacts")})
+        """Set the run's description (shown first in the UI), as far as its lines fit in a tag; its
+        ``runs:`` addresses become the UI's (:mod:`healing.tracking.page_text`).
+        """
+        parent = self.told.tags.get("mlflow.parentRunId", "")
+        content = {"markdown": markdown, "parent": parent}
+        self.sender.put(Request(self.run_id, DESCRIBE, content))
+
+    def image(self, key: str, step: int, picture: Any) -> None:
+        """Store one picture (PIL) of a series that the UI shows by step."""
+        path = self.sender.scratch() / f"{uuid.uuid4().hex}.png"
+        picture.save(path)
+        content = {
+            "path": self.sender.place_of(path), "key": key, "step": step, "time": now_ms(),
+        }  # fmt: skip
+        self.sender.put(Request(self.run_id, IMAGE, content), path)
+
+    def table(self, name: str, columns: Mapping[str, Sequence[Any]]) -> None:
+        """Store a table that the UI compares over runs: column → cells."""
+        content = {"name": name, "columns": {k: list(v) for k, v in columns.items()}}
+        self.sender.put(Request(self.run_id, TABLE, content))
 
     def artifact(self, path: pathlib.Path, folder: str | None = None) -> None:
         """Store one file."""
@@ -212,6 +227,6 @@ class RunLogger:
 
     def dataset(self, name: str, digest: str, context: str, facts: Mapping[str, Any]) -> None:
         """Record an input by name and content digest, without copying it."""
-        texts = {key: _text(value) for key, value in facts.items()}
+        texts = {key: str(value) for key, value in facts.items()}
         content = {"name": name, "digest": digest, "context": context, "facts": texts}
         self.sender.put(Request(self.run_id, INPUT, content))

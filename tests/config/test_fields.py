@@ -20,11 +20,12 @@ from healing.config.fingerprint import (
     not_separating,
 )
 from healing.config.heal import HealConfig
-from healing.config.options import Options, option, ordered_names
+from healing.config.options import Options, fields_of, option, ordered_names
 from healing.config.resolve import resolve_from_presets
+from healing.config.sweep import SweepConfig
 from healing.errors import ConfigError
 from healing.stages.cells.heal_outcome import HealCell
-from healing.stages.heal_inputs import fresh_attack_config
+from healing.stages.healing_run.inputs import fresh_attack_config
 
 # Stage → every field, each with its answer: "name" determines numbers and separates runs in a
 # summary; "~name" determines numbers, but runs that differ in it are pooled; "-name" does neither.
@@ -33,7 +34,7 @@ ANSWERS = {
     "basin healing_steps healing_lr healer attack_steps corpus tokenizer text_column split_rule "
     "batch_size sequence_length "
     "measurement_interval workers -device -cache_dir -output_dir -verbosity "
-    "-checkpoint_interval -checkpoint_minutes -resume_run_id",
+    "-checkpoint_interval -checkpoint_minutes -resume_run_id -log_layers -log_images -log_text",
     "attack": "model revision deduped tokenizer corpus max_documents text_column split_rule ~seed "
     "batch_size sequence_length probe_tokens measurement_interval ~measurements threads "
     "-device -cache_dir -output_dir -verbosity arm attack_steps attack_optimizer attack_lr "
@@ -41,7 +42,8 @@ ANSWERS = {
     "baseline_draws subspace subspace_energy hessian_directions ~alignment ~baseline_interval "
     "curvature_tokens rayleigh_draws -reference_checkpoint -reference_run_id match noise_scale "
     "noise_rank ~noise_draw -direction_checkpoint -direction_run_id -start_checkpoint "
-    "-checkpoint_interval -checkpoint_minutes -resume_run_id -dry_run -time_steps",
+    "-checkpoint_interval -checkpoint_minutes -resume_run_id -log_layers -log_images "
+    "-dry_run -time_steps",
     "heal": "model revision deduped tokenizer corpus max_documents text_column split_rule ~seed "
     "batch_size sequence_length probe_tokens measurement_interval ~measurements threads "
     "-device -cache_dir -output_dir -verbosity ~collapsed_checkpoint -attack_run_id "
@@ -51,7 +53,8 @@ ANSWERS = {
     "healing_momentum healing_warmup healing_decay "
     "healing_method lora_rank lora_alpha sham gradient_checkpointing gradient_clip reset_norms "
     "-healer -save_healed precision precision_mode "
-    "-checkpoint_interval -checkpoint_minutes -resume_run_id -dry_run -time_steps",
+    "-checkpoint_interval -checkpoint_minutes -resume_run_id -log_layers -log_images -log_text "
+    "-dry_run -time_steps",
     "summarize": "experiment filter legacy confidence -output_dir -verbosity",
     "import_results": "folder -output_dir -verbosity",
     "pretrain": "model corpus max_documents tokens_per_parameter vocab_size batch_size "
@@ -151,6 +154,15 @@ def test_heal_checks_the_ranges_of_its_fresh_attack():
             AttackConfig(**{name: wrong})
 
 
+@pytest.mark.parametrize("kind", [AttackConfig, HealConfig, SweepConfig])
+def test_an_empty_option_that_is_not_stored_is_read_back_as_it_was(kind):
+    """Empty parameters are not stored, and a resumed run takes the default in their place."""
+    for field, _, _ in fields_of(kind):
+        if field.metadata["determines"] and isinstance(field.default, str) and field.default:
+            with pytest.raises(ConfigError):
+                kind(**{field.name: ""})
+
+
 def test_entries_of_a_checkpoint_that_separate_no_runs():
     """Written down from the list that stored checkpoints were pooled by."""
     assert set(NOT_SETTINGS) == {
@@ -160,6 +172,7 @@ def test_entries_of_a_checkpoint_that_separate_no_runs():
         "direction_checkpoint", "direction_run_id", "direction_fingerprint",
         "start_checkpoint", "start_digest", "start_run_id",
         "checkpoint_interval", "checkpoint_minutes", "resume_run_id", "time_steps",
+        "log_layers", "log_images",
     }  # fmt: skip
     # What is named beside the fields is a field of no attack: else it would have two answers.
     assert not set(LINEAGE) & set(ordered_names(AttackConfig))

@@ -26,7 +26,7 @@ from healing.config.tune import TuneConfig
 from healing.errors import CheckpointError, ConfigError, OutputError, TrackingError
 from healing.models.checkpoints import CHECKPOINT_NAME
 from healing.reporting.escaping import csv_cell
-from healing.stages.heal_inputs import find_checkpoints, local_checkpoint
+from healing.stages.healing_run.inputs import find_checkpoints, local_checkpoint
 from healing.stages.terminal.console import Console
 from healing.stages.terminal.lines import write_line
 from healing.tracking import queries

@@ -24,7 +24,7 @@ from healing.models.model_files import EMBEDDED_DIR
 from healing.stages.cells.basin import resolve_from_checkpoint as resolve_basin
 from healing.stages.cells.heal import resolve_from_checkpoint
 from healing.stages.cells.inputs import corpus_for, load_for
-from healing.stages.heal_inputs import fresh_attack_config
+from healing.stages.healing_run.inputs import fresh_attack_config
 from healing.stages.sweep import attack_config, heal_config, plan
 
 OPTIONS = {"tokenizer": "micro", "text_column": "messages", "split_rule": "line"}

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,10 +16,10 @@ from matplotlib.figure import Figure
 
 from healing.registry import ARMS
 from healing.reporting.plots import groups as figures
-from healing.reporting.plots import style
+from healing.reporting.plots import runs, style
 from healing.reporting.plots.contrasts import contrasts
 from healing.reporting.plots.style import COLUMN, PAGE, arm_style, safe_text, spread, text_colour
-from tests.summaries import eventful, nasty, realistic
+from tests.summaries import eventful, nasty, pool, realistic, simulated_run
 
 DRAW = {
     "mean_recovery": (figures.mean_recovery, PAGE),
@@ -190,3 +192,67 @@ def test_spread_moves_only_what_collides():
     assert spread([0.5, 0.5], 0.1, 0.0, 1.0) == pytest.approx([0.45, 0.55])
     assert spread([], 0.1, 0.0, 1.0) == []
     assert all(math.isfinite(p) for p in spread([0.0] * 20, 0.1, 0.0, 1.0))
+
+
+def texts(fig) -> list[str]:
+    found = [t.get_text() for ax in fig.axes for t in (*ax.texts, ax.title, *_titles(ax))]
+    return [text for text in found if text]
+
+
+def _titles(ax):
+    return [ax._left_title, ax._right_title]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("mean_recovery", [style.ZONES]),
+        ("recovery_against_parameters", [style.ZONES]),
+        ("final_recovery", ["in part", "healthy"]),
+    ],
+)
+def test_the_zone_and_the_line_are_explained_in_the_figure(tmp_path, kept, summary, name, said):
+    draw(name, tmp_path / "f", summary)
+    assert set(said) <= set(texts(kept[0]))
+
+
+def test_the_unigram_model_and_the_sham_stand_in_the_loss_panels(tmp_path, kept):
+    rng = np.random.default_rng(0)
+    made = []
+    for seed in range(4):
+        run = simulated_run(rng, "nano", "haep", seed, 40.0, 80.0)
+        own = run.final["loss_recovery_pct"]
+        more = {"unigram_loss_recovery_pct": 76.5, "loss_recovery_sham_pct": own / 0.9,
+                "rank_recovery_sham_pct": 41.0}  # fmt: skip
+        paths = {name: (value,) * len(run.steps) for name, value in more.items()}
+        made.append(replace(run, final=run.final | more, trajectory={**run.trajectory, **paths}))
+    draw("mean_recovery", tmp_path / "f", pool(made))
+    left, right = kept[0].axes
+    levels = [set(np.round(line.get_ydata(), 6)) for line in right.lines]
+    assert {76.5} in levels
+    sham = [next(iter(x)) for x in levels if len(x) == 1 and 85 < next(iter(x)) < 95]
+    assert sham == [pytest.approx(90.0, abs=0.1)]  # 100·own/(own/0.9)
+    assert not any({76.5} == set(line.get_ydata()) for line in left.lines)
+    assert any("unigram" in text and "sham" in text for text in texts(kept[0]))
+
+
+def test_sizes_are_ticked_at_the_models_alone(tmp_path, kept):
+    draw("recovery_against_parameters", tmp_path / "f", realistic(("nano", "micro", "70m")))
+    (ax,) = kept[0].axes
+    assert list(ax.get_xticks()) == [309_792, 1_317_632, 70_426_624]
+    assert list(ax.get_xticks(minor=True)) == []
+    names = [t.get_text().split("\n")[0] for t in ax.get_xticklabels()]
+    assert names == ["nano", "micro", "70m"]
+
+
+def test_large_numbers_in_figures_are_written_as_people_do(tmp_path, kept):
+    trajectory = [(0, {"perplexity": 3.318e9}), (10, {"perplexity": 160.0})]
+    summary = {"original_perplexity": 20.17, "collapsed_perplexity": 3.318e9, "unigram_loss": 6.2}
+    runs.perplexity_recovery(
+        tmp_path / "p.png", trajectory, summary, "haep", "nano", {0: 3.0, 10: 3.1}
+    )
+    said = texts(kept[0])
+    assert "collapsed 3.3×10⁹" in said
+    assert "unigram model 492.7" in said  # exp(6.2)
+    assert any("sham" in text for text in said)
+    assert not any("e+" in text for text in said)

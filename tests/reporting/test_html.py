@@ -11,8 +11,10 @@ from html.parser import HTMLParser
 
 import pytest
 
+from healing.reporting.cautions import CAUSES, all_notes, cause_of, caution_table
 from healing.reporting.html import embed
 from healing.stages.summarize import write_summary
+from healing.statistics.intervals import DegenerateDataWarning
 from tests.summaries import NASTY, degenerate, eventful, nasty, realistic
 
 pytestmark = pytest.mark.slow
@@ -57,6 +59,9 @@ def written(request, tmp_path_factory) -> pathlib.Path:
     return folder
 
 
+needs_browser = pytest.mark.skipif(not CHROMIUM, reason="no Chromium: apt-get install chromium")
+
+
 def test_sections_in_order_with_the_verdict_first(tmp_path):
     page = write(tmp_path, realistic(("nano", "micro", "70m"), 24))
     wanted = [
@@ -73,7 +78,8 @@ def test_sections_in_order_with_the_verdict_first(tmp_path):
         "What the data do not determine",
     ]  # fmt: skip
     assert [text for text in wanted if text not in page.text] == []
-    places = [page.text.index(text) for text in wanted]
+    body = page.text[page.text.index(wanted[0]) :]  # after the list of contents
+    places = [body.index(text) for text in wanted]
     assert places == sorted(places)
     images = [attributes for tag, attributes in page.elements if tag == "img"]
     assert len(images) == 6
@@ -88,12 +94,72 @@ def test_everything_has_its_place(tmp_path):
         "Time to half recovery", "median tokens", "Bootstrap beside the t interval",
         "BCa bootstrap [95 %]", "Where the variance comes from", "ICC", "counts once",
         "Still running (1)", "killed so hard", "heal 70m haep seed 9", "Repeated runs (1)",
-        "same final numbers", "AllCensoredWarning",
+        "same final numbers", CAUSES["AllCensoredWarning"],
     ]  # fmt: skip
     assert [text for text in wanted if text not in page.text] == []
     plain = write(tmp_path / "plain", realistic())
     for title in wanted[5:9] + wanted[10:14]:
         assert title not in plain.text, title
+
+
+def test_the_contents_lead_to_every_section_and_nowhere_else(tmp_path):
+    page = write(tmp_path, eventful())
+    ids = [a["id"] for tag, a in page.elements if tag == "section"]
+    targets = [a["href"] for tag, a in page.elements if tag == "a"]
+    assert len(set(ids)) == len(ids)
+    assert targets == [f"#{i}" for i in ids if i != "verdict"]
+
+
+def test_cards_say_what_was_asked_found_and_rested_on(tmp_path):
+    text = " ".join(write(tmp_path, realistic(("nano",), 5)).text.split())
+    (card,) = re.findall(r"Asked: (.+?) Found: (.+?) Rests on: (.+?\.\d+)\.", text)
+    assert card[0] == "does nano recover from HAEP within 60 steps?"
+    assert re.fullmatch(
+        r"rank recovery 4\d\.\d \[.+\] %, loss recovery 8\d\.\d \[.+\] %\.", card[1]
+    )
+    assert card[2] == "5 checkpoints, 5 healing runs, AdamW at 0.001"
+
+
+def test_warnings_are_behind_a_fold_in_plain_words(tmp_path):
+    page = write(tmp_path, eventful())
+    assert "Warning" not in page.text
+    assert ("details", {}) in page.elements
+    summary = eventful()
+    rows = caution_table(summary).rows
+    assert len(rows) == len({cause_of(note) for _, note in all_notes(summary)}) < 8
+    for where, note in all_notes(summary):
+        (row,) = (row for row in rows if row[0] == cause_of(note))
+        assert where in row[2].split("; ")
+
+
+def test_every_warning_of_the_statistics_has_plain_words():
+    def below(cls: type) -> set[type]:
+        return {cls}.union(*map(below, cls.__subclasses__()))
+
+    assert {c.__name__ for c in below(DegenerateDataWarning)} - {"DegenerateDataWarning"} == {
+        *CAUSES
+    }
+    assert cause_of("NewWarning: something: else") == "something: else"
+
+
+@needs_browser
+@pytest.mark.skipif(not shutil.which("pdftotext"), reason="no pdftotext: install poppler-utils")
+def test_it_prints_on_a4_with_its_folds_open(tmp_path):
+    summary = eventful()
+    write(tmp_path, summary)
+    pdf = tmp_path / "report.pdf"
+    subprocess.run(
+        [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--no-pdf-header-footer",
+         f"--user-data-dir={tmp_path / 'profile'}", f"--print-to-pdf={pdf}",
+         (tmp_path / "report.html").as_uri()],
+        capture_output=True, timeout=120, check=True,
+    )  # fmt: skip
+    box = re.search(rb"/MediaBox \[0 0 ([\d.]+) ([\d.]+)\]", pdf.read_bytes())
+    assert [float(x) for x in box.groups()] == pytest.approx([595.0, 842.0], abs=1.5)
+    done = subprocess.run(["pdftotext", str(pdf), "-"], capture_output=True, text=True, check=True)
+    said = " ".join(done.stdout.split())
+    assert " ".join(CAUSES["AllCensoredWarning"].split()[:4]) in said
+    assert "Mean rank recovery after 60" in said
 
 
 def test_nothing_is_fetched_and_nothing_runs(written):
@@ -102,7 +168,7 @@ def test_nothing_is_fetched_and_nothing_runs(written):
     for tag, attributes in page.elements:
         assert not [a for a in attributes if a.startswith("on")], tag
         for key in ("src", "href", "srcset", "data", "action"):
-            assert (attributes.get(key) or "data:").startswith("data:")
+            assert (attributes.get(key) or "data:").startswith(("data:", "#"))
     policies = [a["content"] for t, a in page.elements if "http-equiv" in a]
     assert policies == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'"]
     source = (written / "report.html").read_text(encoding="utf-8")
@@ -159,9 +225,6 @@ def browse(page: pathlib.Path, folder: pathlib.Path) -> tuple[str, str, set[str]
     asked = [e["params"] for e in events if "initiator" in e.get("params", {})]
     urls = {str(p["url"]) for p in asked if p["initiator"] != "not an origin"}
     return done.stdout, console, urls
-
-
-needs_browser = pytest.mark.skipif(not CHROMIUM, reason="no Chromium: apt-get install chromium")
 
 
 @needs_browser

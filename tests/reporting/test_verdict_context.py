@@ -241,7 +241,7 @@ def test_tables_hold_every_budget_measure_and_damage() -> None:
         "entropy of σ²",
     ]  # fmt: skip
     (damage,) = damage_table(summary).rows
-    assert damage == ("nano", "haep", "38.5", "20.00", "–", "1.25")
+    assert damage == ("nano", "HAEP", "38.5", "20.00", "–", "1.25")
     nothing = pool([make_run(math.nan, seed=i) for i in range(3)])
     assert damage_table(nothing).rows == ()
 

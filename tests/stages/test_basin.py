@@ -42,7 +42,7 @@ from healing.stages.cells.heal import resolve_from_checkpoint, settings_of
 from healing.stages.cells.heal_outcome import HealCell
 from healing.stages.cells.inputs import cached_corpus
 from healing.stages.heal import heal
-from healing.stages.heal_inputs import find_checkpoints
+from healing.stages.healing_run.inputs import find_checkpoints
 from healing.tracking.store import MlflowStore
 from tests.rewritten import rewritten
 
@@ -173,7 +173,7 @@ def test_basin_logs_statement_numbers_paths_and_figures(store, healed):
     files = {a.path for a in client.list_artifacts(run_id)}
     assert {"basin_summary.json", "paths.json", "spectral_density.json", "config.json"} <= files
     plots = {a.path for a in client.list_artifacts(run_id, "plots")}
-    assert plots == {"plots/loss_barriers.png", "plots/spectral_density.png",
+    assert plots == {"plots/overview.png", "plots/loss_barriers.png", "plots/spectral_density.png",
                      "plots/gradient_and_eigenvalues.png"}  # fmt: skip
 
 

@@ -88,7 +88,8 @@ def test_attack_run_holds_trajectory_files_and_checkpoint(store):
     }  # fmt: skip
     assert raw["config"]["model"] == "nano"
     artifacts = {a.path for a in MlflowClient().list_artifacts(run_id, "plots")}
-    assert artifacts == {"plots/rank_collapse.png", "plots/spectral_decay.png"}
+    names = ("overview", "rank_collapse", "spectral_decay")
+    assert artifacts == {f"plots/{name}.png" for name in names}
     assert MlflowClient().list_artifacts(run_id, "checkpoints")[0].path.endswith(CHECKPOINT_NAME)
 
 
@@ -140,7 +141,7 @@ def _only_heal_run() -> str:
 
 
 def test_mlflow_holds_the_same_as_the_local_folder(store, checkpoint):
-    heal(heal_config(collapsed_checkpoint=str(checkpoint)))
+    heal(heal_config(collapsed_checkpoint=str(checkpoint), log_layers=True))
     run_id, client = _only_heal_run(), MlflowClient()
     names = {a.path for a in client.list_artifacts(run_id)}
     assert {"metrics.jsonl", "config.json", "healing_summary.json", "plots"} <= names

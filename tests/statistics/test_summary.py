@@ -113,7 +113,7 @@ def test_runs_that_could_not_compute_are_counted_by_status():
 def test_other_settings_are_not_pooled():
     summary = pool([make_run(10.0), make_run(90.0, seed=1, settings="other")])
     assert len(summary.groups) == 2
-    assert "haep #s" in text_table(summary)
+    assert "HAEP #s" in text_table(summary)
 
 
 def test_haep_against_noise_is_paired_by_seed():
@@ -167,7 +167,7 @@ def test_tables_and_json():
     assert row["rank_recovery_mean_pct"] == pytest.approx(12.0)
     text = json.dumps(plain(as_json(summary)), allow_nan=False)
     assert '"checkpoint_means"' in text
-    assert "| nano | haep |" in markdown(summary)
+    assert "| nano | HAEP |" in markdown(summary)
 
 
 def test_interval_text():

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
+from healing.reporting.cautions import CAUSES, all_notes
 from healing.reporting.contrasts import comparison_gaps, half_recovery_sentence
 from healing.reporting.markdown import markdown
 from healing.reporting.plain_data import as_json, group_rows
@@ -38,7 +39,7 @@ def test_variance_components_are_those_of_a_one_way_anova():
     assert found.between == pytest.approx((f - 1) * within / 3)
     assert found.icc == pytest.approx((f - 1) / (f + 2))
     text = markdown(pool(nested(finals)))
-    assert f"| nano | haep | rank | 3 (9) | {found.between:.1f} | {within:.1f} | " in text
+    assert f"| nano | HAEP | rank | 3 (9) | {found.between:.1f} | {within:.1f} | " in text
     assert as_json(pool(nested(finals)))["groups"][0]["variance_components"]["rank_recovery_pct"][
         "icc"
     ] == pytest.approx((f - 1) / (f + 2))
@@ -115,7 +116,8 @@ def test_an_undetermined_log_rank_is_nan_with_its_named_warning():
         "nano, HAEP against noise",
         "AllCensoredWarning: log-rank: every time is censored (rank_recovery_pct)",
     ) in summary.notes
-    assert "AllCensoredWarning: log-rank" in markdown(summary)
+    assert any("AllCensoredWarning: log-rank" in note for _, note in all_notes(summary))
+    assert CAUSES["AllCensoredWarning"] in markdown(summary)
     undefined = [make_run(math.nan, seed=i, arm="gaussian_noise") for i in range(3)]
     notes = [note for _, note in pool([*haep, *undefined]).notes]
     assert any("TooFewCheckpointsWarning: log-rank: groups of 3 and 0 units" in n for n in notes)
@@ -152,7 +154,7 @@ def test_bootstrap_stands_beside_the_t_interval_only_where_there_is_one():
     assert "Bootstrap beside" not in markdown(pool(runs[:9]))
     undefined = [*runs[:9], make_run(math.nan, seed=9)]
     text = markdown(pool(undefined))
-    assert "| nano | haep | loss | 10 |" in text
+    assert "| nano | HAEP | loss | 10 |" in text
     bootstrap = text.split("## Bootstrap beside the t interval")[1].split("##")[0]
     assert "| rank |" not in bootstrap
 

@@ -7,12 +7,11 @@ import pathlib
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from healing.config.arm_tags import arm_short
-from healing.measurements.recovery import IRREVERSIBLE_BELOW, REVERSIBLE_ABOVE
 from healing.reporting.plots.style import (
-    BLACK,
+    BLUE,
     COLUMN,
     PAGE,
     SMALL,
@@ -21,14 +20,17 @@ from healing.reporting.plots.style import (
     paper_figure,
     safe_text,
     text_colour,
+    upright_verdict_zones,
     verdict_zones,
 )
 from healing.statistics.group import GroupSummary
+from healing.statistics.heal_runs import SHAM_ENDPOINTS, UNIGRAM
 from healing.statistics.intervals import Interval
 from healing.statistics.paired_tests import PRIMARY_ENDPOINTS
 from healing.statistics.summary import sizes_of
 
 LABELS = {"rank_recovery_pct": "rank recovery (%)", "loss_recovery_pct": "loss recovery (%)"}
+LOSS = "loss_recovery_pct"
 GREY = "#555555"
 
 
@@ -88,13 +90,44 @@ def mean_recovery(path: pathlib.Path, groups: Sequence[GroupSummary], width: flo
         for row, members in enumerate(by_model.values()):
             for column, endpoint in enumerate(PRIMARY_ENDPOINTS):
                 ax = axes[2 * row + column]
-                verdict_zones(ax)
+                verdict_zones(ax, explained=row == column == 0 and width >= PAGE)
                 ends = [_draw_band(ax, g, endpoint, groups) for g in members]
+                if endpoint == LOSS:
+                    _draw_what_loss_is_read_beside(ax, members, named=row == 0 and width >= PAGE)
                 ax.set(ylabel=LABELS[endpoint], ylim=_visible_range(members, endpoint))
                 ax.set_xlabel("healing steps" if row == rows - 1 else "")
                 direct_labels(ax, [end for end in ends if end is not None])
                 ax.xaxis.set_major_locator(MaxNLocator(3 if width < PAGE else 5, integer=True))
             axes[2 * row].set_title(_model_title(members), loc="left")
+
+
+def _draw_what_loss_is_read_beside(ax: Axes, members: Sequence[GroupSummary], named: bool) -> None:
+    """A model that knows token frequencies alone, in the colour of each arm, and the sham."""
+    parts = []
+    for group in members:
+        unigram = group.intervals.get(UNIGRAM)
+        if unigram is not None and math.isfinite(unigram.point):
+            colour = arm_style(group.arm)[0]
+            ax.axhline(unigram.point, color=colour, linewidth=0.8, linestyle=(0, (1, 2)), zorder=1)
+            parts = ["dots in an arm's colour: unigram model"]
+    sham = [level for group in members if math.isfinite(level := _sham_level(group))]
+    if sham:
+        mean = sum(sham) / len(sham)
+        ax.axhline(mean, color=BLUE, linewidth=0.9, linestyle=(0, (4, 1, 1, 1)), zorder=1)
+    if named:
+        parts += ["blue: sham at the end"] if sham else []
+        ax.set_title("; ".join(parts), loc="left", fontsize=SMALL, color="#555555")
+
+
+def _sham_level(group: GroupSummary) -> float:
+    """Recovery of loss that the sham's loss after the last step stands for: 100·(sham −
+    collapsed)/(healthy − collapsed), the ratio of the recoveries against the healthy model and
+    against the sham.
+    """
+    own, against = group.intervals.get(LOSS), group.intervals.get(SHAM_ENDPOINTS[1])
+    if own is None or against is None or not abs(against.point) > 1.0:
+        return math.nan
+    return 100.0 * own.point / against.point
 
 
 def _visible_range(groups: Sequence[GroupSummary], endpoint: str) -> tuple[float, float]:
@@ -140,8 +173,7 @@ def final_recovery(path: pathlib.Path, groups: Sequence[GroupSummary]) -> None:
     labels = [f"{safe_text(g.model)}  {_settings_label(g, groups)}" for g in groups]
     with paper_figure(path, 1, 2, (PAGE, 0.7 + 0.28 * len(groups))) as (_, axes):
         for ax, endpoint in zip(axes, PRIMARY_ENDPOINTS, strict=True):
-            ax.axvspan(IRREVERSIBLE_BELOW, REVERSIBLE_ABOVE, color="#EEEEEE", zorder=0)
-            ax.axvline(100, color=BLACK, linewidth=0.8, linestyle=":")
+            upright_verdict_zones(ax, explained=True)
             for y, group in enumerate(groups):
                 _draw_final(ax, group, endpoint, y)
             ax.set(xlabel=LABELS[endpoint], ylim=(len(groups) - 0.5, -0.5))
@@ -195,9 +227,10 @@ def recovery_against_parameters(path: pathlib.Path, groups: Sequence[GroupSummar
         arm for arm in dict.fromkeys(g.arm for g in groups) if _groups_of_known_size(groups, arm)
     ]
     with paper_figure(path, 1, 1, (COLUMN, 2.3)) as (_, (ax,)):
-        verdict_zones(ax)
+        verdict_zones(ax, explained=True)
         ends = [_draw_sizes(ax, groups, arm, n - (len(arms) - 1) / 2) for n, arm in enumerate(arms)]
         ax.set(xscale="log", xlabel="parameters (log scale)", ylabel="final rank recovery (%)")
+        _tick_at_models(ax, groups)
         low, high = ax.get_ylim()
         ax.set_ylim(min(low, -5.0), max(high, 105.0) + (14.0 if arms else 0.0))
         direct_labels(ax, ends)
@@ -207,6 +240,25 @@ def recovery_against_parameters(path: pathlib.Path, groups: Sequence[GroupSummar
         if loose:
             names = ", ".join(_short_name(groups, arm) for arm in loose[:3])
             _note(ax, f"not joined (several settings of a size): {names}")
+
+
+def _tick_at_models(ax: Axes, groups: Sequence[GroupSummary]) -> None:
+    """One tick per model, with its name and size; names that would overlap stay away."""
+    sizes = {g.n_params: g.model for g in groups if g.n_params}
+    ax.xaxis.set_minor_locator(NullLocator())
+    if not sizes:
+        return
+    ordered = sorted(sizes)
+    low, high = math.log(ordered[0]), math.log(ordered[-1])
+    shown, last = [], -math.inf
+    for size in ordered:
+        place = (math.log(size) - low) / (high - low) if high > low else 0.5
+        shown.append(
+            f"{safe_text(sizes[size], 9)}\n{size / 1e6:.2g} M" if place - last > 0.14 else ""
+        )
+        last = place if shown[-1] else last
+    ax.set_xticks(ordered, shown)
+    ax.set_xlim(ordered[0] / 1.6, ordered[-1] * 1.6)
 
 
 def _groups_of_known_size(groups: Sequence[GroupSummary], arm: str) -> list[GroupSummary]:

@@ -5,21 +5,27 @@ from __future__ import annotations
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from matplotlib.axes import Axes
 
 from healing.config.arm_tags import arm_label
 from healing.measurements.recovery import IRREVERSIBLE_BELOW, REVERSIBLE_ABOVE
+from healing.reporting.phrases import quantity_text
 from healing.reporting.plots.style import (
     BLACK,
     BLUE,
     SKY,
+    SMALL,
     STATE_STYLES,
     arm_style,
     figure,
     reference_line,
     series,
+    small_figure,
+    text_colour,
+    verdict_zones,
 )
 
 Trajectory = Sequence[tuple[int, Mapping[str, float]]]
@@ -133,8 +139,9 @@ def recovery_trajectory(
                 right.plot(xs, ys, line, color=shade, label=f"{label} recovery")
         right.axhspan(IRREVERSIBLE_BELOW, REVERSIBLE_ABOVE, color="#EEEEEE", zorder=0)
         for value, text, side in (
-            (REVERSIBLE_ABOVE, f"reversible above {REVERSIBLE_ABOVE:g} %", "bottom"),
-            (IRREVERSIBLE_BELOW, f"irreversible below {IRREVERSIBLE_BELOW:g} %", "top"),
+            (REVERSIBLE_ABOVE, f"over {REVERSIBLE_ABOVE:g} %: recovered", "bottom"),
+            (REVERSIBLE_ABOVE, "between: in part", "top"),
+            (IRREVERSIBLE_BELOW, f"under {IRREVERSIBLE_BELOW:g} %: not recovered", "top"),
         ):
             right.annotate(text, (last, value), ha="right", va=side, fontsize=8, color="#555555")
         if summary["rank_undefined_reason"]:
@@ -145,14 +152,143 @@ def recovery_trajectory(
         fig.suptitle(title)
 
 
+def overview(
+    path: pathlib.Path,
+    trajectory: Trajectory,
+    summary: Mapping[str, Any],
+    sham_loss: Mapping[int, float],
+    arm: str,
+) -> None:
+    """Healing at a glance, as small as a run's page has room for: rank, loss, both recoveries.
+
+    Args:
+        path: PNG to write, 690 × 190 pixels.
+        trajectory: Of the run.
+        summary: Of the run.
+        sham_loss: Loss of the sham by step, nats per token; empty without one.
+        arm: Gives the colour.
+    """
+    with small_figure(path, 3) as (_, (rank, loss, recovery)):
+        for ax, name, key in ((rank, "effective_rank", "rank"), (loss, "loss", "loss")):
+            _measured_line(ax, trajectory, name, arm)
+            _mark_states(
+                ax,
+                {"healthy": summary[f"original_{key}"], "collapsed": summary[f"collapsed_{key}"]},
+            )
+        rank.set_title(_from_to("effective rank", summary, "rank", "final_effective_rank"))
+        loss.set_title(_from_to("loss (nats)", summary, "loss", "final_loss"))
+        _knowing_less(loss, trajectory, summary["unigram_loss"], sham_loss)
+        for ax in (rank, loss):
+            _room_above(ax)
+        for name, style in (("rank", "-"), ("loss", "--")):
+            xs, ys = series(trajectory, f"{name}_recovery_pct")
+            shade = arm_style(arm)[0] if name == "rank" else BLACK
+            if ys:
+                recovery.plot(xs, ys, style, color=shade, label=f"{name} {ys[-1]:.0f} %")
+        has_any = bool(recovery.lines)
+        verdict_zones(recovery)
+        if has_any:
+            recovery.legend(loc="best", fontsize=SMALL)
+        recovery.set_title("recovery (%)" if has_any else "recovery undefined")
+        recovery.set_xlabel("healing steps")
+
+
+def attack_overview(
+    path: pathlib.Path, trajectory: Trajectory, summary: Mapping[str, Any], arm: str
+) -> None:
+    """Attack at a glance: rank and loss against its steps, from the healthy value.
+
+    Args:
+        path: PNG to write, 690 × 190 pixels.
+        trajectory: Of the run.
+        summary: Of the run.
+        arm: Gives the colour.
+    """
+    with small_figure(path, 2) as (_, (rank, loss)):
+        for ax, name in ((rank, "effective_rank"), (loss, "loss")):
+            _measured_line(ax, trajectory, name, arm)
+            ax.set_xlabel("attack steps")
+            _mark_states(ax, {"healthy": summary[f"healthy_{name}"]})
+        for ax, what, name in (
+            (rank, "effective rank", "effective_rank"),
+            (loss, "loss (nats)", "loss"),
+        ):
+            begin, end = (quantity_text(summary[f"{s}_{name}"]) for s in ("healthy", "collapsed"))
+            ax.set_title(f"{what} {begin} → {end}")
+            _room_above(ax)
+
+
+def _room_above(ax: Axes) -> None:
+    """From 0, with room for the name of a line at the top."""
+    ax.set_ylim(0, 1.12 * ax.get_ylim()[1])
+
+
+def _from_to(what: str, summary: Mapping[str, Any], key: str, final: str) -> str:
+    """``effective rank 26.3 → 30.0``."""
+    begin, end = quantity_text(summary[f"collapsed_{key}"]), quantity_text(summary[final])
+    return f"{what} {begin} → {end}"
+
+
+def _mark_states(ax: Axes, values: Mapping[str, float]) -> None:
+    """States' values as lines with their names: over the highest line, under the others."""
+    known = {state: value for state, value in values.items() if math.isfinite(value)}
+    for state, value in known.items():
+        colour, line = STATE_STYLES[state]
+        if state != "healthy" and value == known.get("healthy"):
+            continue
+        ax.axhline(value, color=colour, linestyle=line, linewidth=0.9)
+        ax.annotate(
+            f"{state} {quantity_text(value)}",
+            (0.99, value),
+            xytext=(0, 1.5 if value == max(known.values()) else -1.5),
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+            ha="right",
+            va="bottom" if value == max(known.values()) else "top",
+            fontsize=SMALL,
+            color=text_colour(colour),
+        )
+
+
+def _knowing_less(
+    ax: Axes, trajectory: Trajectory, unigram_loss: float, sham_loss: Mapping[int, float]
+) -> None:
+    """What a loss is to be read beside: token frequencies alone, and the sham at the same steps."""
+    if math.isfinite(unigram_loss):
+        ax.axhline(unigram_loss, color="#777777", linestyle=":", linewidth=1)
+        ax.annotate(
+            "unigram model",
+            (0.99, unigram_loss),
+            xycoords=("axes fraction", "data"),
+            ha="right",
+            va="bottom",
+            fontsize=SMALL,
+            color="#555555",
+        )
+    steps = [step for step, _ in trajectory if step in sham_loss]
+    if steps:
+        values = [sham_loss[step] for step in steps]
+        ax.plot(steps, values, color=BLUE, linewidth=1.1, linestyle=(0, (1, 1.5)))
+        ax.annotate("sham", (steps[0], values[0]), xytext=(3, 3), textcoords="offset points",
+                    va="bottom", fontsize=SMALL, color=text_colour(BLUE))  # fmt: skip
+
+
+def _perplexity(loss: float) -> float:
+    """exp(loss); infinite where that overflows."""
+    return math.exp(loss) if loss < 700.0 else math.inf
+
+
 def perplexity_recovery(
     path: pathlib.Path,
     trajectory: Trajectory,
     summary: Mapping[str, Any],
     arm: str,
     title: str,
+    sham_loss: Mapping[int, float] = MappingProxyType({}),
 ) -> None:
-    """Healing: perplexity on a log scale against steps, with its references."""
+    """Healing: perplexity on a log scale against steps, beside the states, the sham at the same
+    steps and a model that knows token frequencies alone.
+    """
     last = trajectory[-1][0]
     with figure(path) as (_, (ax,)):
         _measured_line(ax, trajectory, "perplexity", arm)
@@ -162,4 +298,16 @@ def perplexity_recovery(
         ):
             if math.isfinite(summary[key]):
                 reference_line(ax, summary[key], state, last)
+        unigram = _perplexity(summary["unigram_loss"])
+        if math.isfinite(unigram):
+            ax.axhline(unigram, color="#777777", linestyle=":", linewidth=1)
+            ax.annotate(f"unigram model {quantity_text(unigram)}", (last, unigram), ha="right",
+                        va="bottom", fontsize=8, color="#555555")  # fmt: skip
+        steps = [step for step, _ in trajectory if step in sham_loss]
+        if steps:
+            values = [_perplexity(sham_loss[step]) for step in steps]
+            ax.plot(steps, values, color=BLUE, linestyle=(0, (1, 1.5)), linewidth=1.2)
+            shade = text_colour(BLUE)
+            ax.annotate("sham (dotted)", (steps[0], values[0]), xytext=(3, 6),
+                        textcoords="offset points", fontsize=8, color=shade)  # fmt: skip
         ax.set(ylabel="perplexity on the probe (log scale)", yscale="log", title=title)

@@ -19,10 +19,12 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.transforms import offset_copy
+from PIL import Image
 from scipy import optimize
 
 from healing.measurements.recovery import IRREVERSIBLE_BELOW, REVERSIBLE_ABOVE
 from healing.registry import ARMS
+from healing.reporting.phrases import quantity_text
 
 # Okabe & Ito (2008): distinguishable with every common form of colour blindness.
 BLACK, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE = (
@@ -133,6 +135,39 @@ def paper_figure(
         fig.savefig(path.with_name(path.name + ".pdf"), metadata={"CreationDate": None})
 
 
+@contextlib.contextmanager
+def bare_figure(size: tuple[float, float]) -> Iterator[tuple[Figure, Axes]]:
+    """A figure that is written by nobody: 100 pixels to the inch, its axes laid out by hand."""
+    with _styled_figure(STYLE, 1, 1, size) as fig:
+        fig.subplots_adjust(left=0.13, right=0.98, bottom=0.14, top=0.91)
+        yield fig, fig.axes[0]
+
+
+@contextlib.contextmanager
+def small_figure(
+    path: pathlib.Path, columns: int, size: tuple[float, float] = (6.9, 1.9)
+) -> Iterator[tuple[Figure, Sequence[Axes]]]:
+    """One row of panels for the page of a run: PNG, 100 pixels to the inch."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _styled_figure(PAPER, 1, columns, size) as fig:
+        yield fig, fig.axes
+        fig.tight_layout(pad=0.4, w_pad=0.8)
+        fig.savefig(path, dpi=100)
+
+
+def for_a_page(source: pathlib.Path, path: pathlib.Path, width: int = 690) -> None:
+    """A figure at the width of a run's page, which shows pictures as large as they are.
+
+    Args:
+        source: PNG at print resolution.
+        path: PNG to write.
+        width: Pixels.
+    """
+    with Image.open(source) as picture:
+        size = (width, round(picture.height * width / picture.width))
+        picture.convert("RGB").resize(size, Image.Resampling.LANCZOS).save(path)
+
+
 def text_colour(colour: str) -> str:
     """A line's colour, darkened so that small type in it can be read on white."""
     red, green, blue = colors.to_rgb(colour)
@@ -229,11 +264,41 @@ def reference_line(ax: Axes, value: float, state: str, x: float) -> None:
     colour, line = STATE_STYLES[state]
     ax.axhline(value, color=colour, linestyle=line, linewidth=1)
     ax.annotate(
-        f"{state} {value:.4g}", (x, value), ha="right", va="bottom", fontsize=8, color=colour
+        f"{state} {quantity_text(value)}",
+        (x, value),
+        ha="right",
+        va="bottom",
+        fontsize=8,
+        color=text_colour(colour),
     )
 
 
-def verdict_zones(ax: Axes) -> None:
-    """Shade the partial zone and mark the healthy value."""
+ZONES = f"dotted: healthy; grey: {IRREVERSIBLE_BELOW:g}–{REVERSIBLE_ABOVE:g} %, in part"
+"""What the line and the zone are, as figures say it."""
+
+
+def verdict_zones(ax: Axes, explained: bool = False) -> None:
+    """Shade the partial zone and mark the healthy value.
+
+    Args:
+        ax: Recovery in per cent is its ordinate.
+        explained: Whether both are named, over the line: once per figure is enough.
+    """
     ax.axhspan(IRREVERSIBLE_BELOW, REVERSIBLE_ABOVE, color="#EEEEEE", zorder=0)
     ax.axhline(100, color=BLACK, linewidth=0.8, linestyle=":")
+    if explained:
+        ax.annotate(ZONES, (0.985, 100.0), xytext=(0, 1.5), textcoords="offset points",
+                    xycoords=("axes fraction", "data"), ha="right", va="bottom",
+                    fontsize=SMALL, color="#555555", gid="zones")  # fmt: skip
+
+
+def upright_verdict_zones(ax: Axes, explained: bool = False) -> None:
+    """The same where recovery is the abscissa; the names stand over the axes."""
+    ax.axvspan(IRREVERSIBLE_BELOW, REVERSIBLE_ABOVE, color="#EEEEEE", zorder=0)
+    ax.axvline(100, color=BLACK, linewidth=0.8, linestyle=":")
+    if explained:
+        middle = (IRREVERSIBLE_BELOW + REVERSIBLE_ABOVE) / 2
+        for text, x in (("in part", middle), ("healthy", 100.0)):
+            ax.annotate(text, (x, 1.0), xytext=(0, 1.5), textcoords="offset points",
+                        xycoords=("data", "axes fraction"), ha="center", va="bottom",
+                        fontsize=SMALL, color="#555555", gid="zones")  # fmt: skip

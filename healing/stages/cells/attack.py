@@ -154,7 +154,7 @@ def attack_cell(config: AttackConfig) -> Events[AttackOutcome]:
         attack_name(config, run_fingerprint),
         as_params(config),
         int(config.attack_steps),
-        tags={**loaded.tags, **_reference_tags(config)},
+        tags={**loaded.tags, **reference_tags(config)},
         counts={"n_params": loaded.n_params},
         inputs=inputs_read(config, corpus.digests, {"attack": "attack", "probe": "probe"}),
         warnings=few_rows_warnings(config, loaded),
@@ -214,7 +214,7 @@ def _start(
     return Start(healed.without_tensors(), found, target_rank(config, healthy, healed))
 
 
-def _reference_tags(config: AttackConfig) -> dict[str, str]:
+def reference_tags(config: AttackConfig) -> dict[str, str]:
     """The attack runs that a control is matched to and whose direction it takes, if any."""
     named = {
         "reference_run_id": config.reference_checkpoint,

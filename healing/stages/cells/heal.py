@@ -15,6 +15,7 @@ from healing.config.heal import HealConfig
 from healing.config.presets import model_slug
 from healing.data.windows import batches
 from healing.errors import CheckpointError
+from healing.measurements.continuations import Continuations, continued, openings_of
 from healing.measurements.diagnosis import (
     FORWARD,
     MAX_REPLAY_STEPS,
@@ -201,6 +202,8 @@ def heal_cell(cell: HealCell) -> Events[tuple[HealOutcome, LoadedModel]]:
     enter("healthy measurement")
     probe = probe.remembering(HEALTHY, loaded.model)
     healthy = measured(probe, loaded, config.seed, loaded.digest)
+    said = openings_of(probe.windows) if config.log_text else None
+    said = _also(said, HEALTHY, loaded)
     distance = weight_distance(loaded.model, checkpoint.state) if cell.checkpoint else 0.0
     enter("loading the checkpoint")
     if cell.checkpoint:
@@ -210,6 +213,7 @@ def heal_cell(cell: HealCell) -> Events[tuple[HealOutcome, LoadedModel]]:
     enter("collapsed measurement")
     probe = probe.remembering(COLLAPSED, loaded.model)
     collapsed = measured(probe, loaded, config.seed, checkpoint.digest)
+    said = _also(said, COLLAPSED, loaded)
     enter("first check")
     if config.gradient_checkpointing:
         loaded.model.activation_checkpointing_enable()
@@ -250,7 +254,16 @@ def heal_cell(cell: HealCell) -> Events[tuple[HealOutcome, LoadedModel]]:
     if last.stalled and last.failure and not outcome.in_float32:
         enter("the healthy model through the same steps")
         outcome = replace(outcome, healthy_replay=_replay_healthy(cell, last.failure, windows))
-    return outcome, loaded
+    return replace(outcome, said=_also(said, "healed", loaded)), loaded
+
+
+def _also(said: Continuations | None, state: str, loaded: LoadedModel) -> Continuations | None:
+    """What was said so far, and what the model says in its present state, where it is asked."""
+    if said is None:
+        return None
+    enter("continuing text")
+    found = continued(loaded.model, said.openings, said.true.shape[1])
+    return replace(said, by_state={**said.by_state, state: found})
 
 
 def _state(safe: Safe, records: tuple[HealRecord, ...]) -> dict[str, Any]:

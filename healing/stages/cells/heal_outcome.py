@@ -7,10 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from healing.config.arm_tags import SHAM_ARM
 from healing.config.heal import OF_THE_ATTACK, HealConfig
 from healing.config.healer import Healer
 from healing.config.options import AUTO
+from healing.measurements.continuations import Continuations
 from healing.measurements.diagnosis import (
     Diagnosis,
     Failure,
@@ -81,6 +85,7 @@ class HealOutcome:
         unigram_loss: Of token frequencies alone on the probe, nats per token: a collapsed model may
             be worse than knowing nothing, and most of its loss comes back without any knowledge.
         weight_change: ‖W−W₀‖/‖W₀‖ of the collapsed weights against the healthy ones.
+        said: What the three states make of the same openings; ``None`` where that is not wanted.
     """
 
     cell: HealCell
@@ -94,6 +99,7 @@ class HealOutcome:
     healthy_replay: HealthyReplay | None = None
     unigram_loss: float = math.nan
     weight_change: float = math.nan
+    said: Continuations | None = None
 
     @property
     def damage(self) -> Damage:
@@ -153,6 +159,11 @@ class HealOutcome:
         if not (self.in_float32 or self.records[-1].stalled):
             return ""
         return self.diagnosis.sentence
+
+    def rank_shares(self) -> NDArray[np.float64]:
+        """Effective rank of every block over that of the healthy block: (records, blocks)."""
+        ranks = [[s.effective_rank for s in r.measurement.spectra] for r in self.records]
+        return np.array(ranks) / np.array([s.effective_rank for s in self.healthy.spectra])
 
     def half_recovery(self, name: str) -> tuple[float, bool]:
         """Steps until half of a recovery is reached, and whether the run ended before (censored).

@@ -29,7 +29,11 @@ from healing.stages.cells.inputs import load_for, resolve_from_model, use_thread
 from healing.stages.dry_run.peak_memory import Prediction, predict_attack, predict_healing
 from healing.stages.dry_run.tensor_bytes import KINDS
 from healing.stages.dry_run.timing import Cost, attack_costs, healing_costs, in_words
-from healing.stages.heal_inputs import find_checkpoints, fresh_attack_config, local_checkpoint
+from healing.stages.healing_run.inputs import (
+    find_checkpoints,
+    fresh_attack_config,
+    local_checkpoint,
+)
 from healing.stages.terminal.console import Console
 from healing.stages.tuning.healer_files import with_healer
 from healing.tracking import open_runs

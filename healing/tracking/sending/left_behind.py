@@ -11,8 +11,8 @@ import mlflow
 from healing.errors import OutageError, TrackingError
 from healing.tracking.processes import Process
 from healing.tracking.sending.outbox import PLACE, Outbox, Request, outboxes
-from healing.tracking.sending.requests import ARTIFACT, CREATE, END, JOIN, Messenger, batch
-from healing.tracking.store_errors import one_line
+from healing.tracking.sending.requests import CREATE, END, JOIN, WITH_FILE, Messenger, batch
+from healing.tracking.sending.store_errors import one_line
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def _deliver(outbox: Outbox, tell: Tell) -> Delivery:
 
 
 def _file_of(outbox: Outbox, number: int, request: Request) -> pathlib.Path | None:
-    return outbox.file_of(number, request.content["path"]) if request.kind == ARTIFACT else None
+    return outbox.file_of(number, request.content["path"]) if request.kind in WITH_FILE else None
 
 
 def _runs(requests: Sequence[Request], messenger: Messenger) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import pathlib
@@ -13,6 +14,7 @@ from typing import Any
 
 import filelock
 import mlflow
+import PIL.Image
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import (
@@ -22,10 +24,13 @@ from mlflow.protos.databricks_pb2 import (
 )
 from mlflow.tracking import MlflowClient
 
+from healing.tracking.page_text import resolved, whole_lines
 from healing.tracking.sending.outbox import Request
-from healing.tracking.store_errors import require_active, stored
+from healing.tracking.sending.store_errors import require_active, stored
 
-CREATE, JOIN, BATCH, ARTIFACT, INPUT, END = "create", "join", "batch", "artifact", "input", "end"
+CREATE, JOIN, BATCH, DESCRIBE, INPUT, END = "create", "join", "batch", "describe", "input", "end"
+ARTIFACT, IMAGE, TABLE = "artifact", "image", "table"
+WITH_FILE = (ARTIFACT, IMAGE)
 LOCAL_ID = "local_run_id"
 """Tag: what the process called a run before the store named it; a run is made once for each."""
 OPENING_SECONDS = 100.0
@@ -83,6 +88,7 @@ class Messenger:
     def __init__(self) -> None:
         self.known: dict[str, str] = {}
         self._experiments: dict[str, str] = {}
+        self._of: dict[str, str] = {}
         self._client = MlflowClient()
 
     def __call__(self, request: Request, file: pathlib.Path | None, *, again: bool) -> None:
@@ -99,6 +105,9 @@ class Messenger:
         """
         run, content = self.run_id(request.run), request.content
         restore = f"runs restore --run-id {run}"
+        if file is not None and not file.is_file():
+            with stored(f"artifact {file.name} of run {run}", restore):
+                raise FileNotFoundError(f"there is no {file}")
         if request.kind == CREATE:
             self._create(request, again=again)
         elif request.kind == JOIN:
@@ -112,9 +121,17 @@ class Messenger:
         elif request.kind == ARTIFACT:
             assert file is not None, "an artifact has a file"
             with stored(f"artifact {file.name} of run {run}", restore):
-                if not file.is_file():
-                    raise FileNotFoundError(f"there is no {file}")
                 self._client.log_artifact(run, str(file), content["folder"])
+        elif request.kind == IMAGE:
+            assert file is not None, "a picture has a file"
+            with stored(f"picture {content['key']} of run {run}", restore):
+                self._image(run, content, file, again=again)
+        elif request.kind == TABLE:
+            with stored(f"table {content['name']} of run {run}", restore):
+                self._table(run, content, again=again)
+        elif request.kind == DESCRIBE:
+            with stored(f"tags of run {run}", restore):
+                self._describe(run, content)
         elif request.kind == INPUT:
             with stored(f"data set {content['name']} of run {run}", restore), _DATASETS:
                 self._input(run, content)
@@ -200,6 +217,50 @@ class Messenger:
         fresh = [Param(k, v) for k, v in params.items()]
         kinds: dict[str, Any] = {"metrics": metrics, "params": fresh, "tags": tags}
         self._client.log_batch(run, **{kind: found for kind, found in kinds.items() if found})
+
+    def _has(self, run: str, folder: str, beginning: str) -> bool:
+        """Whether a run has a file, from an earlier try whose answer was lost."""
+        found = self._client.list_artifacts(run, folder or None)
+        return any(f.path.startswith(beginning) for f in found)
+
+    def _image(
+        self, run: str, content: Mapping[str, Any], file: pathlib.Path, *, again: bool
+    ) -> None:
+        key, step, moment = content["key"], content["step"], content["time"]
+        # MLflow's name of the file; what follows is drawn at random.
+        name = f"images/{key.replace('/', '#')}%step%{step}%timestamp%{moment}%"
+        if again and self._has(run, "images", name):
+            return
+        with PIL.Image.open(file) as picture:
+            self._client.log_image(
+                run, picture, key=key, step=step, timestamp=moment, synchronous=True
+            )
+
+    def _table(self, run: str, content: Mapping[str, Any], *, again: bool) -> None:
+        name = f"{content['name']}.json"
+        if again and self._has(run, "", name):  # MLflow would append the rows
+            return
+        self._client.log_table(run, dict(content["columns"]), name)
+
+    def _describe(self, run: str, content: Mapping[str, Any]) -> None:
+        own = self._experiment_of(run)
+        text = resolved(
+            self._named(content["markdown"]), own, self.run_id(content["parent"]),
+            functools.partial(self._experiment_of, otherwise=own),
+        )  # fmt: skip
+        tag = RunTag("mlflow.note.content", whole_lines(text, "the artifacts"))
+        self._client.log_batch(run, tags=[tag])
+
+    def _experiment_of(self, run: str, otherwise: str = "") -> str:
+        """Experiment of any run; of one that cannot be had, the other one."""
+        if run not in self._of:
+            try:
+                self._of[run] = str(self._client.get_run(run).info.experiment_id)
+            except MlflowException:
+                if not otherwise:
+                    raise
+                return otherwise
+        return self._of[run]
 
     def _input(self, run: str, content: Mapping[str, Any]) -> None:
         source = json.dumps({"tags": content["facts"]})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import tempfile
 import threading
 import time
 from collections import deque
@@ -81,6 +82,7 @@ class Sender:
         self._away: OutageError | None = None
         self._unheard: dict[str, TrackingError] = {}
         self._answered = self._closed = self._late = False
+        self._scratch: pathlib.Path | None = None
         self._broken: BaseException | None = None
         self._left = BLOCKING_SECONDS
         self._numbers = 0
@@ -117,6 +119,17 @@ class Sender:
         if self._outbox is not None and whole.is_relative_to(self._outbox.root):
             return whole.relative_to(self._outbox.root).as_posix()
         return str(whole)
+
+    def scratch(self) -> pathlib.Path:
+        """A folder for files that only go to the store; it is gone when they are there."""
+        if self._scratch is None:
+            if self._outbox is not None:
+                self._scratch = self._outbox.folder / "pictures"
+                self._scratch.mkdir(parents=True, exist_ok=True)
+            else:
+                self._temporary = tempfile.TemporaryDirectory(prefix="llm-healing-")
+                self._scratch = pathlib.Path(self._temporary.name)
+        return self._scratch
 
     def put(
         self, request: Request, file: pathlib.Path | None = None, *, patience: float | None = None

@@ -77,6 +77,8 @@ def fresh_attack_config(config: HealConfig) -> AttackConfig:
             "output_dir",
             "cache_dir",
             "verbosity",
+            "log_layers",
+            "log_images",
             *SAVING,
         )
     }

@@ -1,0 +1,111 @@
+"""The command on a run's page, run as it stands, gives the run's numbers again."""
+
+from __future__ import annotations
+
+import importlib
+import pathlib
+import re
+
+import mlflow
+import pytest
+from click.testing import CliRunner
+from mlflow.tracking import MlflowClient
+
+from healing.config.attack import AttackConfig
+from healing.config.heal import HealConfig
+from healing.stages.attack import attack
+from healing.stages.heal import heal
+from healing.tracking import git_version
+from healing.tracking.run_files import read_jsonl
+from tests.shell_words import words_of
+
+SMALL = {"model": "nano", "sequence_length": 64, "probe_tokens": 1024, "batch_size": 4,
+         "measurement_interval": 4, "verbosity": "quiet"}  # fmt: skip
+TIMES = {"seconds", "tokens_per_second"}
+
+
+@pytest.fixture(autouse=True)
+def no_remote(monkeypatch):
+    """The command is one for a checkout: this one."""
+    found = git_version.Checkout(commit="c" * 40)
+    for module in ("attack", "healing_run.page"):
+        monkeypatch.setattr(f"healing.stages.{module}.checkout", lambda: found)
+
+
+def runs(stage: str) -> list:
+    (experiment,) = MlflowClient().search_experiments(filter_string="name = 'llm-healing'")
+    found = MlflowClient().search_runs([experiment.experiment_id], f"tags.stage = '{stage}'")
+    return [r for r in found if r.data.tags.get("role") != "parent"]
+
+
+def rows(run_id: str) -> list[dict]:
+    path = pathlib.Path(MlflowClient().download_artifacts(run_id, "metrics.jsonl"))
+    return [{k: repr(v) for k, v in r.items() if k not in TIMES} for r in read_jsonl(path)]
+
+
+def run_again(run) -> None:
+    """What stands in the code block, in this process."""
+    note = run.data.tags["mlflow.note.content"]
+    words = words_of(re.search(r"```bash\n(.+?)\n```", note, re.DOTALL)[1])
+    assert words[:2] == ["python", "-m"]
+    result = CliRunner().invoke(importlib.import_module(words[2]).main, words[3:])
+    assert result.exit_code == 0, result.output
+
+
+def test_an_attack_is_repeated(store):
+    attack(AttackConfig(**SMALL, arm="random_tokens", attack_steps=4, seed=5))
+    (first,) = runs("attack")
+    run_again(first)
+    second, _ = runs("attack")
+    assert rows(second.info.run_id) == rows(first.info.run_id)
+    assert second.data.tags["fingerprint"] == first.data.tags["fingerprint"]
+
+
+def test_a_healing_run_its_replicate_and_its_sham_are_repeated(store):
+    run_id, _ = attack(AttackConfig(**SMALL, arm="random_tokens", attack_steps=4))
+    wanted = HealConfig(**SMALL, attack_run_id=run_id, healing_steps=4, sham=True, num_runs=2)
+    heal(wanted)
+    before = {r.info.run_id: r for r in runs("heal")}
+    assert len(before) == 4
+    for run in before.values():
+        known = {r.info.run_id for r in runs("heal")}
+        run_again(run)
+        new = [r for r in runs("heal") if r.info.run_id not in known]
+        assert rows(run.info.run_id) in [rows(r.info.run_id) for r in new]
+    page = next(r for r in before.values() if r.data.tags["arm"] != "none")
+    note = page.data.tags["mlflow.note.content"]
+    assert f"/runs/{run_id}?" in note
+    assert f"/runs/{page.data.tags['sham_run_id']}?" in note
+    assert f"/runs/{page.data.tags['mlflow.parentRunId']}?" in note
+    assert page.data.params["used.attack_run_id"] == run_id
+    assert page.data.params["used.device"] == "cpu"
+
+
+def test_pictures_and_text_are_stored_and_change_no_number(store):
+    run_id, _ = attack(AttackConfig(**SMALL, arm="random_tokens", attack_steps=4))
+    wanted = {**SMALL, "attack_run_id": run_id, "healing_steps": 4}
+    heal(HealConfig(**wanted))
+    (shown,) = runs("heal")
+    heal(HealConfig(**wanted, log_images=False, log_text=False, log_layers=True))
+    plain = next(r for r in runs("heal") if r.info.run_id != shown.info.run_id)
+    assert rows(shown.info.run_id) == rows(plain.info.run_id)
+    assert shown.data.tags["fingerprint"] == plain.data.tags["fingerprint"]
+    assert shown.data.tags["settings"] == plain.data.tags["settings"]
+    client = MlflowClient()
+    pictures = {
+        int(a.path.split("+step+")[1].split("+")[0])
+        for a in client.list_artifacts(shown.info.run_id, "images")
+    }
+    assert pictures == {0, 4}
+    assert client.list_artifacts(plain.info.run_id, "images") == []
+    table = mlflow.load_table("text.json", run_ids=[shown.info.run_id])
+    assert list(table) == ["opening", "the text goes on", "healthy", "collapsed", "healed"]
+    assert len(table) == 4
+    assert set(table["healthy"]).isdisjoint(table["collapsed"])
+    assert "mlflow.loggedArtifacts" not in plain.data.tags
+    assert {"layers/effective_rank_00"} <= plain.data.metrics.keys()
+    assert not any(name.startswith("layers/") for name in shown.data.metrics)
+    charts = {n.removeprefix("headline/") for n in shown.data.metrics if n.startswith("headline/")}
+    assert charts == {"effective_rank", "loss_recovery_pct", "rank_recovery_pct"}
+    for name in charts:
+        assert shown.data.metrics[f"headline/{name}"] == shown.data.metrics[name]
