@@ -12,6 +12,8 @@ import click
 
 # Before MLflow is imported, and for this process alone: a library changes no environment.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+# It leads to a page of the UI that shows no runs; a command says its own link.
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 # One bar per downloaded file would bury the summary's table.
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")

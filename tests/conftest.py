@@ -7,6 +7,7 @@ import os
 # Before torch is imported: two test workers on two cores must not fight over threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 os.environ["MLFLOW_TRACKING_URI"] = ""
 
 import importlib.metadata

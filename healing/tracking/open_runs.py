@@ -190,7 +190,10 @@ def _opened(
     experiment = {"id": known} if known else place
     run_id = messenger.run_id(request.run)
     is_local = request.kind == CREATE and run_id == request.run
-    return RunLogger(run_id, experiment, sender, name, tags, is_local=is_local)
+    params, given = messenger.joined.get(request.run, ({}, {}))
+    logger = RunLogger(run_id, experiment, sender, name, {**given, **tags}, is_local=is_local)
+    logger.told.params |= params
+    return logger
 
 
 def _deleted(request: Request, place: Mapping[str, str]) -> TrackingError:

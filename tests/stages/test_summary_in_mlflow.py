@@ -17,7 +17,7 @@ from healing.stages.summarize import (
     show_summary,
     write_summary,
 )
-from healing.tracking import run_logger
+from healing.tracking import open_runs
 from tests.statistics.test_summary import make_run
 from tests.summaries import pool
 
@@ -57,7 +57,7 @@ def test_several_settings_of_a_size_are_on_no_curve():
 def test_a_run_holds_the_table_and_the_figures(store):
     summary = two_sizes()
     write_summary(store / "s", summary)
-    with run_logger.start("sweep", {"stage": "main"}) as run:
+    with open_runs.start("sweep", {"stage": "main"}) as run:
         show_summary(run, summary, store / "s")
     client = MlflowClient()
     found = {a.path for a in client.list_artifacts(run.run_id, "figures")}
@@ -74,7 +74,7 @@ def test_a_run_holds_the_table_and_the_figures(store):
 
 def test_a_described_summary_begins_with_its_figure_and_fits(store):
     long = pool([make_run(v, seed=i, settings=f"{i}") for i, v in enumerate([10.0, 50.0] * 20)])
-    with run_logger.start("summary", {}) as run:
+    with open_runs.start("summary", {}) as run:
         run.describe(description(long, run.run_id))
     note = client_note(run.run_id)
     assert note.startswith("![mean recovery](get-artifact?path=overview.png&run_uuid=")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from mlflow.tracking import MlflowClient
 
-from healing.tracking import git_version, run_logger
+from healing.tracking import git_version, open_runs
 from healing.tracking.journal import Journal
 from healing.tracking.page_text import resolved
 from healing.tracking.run_files import read_jsonl
@@ -55,9 +55,9 @@ def test_other_text_stays_as_it_is():
 
 
 def test_a_description_in_the_store_names_the_experiment_of_other_runs(store):
-    with run_logger.start_in("elsewhere", "a", {}) as other:
+    with open_runs.start("a", {}, experiment="elsewhere") as other:
         pass
-    with run_logger.start("b", {}) as run:
+    with open_runs.start("b", {}) as run:
         run.describe(f"[a](runs:/{other.run_id}) [gone](runs:/{A})")
     note = MlflowClient().get_run(run.run_id).data.tags["mlflow.note.content"]
     assert run.experiment_id != other.experiment_id
@@ -66,10 +66,10 @@ def test_a_description_in_the_store_names_the_experiment_of_other_runs(store):
 
 
 def test_what_says_nothing_is_no_tag_and_no_parameter(store):
-    with run_logger.start("a", {"stage": "heal", "noise_match": ""}) as run:
+    with open_runs.start("a", {"stage": "heal", "noise_match": ""}) as run:
         run.tags({"draw": "", "zero": 0, "no": False})
         run.params("heal", {"tokenizer": "", "healing_steps": 0})
-        with run_logger.child(run, "b", {"reference": "", "arm": "haep"}) as child:
+        with open_runs.child(run, "b", {"reference": "", "arm": "haep"}) as child:
             pass
     found = [MlflowClient().get_run(r.run_id).data for r in (run, child)]
     assert all("" not in (*data.tags.values(), *data.params.values()) for data in found)
@@ -79,9 +79,9 @@ def test_what_says_nothing_is_no_tag_and_no_parameter(store):
 
 def test_children_say_who_ran_them_as_their_parents_do(store):
     with (
-        run_logger.start("a", {}) as run,
-        run_logger.child(run, "b", {}) as child,
-        run_logger.child(child, "c", {}) as below,
+        open_runs.start("a", {}) as run,
+        open_runs.child(run, "b", {}) as child,
+        open_runs.child(child, "c", {}) as below,
     ):
         pass
     told = [MlflowClient().get_run(r.run_id).data.tags for r in (run, child, below)]
@@ -98,17 +98,17 @@ def test_a_child_of_a_project_names_the_project_not_the_script(store, monkeypatc
     outer = client.create_run(experiment, tags=given)
     monkeypatch.setenv("MLFLOW_RUN_ID", outer.info.run_id)
     monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", experiment)
-    with run_logger.start("a", {}) as run, run_logger.child(run, "b", {}) as child:
+    with open_runs.start("a", {}) as run, open_runs.child(run, "b", {}) as child:
         pass
     tags = client.get_run(child.run_id).data.tags
     assert given.items() <= tags.items()
 
 
 def test_versions_are_tags_of_every_run_but_of_what_ran_elsewhere(store):
-    with run_logger.start("a", {}) as run:
-        with run_logger.child(run, "b", {}) as child:
+    with open_runs.start("a", {}) as run:
+        with open_runs.child(run, "b", {}) as child:
             pass
-        with run_logger.child(run, "old", {}, start_ms=1, end_ms=2) as imported:
+        with open_runs.child(run, "old", {}, start_ms=1, end_ms=2) as imported:
             pass
     for made in (run, child):
         tags = MlflowClient().get_run(made.run_id).data.tags
@@ -134,7 +134,7 @@ def test_a_remote_is_shown_without_logins_and_folders(remote, shown):
 
 def test_numbers_of_blocks_are_on_disk_and_no_charts(store):
     values = {"loss": 1.0, "layers/effective_rank_00": 2.0}
-    with run_logger.start("a", {}) as run:
+    with open_runs.start("a", {}) as run:
         Journal(store / "m.jsonl", run, kept_back=("layers/",)).record(0, values)
         Journal(store / "all.jsonl", run).record(1, {"layers/b": 1.0})
     assert MlflowClient().get_run(run.run_id).data.metrics.keys() == {"loss", "layers/b"}

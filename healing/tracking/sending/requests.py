@@ -83,10 +83,12 @@ class Messenger:
 
     Attributes:
         known: What a process calls a run → the store's id of it.
+        joined: Run that was there before → its parameters and tags then.
     """
 
     def __init__(self) -> None:
         self.known: dict[str, str] = {}
+        self.joined: dict[str, tuple[dict[str, str], dict[str, str]]] = {}
         self._experiments: dict[str, str] = {}
         self._of: dict[str, str] = {}
         self._client = MlflowClient()
@@ -115,6 +117,7 @@ class Messenger:
                 found = self._client.get_run(run)
                 self._client.update_run(run, status="RUNNING")
             self._experiments[run] = found.info.experiment_id
+            self.joined[run] = dict(found.data.params), dict(found.data.tags)
         elif request.kind == BATCH:
             with stored(f"{content['what']} of run {run}", restore):
                 self._batch(run, content)
@@ -218,19 +221,20 @@ class Messenger:
         kinds: dict[str, Any] = {"metrics": metrics, "params": fresh, "tags": tags}
         self._client.log_batch(run, **{kind: found for kind, found in kinds.items() if found})
 
-    def _has(self, run: str, folder: str, beginning: str) -> bool:
-        """Whether a run has a file, from an earlier try whose answer was lost."""
-        found = self._client.list_artifacts(run, folder or None)
-        return any(f.path.startswith(beginning) for f in found)
+    def _files(self, run: str, folder: str) -> list[str]:
+        """Files of a run, some from an earlier try whose answer was lost."""
+        return [found.path for found in self._client.list_artifacts(run, folder or None)]
 
     def _image(
         self, run: str, content: Mapping[str, Any], file: pathlib.Path, *, again: bool
     ) -> None:
         key, step, moment = content["key"], content["step"], content["time"]
         # MLflow's name of the file; what follows is drawn at random.
-        name = f"images/{key.replace('/', '#')}%step%{step}%timestamp%{moment}%"
-        if again and self._has(run, "images", name):
-            return
+        name = f"images/{key.replace('/', '~')}+step+{step}+timestamp+{moment}+"
+        if again:
+            kept = {path.removeprefix(name) for path in self._files(run, "images")}
+            if any(f"{drawn[:-4]}+compressed.webp" in kept for drawn in kept):
+                return  # both of MLflow's files are there: as it is, and small
         with PIL.Image.open(file) as picture:
             self._client.log_image(
                 run, picture, key=key, step=step, timestamp=moment, synchronous=True
@@ -238,7 +242,7 @@ class Messenger:
 
     def _table(self, run: str, content: Mapping[str, Any], *, again: bool) -> None:
         name = f"{content['name']}.json"
-        if again and self._has(run, "", name):  # MLflow would append the rows
+        if again and name in self._files(run, ""):  # MLflow would append the rows
             return
         self._client.log_table(run, dict(content["columns"]), name)
 

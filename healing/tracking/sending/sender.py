@@ -56,6 +56,11 @@ class _Waiting:
     over: threading.Event = field(default_factory=threading.Event)
 
 
+def short(error: OutageError) -> str:
+    """What could not be stored and why, without what to do about it."""
+    return str(error).partition(": make that store")[0][:500]
+
+
 class Sender:
     """The requests of one process: first on disk, then in the store, in order, once each.
 
@@ -270,7 +275,7 @@ class Sender:
         if self._outbox is not None:
             self._outbox.close(drop=not pending)
         if pending:
-            why = str(reason) if reason else "the store gave no answer"
+            why = short(reason) if reason else "the store gave no answer"
             raise OutageError(self._kept_text(pending, why)) from reason
         for run in list(self._unheard):
             self._raise_unheard(run)
@@ -358,7 +363,7 @@ class Sender:
     def _gone(self, error: OutageError) -> None:
         if self._away is None:
             what = "its requests wait on disk" if self._outbox else "its requests wait"
-            self._say(f"warning: the tracking store is away, {what}: {error}")
+            self._say(f"warning: the tracking store is away, {what}: {short(error)}")
         self._away = error
         self._changed.notify_all()
 
