@@ -189,11 +189,11 @@ class RunLogger:
 
     def image(self, key: str, step: int, picture: Any) -> None:
         """Store one picture (PIL) of a series that the UI shows by step."""
-        path = self.sender.scratch() / f"{uuid.uuid4().hex}.png"
+        name = str(uuid.uuid4())
+        path = self.sender.scratch() / f"{name}.png"
         picture.save(path)
-        content = {
-            "path": self.sender.place_of(path), "key": key, "step": step, "time": now_ms(),
-        }  # fmt: skip
+        place = self.sender.place_of(path)
+        content = {"path": place, "key": key, "step": step, "time": now_ms(), "id": name}
         self.sender.put(Request(self.run_id, IMAGE, content), path)
 
     def table(self, name: str, columns: Mapping[str, Sequence[Any]]) -> None:

@@ -1,4 +1,4 @@
-"""Signals to whole commands: how they end, what is kept, and that the next one goes on from there."""
+"""Signals to whole commands: how they end, what is kept, and going on from there."""
 
 from __future__ import annotations
 

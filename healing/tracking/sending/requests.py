@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import pathlib
+import shutil
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +24,8 @@ from mlflow.protos.databricks_pb2 import (
     ErrorCode,
 )
 from mlflow.tracking import MlflowClient
+from mlflow.tracking.multimedia import compress_image_size
+from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_IMAGES
 
 from healing.tracking.page_text import resolved, whole_lines
 from healing.tracking.sending.outbox import Request
@@ -128,7 +131,7 @@ class Messenger:
         elif request.kind == IMAGE:
             assert file is not None, "a picture has a file"
             with stored(f"picture {content['key']} of run {run}", restore):
-                self._image(run, content, file, again=again)
+                self._image(run, content, file)
         elif request.kind == TABLE:
             with stored(f"table {content['name']} of run {run}", restore):
                 self._table(run, content, again=again)
@@ -225,20 +228,21 @@ class Messenger:
         """Files of a run, some from an earlier try whose answer was lost."""
         return [found.path for found in self._client.list_artifacts(run, folder or None)]
 
-    def _image(
-        self, run: str, content: Mapping[str, Any], file: pathlib.Path, *, again: bool
-    ) -> None:
-        key, step, moment = content["key"], content["step"], content["time"]
-        # MLflow's name of the file; what follows is drawn at random.
-        name = f"images/{key.replace('/', '~')}+step+{step}+timestamp+{moment}+"
-        if again:
-            kept = {path.removeprefix(name) for path in self._files(run, "images")}
-            if any(f"{drawn[:-4]}+compressed.webp" in kept for drawn in kept):
-                return  # both of MLflow's files are there: as it is, and small
-        with PIL.Image.open(file) as picture:
-            self._client.log_image(
-                run, picture, key=key, step=step, timestamp=moment, synchronous=True
+    def _image(self, run: str, content: Mapping[str, Any], file: pathlib.Path) -> None:
+        """As ``MlflowClient.log_image``, but for a name that is not drawn anew at every try, so
+        that a picture is stored once.
+        """
+        key = content["key"].replace("/", "~")
+        name = f"{key}+step+{content['step']}+timestamp+{content['time']}+{content['id']}"
+        with tempfile.TemporaryDirectory() as place, PIL.Image.open(file) as picture:
+            whole, small = (
+                pathlib.Path(place) / f"{name}{kind}" for kind in (".png", "+compressed.webp")
             )
+            shutil.copy(file, whole)
+            compress_image_size(picture).save(small)
+            for path in (whole, small):
+                self._client.log_artifact(run, str(path), "images")
+        self._client.set_tag(run, MLFLOW_LOGGED_IMAGES, "True")
 
     def _table(self, run: str, content: Mapping[str, Any], *, again: bool) -> None:
         name = f"{content['name']}.json"
