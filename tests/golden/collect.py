@@ -27,6 +27,8 @@ import torch
 from click.testing import CliRunner
 from mlflow.tracking import MlflowClient
 
+from healing.tracking.git_version import Checkout
+
 STORED = pathlib.Path(__file__).parent / "nano.json"
 
 SMALL = "--model nano --sequence-length 64 --probe-tokens 1024 --batch-size 4"
@@ -74,6 +76,10 @@ TIMED = re.compile(r"seconds(/.*)?|tokens_per_second")
 PHASE = "phase"
 PROCESS_TAG = "process"  # of the machine
 """Tag of a run under way: which phases last long enough for it differs from run to run."""
+DRAWN = re.compile(r"\+timestamp\+\d+\+[0-9a-f-]{36}")
+"""Of the name of a picture: when it was made, and a random number."""
+LOCAL_ID = "local_run_id"
+"""Tag of random text."""
 PROCESS = "process"
 """Tag that names the machine and the process."""
 PICTURES = (".png", ".pdf")
@@ -105,6 +111,15 @@ def stub_code_digest() -> None:
         module = importlib.import_module(found.name)
         if hasattr(module, "code_digest"):
             module.code_digest = lambda *_: "code"  # type: ignore[attr-defined]
+
+
+def stub_place() -> None:
+    """Without the commit, the versions and the processor, which are no results."""
+    places = {"checkout": Checkout(), "environment": {}, "processor": "a processor"}
+    for module in [m for name, m in sys.modules.items() if name.startswith("healing.")]:
+        for name, found in places.items():
+            if hasattr(module, name):
+                setattr(module, name, lambda found=found: found)
 
 
 class Store:
@@ -168,7 +183,7 @@ class Store:
         folder = pathlib.Path(self.client.download_artifacts(run_id, ""))
         found = {}
         for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-            found[path.relative_to(folder).as_posix()] = self.content(path)
+            found[DRAWN.sub("", path.relative_to(folder).as_posix())] = self.content(path)
         return found
 
     def content(self, path: pathlib.Path) -> Any:
@@ -211,7 +226,7 @@ class Store:
         tags = {
             k: v
             for k, v in sorted(run.data.tags.items())
-            if k in KEPT_TAGS or not k.startswith(("mlflow.", "git_", PHASE, PROCESS))
+            if k in KEPT_TAGS or not k.startswith(("mlflow.", "git_", PHASE, PROCESS, LOCAL_ID))
         }
         inputs = [
             [i.dataset.name, i.dataset.digest, i.tags[0].value] for i in run.inputs.dataset_inputs
@@ -280,6 +295,7 @@ def scenarios(root: pathlib.Path) -> Iterator[tuple[str, Store]]:
     """Run every scenario below a folder, which is the working directory meanwhile."""
     torch.set_num_threads(1)
     stub_code_digest()
+    stub_place()
     before = pathlib.Path.cwd()
     uri = f"sqlite:///{root}/mlflow.db"
     for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):

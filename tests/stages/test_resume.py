@@ -198,7 +198,7 @@ def test_a_healing_cut_at_any_step(store, changes):
     same_after_a_cut(run, store, "_run", [2, 5] if changes else range(1, 6))
 
 
-def test_a_training_cut_at_any_step(store):
+def test_a_training_cut_early_and_late(store):
     def run(root: pathlib.Path, d: Driver) -> None:
         pretrain(
             PretrainConfig(
@@ -209,4 +209,4 @@ def test_a_training_cut_at_any_step(store):
             d,
         )  # fmt: skip
 
-    same_after_a_cut(run, store, "", range(1, 6))
+    same_after_a_cut(run, store, "", [1, 4])
