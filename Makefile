@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TRACKING := sqlite:///$(CURDIR)/mlflow.db
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-slow fuzz lint bench findings real-model ui clean
+.PHONY: help setup demo test test-fast test-slow fuzz kill-points lint bench findings real-model ui clean
 
 help:  ## Show what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -51,6 +51,11 @@ test-slow: setup  ## Run the slow tier: whole commands, simulations, known outco
 
 fuzz: setup  ## Try hostile files, records and values ten times as often as the fast tier
 	$(BIN)/python -m pytest -m fuzz tests/hostile
+
+kill-points: setup  ## Kill attack, heal and summarize at every write and request, and run them again
+	$(BIN)/python -m tests.outages.kill_points attack
+	$(BIN)/python -m tests.outages.kill_points heal
+	$(BIN)/python -m tests.outages.kill_points summarize
 
 lint: setup
 	$(BIN)/ruff check .

@@ -33,11 +33,18 @@ def collapsed(store) -> pathlib.Path:
     return attack(AttackConfig(**SMALL, attack_steps=2, arm="random_tokens", verbosity="quiet"))[1]
 
 
+def as_in_a_terminal() -> None:
+    """Tests that run in the background, or under ``nohup``, have a child ignore these."""
+    for signum in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_DFL)
+
+
 def command(name: str, *arguments: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(
         [sys.executable, "-m", f"entrypoints.{name}", *arguments],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+        preexec_fn=as_in_a_terminal,
     )  # fmt: skip
 
 
