@@ -54,9 +54,11 @@ def deliver(output: pathlib.Path, store: str = "", tell: Tell = silent) -> Itera
         tell: Told of the progress.
     """
     for outbox in outboxes(output / PLACE):
-        if store and outbox.about("store") != store:
+        if store and outbox.about("store") not in (store, ""):  # nothing is written yet
             continue
         with outbox.opened() as ended:
+            if not ended and store:
+                continue  # this process, among others
             if not ended:
                 owner = Process.read(outbox.about("process")) or "another process"
                 yield Delivery(outbox.folder, error=f"{owner} still runs and sends it")
@@ -64,7 +66,8 @@ def deliver(output: pathlib.Path, store: str = "", tell: Tell = silent) -> Itera
             found = _deliver(outbox, tell)
         if not found.error:
             outbox.close(drop=True)
-        yield found
+        if found.error or found.requests or found.runs:
+            yield found
 
 
 def _deliver(outbox: Outbox, tell: Tell) -> Delivery:

@@ -70,15 +70,28 @@ class Outbox:
             OSError: It cannot be written.
         """
         if not self._written:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire(timeout=0)
-            about = {"process": this_process().text(), "store": self.store}
-            (self.folder / _ABOUT).write_text(json.dumps(about))
+            self._make()
         line = json.dumps([request.run, request.kind, request.content])
         with (self.folder / _REQUESTS).open("a") as stream:
             stream.write(line + "\n")
         self._written += 1
         return self._written - 1
+
+    def _make(self) -> None:
+        """The folder, with its owner. Somebody who took it for one that was left may have removed
+        it before its lock was there.
+        """
+        for last in (False, False, True):
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._lock.acquire(timeout=0)
+                about = {"process": this_process().text(), "store": self.store}
+                (self.folder / _ABOUT).write_text(json.dumps(about))
+                return
+            except FileNotFoundError:
+                self._lock.release()
+                if last:
+                    raise
 
     def keep(self, number: int, path: pathlib.Path) -> None:
         """Keep a file that a request sends as it is now, whatever becomes of it where it lies."""
@@ -107,8 +120,6 @@ class Outbox:
 
     def close(self, *, drop: bool) -> None:
         """End; a folder in which everything was sent is dropped."""
-        if not self._written:
-            return
         if drop:
             shutil.rmtree(self.folder, ignore_errors=True)
         self._lock.release()
@@ -136,8 +147,9 @@ class Outbox:
         Raises:
             ValueError: A file is none of this program's.
         """
-        requests = []
-        lines = (self.folder / _REQUESTS).read_text().split("\n")
+        requests: list[Request] = []
+        written = self.folder / _REQUESTS
+        lines = written.read_text().split("\n") if written.exists() else []
         for place, line in enumerate(lines):
             try:
                 run, kind, content = json.loads(line)
@@ -181,4 +193,4 @@ def outboxes(place: pathlib.Path) -> list[Outbox]:
     if not place.is_dir():
         return []
     found = (path for path in sorted(place.iterdir()) if not path.is_symlink())
-    return [Outbox(path) for path in found if (path / _REQUESTS).is_file()]
+    return [Outbox(path) for path in found if path.is_dir()]

@@ -1,0 +1,227 @@
+"""The sender and its outbox against a store made of a list: order, once each, what is left."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import threading
+import time
+
+import pytest
+
+from healing.errors import OutageError, TrackingError
+from healing.tracking import open_runs
+from healing.tracking.sending import left_behind
+from healing.tracking.sending.left_behind import deliver, send_left
+from healing.tracking.sending.outbox import PLACE, Outbox, Request, outboxes
+from healing.tracking.sending.sender import BLOCKING_SECONDS, Sender
+
+
+class Store:
+    """Takes requests, unless it is told otherwise."""
+
+    def __init__(self) -> None:
+        self.got: list[tuple[str, object]] = []
+        self.away = threading.Event()
+        self.refuses: set[object] = set()
+        self.tried = 0
+
+    def __call__(self, request, file, *, again) -> None:
+        self.tried += 1
+        if self.away.is_set():
+            raise OutageError("nobody there: make that store reachable")
+        number = request.content.get("n")
+        if number in self.refuses:
+            raise TrackingError(f"{number} is refused")
+        self.got.append((request.run, number if file is None else file.read_text()))
+
+    def run_id(self, run: str) -> str:
+        return run
+
+    def experiment_id(self, run: str) -> str:
+        return "1"
+
+
+def request(number: int, run: str = "r") -> Request:
+    return Request(run, "batch", {"n": number})
+
+
+def numbers(store: Store) -> list[object]:
+    return [number for _, number in store.got]
+
+
+def test_what_is_handed_over_while_the_store_is_there_has_arrived(tmp_path) -> None:
+    store = Store()
+    sender = Sender(store, Outbox.of_this_process(tmp_path / PLACE, "s"))
+    for n in range(20):
+        assert sender.put(request(n))
+        assert numbers(store) == list(range(n + 1))
+    sender.close()
+    assert not (tmp_path / PLACE).exists()
+
+
+def test_order_is_kept_over_outages_and_each_is_carried_out_once() -> None:
+    store, said = Store(), []
+    sender = Sender(store, say=said.append)
+    for n in range(60):
+        if n in (10, 40):
+            store.away.set()
+        if n in (25, 55):
+            store.away.clear()
+        sender.put(request(n))
+    sender.close()
+    assert numbers(store) == list(range(60))
+    assert sum("is away" in text for text in said) <= 2
+    assert said[0].startswith("warning: the tracking store is away")
+
+
+def test_a_store_without_answers_is_waited_for_five_seconds_in_all(monkeypatch) -> None:
+    clock = [0.0]
+    hang = threading.Event()
+
+    def carry_out(request, file, *, again) -> None:
+        hang.wait()
+
+    store = Store()
+    store.__class__ = type("Hanging", (Store,), {"__call__": lambda self, *a, **k: hang.wait()})
+    sender = Sender(store, clock=lambda: clock[0])
+    waited = []
+
+    def wait_for(condition, timeout):
+        waited.append(timeout)
+        clock[0] += timeout
+        return False
+
+    real = sender._changed.wait_for
+    monkeypatch.setattr(
+        sender._changed, "wait_for",
+        lambda c, timeout=None: wait_for(c, timeout) if timeout == BLOCKING_SECONDS else real(c, 0),
+    )  # fmt: skip
+    for n in range(5):
+        assert not sender.put(request(n))
+    assert waited == [BLOCKING_SECONDS]
+    hang.set()
+
+
+def test_a_refusal_is_raised_once_where_the_run_is_spoken_of() -> None:
+    store = Store()
+    store.refuses = {1, 3}
+    sender = Sender(store)
+    sender.put(request(0))
+    with pytest.raises(TrackingError, match="1 is refused"):
+        sender.put(request(1))
+    sender.put(request(2))
+    store.away.set()
+    sender.put(request(3))  # waits, and is refused later
+    sender.put(request(4, "another"))
+    store.away.clear()
+    end = time.monotonic() + 20
+    while len(store.got) < 3 and time.monotonic() < end:
+        time.sleep(0.02)
+    sender.put(request(5, "another"))
+    with pytest.raises(TrackingError, match="3 is refused"):
+        sender.put(request(6))
+    sender.put(request(7))
+    sender.close()
+    assert numbers(store) == [0, 2, 4, 5, 7]
+
+
+def test_an_error_that_is_no_refusal_is_not_swallowed() -> None:
+    store = Store()
+    store.__class__ = type("Broken", (Store,), {"__call__": lambda self, *a, **k: 1 / 0})
+    hook = threading.excepthook
+    threading.excepthook = lambda args: None
+    try:
+        sender = Sender(store)
+        sender.put(request(0))
+        with pytest.raises(RuntimeError, match="has ended") as caught:
+            sender.put(request(1))
+    finally:
+        threading.excepthook = hook
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+def test_what_does_not_arrive_is_on_disk_with_its_files_as_they_were(tmp_path) -> None:
+    store = Store()
+    sender = Sender(store, Outbox.of_this_process(tmp_path / PLACE, "s"))
+    sender.put(request(0))
+    store.away.set()
+    file = tmp_path / "metrics.jsonl"
+    file.write_text("as it was")
+    sender.put(Request("r", "artifact", {"path": sender.place_of(file), "folder": None}), file)
+    file.unlink()
+    file.write_text("of a later run")
+    sender.put(request(2))
+    with pytest.raises(OutageError, match=r"2 request.s. wait in .*entrypoints\.sync") as caught:
+        sender.close(0.0)
+    assert "make that store" not in str(caught.value)
+    (box,) = outboxes(tmp_path / PLACE)
+    requests, sent = box.left()
+    assert [r.kind for r in requests] == ["batch", "artifact", "batch"]
+    assert sent == 1
+    assert box.file_of(1, requests[1].content["path"]).read_text() == "as it was"
+
+
+@pytest.mark.parametrize(
+    "place", ["/etc/passwd", "../../outside", "a/../../x"], ids=["whole", "climbing", "hidden"]
+)
+def test_files_outside_of_the_output_folder_are_not_sent(tmp_path, place) -> None:
+    box = Outbox(tmp_path / "out" / PLACE / "1")
+    with pytest.raises(ValueError, match="is not in"):
+        box.file_of(0, place)
+
+
+@pytest.mark.parametrize("lines", ["nonsense\n[]\n", '["r", "batch"]\n\n', "[" * 9999 + "\n{}\n"])
+def test_an_outbox_of_others_is_told_of_and_stays(tmp_path, lines) -> None:
+    folder = tmp_path / PLACE / "1"
+    folder.mkdir(parents=True)
+    (folder / "requests.jsonl").write_text(lines)
+    (found,) = deliver(tmp_path)
+    assert "cannot be read" in found.error
+    assert folder.is_dir()
+
+
+def test_a_last_line_that_was_cut_is_left_out(tmp_path) -> None:
+    box = Outbox.of_this_process(tmp_path / PLACE, "s")
+    box.append(request(0))
+    box.append(request(1))
+    box.close(drop=False)
+    path = box.folder / "requests.jsonl"
+    path.write_text(path.read_text()[:-9])
+    assert [r.content["n"] for r in Outbox(box.folder).left()[0]] == [0]
+
+
+def test_a_running_process_keeps_what_is_its_own(tmp_path) -> None:
+    box = Outbox.of_this_process(tmp_path / PLACE, "s")
+    box.append(request(0))
+    (found,) = deliver(tmp_path)
+    assert "still runs and sends it" in found.error
+    said: list[str] = []
+    send_left(tmp_path, said.append)
+    assert said == []
+    box.close(drop=True)
+
+
+def test_what_a_killed_process_left_is_sent_and_its_run_ended(store, tmp_path) -> None:
+    """The outbox as it is after a hard kill: half of it sent, the run without an end."""
+    output = tmp_path / "output"
+    with open_runs.start("whole", {"stage": "heal"}, keep=output / PLACE) as run:
+        run.metrics({"loss": 2.0}, 0)
+        run.flush()
+        (box,) = outboxes(output / PLACE)
+        lines = (box.folder / "requests.jsonl").read_text().splitlines()
+    (output / PLACE / "1").mkdir(parents=True)
+    local = json.loads(lines[0])[0]
+    changed = [line.replace(local, "f" * 32) for line in lines]  # another run
+    (output / PLACE / "1" / "requests.jsonl").write_text("\n".join(changed) + "\n")
+    found = list(deliver(output))
+    assert [d.error for d in found] == [""]
+    (made,) = found[0].runs
+    from mlflow.tracking import MlflowClient
+
+    again = MlflowClient().get_run(made)
+    assert again.info.status == "KILLED"
+    assert "ended without ending it" in again.data.tags["failure"]
+    assert list(deliver(output)) == []
+    assert left_behind.outboxes(output / PLACE) == []
+    assert pathlib.Path(output).is_dir()
