@@ -12,9 +12,10 @@ import pytest
 from healing.errors import OutageError, TrackingError
 from healing.tracking import open_runs
 from healing.tracking.sending import left_behind
+from healing.tracking.sending import sender as sending
 from healing.tracking.sending.left_behind import deliver, send_left
 from healing.tracking.sending.outbox import PLACE, Outbox, Request, outboxes
-from healing.tracking.sending.sender import BLOCKING_SECONDS, Sender
+from healing.tracking.sending.sender import Sender
 
 
 class Store:
@@ -75,32 +76,19 @@ def test_order_is_kept_over_outages_and_each_is_carried_out_once() -> None:
     assert said[0].startswith("warning: the tracking store is away")
 
 
-def test_a_store_without_answers_is_waited_for_five_seconds_in_all(monkeypatch) -> None:
-    clock = [0.0]
-    hang = threading.Event()
-
-    def carry_out(request, file, *, again) -> None:
-        hang.wait()
-
-    store = Store()
-    store.__class__ = type("Hanging", (Store,), {"__call__": lambda self, *a, **k: hang.wait()})
-    sender = Sender(store, clock=lambda: clock[0])
-    waited = []
-
-    def wait_for(condition, timeout):
-        waited.append(timeout)
-        clock[0] += timeout
-        return False
-
-    real = sender._changed.wait_for
-    monkeypatch.setattr(
-        sender._changed, "wait_for",
-        lambda c, timeout=None: wait_for(c, timeout) if timeout == BLOCKING_SECONDS else real(c, 0),
-    )  # fmt: skip
-    for n in range(5):
+def test_a_store_without_answers_is_waited_for_so_long_in_all(monkeypatch) -> None:
+    monkeypatch.setattr(sending, "BLOCKING_SECONDS", 1.0)
+    hang, store = threading.Event(), Store()
+    store.__class__ = type("Hanging", (Store,), {"__call__": lambda self, *a, **k: hang.wait(30)})
+    sender = Sender(store)
+    began = time.monotonic()
+    for n in range(50):
         assert not sender.put(request(n))
-    assert waited == [BLOCKING_SECONDS]
+    assert 0.9 < time.monotonic() - began < 3.0
+    assert sender.is_away
     hang.set()
+    sender.close(30.0)
+    assert not sender.is_away
 
 
 def test_a_refusal_is_raised_once_where_the_run_is_spoken_of() -> None:
@@ -126,18 +114,15 @@ def test_a_refusal_is_raised_once_where_the_run_is_spoken_of() -> None:
     assert numbers(store) == [0, 2, 4, 5, 7]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_an_error_that_is_no_refusal_is_not_swallowed() -> None:
     store = Store()
     store.__class__ = type("Broken", (Store,), {"__call__": lambda self, *a, **k: 1 / 0})
-    hook = threading.excepthook
-    threading.excepthook = lambda args: None
-    try:
-        sender = Sender(store)
-        sender.put(request(0))
-        with pytest.raises(RuntimeError, match="has ended") as caught:
-            sender.put(request(1))
-    finally:
-        threading.excepthook = hook
+    sender = Sender(store)
+    sender.put(request(0))
+    with pytest.raises(RuntimeError, match="has ended") as caught:
+        sender.put(request(1))
+    sender._thread.join()
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
 
