@@ -70,7 +70,7 @@ def test_order_is_kept_over_outages_and_each_is_carried_out_once() -> None:
         if n in (25, 55):
             store.away.clear()
         sender.put(request(n))
-    sender.close()
+    sender.close(30.0)
     assert numbers(store) == list(range(60))
     assert sum("is away" in text for text in said) <= 2
     assert said[0].startswith("warning: the tracking store is away")
@@ -110,7 +110,7 @@ def test_a_refusal_is_raised_once_where_the_run_is_spoken_of() -> None:
     with pytest.raises(TrackingError, match="3 is refused"):
         sender.put(request(6))
     sender.put(request(7))
-    sender.close()
+    sender.close(30.0)
     assert numbers(store) == [0, 2, 4, 5, 7]
 
 
