@@ -48,7 +48,7 @@ def test_an_attack_gives_numbers_a_figure_a_table_and_the_model(collapsed):
     assert "random_tokens" in collapsed._repr_markdown_()
     model = collapsed.model()
     assert state_digest(model.state_dict()) != load_model("nano").digest
-    with pytest.raises(ConfigError, match="no figure 'x': there are rank_collapse"):
+    with pytest.raises(ConfigError, match="no figure 'x': there are overview, rank_collapse"):
         collapsed.figure("x")
 
 
@@ -56,6 +56,8 @@ def test_healing_goes_on_from_the_attack_in_memory(collapsed, healed):
     assert healed.trajectory[0]["loss"] == collapsed.trajectory[-1]["loss"]
     assert healed.verdict == healed.summary()["verdict"]
     assert set(healed.figures) == {
+        "overview",
+        "rank_by_block",
         "recovery_trajectory", "perplexity_recovery", "spectral_decay_three_state",
     }  # fmt: skip
     assert math.isfinite(healed.summary()["loss_recovery_pct"])
