@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import torch
 
 from healing import progress
+from healing.config.arm_tags import chart_tags
 from healing.errors import HealingError, TrackingError
 from healing.progress import Safe, Stop, Stopped
 from healing.stages.cells.events import Begin, Events, Record
@@ -389,7 +390,8 @@ class _OwnRun:
             self._run.tags({TAG: phase}, later=True)
 
     def _tags(self, config: Any) -> dict[str, Any]:
-        return {"stage": self._stage.name, **self._stage.tags(config)}
+        tags = self._stage.tags(config)
+        return {"stage": self._stage.name, **tags, **chart_tags(tags)}
 
     def _label(self, run: Run, config: Any) -> None:
         run.tags({**self._tags(config), "mlflow.runName": self._stage.title(config)})

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from healing.tracking import queries, run_logger
 from healing.tracking.queries import RunView
 from healing.tracking.run import Run
+from healing.tracking.ui import experiment_page, links
 
 
 class Store(Protocol):
@@ -43,7 +44,9 @@ class Store(Protocol):
         """Local path of an artifact, below ``folder`` if one is given and it has to be fetched."""
 
     def share_view(self, experiment_id: str) -> str:
-        """Store the saved view of healing runs; its link, empty where there is no UI."""
+        """Store the experiment's views and description; the first view's address, empty where
+        there is no UI.
+        """
 
 
 class MlflowStore:
@@ -85,5 +88,5 @@ class MlflowStore:
         return queries.download(uri, folder)
 
     def share_view(self, experiment_id: str) -> str:
-        """As :func:`healing.tracking.queries.share_view`, as a link to a server on this machine."""
-        return f"http://127.0.0.1:5000{queries.share_view(experiment_id)}"
+        """As :func:`healing.tracking.ui.experiment_page.publish`, as a whole address."""
+        return links.absolute(experiment_page.publish(experiment_id))
