@@ -55,8 +55,8 @@ def arm_tags(arm: str) -> dict[str, str]:
 
 
 def chart_tags(tags: Mapping[str, Any]) -> dict[str, str]:
-    """How a run of a model and an arm is drawn in MLflow's charts: the line that it belongs to where
-    runs are grouped, and where they are not the colour that the arm has in our figures.
+    """How a run of a model and an arm is drawn in MLflow's charts: where runs are grouped, the line
+    that it belongs to; where they are not, the colour that its arm has in our figures.
 
     Args:
         tags: Of the run; without ``model`` or ``arm`` there is no such line.

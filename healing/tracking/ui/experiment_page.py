@@ -30,13 +30,11 @@ def view_link(experiment_id: str, view: View = VIEWS[0]) -> str:
 def description(experiment_id: str) -> str:
     """Markdown that says what the experiment is, how to read it, and where to look."""
     pages = [f"[{view.name}]({view_link(experiment_id, view)})" for view in VIEWS]
-    runs = f"[all runs]({links.runs_page(experiment_id)})"
     text = (
-        "**Does a language model that an attack made collapse heal?** Each *heal* run fine-tunes "
-        "one collapsed model on clean text; an *arm* is an attack, and the other arms are controls."
-        "\n\n"
-        f"Read `rank_recovery_pct` first: 0 is as collapsed, 100 as healthy, under 20 not "
-        f"recovered, over 70 recovered. Look at: {' · '.join(pages)} · {runs}"
+        f"**Does a collapsed language model heal?** Look at: {' · '.join(pages)}, or "
+        f"[all runs]({links.runs_page(experiment_id)}).\n\n"
+        "An *attack* collapses a model, *heal* fine-tunes it on clean text; an *arm* is an attack "
+        "or its control. `rank_recovery_pct` says how it ended: 0 is as collapsed, 100 as healthy."
     )
     return f"{text}\n\n<!-- llm-healing {_digest(text)} -->"
 

@@ -21,8 +21,8 @@ from healing.tracking.ui.charts import Chart, contour, line, parallel, scatter, 
 LINE = "line"
 """Tag whose value, as ``micro haep``, says which line of the charts a run belongs to.
 
-MLflow colours a group by a hash of the tag's name and value. Of the plain words that were tried this
-one gives the eight groups of the default experiment eight colours, and those most unlike each other.
+MLflow colours a group by a hash of the tag's name and value. Of the plain words that were tried,
+this one gives the eight groups of the default experiment the eight colours that differ most.
 """
 TALL, FLAT = 330, 260
 """Pixels of a chart: two rows, of which the first is the larger, fit below 1,440 x 900's head."""
@@ -46,6 +46,7 @@ class View:
         columns: Kind and name of the table's columns, the first ones first.
         charts: Sections with their charts, in order.
         grouped: Whether runs are one mean line (with band) per value of :data:`LINE`.
+        order: Metric that the table is sorted by, the largest first.
     """
 
     key: str
@@ -56,6 +57,7 @@ class View:
     columns: tuple[tuple[str, str], ...]
     charts: tuple[tuple[Chart, tuple[Chart, ...]], ...]
     grouped: bool = False
+    order: str = "rank_recovery_pct"
 
     def state(self) -> dict[str, Any]:
         """The state of the runs page, every run visible."""
@@ -65,7 +67,8 @@ class View:
         }
         return {
             "searchFilter": self.filter,
-            "orderByKey": "attributes.start_time",
+            # Sorted by time, children are folded below their sweep, and folded runs are not drawn.
+            "orderByKey": f"metrics.`{self.order}`",
             "orderByAsc": False,
             "lifecycleFilter": "Active",
             "selectedColumns": [f"{kind}.`{name}`" for kind, name in self.columns],
@@ -225,6 +228,7 @@ ATTACKS = View(
         ),
     ),
     grouped=True,
+    order="perplexity",
 )
 TABLE = View(
     "table",
