@@ -115,13 +115,13 @@ def run_stage(name: str, entry: EntryPoint, values: dict[str, Any]) -> None:
         write_line(f"stopped by {stopped.name}{again}", error=True)
         sys.exit(128 + stopped.signum)
     except HealingError as error:
-        _fail(str(error))
+        fail(str(error))
     except OSError as error:  # of a file that no part of the program expected to be refused
         reason = error.strerror or str(error) or type(error).__name__
-        _fail(f"{error.filename or 'a file'} could not be used: {reason}")
+        fail(f"{error.filename or 'a file'} could not be used: {reason}")
 
 
-def _fail(reason: str) -> NoReturn:
+def fail(reason: str) -> NoReturn:
     """One line on stderr, and exit code 1."""
     write_line(f"error: {' '.join(reason.split())}", error=True)
     sys.exit(1)

@@ -80,8 +80,8 @@ def parallel(section: str, params: Sequence[str], metrics: Sequence[str]) -> Cha
     return _chart("PARALLEL", section, *params, *metrics, showAllRuns=False, **names)
 
 
-def section(view: str, name: str, height: int) -> Chart:
-    """A section of two columns; charts in it are ``height`` pixels high."""
+def section(view: str, name: str, height: int, columns: int) -> Chart:
+    """A section; charts in it are ``height`` pixels high."""
     return {
         "uuid": identifier(view, name),
         "name": name,
@@ -89,6 +89,6 @@ def section(view: str, name: str, height: int) -> Chart:
         "isReordered": True,
         "deleted": False,
         "isGenerated": False,
-        "columns": 2,
+        "columns": columns,
         "cardHeight": height,
     }

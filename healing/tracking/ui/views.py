@@ -24,8 +24,8 @@ LINE = "line"
 MLflow colours a group by a hash of the tag's name and value. Of the plain words that were tried,
 this one gives the eight groups of the default experiment the eight colours that differ most.
 """
-TALL, FLAT = 330, 260
-"""Pixels of a chart: two rows, of which the first is the larger, fit below 1,440 x 900's head."""
+TALL, FLAT = 420, 300
+"""Pixels of a chart: the first row fits below the head of a window of 1,440 x 900."""
 
 HEAL, ATTACK = "tags.stage = 'heal'", "tags.stage = 'attack'"
 RANK, LOSS = "rank_recovery_pct", "loss_recovery_pct"
@@ -126,8 +126,11 @@ def may_replace(stored: str | None, view: View) -> bool:
     return made == _digest(content) != json.loads(view.encoded(0))[MADE]
 
 
-def _charts(view: str, name: str, height: int, *charts: Any) -> tuple[Chart, tuple[Chart, ...]]:
-    head = section(view, name, height)
+def _charts(
+    view: str, name: str, height: int, *charts: Any, columns: int = 2
+) -> tuple[Chart, tuple[Chart, ...]]:
+    """A section with its charts. Not three columns: MLflow's table and assistant leave no room."""
+    head = section(view, name, height, columns)
     return head, tuple(make(head["uuid"]) for make in charts)
 
 
@@ -181,8 +184,15 @@ RUNS = View(
             "runs",
             "From settings to recovery",
             TALL,
-            lambda where: parallel(where, SETTINGS, ("weight_change", RANK, LOSS)),
-            lambda where: scatter(where, "seed", RANK),
+            lambda where: parallel(where, SETTINGS, (LOSS, RANK)),
+            columns=1,
+        ),
+        _charts(
+            "runs",
+            "Learning rate and steps, where runs differ in both",
+            TALL,
+            lambda where: contour(where, ("heal.healing_lr", "heal.healing_steps"), RANK),
+            columns=1,
         ),
     ),
 )
@@ -196,12 +206,17 @@ SIZES = View(
     (
         _charts(
             "sizes",
-            "Recovery against the number of parameters",
+            "Recovery against size",
             TALL,
             lambda where: scatter(where, "n_params", RANK),
             lambda where: scatter(where, "n_params", LOSS),
-            lambda where: parallel(where, ("n_params",), (RANK, LOSS)),
-            lambda where: contour(where, ("heal.healing_lr", "heal.healing_steps"), RANK),
+        ),
+        _charts(
+            "sizes",
+            "From size to recovery",
+            TALL,
+            lambda where: parallel(where, ("n_params",), (LOSS, RANK)),
+            columns=1,
         ),
     ),
 )
@@ -222,7 +237,7 @@ ATTACKS = View(
         ),
         _charts(
             "attacks",
-            "Alignment with the low-curvature subspace, beside its baselines",
+            "Alignment and its baselines",
             FLAT,
             *(_line(name) for name in ALIGNMENTS),
         ),
