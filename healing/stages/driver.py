@@ -82,9 +82,9 @@ class Driver:
         return other
 
     @contextlib.contextmanager
-    def process(self, title: str, tags: Mapping[str, Any]) -> Iterator[Run]:
+    def process(self, title: str, tags: Mapping[str, Any], view: bool = False) -> Iterator[Run]:
         """The outermost run of a command. Failures land in it; torch's threads are as before
-        afterwards.
+        afterwards. The last line says where it is in MLflow (``view``: where all runs are).
         """
         threads = torch.get_num_threads()
         try:
@@ -93,7 +93,9 @@ class Driver:
                     run = ending.enter_context(self.store.start(title, tags))
                     for line in self.store.close_left_running(run.experiment_id):
                         self.console.say(line)
+                    page = self.store.share_view(run.experiment_id)
                 yield run
+            self.console.link(page if view else self.store.page_of(run))
         finally:
             torch.set_num_threads(threads)
 
@@ -329,7 +331,7 @@ class Driver:
         except TrackingError as error:
             self.on_outage(error)
         heard.shown.close()
-        (self.console.detail if report.detail else self.console.say)(report.line)
+        self.console.over(report.line, folder, detail=report.detail, alone=not own.is_child)
 
 
 class _OwnRun:

@@ -227,7 +227,7 @@ class HealStage(StageDefaults):
         line = (
             f"{self.title(found.cell)}: {run_outcome(s['verdict'], s['steps'])} (rank recovery "
             f"{percent_text(s['rank_recovery_pct'])}, loss recovery "
-            f"{percent_text(s['loss_recovery_pct'])}) → {folder}"
+            f"{percent_text(s['loss_recovery_pct'])})"
         )
         points = [(found.records[-1].step, numbers)]
         return Report(points, tags, describe(found), line, result=found)

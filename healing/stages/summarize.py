@@ -211,7 +211,7 @@ def summarize(
             console.say(one_line(line))
         for line in _left_out(summary):
             console.say(one_line(line))
-        console.say(f"summary → {folder}")
+        console.say(f"files: {folder}")
     return summary
 
 

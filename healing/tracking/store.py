@@ -48,6 +48,9 @@ class Store(Protocol):
         there is no UI.
         """
 
+    def page_of(self, run: Run) -> str:
+        """Address of a run's page, empty where there is no UI."""
+
 
 class MlflowStore:
     """The tracking store that MLflow is set to.
@@ -90,3 +93,7 @@ class MlflowStore:
     def share_view(self, experiment_id: str) -> str:
         """As :func:`healing.tracking.ui.experiment_page.publish`, as a whole address."""
         return links.absolute(experiment_page.publish(experiment_id))
+
+    def page_of(self, run: Run) -> str:
+        """As :func:`healing.tracking.ui.links.run_page`, as a whole address."""
+        return links.absolute(links.run_page(run.experiment_id, run.run_id))

@@ -53,7 +53,7 @@ def absolute(relative: str) -> str:
     A user and password in the tracking URI are left out.
     """
     if not is_served():
-        return f"{ADDRESS}/{relative}"
+        return f"{ADDRESS}/{relative} (served by: llm-healing ui)"
     parts = urllib.parse.urlsplit(mlflow.get_tracking_uri())
     bare = parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="")
     return f"{bare.geturl().rstrip('/')}/{relative}"

@@ -27,9 +27,11 @@ this one gives the eight groups of the default experiment the eight colours that
 TALL, FLAT = 420, 300
 """Pixels of a chart: the first row fits below the head of a window of 1,440 x 900."""
 
-HEAL, ATTACK = "tags.stage = 'heal'", "tags.stage = 'attack'"
+HEAL = "tags.stage = 'heal' and tags.arm != ''"
+"""Not the parent of several healing runs, which has no arm."""
+ATTACK = "tags.stage = 'attack'"
 RANK, LOSS = "rank_recovery_pct", "loss_recovery_pct"
-TREATED = "tags.stage = 'heal' and tags.arm_role != 'sham'"
+TREATED = "tags.stage = 'heal' and tags.arm != '' and tags.arm_role != 'sham'"
 """The sham has no recovery: it was not damaged."""
 
 
