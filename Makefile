@@ -30,13 +30,10 @@ demo: setup  ## Run the default experiment through MLflow and say what to open
 	. $(BIN)/activate && MLFLOW_TRACKING_URI=$(TRACKING) MLFLOW_DISABLE_TELEMETRY=true \
 	    mlflow run . --env-manager local --experiment-name llm-healing
 	@echo
-	@echo "Trajectories, plots and the summary are in MLflow. To browse them:"
-	@echo "    make ui"
-	@echo "and open http://127.0.0.1:5000/?workflowType=machine_learning"
+	@echo "Trajectories, plots and the summary are in MLflow. To see them: make ui"
 
-ui:  ## Serve the MLflow UI of the demo on port 5000
-	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow server --backend-store-uri $(TRACKING) \
-	    --workers 1 --host 127.0.0.1 --port 5000
+ui: setup  ## Serve the MLflow UI of the demo on a free port, and say what to open (OPEN=1 opens it)
+	@MLFLOW_TRACKING_URI=$(TRACKING) $(BIN)/python -m entrypoints.ui $(if $(OPEN),--open)
 
 # The tiers' times are in CONTRIBUTING.md.
 test: setup lint  ## Lint, type-check and run all tests, the fast tier first

@@ -119,15 +119,15 @@ def run_stage(name: str, entry: EntryPoint, values: dict[str, Any]) -> None:
         write_line(f"stopped by {stopped.name}{again}", error=True)
         sys.exit(128 + stopped.signum)
     except OutageError as error:
-        _fail(str(error), TRY_LATER)
+        fail(str(error), TRY_LATER)
     except HealingError as error:
-        _fail(str(error))
+        fail(str(error))
     except OSError as error:  # of a file that no part of the program expected to be refused
         reason = error.strerror or str(error) or type(error).__name__
-        _fail(f"{error.filename or 'a file'} could not be used: {reason}")
+        fail(f"{error.filename or 'a file'} could not be used: {reason}")
 
 
-def _fail(reason: str, code: int = 1) -> NoReturn:
+def fail(reason: str, code: int = 1) -> NoReturn:
     """One line on stderr, and an exit code."""
     write_line(f"error: {' '.join(reason.split())}", error=True)
     sys.exit(code)

@@ -6,6 +6,9 @@ summarized.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from healing.registry import ARMS, CONTROL, MATCHES, ROLES, role_of
 
 SHAM_ARM = "none"
@@ -49,6 +52,20 @@ def arm_tags(arm: str) -> dict[str, str]:
     if not ARMS.known(arm):
         return {}
     return {"arm_role": arm_role(arm), "arm_label": arm_label(arm)}
+
+
+def chart_tags(tags: Mapping[str, Any]) -> dict[str, str]:
+    """How a run of a model and an arm is drawn in MLflow's charts: where runs are grouped, the line
+    that it belongs to; where they are not, the colour that its arm has in our figures.
+
+    Args:
+        tags: Of the run; without ``model`` or ``arm`` there is no such line.
+    """
+    model, arm = str(tags.get("model", "")), str(tags.get("arm", ""))
+    if not (model and arm):
+        return {}
+    colour = ARMS.facts(arm).get("COLOUR", "") if ARMS.known(arm) else ""
+    return {"line": f"{model} {arm}"} | ({"mlflow.runColor": str(colour)} if colour else {})
 
 
 def arms_of(*roles: str) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ from healing.tracking import open_runs, queries
 from healing.tracking.output_folder import require_writable, run_folder, writing
 from healing.tracking.run_files import write_json
 from healing.tracking.run_logger import RunLogger
+from healing.tracking.store import MlflowStore
 
 STAGE = "import_results"
 
@@ -237,4 +238,6 @@ def import_results(config: ImportConfig) -> Imported:
                 f"{len(skipped)} of {len(new) + len(known) + len(skipped)} recorded runs skipped; "
                 f"first: {skipped[0]}"
             )
+        console.say(f"files: {folder}")
+    console.link(MlflowStore().page_of(parent))
     return done

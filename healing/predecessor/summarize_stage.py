@@ -21,6 +21,7 @@ from healing.tracking.output_folder import require_writable, run_folder, writing
 from healing.tracking.queries import RunView
 from healing.tracking.run_files import write_json
 from healing.tracking.run_logger import RunLogger
+from healing.tracking.store import MlflowStore
 
 LEGACY_TAGS = {"source": SOURCE, LEGACY_TAG[0]: LEGACY_TAG[1]}
 """On every imported run; what carries the second is never pooled with other runs."""
@@ -128,5 +129,6 @@ def summarize_imported(config: SummarizeConfig) -> LegacySummary:
         _log(run, summary)
         run.describe(legacy_summary.markdown(summary))
         console.say("\n" + legacy_summary.text(summary))
-        console.say(f"summary → {folder}")
+        console.say(f"files: {folder}")
+    console.link(MlflowStore().page_of(run))
     return summary

@@ -297,7 +297,7 @@ class BasinStage(StageDefaults):
             minimum_text(name, report.metrics(), report.statement.answer)
             for name, report in outcome.states.items()
         )
-        line = f"{self.title(outcome.cell)}: a minimum? {answers} → {folder}"
+        line = f"{self.title(outcome.cell)}: a minimum? {answers}"
         points = [(0, outcome.metrics()), *_path_points(outcome)]
         return Report(points, _tags(outcome), describe(outcome, run_id), line, result=outcome)
 

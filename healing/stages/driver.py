@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 
 from healing import progress
+from healing.config.arm_tags import chart_tags
 from healing.errors import HealingError
 from healing.progress import Safe, Stop, Stopped
 from healing.stages.cells.events import Begin, Events, Record
@@ -83,14 +84,17 @@ class Driver:
         return other
 
     @contextlib.contextmanager
-    def process(self, title: str, tags: Mapping[str, Any], output_dir: str = "") -> Iterator[Run]:
+    def process(
+        self, title: str, tags: Mapping[str, Any], output_dir: str = "", *, view: bool = False
+    ) -> Iterator[Run]:
         """The outermost run of a command. Failures land in it; torch's threads are as before
-        afterwards.
+        afterwards. The last line says where it is in MLflow (``view``: where all runs are).
 
         Args:
             title: Name of the run.
             tags: At least ``stage``.
             output_dir: Where what a store that is away could not be told is kept; empty = nowhere.
+            view: Whether the link is that of all runs.
 
         Raises:
             OutageError: At the end: the store did not come back, and everything is on disk.
@@ -105,7 +109,9 @@ class Driver:
                     )
                     for line in self.store.close_left_running(run.experiment_id):
                         self.console.say(line)
+                    page = self.store.share_view(run.experiment_id)
                 yield run
+            self.console.link(page if view else self.store.page_of(run))
         finally:
             torch.set_num_threads(threads)
 
@@ -325,7 +331,7 @@ class Driver:
         own.left_in(DONE)
         run.history([(0, {metric_name(name): spent for name, spent in seconds.items()})])
         heard.shown.close()
-        (self.console.detail if report.detail else self.console.say)(report.line)
+        self.console.over(report.line, folder, detail=report.detail, alone=not own.is_child)
 
 
 class _OwnRun:
@@ -386,7 +392,8 @@ class _OwnRun:
             self._run.tags({TAG: phase}, later=True)
 
     def _tags(self, config: Any) -> dict[str, Any]:
-        return {"stage": self._stage.name, **self._stage.tags(config)}
+        tags = self._stage.tags(config)
+        return {"stage": self._stage.name, **tags, **chart_tags(tags)}
 
     def _label(self, run: Run, config: Any) -> None:
         run.tags({**self._tags(config), "mlflow.runName": self._stage.title(config)})

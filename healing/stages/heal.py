@@ -211,7 +211,7 @@ class HealStage(StageDefaults):
         line = (
             f"{self.title(found.cell)}: {run_outcome(s['verdict'], s['steps'])} (rank recovery "
             f"{percent_text(s['rank_recovery_pct'])}, loss recovery "
-            f"{percent_text(s['loss_recovery_pct'])}) → {folder}"
+            f"{percent_text(s['loss_recovery_pct'])})"
         )
         # At step 0 the UI draws one number as a bar, at any other as a line of one point.
         points = [(0, numbers), *headlines(records, HEADLINES)]

@@ -126,10 +126,7 @@ class PretrainStage(StageDefaults):
             f"**{config.model}**: {training.n_params:,} parameters, {tokens:,} tokens. "
             f"Held-out perplexity **{final:.1f}** (unigram model: {outcome.unigram:.1f})."
         )
-        line = (
-            f"{config.model}: held-out perplexity {final:.1f} (unigram {outcome.unigram:.1f}) → "
-            f"{folder}"
-        )
+        line = f"{config.model}: held-out perplexity {final:.1f} (unigram {outcome.unigram:.1f})"
         numbers = {"n_params": training.n_params, "unigram_perplexity": outcome.unigram}
         return Report([(0, numbers)], {}, text, line)
 

@@ -293,7 +293,7 @@ def summarized(
             console.say(one_line(line))
         for line in _left_out(summary):
             console.say(one_line(line))
-        console.say(f"summary → {folder}")
+        console.say(f"files: {folder}")
     return summary, folder, run.run_id
 
 

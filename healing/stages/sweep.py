@@ -341,7 +341,7 @@ def sweep(config: SweepConfig, driver: Driver | None = None) -> Summary:
     driver = driver or Driver(Console(config.verbosity))
     console = driver.console
     name = f"{config.models} x {config.arms} x seeds {config.seeds}"
-    with driver.process(name, {"stage": "main"}, config.output_dir) as run:
+    with driver.process(name, {"stage": "main"}, config.output_dir, view=True) as run:
         run.params("main", as_params(config))
         require_writable(config.output_dir)
         roles = {arm: arm_role(arm) for arm in config.arm_list()}
@@ -368,8 +368,6 @@ def sweep(config: SweepConfig, driver: Driver | None = None) -> Summary:
             console.say(line)
         run.describe(_describe(config, summary, results, run.run_id, summary_id))
         run.tags({"heal_runs": len(views), "reused_runs": sum(r.reused for r in results)})
-        if link := driver.store.share_view(run.experiment_id):
-            console.say(f"in the MLflow UI: {link}")
         if failures:
             raise SweepError(failures)
     return summary

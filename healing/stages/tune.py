@@ -295,5 +295,6 @@ def tune(config: TuneConfig, driver: Driver | None = None) -> Tuned:
         with Study.opened(search.folder / "study.journal", config, search.identity) as study:
             search.run_all(study)
             found = search.store(search.healer(study), study)
-        driver.console.say(f"{healer_sentence(found.healer)} → {found.folder / HEALER_NAME}")
+        driver.console.say(healer_sentence(found.healer))
+        driver.console.say(f"files: {found.folder / HEALER_NAME}")
     return found

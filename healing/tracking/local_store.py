@@ -153,3 +153,7 @@ class LocalStore:
     def share_view(self, experiment_id: str) -> str:
         """There is no UI."""
         return ""
+
+    def page_of(self, run: Run) -> str:
+        """There is no UI."""
+        return ""

@@ -9,7 +9,6 @@ import pathlib
 import posixpath
 import re
 import tempfile
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,7 +19,6 @@ from mlflow.tracking import MlflowClient
 from mlflow.utils.rest_utils import http_request, verify_rest_response
 
 from healing.errors import TrackingError
-from healing.tracking import ui_view
 from healing.tracking.metric_history import POINTS_PER_PAGE, Point
 from healing.tracking.open_runs import DEFAULT_EXPERIMENT, PROCESS
 from healing.tracking.processes import Process
@@ -265,15 +263,6 @@ def metric_page(run_ids: Sequence[str], metric: str) -> list[Point]:
         ]
     except (MlflowException, KeyError, ValueError) as error:
         raise TrackingError(f"no bulk history of {metric}: {one_line(error)[:200]}") from error
-
-
-def share_view(experiment_id: str) -> str:
-    """Store the saved view of healing runs with the experiment; returns its path in the UI."""
-    value = ui_view.encoded(int(time.time() * 1000))
-    key = f"mlflow.sharedViewState.{ui_view.KEY}"
-    with stored(f"the saved view of experiment {experiment_id}"):
-        MlflowClient().set_experiment_tag(experiment_id, key, value)
-    return ui_view.link(experiment_id)
 
 
 def finite(value: float) -> float:

@@ -21,6 +21,7 @@ from healing.tracking.run_logger import RunLogger
 from healing.tracking.sending.left_behind import send_left
 from healing.tracking.sending.outbox import PLACE
 from healing.tracking.sending.sender import BLOCKING_SECONDS, Sender
+from healing.tracking.ui import experiment_page, links
 
 T = TypeVar("T")
 
@@ -64,7 +65,12 @@ class Store(Protocol):
         """Local path of an artifact, below ``folder`` if one is given and it has to be fetched."""
 
     def share_view(self, experiment_id: str) -> str:
-        """Store the saved view of healing runs; its link, empty where there is no UI."""
+        """Store the experiment's views and description; the first view's address, empty where
+        there is no UI.
+        """
+
+    def page_of(self, run: Run) -> str:
+        """Address of a run's page, empty where there is no UI."""
 
 
 class MlflowStore:
@@ -191,13 +197,21 @@ class MlflowStore:
         return queries.download(uri, folder)
 
     def share_view(self, experiment_id: str) -> str:
-        """As :func:`healing.tracking.queries.share_view`, as a link to a server on this machine."""
+        """As :func:`healing.tracking.ui.experiment_page.publish`, as a whole address."""
         if self._is_away or not experiment_id:
             return ""
         try:
-            return f"http://127.0.0.1:5000{queries.share_view(experiment_id)}"
+            return links.absolute(experiment_page.publish(experiment_id))
         except OutageError:
             return ""
+
+    def page_of(self, run: Run) -> str:
+        """As :func:`healing.tracking.ui.links.run_page`, as a whole address; empty while the store
+        has no page of it.
+        """
+        if self._is_away or not run.experiment_id:
+            return ""
+        return links.absolute(links.run_page(run.experiment_id, run.run_id))
 
 
 def _view(run: RunLogger) -> RunView:

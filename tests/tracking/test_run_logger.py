@@ -18,6 +18,7 @@ from mlflow.tracking import MlflowClient
 
 from healing.errors import TrackingError
 from healing.tracking import open_runs, queries
+from healing.tracking.ui import experiment_page
 
 
 def test_finished_run_with_parameters_metrics_tags_and_inputs(store):
@@ -268,8 +269,8 @@ def test_a_child_and_a_view_that_cannot_be_stored(store, monkeypatch):
             open_runs.child(parent, "c", {}),
         ):
             pass
-        with pytest.raises(TrackingError, match="the saved view of experiment 1"):
-            queries.share_view(parent.experiment_id)
+        with pytest.raises(TrackingError, match="the views of experiment 1 could not be stored"):
+            experiment_page.publish(parent.experiment_id)
 
 
 def test_marking_a_run_that_never_began_needs_no_store(store, monkeypatch):

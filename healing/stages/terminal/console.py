@@ -8,6 +8,7 @@ minute of a long one. ``quiet`` shows nothing but errors.
 from __future__ import annotations
 
 import contextlib
+import pathlib
 import sys
 import threading
 import time
@@ -232,6 +233,23 @@ class Console:
         """A line for those who asked for more."""
         if self.verbosity == "verbose":
             write_line(text)
+
+    def over(self, line: str, folder: pathlib.Path, *, detail: bool, alone: bool) -> None:
+        """What came of a run, and where its files are.
+
+        Args:
+            line: What came of it.
+            folder: Of its files.
+            detail: Whether that is only for those who asked for more.
+            alone: Whether it is all that the command does: then the files get a line of their own.
+        """
+        say = self.detail if detail else self.say
+        say(f"{line}\nfiles: {folder}" if alone else f"{line} → {folder}")
+
+    def link(self, address: str) -> None:
+        """The command's last line: where to see it; empty = nowhere."""
+        if address:
+            self.say(f"MLflow: {address}")
 
     def progress(self, title: str) -> Progress:
         """Progress of one run."""
