@@ -12,7 +12,7 @@ import time
 
 from mlflow.tracking import MlflowClient
 
-from healing.tracking.store_errors import stored
+from healing.tracking.sending.store_errors import stored
 from healing.tracking.ui import links
 from healing.tracking.ui.views import VIEWS, View, may_replace
 
