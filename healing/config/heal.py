@@ -114,7 +114,7 @@ class HealConfig(BaseConfig, SavingOptions, DryRunOptions):
     )
     arm: str = option(
         "haep",
-        "Arm of the fresh attack, where no checkpoint is given.",
+        lambda: f"Arm of the fresh attack, where no checkpoint is given. {ARMS.describe()}.",
         choices=ARMS.names,
         separates=False,
     )

@@ -56,7 +56,7 @@ class SweepConfig(TrainingOptions, DeviceOptions, CacheOptions, OutputOptions, S
     deduped: bool = option(False, f"Of every model. {DEDUPED_HELP}")
     arms: str = option(
         "haep,random_tokens,random_text",
-        lambda: f"Comma-separated arms: {', '.join(ARMS.names())}.",
+        lambda: f"Comma-separated arms. {ARMS.describe()}.",
     )
     seeds: str = option(
         AUTO,
