@@ -21,6 +21,7 @@ os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
 
 from entrypoints import _signals
+from entrypoints._help import examples, grouped
 from entrypoints._resume import resumed
 from entrypoints._stages import STAGES, EntryPoint
 from healing.config.options import AUTO, choices_of, fields_of, flag_name, help_of
@@ -33,6 +34,28 @@ TRY_LATER = 75
 """Exit code where the tracking store is away: ``EX_TEMPFAIL`` of sysexits.h."""
 RESUME = "resume_run_id"
 """Field of the stages that go on with a run that was cut."""
+
+
+class GroupedCommand(click.Command):
+    """A command whose options are shown in groups, the most used first."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """A section per group."""
+        records = {
+            str(parameter.name): record
+            for parameter in self.get_params(ctx)
+            if (record := parameter.get_help_record(ctx))
+        }
+        for title, names in grouped(records):
+            with formatter.section(title):
+                formatter.write_dl([records[name] for name in names])
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Examples, a line each."""
+        if self.epilog:
+            with formatter.section("Examples"):
+                for line in self.epilog.splitlines():
+                    formatter.write(f"  {line}\n")
 
 
 class NumberOrAuto(click.ParamType):
@@ -85,7 +108,7 @@ def command(name: str) -> click.Command:
     """The click command of one entry point, made from its configuration class."""
     entry = STAGES[name]
 
-    @click.command(name=name, help=entry.help)
+    @click.command(name=name, cls=GroupedCommand, help=entry.help, epilog=examples(name))
     @options_of(entry.config)
     def run(**values: Any) -> None:
         run_stage(name, entry, values)
@@ -135,6 +158,10 @@ def fail(reason: str, code: int = 1) -> NoReturn:
 
 def _run(name: str, stage: Callable[..., Any], config: Any, stop: Stop) -> None:
     """The stage with a driver that can be stopped and goes on, where it takes one."""
+    from healing.stages.terminal.downloads import downloads
+
+    for line in downloads(config):
+        Console(config.verbosity).say(line)
     if "driver" not in inspect.signature(stage).parameters:
         stage(config)
         return

@@ -14,9 +14,11 @@ from healing.stages.terminal.console import Console
 from healing.stages.terminal.lines import write_line
 from healing.tracking.output_folder import output_folder
 
+HELP = "Send to the tracking store what runs could not send while it was away."
+
 
 @click.command(name="sync")
-@click.argument("folders", nargs=-1, metavar="FOLDER...")
+@click.argument("folders", nargs=-1, metavar="[FOLDER]...")
 def main(folders: tuple[str, ...]) -> None:
     """Send to the tracking store what runs could not send while it was away.
 

@@ -117,7 +117,7 @@ class HealConfig(BaseConfig, SavingOptions, TextLoggingOptions, DryRunOptions):
     )
     arm: str = option(
         "haep",
-        "Arm of the fresh attack, where no checkpoint is given.",
+        lambda: f"Arm of the fresh attack, where no checkpoint is given. {ARMS.describe()}.",
         choices=ARMS.names,
         separates=False,
     )

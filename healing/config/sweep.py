@@ -61,7 +61,7 @@ class SweepConfig(
     deduped: bool = option(False, f"Of every model. {DEDUPED_HELP}")
     arms: str = option(
         "haep,random_tokens,random_text",
-        lambda: f"Comma-separated arms: {', '.join(ARMS.names())}.",
+        lambda: f"Comma-separated arms. {ARMS.describe()}.",
     )
     seeds: str = option(
         AUTO,

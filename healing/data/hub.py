@@ -245,6 +245,25 @@ def has_weights(repo: str, revision: str) -> bool:
     return all((small.folder / name).is_file() for name in _weight_files(repo, revision, small))
 
 
+def bytes_to_fetch(repo: str, revision: str) -> int | None:
+    """Bytes of a model's weights that are not in the cache; ``None`` where the Hub tells no sizes.
+
+    Raises:
+        ModelError: Its small files cannot be had.
+    """
+    small = small_files(repo, revision)
+    names = _weight_files(repo, revision, small)
+    missing = {name for name in names if not (small.folder / name).is_file()}
+    if not missing:
+        return 0
+    try:
+        tree = huggingface_hub.get_cached_repo_tree(repo, revision=small.commit)
+    except CachedRepoTreeNotFoundError:
+        return None
+    sizes = [getattr(entry, "size", None) for entry in tree if entry.path in missing]
+    return None if None in sizes else sum(filter(None, sizes))
+
+
 def snapshot(repo: str, revision: str) -> Snapshot:
     """Configuration, tokenizer and weights of a model (safetensors where there are any).
 

@@ -99,6 +99,19 @@ def weights_are_here(name: str, revision: str = "", deduped: bool = False) -> bo
     return hub.has_weights(source_of(name, deduped), revision or MAIN)
 
 
+def bytes_to_fetch(name: str, revision: str = "", deduped: bool = False) -> int | None:
+    """Bytes of a model's weights that loading it would download; ``None`` = some, but the Hub does
+    not say how many.
+
+    Raises:
+        ConfigError: Unknown model.
+        ModelError: The Hub has no such model or revision, or cannot be reached.
+    """
+    if model_kind(name) in (EMBEDDED, FOLDER):
+        return 0
+    return hub.bytes_to_fetch(source_of(name, deduped), revision or MAIN)
+
+
 def _on_the_hub(repo: str, revision: str, weights: bool) -> Location:
     found = (hub.snapshot if weights else hub.small_files)(repo, revision or MAIN)
     return Location(found.folder, repo, found.commit)

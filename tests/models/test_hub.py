@@ -225,6 +225,15 @@ def test_whether_weights_are_here_is_found_out_without_them(hub, tmp_path):
     (again,) = client(hub, tmp_path, here, early=early, HF_HUB_OFFLINE="1")
     assert again["here"]
     assert [r.path for r in hub.requests] == before
+    # What is said before a download: bytes of the weights alone, as the server tells them.
+    parts = {k: len(v) for k, v in sharded_files(*SHARDS).items() if k.endswith(".safetensors")}
+    count = "{'bytes': bytes_to_fetch('own/parts')}"
+    early = "from healing.models.model_files import bytes_to_fetch, weights_are_here"
+    said = client(hub, tmp_path / "said", count, f"[{half}] and {count}", early=early)
+    assert [f["bytes"] for f in said] == [sum(parts.values()), parts[SHARDS[1]]]
+    (none,) = client(hub, tmp_path, count, early=early)
+    assert none["bytes"] == 0
+    before = [r.path for r in hub.requests]
     (absent,) = client(hub, tmp_path / "empty", here, early=early)
     assert absent["here"] is False
     assert not [r for r in hub.requests[len(before) :] if r.path.endswith(".safetensors")]

@@ -191,7 +191,7 @@ RUNS = View(
         ),
         _charts(
             "runs",
-            "Learning rate and steps, where runs differ in both",
+            "Learning rate and steps",
             TALL,
             lambda where: contour(where, ("heal.healing_lr", "heal.healing_steps"), RANK),
             columns=1,
