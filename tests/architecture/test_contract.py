@@ -224,7 +224,8 @@ def project() -> dict:
 
 def test_every_stage_is_an_entry_point():
     assert set(project()["entry_points"]) == set(STAGES)
-    assert {p.stem for p in (ROOT / "entrypoints").glob("[a-z]*.py")} == set(STAGES)
+    # Looking at runs computes nothing: ui is a command, not an entry point of MLflow's.
+    assert {p.stem for p in (ROOT / "entrypoints").glob("[a-z]*.py")} == {*STAGES, "ui"}
 
 
 @pytest.mark.parametrize("stage", STAGES)
