@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import pathlib
 import re
 import sys
 import threading
@@ -222,3 +223,18 @@ def test_texts_fit():
     assert shortened(title, 21) == "attack Smo…aep seed 0"
     assert cut(title, 7) == "attack…"
     assert cut(title, 100) == title
+
+
+@pytest.mark.parametrize("detail", [True, False])
+def test_a_command_ends_in_verdict_files_and_link(capsys, detail):
+    shown = Console("normal")
+    shown.over("healed", pathlib.Path("results/a"), detail=detail, alone=True)
+    shown.link("http://host/#/x")
+    shown.link("")  # nothing is tracked
+    assert capsys.readouterr().out.splitlines() == [
+        "healed",
+        "files: results/a",
+        "MLflow: http://host/#/x",
+    ]
+    shown.over("healed", pathlib.Path("results/a"), detail=detail, alone=False)
+    assert capsys.readouterr().out == ("" if detail else "healed → results/a\n")

@@ -20,6 +20,7 @@ from mlflow.entities import Metric, Param, RunTag
 from mlflow.tracking import MlflowClient
 
 from healing.config.arm_tags import arm_tags, chart_tags
+from healing.measurements.recovery import verdict_of
 from healing.tracking.ui import experiment_page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), "")
@@ -93,7 +94,8 @@ def make_runs(experiment: str) -> tuple[str, list[str]]:
                     tags = {"stage": stage, "model": model, "arm": arm, **arm_tags(arm)}
                     tags |= chart_tags(tags) | {"mlflow.parentRunId": parent.info.run_id}
                     if stage == "heal":
-                        tags |= {"verdict": "recovered", "status": "ok"}
+                        ended = heal_metrics(model, arm, seed, STEPS[-1])["rank_recovery_pct"]
+                        tags |= {"verdict": verdict_of(ended), "status": "ok"}
                     params = {"model": model, "arm": arm, "seed": seed, "n_params": size}
                     params |= {"heal.healing_lr": 1e-3 * (1 + seed), "heal.healing_steps": 60}
                     points = [

@@ -240,10 +240,10 @@ class Console:
         Args:
             line: What came of it.
             folder: Of its files.
-            detail: Whether that is only for those who asked for more.
+            detail: Whether that is only for those who asked for more, beside other runs.
             alone: Whether it is all that the command does: then the files get a line of their own.
         """
-        say = self.detail if detail else self.say
+        say = self.detail if detail and not alone else self.say
         say(f"{line}\nfiles: {folder}" if alone else f"{line} → {folder}")
 
     def link(self, address: str) -> None:
