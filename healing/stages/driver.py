@@ -223,7 +223,7 @@ class Driver:
             if text not in told:
                 told.add(text)
                 self.console.say(text)
-            progress.enter(text)
+            progress.enter("waiting for another run")
 
         with contextlib.ExitStack() as ending:
             with writing(folder):

@@ -154,7 +154,7 @@ def test_mlflow_holds_the_same_as_the_local_folder(store, checkpoint):
     assert run.data.params["model"] == "nano"
     assert {i.dataset.name for i in run.inputs.dataset_inputs} == {"stdlib-train", "stdlib-probe"}
     assert run.data.tags["attack_run_id"]
-    assert "rank recovery" in run.data.tags["mlflow.note.content"]
+    assert "Rank recovery **" in run.data.tags["mlflow.note.content"]
 
 
 def without_times(folder: pathlib.Path) -> list[dict]:
@@ -685,6 +685,7 @@ def test_summary_of_a_query_with_a_failed_run(store, checkpoint):
     figures = ("mean_recovery", "final_recovery", "half_recovery", "recovery_against_parameters")
     assert names == {
         "summary.json", "summary.csv", "summary.md", "report.html", "budgets.csv", "measures.csv",
+        "overview.png",
         *(f"figures/{f}.{kind}" for f in figures for kind in ("png", "pdf")),
         "paper/recovery_table.tex", "paper/recovery_macros.tex", "paper/fig_recovery.pdf",
         "paper/fig_recovery.png", "paper/addressing_irreversibility.tex",
