@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
+from healing.errors import TrackingError
 from healing.tracking import queries, run_logger
 from healing.tracking.queries import RunView
 from healing.tracking.run import Run
@@ -91,8 +92,14 @@ class MlflowStore:
         return queries.download(uri, folder)
 
     def share_view(self, experiment_id: str) -> str:
-        """As :func:`healing.tracking.ui.experiment_page.publish`, as a whole address."""
-        return links.absolute(experiment_page.publish(experiment_id))
+        """As :func:`healing.tracking.ui.experiment_page.publish`, as a whole address; of all runs,
+        where the store does not take the views: they are worth no run's failure.
+        """
+        try:
+            page = experiment_page.publish(experiment_id)
+        except TrackingError:
+            page = links.runs_page(experiment_id)
+        return links.absolute(page)
 
     def page_of(self, run: Run) -> str:
         """As :func:`healing.tracking.ui.links.run_page`, as a whole address."""
