@@ -80,7 +80,8 @@ def test_the_first_page_shows_runs_and_the_endpoint(page, served):
     assert 0 < rank["top"] < rank["bottom"] < 900  # the first screen, not scrolled
     assert rank["width"] > 350  # two columns beside the table
     assert page.evaluate(INK, CARD) >= 2 * (len(ARMS) - 1)  # drawn, not only known
-    assert page.locator("text=Traces").count() <= 1  # in the side bar alone: not the other mode
+    assert "workflowType=machine_learning" in page.url
+    assert page.get_by_text("Latency").count() == 0  # what the other mode shows
 
 
 def test_recovery_draws_the_mean_of_every_group(page, served):
