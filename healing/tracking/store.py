@@ -13,13 +13,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypeVar
 
-<<<<<<< HEAD
-from healing.errors import OutageError
+from healing.errors import OutageError, TrackingError
 from healing.tracking import open_runs, queries
-=======
-from healing.errors import TrackingError
-from healing.tracking import queries, run_logger
->>>>>>> views
 from healing.tracking.queries import RunView
 from healing.tracking.run import Run
 from healing.tracking.run_logger import RunLogger
@@ -202,24 +197,17 @@ class MlflowStore:
         return queries.download(uri, folder)
 
     def share_view(self, experiment_id: str) -> str:
-<<<<<<< HEAD
-        """As :func:`healing.tracking.ui.experiment_page.publish`, as a whole address."""
+        """As :func:`healing.tracking.ui.experiment_page.publish`, as a whole address; of all runs,
+        where the store does not take the views: they are worth no run's failure. Empty while it is
+        away.
+        """
         if self._is_away or not experiment_id:
             return ""
-        try:
-            return links.absolute(experiment_page.publish(experiment_id))
-        except OutageError:
-            return ""
-=======
-        """As :func:`healing.tracking.ui.experiment_page.publish`, as a whole address; of all runs,
-        where the store does not take the views: they are worth no run's failure.
-        """
         try:
             page = experiment_page.publish(experiment_id)
         except TrackingError:
             page = links.runs_page(experiment_id)
         return links.absolute(page)
->>>>>>> views
 
     def page_of(self, run: Run) -> str:
         """As :func:`healing.tracking.ui.links.run_page`, as a whole address; empty while the store

@@ -23,12 +23,8 @@ from healing.measurements.probe import Measurement
 from healing.measurements.recovery import Damage, State
 from healing.measurements.spectrum import Spectrum
 from healing.registry import ARMS
-<<<<<<< HEAD
 from healing.tracking import open_runs
-=======
-from healing.tracking import run_logger
 from healing.tracking.store import MlflowStore
->>>>>>> views
 from healing.tracking.ui import experiment_page, links, views
 from healing.tracking.ui.views import VIEWS
 from healing.training.healing_loop import HealRecord
@@ -235,10 +231,7 @@ def test_a_command_leaves_them(store):
     with Driver(Console("quiet")).process("p", {"stage": "heal"}) as run:
         during = tags_of(run.experiment_id)  # a first long run can be watched
     assert "mlflow.sharedViewState.recovery" in during
-<<<<<<< HEAD
     assert MlflowClient().get_experiment(run.experiment_id).name == open_runs.DEFAULT_EXPERIMENT
-=======
-    assert MlflowClient().get_experiment(run.experiment_id).name == run_logger.DEFAULT_EXPERIMENT
 
 
 def test_a_store_that_refuses_views_loses_no_run(experiment, monkeypatch):
@@ -251,4 +244,3 @@ def test_a_store_that_refuses_views_loses_no_run(experiment, monkeypatch):
     address = MlflowStore().share_view(experiment)
     assert links.runs_page(experiment) in address
     assert "viewStateShareKey" not in address
->>>>>>> views
