@@ -45,7 +45,7 @@ def test_the_list_has_every_entry_point_with_one_clause():
     result = invoke()
     assert result.exit_code == 0
     listed = re.findall(r"^  (\w+) {2,}\S", result.output.partition("Commands:")[2], re.MULTILINE)
-    assert listed == [*STAGES, "ui"]
+    assert listed == [*STAGES, "ui", "sync"]
     files = {p.stem for p in (ROOT / "entrypoints").glob("[a-z]*.py")}
     assert set(listed) == files
     for name in listed:

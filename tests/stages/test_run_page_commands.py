@@ -6,7 +6,6 @@ import importlib
 import pathlib
 import re
 
-import mlflow
 import pytest
 from click.testing import CliRunner
 from mlflow.tracking import MlflowClient
@@ -98,7 +97,7 @@ def test_pictures_and_text_are_stored_and_change_no_number(store):
     }
     assert pictures == {0, 4}
     assert client.list_artifacts(plain.info.run_id, "images") == []
-    table = mlflow.load_table("text.json", run_ids=[shown.info.run_id])
+    table = client.load_table(shown.info.experiment_id, "text.json", [shown.info.run_id])
     assert list(table) == ["opening", "the text goes on", "healthy", "collapsed", "healed"]
     assert len(table) == 4
     assert set(table["healthy"]).isdisjoint(table["collapsed"])
