@@ -94,7 +94,7 @@ class Messenger:
         self.joined: dict[str, tuple[dict[str, str], dict[str, str]]] = {}
         self._experiments: dict[str, str] = {}
         self._of: dict[str, str] = {}
-        self._client = MlflowClient()
+        self._made: MlflowClient | None = None
 
     def __call__(self, request: Request, file: pathlib.Path | None, *, again: bool) -> None:
         """Carry one out.
@@ -108,6 +108,9 @@ class Messenger:
             TrackingError: The store refuses it.
             OutageError: The store is away.
         """
+        if self._made is None:  # which makes the tables of a new database
+            with stored("the first request"), _one_at_a_time():
+                self._made = MlflowClient()
         run, content = self.run_id(request.run), request.content
         restore = f"runs restore --run-id {run}"
         if file is not None and not file.is_file():
@@ -144,6 +147,11 @@ class Messenger:
         elif request.kind == END:
             with stored(f"the end of run {run}", restore):
                 self._client.set_terminated(run, content["status"], content["time"])
+
+    @property
+    def _client(self) -> MlflowClient:
+        assert self._made is not None, "made before the first request"
+        return self._made
 
     def run_id(self, run: str) -> str:
         """The store's id of a run."""
