@@ -29,7 +29,7 @@ from healing.tracking.run import Run as OpenRun
 from healing.tracking.run_logger import RunLogger, now_ms
 from healing.tracking.sending.outbox import Outbox, Request
 from healing.tracking.sending.requests import CREATE, JOIN, Messenger, create
-from healing.tracking.sending.sender import Sender
+from healing.tracking.sending.sender import BLOCKING_SECONDS, Sender
 from healing.tracking.sending.store_errors import UNREACHED, deleted, one_line, restore_experiment
 
 DEFAULT_EXPERIMENT = "llm-healing"
@@ -243,7 +243,7 @@ def child(
     request = create(
         local, parent.experiment, name, texts, now_ms() if start_ms is None else start_ms
     )
-    sender.put(request)
+    sender.put(request, patience=BLOCKING_SECONDS)
     run_id = sender.run_id(local)
     logger = RunLogger(run_id, parent.experiment, sender, name, texts, is_local=run_id == local)
     with _ended(logger, end_ms):

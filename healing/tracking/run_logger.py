@@ -28,7 +28,7 @@ from healing.tracking.sending.requests import (
     TABLE,
     batch,
 )
-from healing.tracking.sending.sender import UNLIMITED, Sender
+from healing.tracking.sending.sender import BLOCKING_SECONDS, UNLIMITED, Sender
 from healing.tracking.sending.store_errors import one_line
 
 FLUSH_SECONDS = 2.0
@@ -104,7 +104,7 @@ class RunLogger:
         """The last word on it."""
         self.told.status = status
         content = {"status": status, "time": now_ms() if end_ms is None else end_ms}
-        self.sender.put(Request(self.run_id, END, content))
+        self.sender.put(Request(self.run_id, END, content), patience=BLOCKING_SECONDS)
 
     def _batch(self, what: str, **content: Any) -> None:
         self.sender.put(batch(self.run_id, what, **content))

@@ -20,10 +20,12 @@ from healing.tracking.run import Run
 from healing.tracking.run_logger import RunLogger
 from healing.tracking.sending.left_behind import send_left
 from healing.tracking.sending.outbox import PLACE
-from healing.tracking.sending.sender import BLOCKING_SECONDS, Sender
+from healing.tracking.sending.sender import Sender
 from healing.tracking.ui import experiment_page, links
 
 T = TypeVar("T")
+READING_SECONDS = 30.0
+"""That a lookup between two computations waits for an answer: doing a cell again takes longer."""
 
 
 class Store(Protocol):
@@ -127,9 +129,8 @@ class MlflowStore:
             yield run
 
     def _ask(self, question: Callable[[], T], otherwise: Callable[[OutageError], T]) -> T:
-        """Ask the store, or answer from what this process told it while it is away.
-
-        Nothing is computed meanwhile, so that a store which gives no answer is not waited for.
+        """Ask the store, or answer from what this process told it while it is away, or gives no
+        answer for :data:`READING_SECONDS`.
         """
         gone = self._sender.away if self._sender is not None else None
         if not self._is_away:
@@ -137,7 +138,7 @@ class MlflowStore:
             pool = concurrent.futures.ThreadPoolExecutor(1)
             try:
                 return pool.submit(question).result(
-                    BLOCKING_SECONDS if self._sender is not None and self._sender.keeps else None
+                    READING_SECONDS if self._sender is not None and self._sender.keeps else None
                 )
             except OutageError as error:
                 gone = error

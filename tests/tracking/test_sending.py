@@ -91,6 +91,28 @@ def test_a_store_without_answers_is_waited_for_so_long_in_all(monkeypatch) -> No
     assert not sender.is_away
 
 
+def test_a_store_that_answers_slowly_is_there(monkeypatch) -> None:
+    """Nobody waits amid a computation any more; ids and lookups stay the store's."""
+    monkeypatch.setattr(sending, "BLOCKING_SECONDS", 1.0)
+    monkeypatch.setattr(sending, "QUICK_SECONDS", 0.1)
+
+    class Slow(Store):
+        def __call__(self, request, file, *, again) -> None:
+            time.sleep(0.4)
+            super().__call__(request, file, again=again)
+
+    store = Slow()
+    sender = Sender(store)
+    began = time.monotonic()
+    for n in range(6):
+        sender.put(request(n))
+        assert not sender.is_away
+    assert time.monotonic() - began < 2.0, "six answers take 2.4 s"
+    assert sender.put(request(6), patience=10.0)
+    assert numbers(store) == list(range(7))
+    sender.close(10.0)
+
+
 def test_a_refusal_is_raised_once_where_the_run_is_spoken_of() -> None:
     store = Store()
     store.refuses = {1, 3}

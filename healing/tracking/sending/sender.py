@@ -86,7 +86,8 @@ class Sender:
         self._changed = threading.Condition()
         self._away: OutageError | None = None
         self._unheard: dict[str, TrackingError] = {}
-        self._answered = self._closed = self._late = False
+        self._answered = self._closed = False
+        self._asked: float | None = None
         self._scratch: pathlib.Path | None = None
         self._broken: BaseException | None = None
         self._left = BLOCKING_SECONDS
@@ -100,8 +101,12 @@ class Sender:
 
     @property
     def is_away(self) -> bool:
-        """Whether nothing is to be asked of the store now."""
-        return self._away is not None or self._late
+        """Whether nothing is to be asked of the store now: it failed last, or has not answered for
+        :data:`BLOCKING_SECONDS`. One that answers slowly is there.
+        """
+        asked = self._asked
+        hangs = asked is not None and self._clock() - asked > BLOCKING_SECONDS
+        return self._away is not None or hangs
 
     @property
     def keeps(self) -> bool:
@@ -145,7 +150,8 @@ class Sender:
             request: What to do.
             file: Of an artifact; kept as it is now, should it have to wait.
             patience: Seconds to wait for the answer of a store that is not known to be away;
-                ``None`` = what is left of :data:`BLOCKING_SECONDS`.
+                ``None`` = what is left of :data:`BLOCKING_SECONDS`, as in the middle of a
+                computation.
 
         Returns:
             Whether it is over; else it waits its turn.
@@ -229,8 +235,6 @@ class Sender:
             if patience is None and spent > QUICK_SECONDS:
                 self._left = max(0.0, self._left - spent)
             waiting.awaited = waiting.over.is_set()
-            if not waiting.awaited and self._away is None:
-                self._late = True  # no answer is no error yet: nobody waits until there is one
 
     def settle(self, patience: float = BLOCKING_SECONDS) -> None:
         """Wait until everything arrived, the store is away, or an answer takes too long; files are
@@ -350,6 +354,8 @@ class Sender:
         file = waiting.file
         if waiting.kept and self._outbox is not None and file is not None:
             file = self._outbox.kept_file(waiting.number, file)
+        if file is None:  # a file takes its time
+            self._asked = self._clock()
         try:
             self._carry_out(waiting.request, file, again=again)
         except OutageError as error:
@@ -357,6 +363,8 @@ class Sender:
             return TrackingError(str(error)) if error.denied and not self._answered else error
         except TrackingError as error:
             return error
+        finally:
+            self._asked = None
         self._answered = True
         return None
 
@@ -370,4 +378,4 @@ class Sender:
     def _back(self) -> None:
         if self._away is not None:
             self._say(f"the tracking store is back; {len(self._queue)} request(s) are being sent")
-        self._away, self._late = None, False
+        self._away = None
