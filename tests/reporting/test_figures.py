@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib import colors
-from matplotlib.figure import Figure
 
 from healing.registry import ARMS
 from healing.reporting.plots import groups as figures
@@ -41,19 +40,6 @@ def draw(name: str, path, summary) -> None:
         figures.mean_recovery(path, summary.groups, COLUMN)
     else:
         DRAW[name][0](path, summary.groups)
-
-
-@pytest.fixture
-def kept(monkeypatch):
-    """Figures for inspection, as they are made."""
-    found = []
-
-    def made(**settings):
-        found.append(Figure(**settings))
-        return found[-1]
-
-    monkeypatch.setattr(style, "Figure", made)
-    return found
 
 
 @pytest.mark.slow

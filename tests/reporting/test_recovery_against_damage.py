@@ -7,12 +7,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 
 from healing.reporting.damage_regression import LIMITS, damage_sentence, damage_sentences
 from healing.reporting.markdown import markdown
 from healing.reporting.plain_data import as_json
-from healing.reporting.plots import style
 from healing.reporting.plots.damage import recovery_against_damage
 from healing.reporting.plots.style import arm_style
 from tests.statistics.test_damage_regression import fitted, runs_of
@@ -73,19 +71,6 @@ def runs_of_summary():
         replace(r, trajectory=path, final={**r.final, "loss_recovery_pct": 50.0})
         for r in runs_of(np.random.default_rng(2))
     ]
-
-
-@pytest.fixture
-def kept(monkeypatch):
-    """Figures for inspection, as they are made."""
-    found = []
-
-    def made(**settings):
-        found.append(Figure(**settings))
-        return found[-1]
-
-    monkeypatch.setattr(style, "Figure", made)
-    return found
 
 
 def test_the_figure_shows_every_checkpoint_in_its_arms_style(tmp_path, kept) -> None:
