@@ -51,6 +51,13 @@ def one_thread() -> None:
 
 
 @pytest.fixture(autouse=True)
+def no_experiment_of_another_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``mlflow.set_experiment`` leaves its experiment in the environment: processes inherit it."""
+    for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(autouse=True)
 def little_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """A store that is away does not come back in most tests: those of outages wait for it."""
     monkeypatch.setattr(sender, "PATIENCE", 0.5)
@@ -77,8 +84,6 @@ def store(
     """An empty SQLite tracking store, with the working directory beside it."""
     monkeypatch.chdir(tmp_path)
     shutil.copy(empty_database, tmp_path / "mlflow.db")
-    for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
-        monkeypatch.delenv(name, raising=False)  # set_experiment() leaves one behind
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     mlflow.set_tracking_uri(uri)

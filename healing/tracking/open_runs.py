@@ -182,6 +182,11 @@ def _opened(
         sender.forget()
         if "is deleted in" in str(error):
             raise _deleted(request, place) from error
+        if "id" in place and f"No Experiment with id={place['id']} exists" in str(error):
+            raise TrackingError(
+                f"MLFLOW_EXPERIMENT_ID is {place['id']}, which {uri} does not have (another "
+                "store's?): unset it, or set it to one of `mlflow experiments search`"
+            ) from error
         raise type(error)(
             f"MLflow store {uri} cannot be used ({one_line(error)[:300]}): check "
             "MLFLOW_TRACKING_URI"

@@ -105,6 +105,18 @@ def test_a_run_into_a_deleted_experiment(gone, monkeypatch, variable):
     check_and_mend(start, gone, "MLFLOW_EXPERIMENT_NAME")
 
 
+def test_an_experiment_id_of_another_store(store, monkeypatch):
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "41")
+
+    def start() -> None:
+        with open_runs.start("a run", {}):
+            pass
+
+    message = told(start)
+    assert message.startswith(f"MLFLOW_EXPERIMENT_ID is 41, which {mlflow.get_tracking_uri()} does")
+    assert "unset it" in message
+
+
 def test_start_in_a_deleted_experiment(gone):
     check_and_mend(a_start_in, gone, "to another")
     assert mlflow.active_run() is None
