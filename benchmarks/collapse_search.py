@@ -2,7 +2,8 @@
 
     python -m benchmarks.collapse_search --model FOLDER --corpus FILE [--arms haep,random_tokens]
         [--rates 1e-3,3e-3] [--seeds 100] [--steps 100] [--healing-rates 3e-4,1e-3]
-        [--healing-steps 500] [--jobs 4] [--minutes 10] [--out FILE.jsonl]
+        [--healing-steps 500] [--healing '{"healing_decay": "linear"}'] [--attack-interval 1]
+        [--no-sham] [--jobs 4] [--minutes 10] [--out FILE.jsonl]
 
 A search, for choosing: seeds from 100 up, which no statistic of findings uses. The project's own
 cells, in processes side by side; nothing is tracked. One JSON line per attack and per healing run,
@@ -149,7 +150,11 @@ def tasks(options: argparse.Namespace, model: str) -> Iterable[Task]:
     """Arms × rates × seeds; the sham once per seed, first."""
     deadline = time.time() + 60 * options.minutes
     healing = tuple(
-        {"healing_lr": float(rate), "healing_steps": options.healing_steps}
+        {
+            "healing_lr": float(rate),
+            "healing_steps": options.healing_steps,
+            **json.loads(options.healing),
+        }
         for rate in _listed(options.healing_rates)
     )
     shared = {
@@ -159,9 +164,10 @@ def tasks(options: argparse.Namespace, model: str) -> Iterable[Task]:
         "threads": options.threads,
         "attack_steps": options.steps,
         "rayleigh_draws": 0,
+        "measurement_interval": options.attack_interval,
     }
     for seed in map(int, _listed(options.seeds)):
-        if healing:
+        if healing and options.sham:
             attack = AttackConfig(arm="none", seed=seed, **shared)
             yield Task(attack, healing, deadline)
         for arm in _listed(options.arms):
@@ -180,6 +186,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--healing-rates", default="")
     parser.add_argument("--healing-steps", type=int, default=500)
+    parser.add_argument("--healing", default="{}", help="Settings of every healing run, JSON.")
+    parser.add_argument("--attack-interval", type=int, default=10)
+    parser.add_argument("--sham", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="auto")
