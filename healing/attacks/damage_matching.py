@@ -113,8 +113,7 @@ class _Trials:
             self._as_before(strength)
             return
         with during("measuring a strength"):
-            self.place(strength)
-            measurement = self.probe.measure(self.loaded.model)
+            measurement = self._measured(strength)
             self.tried.append((strength, measurement))
             tried = (*self.before, *self.tried)
             step = len(tried)
@@ -128,6 +127,10 @@ class _Trials:
         yield AttackRecord(step, measurement, StepOutcome(), moved, numbers)
         state = {"reference": self.reference, "tried": tried}
         yield Safe(step, state=lambda: state, parts=lambda: step)
+
+    def _measured(self, strength: float) -> Measurement:
+        self.place(strength)
+        return self.probe.measure(self.loaded.model)
 
     def _as_before(self, strength: float) -> None:
         """Take a strength as an earlier process measured it."""

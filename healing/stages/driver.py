@@ -204,12 +204,10 @@ class Driver:
                     self.console.say,
                     lambda: heard.times.within("saving the state"),
                 )
-                outcome, records = self._compute(
-                    begin, events, kept, journal, heard, keeper, folder
-                )
+                outcome, records = self._compute(begin, events, kept, journal, heard, keeper)
                 heard.computed = True
                 progress.enter("files and figures")
-                with writing(folder):
+                with writing(folder, begin.disk):
                     report = stage.store(outcome, records, folder, run.run_id)
                 del outcome
                 self._finish(stage, report, own, run, folder, heard)
@@ -268,14 +266,14 @@ class Driver:
         journal: Journal,
         heard: Heard,
         keeper: Keeper,
-        folder: pathlib.Path,
     ) -> tuple[R, list[Record]]:
         """Run a cell to its end; every record is on disk before it is logged."""
         shown = heard.shown
         records: list[Record] = []
         for record in kept.records if kept else ():
             records.append(record)
-            journal.record(record.step, record.metrics)
+            with writing(keeper.folder):
+                journal.record(record.step, record.metrics)
         shown.begin(begin.total, begin.unit)
         if kept:
             shown.step(kept.step)
@@ -289,10 +287,10 @@ class Driver:
             answer = None
             if isinstance(event, Record):
                 records.append(event)
-                with heard.times.within("logging"), writing(folder):
+                with heard.times.within("logging"), writing(keeper.folder):
                     journal.record(event.step, event.metrics)
                     if event.write is not None:
-                        event.write(folder)
+                        event.write(keeper.folder)
                 shown.step(event.step, event.note)
             elif isinstance(event, Safe):
                 shown.step(event.done, event.note)

@@ -23,8 +23,10 @@ from dataclasses import dataclass, field, replace
 from typing import IO, Any, Protocol, cast
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from healing.progress import Safe
+from healing.tracking.output_folder import with_room
 
 _READING = threading.Lock()
 _UNREADABLE = (OSError, RuntimeError, pickle.UnpicklingError, ValueError, TypeError, AttributeError)
@@ -169,17 +171,19 @@ class FileSnapshots:
     def save(self, folder: pathlib.Path, kept: Kept) -> None:
         """Write it whole: file, disk, name, folder."""
         place = self.place(folder)
-        place.mkdir(parents=True, exist_ok=True)
         partial = place / "partial"
         try:
+            place.mkdir(parents=True, exist_ok=True)
             with partial.open("wb") as stream:
                 hashed = _Hashing(stream)
                 torch.save(kept, cast("IO[bytes]", hashed))
                 stream.flush()
                 os.fsync(stream.fileno())
             partial.replace(place / f"{self._next(place):09d}-{hashed.digest()}.pt")
-        except RuntimeError as error:  # what torch makes of a disk that is full
-            raise OSError(str(error).partition("\n")[0]) from error
+        except (OSError, RuntimeError) as error:  # the second is what torch makes of a full disk
+            needed = sum(x.nbytes for x in tree_leaves(kept.state) if isinstance(x, torch.Tensor))
+            reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+            raise OSError(f"{place}: {with_room(reason, place, needed)}") from error
         finally:
             partial.unlink(missing_ok=True)
         sync_folder(place)
@@ -219,7 +223,7 @@ class Keeper:
         say: Callable[[str], None],
         timed: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> None:
-        self._snapshots, self._folder, self._about = snapshots, folder, about
+        self._snapshots, self.folder, self._about = snapshots, folder, about
         self._due, self._say, self._timed = due, say, timed
         self._point: Safe | None = None
         self._records: list[Any] = []
@@ -269,7 +273,7 @@ class Keeper:
         kept = replace(self._about, state=point.state(), records=plain, step=point.done)
         try:
             with self._timed():
-                self._snapshots.save(self._folder, kept)
+                self._snapshots.save(self.folder, kept)
         except OSError as error:
             where = f"at step {point.done}" if point.done else "of the preparation"
             self._say(f"warning: the state {where} was not kept: {error}")
