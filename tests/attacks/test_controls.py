@@ -430,7 +430,8 @@ def test_a_match_of_rank_and_loss_goes_on_after_any_strength_and_tries_none_agai
     readout = [r.step for r in whole if "readout_scale" in r.diagnostics]
     assert len(readout) > 1
     assert readout[0] > 2, "both searches have more than one strength"
-    for number in range(1, len(whole)):
+    # After the first strength, about the change from one search to the other, and after the last.
+    for number in sorted({1, readout[0] - 1, readout[0], len(whole) - 1}):
         before, kept, first = run(points=number)
         after, again, second = run(kept)
         assert [r.metrics() for r in before + after] == [

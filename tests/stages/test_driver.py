@@ -413,3 +413,43 @@ def test_a_stop_does_not_end_what_has_computed_everything(tmp_path):
     stage.store = lambda *given: (stop.set(), keep(*given))[1]
     done = run(driver(stop=stop), stage, Config(str(tmp_path)))
     assert done.report.result == 21
+
+
+class Slow(Toy):
+    """Its steps say what they measure, which is where a stop may be heard of."""
+
+    def __init__(self, at, ticks: int) -> None:
+        super().__init__(at)
+        self.said = at
+        self.at = self.measured
+        self.ticks = ticks
+
+    def measured(self, point: str) -> None:
+        self.said(point)
+        if point.isdecimal():
+            for _ in phase("measurement", range(self.ticks), self.ticks):
+                pass
+
+
+@pytest.mark.parametrize(("seconds", "kept"), [(1.0, 3), (5.0, 2)])
+def test_a_step_that_is_being_measured_is_finished_and_kept_if_it_takes_a_moment(
+    tmp_path, seconds, kept
+) -> None:
+    """The clock goes on by ``seconds`` with every item of the third step's measurement."""
+    moments, stop, snapshots = [0.0], Stop(), Memory()
+
+    def at(point: str) -> None:
+        if point == "3":
+            stop.set()
+
+    def clock() -> float:
+        moments[0] += seconds / 2 if stop.is_set() else 0.0
+        return moments[0]
+
+    stage = Slow(at, 2)
+    d = Driver(Console("quiet"), LocalStore(), stop=stop, snapshots=snapshots, clock=clock)
+    with pytest.raises(Stopped):
+        run(d, stage, Config(str(tmp_path)))
+    assert stage.computed == [1, 2, 3]
+    found = [state.step for state in snapshots.kept.values()]
+    assert found == ([3] if kept == 3 else [])

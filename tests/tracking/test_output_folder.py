@@ -154,7 +154,7 @@ def test_a_json_file_that_does_not_fit_leaves_the_earlier_one_whole(tmp_path):
     path = write_json(tmp_path / "a.json", {"x": 1})
     with (
         files_end_at(100),
-        pytest.raises(OutputError, match="File too large; .* are free"),
+        pytest.raises(OutputError, match=r"File too large; .* are free"),
         writing(tmp_path),
     ):
         write_json(path, {"x": [1.5] * 1000})
