@@ -26,6 +26,7 @@ from healing.stages.cells.events import Begin, Events, Record
 from healing.stages.stage import Done, Report, Stage, Tools, announce, kept_back, show, upload
 from healing.stages.terminal.console import Console
 from healing.stages.terminal.heard import PREPARING, Heard
+from healing.stages.terminal.keeping import Keeper
 from healing.stages.terminal.phase_times import TAG, Clock, PhaseTag, metric_name
 from healing.tracking.journal import Journal
 from healing.tracking.output_folder import (
@@ -38,7 +39,7 @@ from healing.tracking.output_folder import (
 from healing.tracking.processes import only_owner
 from healing.tracking.run import Run
 from healing.tracking.run_files import drop_previous, start_folder
-from healing.tracking.snapshots import Due, Keeper, Kept, Snapshots
+from healing.tracking.snapshots import Due, Kept, Snapshots
 from healing.tracking.store import MlflowStore, Store
 
 C = TypeVar("C")

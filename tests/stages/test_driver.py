@@ -452,3 +452,30 @@ def test_a_step_that_is_being_measured_is_finished_and_kept_if_it_takes_a_moment
         run(d, stage, Config(str(tmp_path)))
     assert stage.computed == [1, 2, 3]
     assert [state.step for state in snapshots.kept.values()] == kept
+
+
+class Prepared(Toy):
+    """Finishes parts before its first step, and amid a phase."""
+
+    def cell(self, config):
+        inner = super().cell(config)
+        kept = yield next(inner)
+        parts = list(kept or ())
+        yield Safe(0, state=lambda: tuple(parts), parts=lambda: len(parts))
+        for i in phase("search", range(len(parts), 4), 4):
+            self.at(f"part {i}")
+            parts.append(i)
+            self.computed.append(100 + i)
+        return (yield from inner)
+
+
+def test_parts_that_were_finished_before_a_stop_are_kept_and_not_done_again(tmp_path) -> None:
+    stop, snapshots, config = Stop(), Memory(), Config(str(tmp_path))
+    stage = Prepared(lambda point: point == "part 1" and stop.set())
+    with pytest.raises(Stopped):
+        run(driver(stop=stop, snapshots=snapshots), stage, config)
+    assert [kept.state for kept in snapshots.kept.values()] == [(0, 1)]
+    again = Prepared()
+    snapshots.drop = lambda folder: None
+    run(driver(snapshots=snapshots), again, config)
+    assert again.computed == [102, 103, *range(1, 7)]

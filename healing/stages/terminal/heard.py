@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from healing.progress import Stop, Stopped
 from healing.stages.terminal.console import Progress
+from healing.stages.terminal.keeping import Keeper
 from healing.stages.terminal.phase_times import Clock, PhaseTag, PhaseTimes
-from healing.tracking.snapshots import Keeper
 
 PREPARING = "preparing"
 """Phase of a run before its cell begins."""
