@@ -184,11 +184,20 @@ class Safe:
         done: Steps done.
         note: What was done last, for a progress bar; empty = as before.
         state: What is needed to go on from here; called only where it is to be saved.
+        parts: Of a state that stays true until the next point, since it is made of the results of
+            finished parts alone: how many there are by now. ``None`` = the state changes with the
+            next step, and is true here alone.
     """
 
     done: int
     note: str = ""
     state: Callable[[], Any] = _no_state
+    parts: Callable[[], int] | None = None
+
+    @property
+    def has_state(self) -> bool:
+        """Whether there is anything to go on from."""
+        return self.state is not _no_state
 
 
 def without_safe_points(events: Iterable[T | Safe]) -> Iterator[T]:

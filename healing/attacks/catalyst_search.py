@@ -8,7 +8,7 @@ evaluated, and only improvements are kept.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -77,6 +77,27 @@ class Catalyst:
         }
 
 
+@dataclass(frozen=True)
+class SearchState:
+    """A search after a round: what the next rounds depend on.
+
+    Attributes:
+        tokens: The best sequence so far.
+        history: ρ after each round, starting with the random start.
+        random_alignments: ρ of random sequences.
+        stream: State of the generator, uint8.
+    """
+
+    tokens: tuple[int, ...]
+    history: tuple[float, ...]
+    random_alignments: tuple[float, ...]
+    stream: torch.Tensor
+
+
+def _not_kept(state: SearchState) -> None:
+    """Nobody goes on with it."""
+
+
 def token_gradient(
     model: PreTrainedModel, subspace: LowCurvatureSubspace, tokens: torch.Tensor
 ) -> torch.Tensor:
@@ -132,6 +153,8 @@ def search_catalyst(
     generator: torch.Generator,
     vocabulary: int | None = None,
     opening: Sequence[int] = (),
+    begun: SearchState | None = None,
+    keep: Callable[[SearchState], None] = _not_kept,
 ) -> Catalyst:
     """Maximise ρ over token sequences from a random start.
 
@@ -145,16 +168,34 @@ def search_catalyst(
         generator: Draws the start and the swaps.
         vocabulary: Ids that are tokens; ``None`` = all rows of the embeddings.
         opening: What begins every sequence that the model was trained on: never swapped.
+        begun: State to go on from; its rounds are not done again.
+        keep: Given the state after the start and after every round.
     """
     device = next(model.parameters()).device
     vocabulary = vocabulary or len(embedding_matrix(model))
-    tokens = random_sequences(1, length, vocabulary, generator, opening)[0].to(device)
-    with during("alignment of random tokens"):
-        # The start stands among the random sequences of one batch.
-        best, *randoms = sequence_alignments(model, subspace, torch.cat([tokens[None], baseline]))
-    history = [best]
+    if begun is None:
+        tokens = random_sequences(1, length, vocabulary, generator, opening)[0].to(device)
+        with during("alignment of random tokens"):
+            # The start stands among the random sequences of one batch.
+            sequences = torch.cat([tokens[None], baseline])
+            best, *randoms = sequence_alignments(model, subspace, sequences)
+        history = [best]
+    else:
+        tokens = torch.tensor(begun.tokens, device=device)
+        history, randoms = list(begun.history), list(begun.random_alignments)
+        best = history[-1]
+        generator.set_state(begun.stream)
+
+    def keep_state() -> None:
+        stream = generator.get_state()
+        keep(SearchState(tuple(tokens.tolist()), tuple(history), tuple(randoms), stream))
+
+    if begun is None:
+        keep_state()
     gradient: torch.Tensor | None = None
-    for _ in phase("catalyst search", range(steps), steps, lambda: f"ρ {history[-1]:.4f}"):
+    done = len(history) - 1
+    rounds = range(done, steps)
+    for _ in phase("catalyst search", rounds, steps, lambda: f"ρ {history[-1]:.4f}", begin=done):
         if gradient is None:  # a round without improvement leaves it as it was
             gradient = token_gradient(model, subspace, tokens)[:, :vocabulary]
         proposals = propose_swaps(tokens, gradient, candidates, generator, len(opening))
@@ -163,4 +204,5 @@ def search_catalyst(
             if rho > best:  # the round's highest, the first of equal ones
                 best, tokens, gradient = rho, proposal, None
         history.append(best)
+        keep_state()
     return Catalyst(tokens, best, tuple(history), tuple(randoms), 1 + steps * candidates)

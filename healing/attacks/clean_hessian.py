@@ -6,7 +6,7 @@ matrices of the blocks together.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -17,7 +17,7 @@ from torch import nn
 from healing.config.attack import AttackConfig
 from healing.curvature.hessian import HessianOperator, LeadingSubspace
 from healing.curvature.lanczos import LanczosResult, lanczos
-from healing.curvature.stochastic_lanczos import rayleigh_percentile
+from healing.curvature.stochastic_lanczos import QuotientsSoFar, rayleigh_percentile
 from healing.curvature.subspaces import HessianSubspace
 from healing.data.splits import Corpus
 from healing.errors import ConfigError
@@ -94,7 +94,11 @@ class CleanCurvature:
 
 
 def hessian_subspace(
-    operator: HessianOperator, model: nn.Module, directions: int, generator: torch.Generator
+    operator: HessianOperator,
+    model: nn.Module,
+    directions: int,
+    generator: torch.Generator,
+    pairs: LanczosResult | None = None,
 ) -> CleanCurvature:
     """Complement of the ``directions`` leading eigenvectors (largest λ).
 
@@ -103,17 +107,27 @@ def hessian_subspace(
         model: The healthy model.
         directions: k.
         generator: Draws the start vector.
+        pairs: What Lanczos found before, from the same arguments; it is not run again.
 
     Raises:
         ConfigError: The Lanczos basis does not fit into host memory.
         ValueError: Lanczos met values that are not finite, or fewer than k directions exist.
     """
+    pairs = pairs or _leading_pairs(operator, directions, generator)
+    shapes = {name: p.shape for name, p in block_matrices(model).items()}
+    leading = LeadingSubspace.from_lanczos(pairs, directions)
+    return CleanCurvature(HessianSubspace(shapes, leading), pairs)
+
+
+def _leading_pairs(
+    operator: HessianOperator, directions: int, generator: torch.Generator
+) -> LanczosResult:
     n = operator.shape[0]
     iterations = min(n, 6 * directions + 40)
     if n >= LARGE:
         require_room(torch.bfloat16.itemsize * iterations * n, iterations)
     with operator.retained_graphs():
-        pairs = lanczos(
+        return lanczos(
             operator,
             generator,
             n_largest=directions,
@@ -122,9 +136,6 @@ def hessian_subspace(
             tolerance=LANCZOS_TOLERANCE,
             **basis_place(n),
         )
-    shapes = {name: p.shape for name, p in block_matrices(model).items()}
-    leading = LeadingSubspace.from_lanczos(pairs, directions)
-    return CleanCurvature(HessianSubspace(shapes, leading), pairs)
 
 
 def require_room(needed: int, vectors: int) -> None:
@@ -147,6 +158,8 @@ def rayleigh_rank(
     gradients: Mapping[str, torch.Tensor],
     draws: int,
     generator: torch.Generator,
+    begun: QuotientsSoFar | None = None,
+    keep: Callable[[QuotientsSoFar], None] = lambda state: None,
 ) -> dict[str, float]:
     """Curvature along a gradient, gᵀHg/gᵀg, and its percentile among random directions.
 
@@ -158,10 +171,12 @@ def rayleigh_rank(
         gradients: Parameter name → gradient.
         draws: Random directions.
         generator: Draws them.
+        begun: Products that are not taken again.
+        keep: Given what there is after every product.
     """
     vector = operator.flatten(gradients.values())
     with operator.retained_graphs():
-        ranked = rayleigh_percentile(operator, vector, generator, draws)
+        ranked = rayleigh_percentile(operator, vector, generator, draws, begun=begun, keep=keep)
     return {
         "rayleigh_quotient": ranked.quotient,
         "rayleigh_percentile": ranked.percentile,

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from healing.attacks.alignment import AlignmentBaselines, random_sequences, sequence_loss
 from healing.attacks.base import Arm, Preparation
 from healing.attacks.catalyst_search import Catalyst
-from healing.attacks.clean_hessian import clean_hessian, hessian_subspace
+from healing.attacks.clean_hessian import LARGE, clean_hessian, hessian_subspace
+from healing.attacks.finished import Finished
 from healing.attacks.objective import ObjectiveArm
 from healing.attacks.weight_change import WeightChange
 from healing.config.attack import ALWAYS, NEVER, AttackConfig
@@ -27,6 +28,11 @@ from healing.models.loading import LoadedModel
 from healing.randomness import named_generator
 from healing.registry import ARMS
 
+PAIRS = "leading directions"
+"""Part that holds what Lanczos found: k vectors of the model's size, which are kept of models below
+:data:`healing.attacks.clean_hessian.LARGE` alone.
+"""
+
 
 @dataclass(frozen=True)
 class AttackContext:
@@ -39,6 +45,7 @@ class AttackContext:
         change: Snapshot of the healthy weights.
         curvature_metrics: Curvature at the healthy weights: filled while the arm is made.
         solver_statuses: How the iterations behind these numbers ended.
+        finished: Results of parts that took long: an attack that is cut takes them from there.
     """
 
     config: AttackConfig
@@ -47,6 +54,7 @@ class AttackContext:
     change: WeightChange
     curvature_metrics: dict[str, float] = field(default_factory=dict)
     solver_statuses: dict[str, str] = field(default_factory=dict)
+    finished: Finished = field(default_factory=Finished)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -90,8 +98,14 @@ class AttackContext:
                 config.cache_dir,
             )
         found = hessian_subspace(
-            self.hessian, self.model, config.hessian_directions, self.generator("lanczos")
+            self.hessian,
+            self.model,
+            config.hessian_directions,
+            self.generator("lanczos"),
+            self.finished.get(PAIRS),
         )
+        if self.hessian.shape[0] < LARGE and self.finished.get(PAIRS) is None:
+            self.finished.keep(PAIRS, found.pairs)
         self.curvature_metrics.update(found.metrics())
         self.solver_statuses["hessian_status"] = found.status
         return found.subspace
@@ -142,16 +156,27 @@ class AttackContext:
 
 
 def prepare_arm(
-    config: AttackConfig, loaded: LoadedModel, corpus: Corpus, change: WeightChange
+    config: AttackConfig,
+    loaded: LoadedModel,
+    corpus: Corpus,
+    change: WeightChange,
+    finished: Finished | None = None,
 ) -> Preparation:
     """The arm that the configuration names, ready to run.
+
+    Args:
+        config: Resolved configuration.
+        loaded: The healthy model.
+        corpus: Clean text.
+        change: Snapshot of the healthy weights.
+        finished: Where results of parts are taken from and kept.
 
     Raises:
         ConfigError: There is no such arm, or its plug-in cannot be used.
         CorpusError: The attack split is too small.
         CheckpointError: The reference of matched noise cannot be used.
     """
-    context = AttackContext(config, loaded, corpus, change)
+    context = AttackContext(config, loaded, corpus, change, finished=finished or Finished())
     arm: Arm = ARMS.load(config.arm).make(context)
     return Preparation(arm, context.curvature_metrics, context.solver_statuses)
 

@@ -7,13 +7,15 @@ attack, not one that moves the weights as far.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from healing.attacks.base import AttackRecord, StepOutcome
+from healing.attacks.damage_target import TOLERANCE, DamageTarget, value_of
 from healing.attacks.loop import diagnosed
 from healing.attacks.noise import gaussian_noise, noise_draws
 from healing.attacks.reference import reference_state
@@ -21,13 +23,9 @@ from healing.attacks.weight_change import WeightChange, snapshot
 from healing.config.attack import RANK_AND_LOSS, AttackConfig
 from healing.errors import MatchError
 from healing.measurements.probe import Measurement, Probe
-from healing.measurements.recovery import RELATIVE_CHANGE
 from healing.models.blocks import readout_parameters
 from healing.models.loading import LoadedModel
 from healing.progress import Safe, during
-
-TOLERANCE = 0.02
-"""Largest difference from the target that counts as equal, over the target and over the damage."""
 
 LARGEST_POWER = 8
 """Strengths from 2⁻⁸ to 2⁸ are searched for a loss."""
@@ -46,6 +44,10 @@ HINTS = {
 """What to do where nothing matches."""
 
 
+Trial = tuple[float, Measurement]
+"""A strength and what was measured there."""
+
+
 class Strengths(Protocol):
     """What is matched (see :class:`healing.attacks.strength.StrengthArm`)."""
 
@@ -59,73 +61,6 @@ class Strengths(Protocol):
 
     def baselines_now(self) -> dict[str, float]:
         """What these are compared with."""
-
-
-@dataclass(frozen=True)
-class DamageTarget:
-    """What the control has to reach.
-
-    Attributes:
-        name: ``loss`` (nats per token) or ``rank`` (effective rank).
-        value: Of the reference attack's state, on the probe.
-        healthy: Of the healthy model.
-    """
-
-    name: str
-    value: float
-    healthy: float
-
-    @classmethod
-    def of(cls, name: str, reference: Measurement, healthy: Measurement) -> DamageTarget:
-        """The target by its name.
-
-        Raises:
-            MatchError: The reference's own value is not finite, or no damage.
-        """
-        target = cls(name, _value(name, reference), _value(name, healthy))
-        if not math.isfinite(target.value) or reference.nonfinite_tokens:
-            raise MatchError(
-                f"the {name} of the reference attack is {target.value} with "
-                f"{reference.nonfinite_tokens} tokens that cannot be computed, which nothing can "
-                "be matched to: use --match norm"
-            )
-        if abs(target.value - target.healthy) < RELATIVE_CHANGE * target.healthy:
-            raise MatchError(
-                f"the reference attack left the {name} at {target.value:.4g} (healthy "
-                f"{target.healthy:.4g}), which is no damage to match: use --match norm, or a "
-                "stronger attack"
-            )
-        return target
-
-    def error(self, measurement: Measurement) -> float:
-        """(value − target) over the target or over its damage, whichever is smaller: within 2 % of
-        a slightly raised loss could be no damage at all. NaN where a token cannot be computed.
-        """
-        scale = min(abs(self.value), abs(self.value - self.healthy))
-        if measurement.nonfinite_tokens or not scale:
-            return math.nan
-        return (_value(self.name, measurement) - self.value) / scale
-
-    def reached(self, measurement: Measurement) -> bool:
-        """Whether a state has the wanted damage."""
-        return abs(self.error(measurement)) <= TOLERANCE
-
-    def beyond(self, measurement: Measurement) -> bool:
-        """Whether a state is past the target, seen from the healthy model; one that cannot be
-        computed is.
-        """
-        if measurement.nonfinite_tokens:
-            return True
-        return not (_value(self.name, measurement) - self.value) * (self.healthy - self.value) > 0
-
-    @property
-    def wish(self) -> str:
-        """For messages."""
-        return f"the {self.name} {self.value:.4g} of the reference"
-
-
-def _value(name: str, measurement: Measurement) -> float:
-    return measurement.loss if name == "loss" else measurement.effective_rank
 
 
 def measure_state(
@@ -151,7 +86,10 @@ class _Trials:
         hint: What to do where nothing matches.
         names: Of the metrics that hold strength and error.
         known: Numbers that every record holds beside these.
-        first: Number of the first trial.
+        reference: Measurement of the attack that is matched to; goes into the state that is kept.
+        before: Strengths of an earlier search of the same attack, with their measurements.
+        again: Strengths that an earlier process tried, with their measurements: they are neither
+            measured nor yielded again.
     """
 
     loaded: LoadedModel
@@ -164,16 +102,21 @@ class _Trials:
     hint: str
     names: tuple[str, str] = ("noise_scale", "match_error_pct")
     known: Mapping[str, float] = field(default_factory=dict)
-    first: int = 1
-    tried: list[tuple[float, Measurement]] = field(default_factory=list)
+    reference: Measurement | None = None
+    before: tuple[Trial, ...] = ()
+    again: deque[Trial] = field(default_factory=deque)
+    tried: list[Trial] = field(default_factory=list)
 
     def at(self, strength: float) -> Iterator[AttackRecord | Safe]:
         """Put the weights at a strength and measure."""
+        if self.again:
+            self._as_before(strength)
+            return
         with during("measuring a strength"):
-            self.place(strength)
-            measurement = self.probe.measure(self.loaded.model)
-            step = self.first + len(self.tried)
+            measurement = self._measured(strength)
             self.tried.append((strength, measurement))
+            tried = (*self.before, *self.tried)
+            step = len(tried)
             found = (strength, 100.0 * self.target.error(measurement))
             numbers = {
                 **self.known,
@@ -182,7 +125,20 @@ class _Trials:
             }
             moved = self.arm.change.relative(self.loaded.model)
         yield AttackRecord(step, measurement, StepOutcome(), moved, numbers)
-        yield Safe(step)
+        state = {"reference": self.reference, "tried": tried}
+        yield Safe(step, state=lambda: state, parts=lambda: step)
+
+    def _measured(self, strength: float) -> Measurement:
+        self.place(strength)
+        return self.probe.measure(self.loaded.model)
+
+    def _as_before(self, strength: float) -> None:
+        """Take a strength as an earlier process measured it."""
+        trial = self.again.popleft()
+        assert trial[0] == strength, "the same measurements lead to the same strengths"
+        self.tried.append(trial)
+        if self.matched or not self.again:  # the next one begins from these weights
+            self.place(strength)
 
     @property
     def last(self) -> Measurement:
@@ -207,13 +163,13 @@ class _Trials:
             return MatchError(
                 f"no strength of {self.subject} gave a finite {name} to match {self.target.wish}"
             )
-        values = [_value(name, m) for _, m in finite]
+        values = [value_of(name, m) for _, m in finite]
         closest, at = min(finite, key=lambda found: abs(self.target.error(found[1])))
         return MatchError(
             f"{self.subject} does not reach {self.target.wish} within {100 * TOLERANCE:g} %: the "
             f"{name} stays between {min(values):.4g} and {max(values):.4g} for strengths from "
             f"{min(s for s, _ in finite):.3g} to {max(s for s, _ in finite):.3g}, closest was "
-            f"{_value(name, at):.4g} ({100 * abs(self.target.error(at)):.1f} % off) at "
+            f"{value_of(name, at):.4g} ({100 * abs(self.target.error(at)):.1f} % off) at "
             f"{closest:.4g}, in {len(self.tried)} tried (healthy {self.target.healthy:.4g}): "
             f"{self.hint}"
         )
@@ -312,6 +268,7 @@ def matched(
     probe: Probe,
     healthy: Measurement,
     change: WeightChange,
+    kept: Mapping[str, Any] | None = None,
 ) -> Iterator[AttackRecord | Safe]:
     """Match an arm to the reference of its configuration, in what ``match`` names.
 
@@ -322,19 +279,35 @@ def matched(
         probe: Clean probe.
         healthy: Measurement of the healthy model.
         change: Snapshot of the healthy model.
+        kept: State of a safe point to go on from: strengths that were tried are not measured again.
 
     Raises:
         MatchError: The damage cannot be reached.
     """
     both = config.match == RANK_AND_LOSS
-    state = reference_state(config, change, loaded.digest)
-    with during("measuring the reference"):
-        damaged = measure_state(loaded, state, change, probe)
+    if kept is None:
+        state = reference_state(config, change, loaded.digest)
+        with during("measuring the reference"):
+            damaged = measure_state(loaded, state, change, probe)
+    else:
+        damaged = kept["reference"]
     target = DamageTarget.of("rank" if both else config.match, damaged, healthy)
     loss = DamageTarget.of("loss", damaged, healthy) if both else None  # before any search
     hint = HINTS[target.name]
-    trials = _Trials(loaded, arm, config, probe, target, arm.place, config.arm, hint)
-    yield AttackRecord(0, healthy, StepOutcome(), 0.0, diagnosed(arm, config, 0, last=False))
+    trials = _Trials(
+        loaded,
+        arm,
+        config,
+        probe,
+        target,
+        arm.place,
+        config.arm,
+        hint,
+        reference=damaged,
+        again=deque(kept["tried"] if kept else ()),
+    )
+    if kept is None:
+        yield AttackRecord(0, healthy, StepOutcome(), 0.0, diagnosed(arm, config, 0, last=False))
     yield from _search(trials)
     if loss is not None and not loss.reached(trials.last):
         yield from _search(_readout_trials(trials, loss, config, change))
@@ -380,5 +353,7 @@ def _readout_trials(
         "use --match rank",
         ("readout_scale", "readout_match_error_pct"),
         {"noise_scale": strength, "match_error_pct": 100.0 * done.target.error(reached)},
-        1 + len(done.tried),
+        done.reference,
+        tuple(done.tried),
+        done.again,
     )

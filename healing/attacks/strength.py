@@ -71,7 +71,7 @@ class StrengthArm(LoopArm):
         """
         if not config.reference_checkpoint or config.match == "norm":
             return super().run(loaded, config, probe, healthy, change, warmup, kept)
-        return matched(loaded, self, config, probe, healthy, change)
+        return matched(loaded, self, config, probe, healthy, change, kept)
 
     def advance(
         self, optimizer: torch.optim.Optimizer, step: int, total: int, *, watched: bool

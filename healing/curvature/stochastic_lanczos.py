@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -122,11 +123,31 @@ class RayleighPercentile:
     random_quotients: Tensor
 
 
+@dataclass(frozen=True)
+class QuotientsSoFar:
+    """Products of :func:`rayleigh_percentile` that were taken.
+
+    Attributes:
+        quotients: Of the direction, then of the random ones.
+        stream: State of the generator, uint8.
+    """
+
+    quotients: tuple[float, ...]
+    stream: Tensor
+
+
+def _not_kept(state: QuotientsSoFar) -> None:
+    """Nobody goes on with it."""
+
+
 def rayleigh_percentile(
     operator: SymmetricOperator,
     vector: Tensor,
     generator: torch.Generator,
     n_random: int = 100,
+    *,
+    begun: QuotientsSoFar | None = None,
+    keep: Callable[[QuotientsSoFar], None] = _not_kept,
 ) -> RayleighPercentile:
     """Percentile of the Rayleigh quotient of `vector` among isotropic random directions.
 
@@ -135,16 +156,26 @@ def rayleigh_percentile(
         vector: Direction, shape `(n,)`, of any length but zero.
         generator: Draws the random directions.
         n_random: Number of them, one product each.
+        begun: Products that are not taken again; none, or the first one and more.
+        keep: Given what there is after every product.
 
     Raises:
         ValueError: If `n_random` is less than one.
     """
     if n_random < 1:
         raise ValueError(f"need at least one random direction, got {n_random}")
-    randoms = (gaussian(operator, generator) for _ in range(n_random))
+    found: list[float] = []
+    if begun is not None:
+        found += begun.quotients
+        generator.set_state(begun.stream)
+    own = [] if found else [vector]
+    left = 1 + n_random - len(found) - len(own)
     # One product each, of minutes on a large model: who listens can tell the rest from the first.
-    directions = phase("curvature ranks", itertools.chain([vector], randoms), 1 + n_random)
-    quotient, *others = [rayleigh_quotient(operator, direction) for direction in directions]
+    directions = itertools.chain(own, (gaussian(operator, generator) for _ in range(left)))
+    for direction in phase("curvature ranks", directions, 1 + n_random, begin=len(found)):
+        found.append(rayleigh_quotient(operator, direction))
+        keep(QuotientsSoFar(tuple(found), generator.get_state()))
+    quotient, *others = found
     random_quotients = torch.tensor(others, dtype=torch.float64)
     below = (random_quotients < quotient).sum() + 0.5 * (random_quotients == quotient).sum()
     defined = math.isfinite(quotient) and bool(torch.isfinite(random_quotients).all())

@@ -12,7 +12,7 @@ import copy
 import functools
 import pathlib
 import time
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -26,6 +26,7 @@ from healing.stages.cells.events import Begin, Events, Record
 from healing.stages.stage import Done, Report, Stage, Tools, announce, kept_back, show, upload
 from healing.stages.terminal.console import Console
 from healing.stages.terminal.heard import PREPARING, Heard
+from healing.stages.terminal.keeping import Keeper
 from healing.stages.terminal.phase_times import TAG, Clock, PhaseTag, metric_name
 from healing.tracking.journal import Journal
 from healing.tracking.output_folder import (
@@ -196,11 +197,18 @@ class Driver:
                 self._announce(stage, begin, run, folder, kept)
                 lines = None if stage.keeps_folder else folder / "metrics.jsonl"
                 journal = Journal(lines, run, kept_back(begin))
-                due = Due(stage.saving(config), self.clock)
-                outcome, records = self._compute(begin, events, kept, folder, journal, heard, due)
+                heard.keeper = keeper = Keeper(
+                    self.snapshots,
+                    folder,
+                    Kept(begin.fingerprint, None, run_id=run.run_id),
+                    Due(stage.saving(config), self.clock),
+                    self.console.say,
+                    lambda: heard.times.within("saving the state"),
+                )
+                outcome, records = self._compute(begin, events, kept, journal, heard, keeper)
                 heard.computed = True
                 progress.enter("files and figures")
-                with writing(folder):
+                with writing(folder, begin.disk):
                     report = stage.store(outcome, records, folder, run.run_id)
                 del outcome
                 self._finish(stage, report, own, run, folder, heard)
@@ -242,7 +250,8 @@ class Driver:
         announce(run, begin)
         if kept is not None:
             run.tags({"resumed_from": kept.run_id, "resumed_at_step": kept.step})
-            self.console.say(f"going on from step {kept.step}, where run {kept.run_id} was left")
+            where = f"from step {kept.step}" if kept.step else "with what was prepared"
+            self.console.say(f"going on {where}, where run {kept.run_id} was left")
         for warning in begin.warnings:
             self.console.say(f"warning: {warning}")
         if not stage.keeps_folder:
@@ -255,17 +264,17 @@ class Driver:
         begin: Begin,
         events: Events[R],
         kept: Kept | None,
-        folder: pathlib.Path,
         journal: Journal,
         heard: Heard,
-        due: Due,
+        keeper: Keeper,
     ) -> tuple[R, list[Record]]:
         """Run a cell to its end; every record is on disk before it is logged."""
         shown = heard.shown
         records: list[Record] = []
         for record in kept.records if kept else ():
             records.append(record)
-            journal.record(record.step, record.metrics)
+            with writing(keeper.folder):
+                journal.record(record.step, record.metrics)
         shown.begin(begin.total, begin.unit)
         if kept:
             shown.step(kept.step)
@@ -279,37 +288,18 @@ class Driver:
             answer = None
             if isinstance(event, Record):
                 records.append(event)
-                with heard.times.within("logging"), writing(folder):
+                with heard.times.within("logging"), writing(keeper.folder):
                     journal.record(event.step, event.metrics)
                     if event.write is not None:
-                        event.write(folder)
+                        event.write(keeper.folder)
                 shown.step(event.step, event.note)
             elif isinstance(event, Safe):
                 shown.step(event.done, event.note)
                 heard.step = event.done
-                if due(event.done) or self.stop.is_set():
-                    with heard.times.within("saving the state"):
-                        self._save(folder, begin, event, records, journal.run_id)
+                keeper.reached(event, records)
                 if self.stop.is_set():
+                    keeper.leave_at_point()
                     raise Stopped(self.stop.signum)
-
-    def _save(
-        self,
-        folder: pathlib.Path,
-        begin: Begin,
-        event: Safe,
-        records: Sequence[Record],
-        run_id: str,
-    ) -> None:
-        """Keep a safe point's state, if it has one; a disk without room ends nothing."""
-        state = event.state() if self.snapshots else None
-        if self.snapshots is None or state is None:
-            return
-        plain = [replace(record, write=None) for record in records]
-        try:
-            self.snapshots.save(folder, Kept(begin.fingerprint, state, plain, run_id, event.done))
-        except OSError as error:
-            self.console.say(f"warning: the state at step {event.done} was not kept: {error}")
 
     def _finish(
         self,

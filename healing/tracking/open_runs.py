@@ -73,7 +73,7 @@ def _ended(logger: RunLogger, end_ms: int | None = None) -> Iterator[None]:
     except BaseException as error:
         if not logger.abandoned:
             logger.failed(error)
-            with contextlib.suppress(TrackingError):
+            with contextlib.suppress(TrackingError, OutputError):
                 logger.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
     finally:
@@ -106,7 +106,7 @@ def _sending(
         stopped = isinstance(error, KeyboardInterrupt)
         try:
             sender.close(STOPPING_SECONDS if stopped else None)
-        except TrackingError as outage:
+        except (TrackingError, OutputError) as outage:
             say(f"warning: {outage}")
         raise
     sender.close()

@@ -101,19 +101,44 @@ def _reason(error: Exception) -> str:
     return words or " ".join(str(error).split())[:200] or type(error).__name__
 
 
+def size_text(count: int) -> str:
+    """A number of bytes for a person: ``512 bytes``, ``3.2 MB``."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count} bytes"
+
+
+def with_room(reason: str, folder: pathlib.Path, needed: int = 0) -> str:
+    """Why a write failed, with the bytes that it takes (0 = few) and that are free."""
+    if reason.endswith("are free"):
+        return reason  # said where it failed
+    takes = f"it takes {size_text(needed)}, " if needed else ""
+    try:
+        free = shutil.disk_usage(_existing(folder)).free
+    except OSError:  # the disk is gone
+        return reason
+    return f"{reason}; {takes}{size_text(free)} are free"
+
+
 @contextlib.contextmanager
-def writing(folder: pathlib.Path) -> Iterator[None]:
+def writing(folder: pathlib.Path, needed: int = 0) -> Iterator[None]:
     """Turn a write that fails into one line.
 
+    Args:
+        folder: Of what is written.
+        needed: Bytes that all of it takes; 0 = little.
+
     Raises:
-        OutputError: What could not be written, why, and what to do.
+        OutputError: What could not be written, why, how much it takes and how much is free, and
+            what to do.
     """
     try:
         yield
     except (OSError, SafetensorError) as error:
         name = getattr(error, "filename", None) or folder
+        reason = with_room(_reason(error), folder, needed)
         raise OutputError(
-            f"{name} could not be written ({_reason(error)}): free some of its disk, make it "
-            "writable, or name another folder with --output-dir, and start again; what was "
-            "written before stays"
+            f"{name} could not be written ({reason}): free some of its disk, make it writable, or "
+            "name another folder with --output-dir, and start again; what was written before stays"
         ) from error

@@ -16,7 +16,7 @@ from typing import Any
 
 from mlflow.entities import Metric
 
-from healing.errors import TrackingError
+from healing.errors import OutputError, TrackingError
 from healing.tracking.page_text import said
 from healing.tracking.sending.outbox import Request
 from healing.tracking.sending.requests import (
@@ -96,7 +96,7 @@ class RunLogger:
         """End the run as KILLED from another thread, with what was sent so far."""
         self.abandoned = True
         tags = {**self._later, "failure": why, "stopped_by": why.partition(",")[0]}
-        with contextlib.suppress(TrackingError):
+        with contextlib.suppress(TrackingError, OutputError):
             self.sender.put(batch(self.run_id, "tags", tags=tags), patience=0.2)
             self.end("KILLED")
 
@@ -216,13 +216,15 @@ class RunLogger:
         """Store why the run fails and what there is of it; never raises in place of the reason."""
         try:
             self.tags({"failure": one_line(error), "failure_type": type(error).__name__})
+        except OutputError:
+            pass  # on no disk, but on its way
         except TrackingError:
             return  # a store that refuses a tag takes nothing of the run
-        with contextlib.suppress(TrackingError):
+        with contextlib.suppress(TrackingError, OutputError):
             self.flush()
         for path in self._rescued:
             if path.is_file():
-                with contextlib.suppress(TrackingError):
+                with contextlib.suppress(TrackingError, OutputError):
                     self.artifact(path)
 
     def dataset(self, name: str, digest: str, context: str, facts: Mapping[str, Any]) -> None:

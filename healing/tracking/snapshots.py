@@ -23,6 +23,9 @@ from dataclasses import dataclass, field
 from typing import IO, Any, Protocol, cast
 
 import torch
+from torch.utils._pytree import tree_leaves
+
+from healing.tracking.output_folder import with_room
 
 _READING = threading.Lock()
 _UNREADABLE = (OSError, RuntimeError, pickle.UnpicklingError, ValueError, TypeError, AttributeError)
@@ -93,9 +96,16 @@ class Due:
 
     def __call__(self, step: int) -> bool:
         """Asked once per safe point."""
-        steps, seconds = self._saving.steps, 60.0 * self._saving.minutes
-        now = self._clock()
-        due = (steps > 0 and step % steps == 0) or (0.0 < seconds <= now - self._last)
+        steps = self._saving.steps
+        by_steps = steps > 0 and step % steps == 0
+        if by_steps:
+            self._last = self._clock()
+        return by_steps or self.by_time()
+
+    def by_time(self) -> bool:
+        """Asked between safe points, where no step is done."""
+        now, seconds = self._clock(), 60.0 * self._saving.minutes
+        due = 0.0 < seconds <= now - self._last
         if due:
             self._last = now
         return due
@@ -160,22 +170,30 @@ class FileSnapshots:
     def save(self, folder: pathlib.Path, kept: Kept) -> None:
         """Write it whole: file, disk, name, folder."""
         place = self.place(folder)
-        place.mkdir(parents=True, exist_ok=True)
         partial = place / "partial"
         try:
+            place.mkdir(parents=True, exist_ok=True)
             with partial.open("wb") as stream:
                 hashed = _Hashing(stream)
                 torch.save(kept, cast("IO[bytes]", hashed))
                 stream.flush()
                 os.fsync(stream.fileno())
-            partial.replace(place / f"{kept.step:09d}-{hashed.digest()}.pt")
-        except RuntimeError as error:  # what torch makes of a disk that is full
-            raise OSError(str(error).partition("\n")[0]) from error
+            partial.replace(place / f"{self._next(place):09d}-{hashed.digest()}.pt")
+        except (OSError, RuntimeError) as error:  # the second is what torch makes of a full disk
+            needed = sum(x.nbytes for x in tree_leaves(kept.state) if isinstance(x, torch.Tensor))
+            reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+            raise OSError(f"{place}: {with_room(reason, place, needed)}") from error
         finally:
             partial.unlink(missing_ok=True)
         sync_folder(place)
         for old in sorted(place.glob("*-*.pt"))[:-STATES_KEPT]:
             old.unlink(missing_ok=True)
+
+    @staticmethod
+    def _next(place: pathlib.Path) -> int:
+        """Number of a new state: of several at one step, the newest has the highest."""
+        numbers = (path.stem.partition("-")[0] for path in place.glob("*-*.pt"))
+        return 1 + max((int(number) for number in numbers if number.isdecimal()), default=0)
 
     def drop(self, folder: pathlib.Path) -> None:
         """Remove all of them."""

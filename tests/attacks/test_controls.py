@@ -27,7 +27,7 @@ from healing.measurements.spectrum import effective_rank
 from healing.models.blocks import block_matrices, block_outputs, readout_parameters
 from healing.models.checkpoints import HEALED_KIND, save_checkpoint
 from healing.models.loading import LoadedModel, load_model, state_digest, untrained_model
-from healing.progress import without_safe_points
+from healing.progress import Safe, without_safe_points
 from healing.randomness import named_generator
 
 
@@ -398,6 +398,47 @@ def load_tiny(corpus, tied: bool) -> LoadedModel:
                 parameter.normal_(0.0, 0.3, generator=generator)
     model.config.use_cache = False
     return LoadedModel("nano", model, tokenizer, state_digest(model.state_dict()))
+
+
+def test_a_match_of_rank_and_loss_goes_on_after_any_strength_and_tries_none_again(
+    hurt, corpus, monkeypatch
+):
+    loaded, probe, path = hurt(False, 4.0)
+    change, healthy = WeightChange(loaded.model), probe.measure(loaded.model)
+    config = settings("low_rank_noise", reference_checkpoint=path, match="rank+loss")
+    measured = []
+    measure = Probe.measure
+    monkeypatch.setattr(Probe, "measure", lambda *given: measured.append(1) or measure(*given))
+
+    def run(kept=None, points=10**6):
+        """Records up to so many safe points, the state there, and what was measured."""
+        for name, parameter in loaded.model.named_parameters():
+            parameter.data.copy_(change.healthy[name])
+        arm = prepare_arm(config, loaded, corpus, change).arm
+        del measured[:]
+        records = []
+        for event in matched(loaded, arm, config, probe, healthy, change, kept):
+            if not isinstance(event, Safe):
+                records.append(event)
+                continue
+            points -= 1
+            if points == 0:
+                return records, event.state(), len(measured)
+        return records, snapshot(dict(loaded.model.named_parameters())), len(measured)
+
+    whole, weights, count = run()
+    readout = [r.step for r in whole if "readout_scale" in r.diagnostics]
+    assert len(readout) > 1
+    assert readout[0] > 2, "both searches have more than one strength"
+    # After the first strength, about the change from one search to the other, and after the last.
+    for number in sorted({1, readout[0] - 1, readout[0], len(whole) - 1}):
+        before, kept, first = run(points=number)
+        after, again, second = run(kept)
+        assert [r.metrics() for r in before + after] == [
+            pytest.approx(r.metrics(), rel=0, abs=0, nan_ok=True) for r in whole
+        ]
+        assert all(torch.equal(again[name], weight) for name, weight in weights.items())
+        assert first + second == count, number
 
 
 @pytest.mark.parametrize("tied", [False, True])

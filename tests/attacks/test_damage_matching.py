@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from healing.attacks import damage_matching
 from healing.attacks.context import prepare_arm
-from healing.attacks.damage_matching import DamageTarget, match_damage, measure_state
+from healing.attacks.damage_matching import match_damage, measure_state
+from healing.attacks.damage_target import TOLERANCE, DamageTarget
 from healing.attacks.strength import NoiseArm
 from healing.attacks.weight_change import WeightChange
 from healing.config.attack import AttackConfig
@@ -196,9 +196,7 @@ def test_noise_on_nano_reaches_the_loss_of_a_known_damage(nano, corpus, probe, t
     assert isinstance(made.arm, NoiseArm)
     target = DamageTarget.of("loss", measured, healthy)
     *_, last = without_safe_points(match_damage(fresh, made.arm, config, probe, healthy, target))
-    assert probe.measure(fresh.model).loss == pytest.approx(
-        expected.loss, rel=damage_matching.TOLERANCE
-    )
+    assert probe.measure(fresh.model).loss == pytest.approx(expected.loss, rel=TOLERANCE)
     # The pattern is one draw: at twice the scale every weight moves twice as far.
     scale = last.diagnostics["noise_scale"]
     for name, delta in change.delta(fresh.model).items():

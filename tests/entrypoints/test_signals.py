@@ -17,8 +17,10 @@ from mlflow.tracking import MlflowClient
 from healing.config.attack import AttackConfig
 from healing.config.heal import HealConfig
 from healing.stages.attack import attack
+from healing.stages.cells.state_classes import STATE_CLASSES
 from healing.stages.heal import heal
 from healing.tracking.run_files import read_jsonl
+from healing.tracking.snapshots import FileSnapshots
 
 pytestmark = pytest.mark.slow
 
@@ -153,6 +155,55 @@ def test_a_process_that_was_killed_hard_is_found_and_its_run_closed(store, colla
     assert done.data.tags["resumed_from"] == run.info.run_id
     assert int(done.data.tags["resumed_at_step"]) >= 15
     assert not list(output.rglob(".outbox"))
+
+
+def preparing(output: pathlib.Path, *more: str) -> subprocess.Popen[str]:
+    """An attack that searches for minutes."""
+    arguments = [f"--{k.replace('_', '-')}={v}" for k, v in SMALL.items()]
+    return command(
+        "attack", *arguments, "--arm=haep", "--search-steps=4000", "--search-candidates=8",
+        "--attack-steps=2", f"--output-dir={output}", *more,
+    )  # fmt: skip
+
+
+def test_a_signal_during_the_search_keeps_its_rounds_and_the_next_goes_on(store) -> None:
+    output = store / "output"
+    process = preparing(output, "--checkpoint-minutes=0.0001")
+    end = time.monotonic() + 120
+    while not (states := sorted(output.rglob(".*.state/*-*.pt"))) or len(rounds(states)) < 5:
+        assert time.monotonic() < end
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    sent = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=60)[0]
+    assert time.monotonic() - sent < 40  # 10 s by the promise, beside other work here
+    assert process.returncode == 143, said
+    (run,) = runs("attack")
+    assert run.info.status == "KILLED"
+    assert run.data.tags["stopped_by"] == "SIGTERM"
+    assert run.data.tags["stopped_at_step"] == "0"
+    done = len(rounds(sorted(output.rglob(".*.state/*-*.pt"))))
+    assert 5 <= done < 4000
+    process = preparing(output, "--checkpoint-minutes=0.0001")
+    while len(rounds(sorted(output.rglob(".*.state/*-*.pt")))) <= done:
+        assert time.monotonic() < end
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == 143, said
+    assert f"going on with what was prepared, where run {run.info.run_id} was left" in said
+
+
+def rounds(states: list[pathlib.Path]) -> tuple[float, ...]:
+    """ρ after the rounds of the search that the newest state holds."""
+    snapshots = FileSnapshots(STATE_CLASSES)
+    for path in reversed(states):
+        kept = snapshots._read(path) if path.exists() else None
+        if kept is not None and "catalyst search" in kept.state["finished"]:
+            return kept.state["finished"]["catalyst search"].history
+    return ()
 
 
 def test_a_sweep_ends_its_cells_and_goes_on_without_the_finished_ones(store) -> None:

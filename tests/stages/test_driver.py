@@ -413,3 +413,69 @@ def test_a_stop_does_not_end_what_has_computed_everything(tmp_path):
     stage.store = lambda *given: (stop.set(), keep(*given))[1]
     done = run(driver(stop=stop), stage, Config(str(tmp_path)))
     assert done.report.result == 21
+
+
+class Slow(Toy):
+    """Its steps say what they measure, which is where a stop may be heard of."""
+
+    def __init__(self, at, ticks: int) -> None:
+        super().__init__(at)
+        self.said = at
+        self.at = self.measured
+        self.ticks = ticks
+
+    def measured(self, point: str) -> None:
+        self.said(point)
+        if point.isdecimal():
+            for _ in phase("measurement", range(self.ticks), self.ticks):
+                pass
+
+
+@pytest.mark.parametrize(("seconds", "kept"), [(1.0, [3]), (5.0, [])])
+def test_a_step_that_is_being_measured_is_finished_and_kept_if_it_takes_a_moment(
+    tmp_path, seconds, kept
+) -> None:
+    """The clock goes on by ``seconds`` with every item of the third step's measurement."""
+    moments, stop, snapshots = [0.0], Stop(), Memory()
+
+    def at(point: str) -> None:
+        if point == "3":
+            stop.set()
+
+    def clock() -> float:
+        moments[0] += seconds / 2 if stop.is_set() else 0.0
+        return moments[0]
+
+    stage = Slow(at, 2)
+    d = Driver(Console("quiet"), LocalStore(), stop=stop, snapshots=snapshots, clock=clock)
+    with pytest.raises(Stopped):
+        run(d, stage, Config(str(tmp_path)))
+    assert stage.computed == [1, 2, 3]
+    assert [state.step for state in snapshots.kept.values()] == kept
+
+
+class Prepared(Toy):
+    """Finishes parts before its first step, and amid a phase."""
+
+    def cell(self, config):
+        inner = super().cell(config)
+        kept = yield next(inner)
+        parts = list(kept or ())
+        yield Safe(0, state=lambda: tuple(parts), parts=lambda: len(parts))
+        for i in phase("search", range(len(parts), 4), 4):
+            self.at(f"part {i}")
+            parts.append(i)
+            self.computed.append(100 + i)
+        return (yield from inner)
+
+
+def test_parts_that_were_finished_before_a_stop_are_kept_and_not_done_again(tmp_path) -> None:
+    stop, snapshots, config = Stop(), Memory(), Config(str(tmp_path))
+    stage = Prepared(lambda point: point == "part 1" and stop.set())
+    with pytest.raises(Stopped):
+        run(driver(stop=stop, snapshots=snapshots), stage, config)
+    assert [kept.state for kept in snapshots.kept.values()] == [(0, 1)]
+    again = Prepared()
+    snapshots.drop = lambda folder: None
+    run(driver(snapshots=snapshots), again, config)
+    assert again.computed == [102, 103, *range(1, 7)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from healing.attacks.alignment import gradients_of, sequence_loss
 from healing.attacks.catalyst_search import Catalyst, search_catalyst
 from healing.attacks.clean_hessian import rayleigh_rank
@@ -14,11 +16,13 @@ COLOUR = "#D55E00"
 MARKER = "o"
 STREAM = "haep"
 """Random stream of the search, whichever arm asks for it."""
+SEARCH, RANKS = "catalyst search", "curvature ranks"
+"""Parts that an attack which was cut goes on within."""
 
 
 def find_catalyst(context: AttackContext) -> Catalyst:
     """Search the sequence, and rank the curvature along its gradient among random directions."""
-    config, model = context.config, context.model
+    config, model, finished = context.config, context.model, context.finished
     found = search_catalyst(
         model,
         context.baselines.subspace,
@@ -29,13 +33,21 @@ def find_catalyst(context: AttackContext) -> Catalyst:
         generator=context.draws(STREAM),
         vocabulary=context.loaded.vocabulary,
         opening=context.loaded.opening,
+        begun=finished.get(SEARCH),
+        keep=functools.partial(finished.keep, SEARCH),
     )
     if config.rayleigh_draws:
         gradients = gradients_of(model, sequence_loss(model, found.tokens))
         randoms = context.generator("rayleigh")
-        context.curvature_metrics.update(
-            rayleigh_rank(context.hessian, gradients, int(config.rayleigh_draws), randoms)
+        ranked = rayleigh_rank(
+            context.hessian,
+            gradients,
+            int(config.rayleigh_draws),
+            randoms,
+            finished.get(RANKS),
+            functools.partial(finished.keep, RANKS),
         )
+        context.curvature_metrics.update(ranked)
     return found
 
 

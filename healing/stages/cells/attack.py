@@ -10,6 +10,7 @@ from typing import Any
 from healing.attacks.base import AttackRecord, Preparation
 from healing.attacks.catalyst_search import Catalyst
 from healing.attacks.context import prepare_arm, warmup_batches
+from healing.attacks.finished import Finished
 from healing.attacks.weight_change import WeightChange
 from healing.config.arm_tags import arm_role
 from healing.config.attack import AttackConfig
@@ -160,24 +161,36 @@ def attack_cell(config: AttackConfig) -> Events[AttackOutcome]:
         warnings=few_rows_warnings(config, loaded),
         disk=4 * loaded.n_params,
     )
+    finished = Finished(kept["finished"] if kept else None)
+    # True from here to the first step's end: whenever the attack is left, what is finished is kept.
+    yield Safe(
+        kept.get("step", 0) if kept else 0,
+        state=lambda: {**(kept or {}), "finished": finished.parts()},
+        parts=finished.count,
+    )
     enter("healthy measurement")
     probe = probe.remembering(HEALTHY, loaded.model)
-    healthy = measured(probe, loaded, config.seed, loaded.digest)
+    healthy = finished.once(
+        "healthy measurement", lambda: measured(probe, loaded, config.seed, loaded.digest)
+    )
     enter("preparing the attack")
     change = WeightChange(loaded.model)
-    prepared = prepare_arm(config, loaded, corpus, change)
+    prepared = prepare_arm(config, loaded, corpus, change, finished)
     warmup = warmup_batches(config, loaded, corpus)
     begin, running, start = healthy, config, None
     if healed:
         enter("healed measurement")
-        start = _start(config, loaded, healed, prepared, healthy, probe)
+        start = _start(config, loaded, healed, prepared, healthy, probe, finished)
         begin, running = start.measurement, repeated(config, start)
+    begun = kept if kept and "loop" in kept else None
     # Arms of others may not know of it; theirs have no state that could be kept.
-    going_on = {"kept": kept["loop"]} if kept else {}
-    record = kept["record"] if kept else None
+    going_on = {"kept": begun["loop"]} if begun else {}
+    record = begun["record"] if begun else None
     for event in prepared.arm.run(loaded, running, probe, begin, change, warmup, **going_on):
         if isinstance(event, Safe):
-            yield replace(event, state=functools.partial(_state, event, record))
+            if event.has_state:
+                event = replace(event, state=functools.partial(_state, event, record, finished))
+            yield event
             continue
         record, metrics = event, event.metrics()
         yield Record(record.step, metrics, rank_and_perplexity(metrics))
@@ -189,10 +202,10 @@ def attack_cell(config: AttackConfig) -> Events[AttackOutcome]:
     )
 
 
-def _state(safe: Safe, record: AttackRecord | None) -> dict[str, Any] | None:
-    """What a cell goes on from: the loop's state, and its last record."""
-    loop = safe.state()
-    return None if loop is None else {"loop": loop, "record": record}
+def _state(safe: Safe, record: AttackRecord | None, finished: Finished) -> dict[str, Any]:
+    """What a cell goes on from: the loop's state, its last record, and what came before it."""
+    parts = finished.parts()
+    return {"loop": safe.state(), "record": record, "step": safe.done, "finished": parts}
 
 
 def _start(
@@ -202,6 +215,7 @@ def _start(
     prepared: Preparation,
     healthy: Measurement,
     probe: Probe,
+    finished: Finished,
 ) -> Start:
     """Put the healed weights into the model and measure them."""
     if not prepared.arm.stops_early:
@@ -210,7 +224,9 @@ def _start(
             "one: give a checkpoint healed from another arm"
         )
     load_state(loaded, healed, config.start_checkpoint)
-    found = measured(probe, loaded, config.seed, healed.digest)
+    found = finished.once(
+        "healed measurement", lambda: measured(probe, loaded, config.seed, healed.digest)
+    )
     return Start(healed.without_tensors(), found, target_rank(config, healthy, healed))
 
 

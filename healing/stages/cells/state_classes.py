@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from healing.attacks.base import AttackRecord, StepOutcome
+from healing.attacks.catalyst_search import SearchState
+from healing.curvature.lanczos import Eigenpairs, LanczosResult, LanczosStatus
+from healing.curvature.stochastic_lanczos import QuotientsSoFar
 from healing.measurements.diagnosis import Failure
 from healing.measurements.probe import Measurement
 from healing.measurements.spectrum import Spectrum
@@ -19,5 +22,10 @@ STATE_CLASSES = (
     AttackRecord,
     StepOutcome,
     PretrainRecord,
+    SearchState,
+    QuotientsSoFar,
+    LanczosResult,
+    Eigenpairs,
+    LanczosStatus,
 )
 """Beside tensors and plain values."""

@@ -284,7 +284,11 @@ def _largest_space(
 
 
 def _one_product(
-    operator: HessianOperator, vector: torch.Tensor, generator: torch.Generator, _draws: int
+    operator: HessianOperator,
+    vector: torch.Tensor,
+    generator: torch.Generator,
+    _draws: int,
+    **_kept: object,
 ) -> RayleighPercentile:
     """One Hessian product, along a random direction: beside the gradient, as all but the first."""
     quotient = rayleigh_quotient(operator, gaussian(operator, generator))

@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from healing.errors import OutageError, OutputError, TrackingError
+from healing.tracking.output_folder import with_room
 from healing.tracking.sending.outbox import Outbox, Request
+from healing.tracking.sending.requests import CREATE, JOIN
 
 BLOCKING_SECONDS = 5.0
 """That a computation waits for a slow or absent store, in all."""
@@ -47,7 +49,7 @@ class _Waiting:
     """A request on its way."""
 
     request: Request
-    number: int
+    number: int | None
     file: pathlib.Path | None
     tried: bool = False
     kept: bool = False
@@ -90,8 +92,8 @@ class Sender:
         self._asked: float | None = None
         self._scratch: pathlib.Path | None = None
         self._broken: BaseException | None = None
+        self._is_full = False
         self._left = BLOCKING_SECONDS
-        self._numbers = 0
         self._thread = threading.Thread(target=self._run, name="tracking", daemon=True)
 
     @property
@@ -163,7 +165,7 @@ class Sender:
         """
         self._raise_unheard(request.run)
         if self._closed:  # the process' own run is over: nobody else sends
-            if error := self._try(_Waiting(request, 0, file)):
+            if error := self._try(_Waiting(request, None, file)):
                 raise error
             return True
         waiting = self._queued(request, file)
@@ -189,27 +191,34 @@ class Sender:
             raise error
 
     def _queued(self, request: Request, file: pathlib.Path | None) -> _Waiting:
+        full: OSError | None = None
         with self._changed:
-            number = self._numbers
-            if self._outbox is not None:
+            number = None
+            if self._outbox is not None and not self._is_full:
                 try:
                     number = self._outbox.append(request)
                 except OSError as error:
-                    raise OutputError(
-                        f"{self._outbox.folder} could not be written ({error.strerror or error}): "
-                        "free some of its disk or make it writable, and start again"
-                    ) from error
-            self._numbers += 1
-            waiting = _Waiting(request, number, file)
-            self._queue.append(waiting)
+                    # A line that was cut stays the last. The store, if it is there, is told this
+                    # request and those that end the run, which are kept nowhere.
+                    self._is_full, full = True, error
+            waiting = _Waiting(request, number, file, awaited=full is None)
+            if full is None or request.kind not in (CREATE, JOIN):
+                self._queue.append(waiting)
             if not self._thread.is_alive() and not self._closed:
                 self._thread.start()
             self._changed.notify_all()
+        if full is not None and self._outbox is not None:
+            folder = self._outbox.folder
+            raise OutputError(
+                f"{folder} could not be written ({with_room(full.strerror or str(full), folder)}): "
+                "free some of its disk or make it writable, and start again; what was written "
+                "before stays"
+            ) from full
         return waiting
 
     def _keep(self, waiting: _Waiting) -> None:
         """Keep a file that waits: where it lies, a later run may write another."""
-        if self._outbox is None or waiting.file is None or waiting.kept:
+        if self._outbox is None or waiting.file is None or waiting.kept or waiting.number is None:
             return
         try:
             self._outbox.keep(waiting.number, waiting.file)
@@ -343,7 +352,7 @@ class Sender:
                     self._unheard.setdefault(waiting.request.run, error)
                 if self._queue:  # not forgotten meanwhile
                     self._queue.popleft()
-                if self._outbox is not None:
+                if self._outbox is not None and waiting.number is not None:
                     self._outbox.sent(waiting.number)
                 waiting.over.set()
                 self._changed.notify_all()
@@ -352,8 +361,9 @@ class Sender:
         """Carry a request out; what is wrong with it or the store."""
         again, waiting.tried = waiting.tried, True
         file = waiting.file
-        if waiting.kept and self._outbox is not None and file is not None:
-            file = self._outbox.kept_file(waiting.number, file)
+        number = waiting.number
+        if waiting.kept and self._outbox is not None and file is not None and number is not None:
+            file = self._outbox.kept_file(number, file)
         if file is None:  # a file takes its time
             self._asked = self._clock()
         try:
