@@ -187,9 +187,9 @@ class Driver:
             reuse = reuse or (self.again and own.is_child)
             if reuse and (found := self._finished(own, begin, folder)):
                 return found
-            with self._alone(folder) as waited:
-                # Whom it waited for may have done the same.
-                if reuse and waited and (found := self._finished(own, begin, folder)):
+            with self._alone(folder):
+                # Another may have done the same meanwhile.
+                if reuse and (found := self._finished(own, begin, folder)):
                     return found
                 run = own.open(config)
                 require_room(folder, begin.disk)
@@ -215,6 +215,7 @@ class Driver:
                 if self.snapshots:
                     self.snapshots.drop(folder)
                 drop_previous(folder)
+                own.end_child()  # whoever waits for the folder finds a finished run
         return Done(run.run_id, folder, report)
 
     def _finished(self, own: _OwnRun, begin: Begin, folder: pathlib.Path) -> Done | None:
@@ -223,8 +224,8 @@ class Driver:
         return Done(found.run_id, folder) if found else None
 
     @contextlib.contextmanager
-    def _alone(self, folder: pathlib.Path) -> Iterator[bool]:
-        """Nobody else writes a run's folder meanwhile; says whether that was waited for."""
+    def _alone(self, folder: pathlib.Path) -> Iterator[None]:
+        """Nobody else writes a run's folder meanwhile."""
         told: set[str] = set()
 
         def waiting(text: str) -> None:
@@ -235,8 +236,8 @@ class Driver:
 
         with contextlib.ExitStack() as ending:
             with writing(folder):
-                waited = ending.enter_context(only_owner(folder, waiting))
-            yield waited
+                ending.enter_context(only_owner(folder, waiting))
+            yield
 
     def _announce(
         self,
@@ -336,7 +337,8 @@ class _OwnRun:
         parent: Run | None,
         tag: PhaseTag,
     ) -> None:
-        self._store, self._stage, self._ending, self._tag = store, stage, ending, tag
+        self._store, self._stage, self._tag = store, stage, tag
+        self._ending = ending.enter_context(contextlib.ExitStack())
         self._run, self.parent = run, parent
         self._is_prepared = False
         if run is not None:
@@ -370,6 +372,10 @@ class _OwnRun:
             if self._is_prepared:
                 self._run.params(self._stage.name, self._stage.params(config))
         return self._run
+
+    def end_child(self) -> None:
+        """A child that has said everything is over now, not when its cell is left."""
+        self._ending.close()
 
     def stopped(self, why: Stopped, step: int) -> None:
         """The run is ended early: by what, and where, goes with what is sent next."""

@@ -168,6 +168,43 @@ def test_a_finished_cell_is_found_again_and_leaves_no_empty_run(tmp_path):
     assert stage.closed == 2
 
 
+def test_who_waits_for_a_folder_finds_a_finished_run_in_the_store(tmp_path, monkeypatch):
+    """A second process enters as soon as the first leaves the folder: what it finds then decides
+    whether it puts the first one's files aside, which somebody may be reading.
+    """
+    d, found = driver(), []
+
+    @contextlib.contextmanager
+    def owned(folder, waiting):
+        yield False
+        found.append(d.store.find_finished("not tracked", "f6"))
+
+    monkeypatch.setattr("healing.stages.driver.only_owner", owned)
+    with d.process("parent", {"stage": "toy"}) as parent:
+        d.run_cell(Toy(), Config(str(tmp_path)), parent=parent, reuse=True)
+    assert [run.status for run in found] == ["FINISHED"]
+
+
+def test_what_another_finished_between_the_look_and_the_lock_is_not_done_again(
+    tmp_path, monkeypatch
+):
+    store, other, late = LocalStore(), Toy(), Toy()
+
+    @contextlib.contextmanager
+    def another_was_quicker(folder, waiting):
+        if not other.computed:
+            with driver(store).process("other", {"stage": "toy"}) as parent:
+                monkeypatch.undo()
+                driver(store).run_cell(other, Config(str(tmp_path)), parent=parent, reuse=True)
+        yield False
+
+    monkeypatch.setattr("healing.stages.driver.only_owner", another_was_quicker)
+    with driver(store).process("late", {"stage": "toy"}) as parent:
+        done = driver(store).run_cell(late, Config(str(tmp_path)), parent=parent, reuse=True)
+    assert (other.computed, late.computed) == ([1, 2, 3, 4, 5, 6], [])
+    assert store.get_run(done.run_id).status == "FINISHED"
+
+
 def test_what_comes_first_is_a_child_and_run_once(tmp_path):
     d, stage = driver(), Toy()
     with d.process("process", {}) as own:
