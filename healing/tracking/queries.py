@@ -25,10 +25,13 @@ from healing.tracking.processes import Process
 from healing.tracking.run_logger import RunLogger
 from healing.tracking.sending.requests import LOCAL_ID
 from healing.tracking.sending.store_errors import (
+    asked,
+    cure,
     http_status,
     one_line,
-    outage,
     require_active,
+    shown,
+    store_address,
     stored,
 )
 
@@ -74,22 +77,20 @@ def find_experiment(name_or_id: str) -> str:
     Raises:
         TrackingError: There is none.
     """
-    client = MlflowClient()
     wanted = (
         name_or_id
         or os.environ.get("MLFLOW_EXPERIMENT_ID")
         or os.environ.get("MLFLOW_EXPERIMENT_NAME", DEFAULT_EXPERIMENT)
     )
-    try:
+    with asked(lambda why: f"experiment {wanted!r}: {why}"):
+        client = MlflowClient()
         found = client.get_experiment_by_name(wanted)
         if found is None and wanted.isdecimal():
             found = client.get_experiment(wanted)
-    except MlflowException as error:
-        raise outage(f"experiment {wanted!r}: {one_line(error)[:200]}", error) from error
     if found is None:
         known = ", ".join(repr(e.name) for e in client.search_experiments(max_results=10))
         raise TrackingError(
-            f"no experiment {wanted!r} in {mlflow.get_tracking_uri()} (there are: {known}): "
+            f"no experiment {wanted!r} in {store_address()} (there are: {known}): "
             "name one with --experiment, or set MLFLOW_TRACKING_URI"
         )
     require_active(found)
@@ -105,7 +106,7 @@ def search(experiment_id: str, filter_string: str) -> list[RunView]:
     runs: list[RunView] = []
     token: str | None = None
     while True:
-        try:
+        with asked(lambda why: f"--filter {filter_string!r}: {why}"):
             page = MlflowClient().search_runs(
                 [experiment_id],
                 filter_string,
@@ -113,9 +114,6 @@ def search(experiment_id: str, filter_string: str) -> list[RunView]:
                 order_by=["attributes.start_time ASC"],
                 page_token=token,
             )
-        except MlflowException as error:
-            text = f"--filter {filter_string!r}: {one_line(error)[:300]}"
-            raise outage(text, error) from error
         runs += [_view(run) for run in page]
         token = page.token
         if not token:
@@ -148,17 +146,15 @@ def get_run(run_id: str) -> RunView:
     Raises:
         TrackingError: There is none.
     """
-    try:
+    with asked(
+        lambda why: (
+            f"no run {run_id!r} in {store_address()}: check the id and MLFLOW_TRACKING_URI ({why})"
+        )
+    ):
         found = _found(run_id)
-    except MlflowException as error:
-        raise outage(
-            f"no run {run_id!r} in {mlflow.get_tracking_uri()}: "
-            f"check the id and MLFLOW_TRACKING_URI ({one_line(error)[:200]})",
-            error,
-        ) from error
     if found.info.lifecycle_stage == LifecycleStage.DELETED:
         raise TrackingError(
-            f"run {run_id} is deleted in {mlflow.get_tracking_uri()}: restore it with `mlflow runs "
+            f"run {run_id} is deleted in {store_address()}: restore it with `mlflow runs "
             f"restore --run-id {run_id}`"
         )
     return _view(found)
@@ -206,7 +202,9 @@ def download(uri: str, folder: str | None = None) -> pathlib.Path:
         place = folder or own
         return pathlib.Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=place))
     except Exception as error:
-        raise TrackingError(f"artifact {uri} cannot be had: {one_line(error)[:200]}") from error
+        todo = cure(error)
+        text = f"artifact {shown(uri)} cannot be had: {one_line(error)[:200]}"
+        raise TrackingError(f"{text}: {todo}" if todo else text) from error
 
 
 @functools.cache
