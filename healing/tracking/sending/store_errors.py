@@ -95,8 +95,10 @@ def reason(error: BaseException) -> str:
     return said[:300]
 
 
-PACKAGES = {"psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient", "azure": "azure-storage-blob",
-            "google": "google-cloud-storage"}  # fmt: skip
+PACKAGES = {
+    "psycopg2": "psycopg2-binary", "psycopg": "'psycopg[binary]'", "MySQLdb": "mysqlclient",
+    "azure": "azure-storage-blob", "google": "google-cloud-storage",
+}  # fmt: skip
 """Module that MLflow needs for a store → what is installed for it, where the names differ."""
 
 
