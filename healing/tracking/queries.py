@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import mlflow
 from mlflow.entities import LifecycleStage, Run, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.tracking import MlflowClient
 from mlflow.utils.rest_utils import http_request, verify_rest_response
 
@@ -200,11 +201,25 @@ def download(uri: str, folder: str | None = None) -> pathlib.Path:
         # A file of this machine is taken where it is.
         own = None if uri.startswith("file:") else tempfile.mkdtemp(dir=_downloads())
         place = folder or own
-        return pathlib.Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=place))
+        return pathlib.Path(_fetched(uri, place))
     except Exception as error:
         todo = cure(error)
         text = f"artifact {shown(uri)} cannot be had: {one_line(error)[:200]}"
         raise TrackingError(f"{text}: {todo}" if todo else text) from error
+
+
+def _fetched(uri: str, place: str | None) -> str:
+    """Of a run's file that cannot be had MLflow says only that its path may be wrong (3.17.2); the
+    store that the file is in says why.
+    """
+    try:
+        return mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=place)
+    except MlflowException:
+        if not uri.startswith("runs:/"):
+            raise
+        run_id, _, path = uri.removeprefix("runs:/").partition("/")
+        root = MlflowClient().get_run(run_id).info.artifact_uri
+        return get_artifact_repository(root).download_artifacts(path, place)
 
 
 @functools.cache

@@ -142,6 +142,8 @@ def basic_auth(folder: pathlib.Path) -> tuple[list[str], dict[str, str]]:
         "default_permission = READ\n"
         f"database_uri = sqlite:///{folder}/basic_auth.db\n"
         f"admin_username = {ADMIN[0]}\n"
+        # A password is hashed slowly, at every request unless its result is kept.
+        "auth_cache_ttl_seconds = 600\n"
         "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
     )
     environment = {

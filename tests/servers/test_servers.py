@@ -349,39 +349,51 @@ def test_a_password_that_is_changed_amid_a_run(store, whole, monkeypatch) -> Non
         assert histories(place.uri) == whole.histories["heal"]
 
 
-@pytest.mark.parametrize("what", ["nobody there", "no library", "no credentials"])
-def test_s3_that_takes_nothing_loses_nothing(store, whole, monkeypatch, what) -> None:
+def forget_s3() -> None:
+    """Clients and credentials that this process found before."""
+    s3_artifact_repo._cached_get_s3_client.cache_clear()
+    sys.modules["boto3"].DEFAULT_SESSION = None
+
+
+def nobody_there(broken: pytest.MonkeyPatch) -> str:
+    broken.setenv("MLFLOW_S3_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
+    return "Could not connect"
+
+
+def no_library(broken: pytest.MonkeyPatch) -> str:
+    broken.setitem(sys.modules, "boto3", None)
+    return "pip install boto3"
+
+
+def no_credentials(broken: pytest.MonkeyPatch) -> str:
+    for variable in backends.S3_LOGIN:
+        broken.delenv(variable)
+    broken.setenv("HOME", "/nonexistent")
+    return "AWS_ACCESS_KEY_ID"
+
+
+def test_s3_that_takes_nothing_loses_nothing(store, whole, monkeypatch) -> None:
     """The files wait on disk; the line says what is needed; ``sync`` sends them."""
-    output = store / "output"
     with running("S3", store / "server", monkeypatch) as place:
-        run_id = attacked(output)
+        run_id = attacked(store)
         checkpoint = queries.download(f"runs:/{run_id}/checkpoints/checkpoint_post_treatment.pt")
-        s3_artifact_repo._cached_get_s3_client.cache_clear()
-        with monkeypatch.context() as broken:
-            if what == "nobody there":
-                address = f"http://127.0.0.1:{free_port()}"
-                broken.setenv("MLFLOW_S3_ENDPOINT_URL", address)
-                expected = "Could not connect"
-            elif what == "no library":
-                broken.setitem(sys.modules, "boto3", None)
-                expected = "pip install boto3"
-            else:
-                for variable in backends.S3_LOGIN:
-                    broken.delenv(variable)
-                broken.setenv("HOME", str(store))
-                expected = "AWS_ACCESS_KEY_ID"
-            with pytest.raises(TrackingError, match=expected):
-                queries.download(f"runs:/{run_id}/metrics.jsonl")
-            with pytest.raises(OutageError, match=rf"{expected}.*entrypoints\.sync"):
-                heal(HealConfig(**SMALL, collapsed_checkpoint=str(checkpoint), healing_steps=4,
-                                healing_lr=3e-3, output_dir=str(output / "heal")))  # fmt: skip
-        s3_artifact_repo._cached_get_s3_client.cache_clear()
-        sent = command(sync_command, str(output / "heal"))
-        assert sent.exit_code == 0, sent.output + sent.stderr
-        assert histories(place.uri) == whole.histories["heal"]
-        (run,) = (r for r in runs(place.uri) if r.data.tags["stage"] == "heal")
-        assert same_bytes(run, output, store / "fetched")
-        assert run.info.status == "FINISHED"
+        for number, fault in enumerate((nobody_there, no_library, no_credentials), 1):
+            output = store / fault.__name__
+            forget_s3()
+            with monkeypatch.context() as broken:
+                expected = fault(broken)
+                with pytest.raises(TrackingError, match=expected):
+                    queries.download(f"runs:/{run_id}/metrics.jsonl")
+                with pytest.raises(OutageError, match=rf"{expected}.*entrypoints\.sync"):
+                    heal(HealConfig(**SMALL, collapsed_checkpoint=str(checkpoint), healing_steps=4,
+                                    healing_lr=3e-3, output_dir=str(output / "heal")))  # fmt: skip
+            forget_s3()
+            sent = command(sync_command, str(output / "heal"))
+            assert sent.exit_code == 0, sent.output + sent.stderr
+            assert histories(place.uri) == whole.histories["heal"] * number
+            run = max(runs(place.uri), key=lambda r: r.info.start_time)
+            assert run.info.status == "FINISHED"
+            assert same_bytes(run, output, store / f"fetched {number}")
 
 
 def test_postgresql_without_a_server(store, whole, monkeypatch) -> None:
@@ -394,7 +406,9 @@ def test_postgresql_without_a_server(store, whole, monkeypatch) -> None:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         all_stages(output)
         assert {stage: histories(uri, stage) for stage in STAGES} == whole.histories
-        with pytest.raises(TrackingError, match=r"no run 'nope' in postgresql\+psycopg2://mlflow:") as caught:
+        with pytest.raises(
+            TrackingError, match=r"no run 'nope' in postgresql\+psycopg2://mlflow:"
+        ) as caught:
             queries.get_run("nope")
         assert backends.PASSWORD not in str(caught.value)
         assert backends.PASSWORD.encode() not in b"".join(files_below(output).values())
