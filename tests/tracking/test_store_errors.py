@@ -129,6 +129,8 @@ def test_a_defect_of_this_program_is_none_of_a_stores() -> None:
         ("http://h:5000", "http://h:5000"),
         ("http://me:secret@h:port/x", "http://***@h:port/x"),
         ("s3://b/x@v", "s3://b/x@v"),
+        ("runs:/r/a@b", "runs:/r/a@b"),
+        ("postgresql://h/db?password=secret&x=1", "postgresql://h/db?password=***&x=1"),
     ],
 )
 def test_an_address_is_shown_without_its_password(address, wanted) -> None:

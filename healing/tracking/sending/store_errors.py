@@ -20,14 +20,17 @@ LOGIN = re.compile(r"(?<=://)[^/\s]*@")
 _ANSWERED = re.compile(r"error code (\d+) != 200\. Response body: '(.*)'", re.DOTALL)
 
 
+_QUERY = re.compile(r"(?<=[?&])(\w*password)=[^&\s]*", re.IGNORECASE)
+
+
 def shown(address: str) -> str:
     """A store's address without the password in it."""
-    if "@" not in address:
-        return address
+    address = _QUERY.sub(r"\1=***", address)
     try:
-        return make_url(address).render_as_string(hide_password=True)
+        found = make_url(address)
     except (ArgumentError, ValueError):
         return LOGIN.sub("***@", address)
+    return address if found.password is None else found.render_as_string(hide_password=True)
 
 
 def store_address() -> str:
@@ -38,7 +41,8 @@ def store_address() -> str:
 def one_line(error: BaseException) -> str:
     """What an error says, on one line of at most 2,000 characters, without logins."""
     text = str(error).replace(mlflow.get_tracking_uri(), store_address())
-    text = " ".join(LOGIN.sub("***@", text).split()) or type(error).__name__
+    text = _QUERY.sub(r"\1=***", LOGIN.sub("***@", text))
+    text = " ".join(text.split()) or type(error).__name__
     return text[:2000]
 
 
