@@ -48,12 +48,15 @@ class Server:
     def start(self) -> None:
         """Serve, and wait until it answers."""
         arguments = [
-            "--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db",
-            "--artifacts-destination", str(self.folder / "artifacts"),
+            "--artifacts-destination", str(self.folder / "artifacts"), *self._options,
             "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1",
-            *self._options,
         ]  # fmt: skip
-        environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", **self._environment}
+        environment = {
+            **os.environ,
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+            "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{self.folder}/mlflow.db",
+            **self._environment,
+        }
         environment.pop("MLFLOW_TRACKING_URI", None)
         log = self.folder / "server.log"
         with log.open("wb") as stream:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -34,11 +35,15 @@ from healing.stages.summarize_inputs import from_artifact, from_history
 from healing.tracking import queries
 from healing.tracking.sending.outbox import PLACE
 from healing.tracking.store import MlflowStore
+from tests.conftest import ROOT
 from tests.outages.servers import Server, free_port
 from tests.outages.test_outages import at_records, histories
 from tests.servers import backends
+from tests.shell_words import words_of
 
 pytestmark = pytest.mark.slow
+
+PAGE = ROOT / "docs" / "mlflow.md"
 
 SMALL = {"model": "nano", "sequence_length": 64, "probe_tokens": 512, "batch_size": 2,
          "measurement_interval": 1, "verbosity": "quiet"}  # fmt: skip
@@ -128,6 +133,9 @@ def served(
     client: dict[str, str] | None = None,
 ) -> Iterator[Place]:
     folder.mkdir(exist_ok=True)
+    here = {"s3://BUCKET": f"s3://{backends.BUCKET}", "./": f"{folder}/"}
+    for there, place in {**here, "sqlite:///": f"sqlite:///{folder}/"}.items():
+        options = [option.replace(there, place) for option in options]
     server = Server(folder, options, environment)
     try:
         server.start()
@@ -136,9 +144,17 @@ def served(
         server.stop()
 
 
+def documented(mark: str) -> list[str]:
+    """The options of the command ``mlflow server`` of docs/mlflow.md in whose block a text is."""
+    blocks = re.findall(r"```bash\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    (block,) = (b for b in blocks if mark in b and "mlflow server" in b)
+    line = re.search(r"^mlflow server (.*(?:\\\n.*)*)", block, re.MULTILINE)
+    return words_of(line[1])
+
+
 def one_server(folder: pathlib.Path, stack: contextlib.ExitStack) -> Any:
     """SQLite and a folder; the server hands the files on."""
-    return served(folder, ["--serve-artifacts"])
+    return served(folder, documented("sqlite:///"))
 
 
 def with_postgresql(folder: pathlib.Path, stack: contextlib.ExitStack) -> Any:
@@ -170,12 +186,15 @@ def of_a_team(folder: pathlib.Path, stack: contextlib.ExitStack) -> Any:
     if reason:
         pytest.skip(reason)
     folder.mkdir()
-    options, environment = backends.basic_auth(folder)
+    _, environment = backends.basic_auth(folder)
     database = stack.enter_context(backends.postgresql())
-    options += ["--backend-store-uri", database]
-    options += ["--artifacts-destination", f"s3://{backends.BUCKET}/of/the/team"]
+    (users,) = re.findall(r"```ini\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    address = re.compile(r"postgresql\+psycopg2://\S+")
+    (folder / "basic_auth.ini").write_text(address.sub(database.replace("%", "%%"), users))
+    environment |= {"MLFLOW_BACKEND_STORE_URI": database, **stack.enter_context(backends.s3())}
     login = dict(zip(backends.LOGIN, backends.ADMIN, strict=True))
-    return served(folder, options, {**environment, **stack.enter_context(backends.s3())}, login)
+    return served(folder, [*documented("basic-auth"), "--allowed-hosts", "127.0.0.1:*"],
+                  environment, login)  # fmt: skip
 
 
 SERVERS = {

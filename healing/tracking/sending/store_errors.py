@@ -121,7 +121,7 @@ def cure(error: BaseException) -> str:
     if http_status(error) not in DENIED:
         return ""
     if "Host header" in str(error):
-        return "have the server started with this host in --allowed-hosts"
+        return "have the server started with this host and port in --allowed-hosts"
     who = "whom it knows" if http_status(error) == 401 else "who may do that"
     return (
         "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN) to "
