@@ -148,7 +148,7 @@ def documented(mark: str) -> list[str]:
     """The options of the command ``mlflow server`` of docs/mlflow.md in whose block a text is."""
     blocks = re.findall(r"```bash\n(.*?)```", PAGE.read_text(), re.DOTALL)
     (block,) = (b for b in blocks if mark in b and "mlflow server" in b)
-    line = re.search(r"^mlflow server (.*(?:\\\n.*)*)", block, re.MULTILINE)
+    line = re.search(r"^mlflow server ((?:.*\\\n)*.*)", block, re.MULTILINE)
     return words_of(line[1])
 
 
