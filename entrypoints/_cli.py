@@ -142,7 +142,7 @@ def run_stage(name: str, entry: EntryPoint, values: dict[str, Any]) -> None:
         write_line(f"stopped by {stopped.name}{again}", error=True)
         sys.exit(128 + stopped.signum)
     except OutageError as error:
-        fail(str(error), TRY_LATER)
+        fail(str(error), 1 if error.denied else TRY_LATER)
     except HealingError as error:
         fail(str(error))
     except OSError as error:  # of a file that no part of the program expected to be refused

@@ -32,12 +32,12 @@ def main(experiment: str, opened: bool, port: int) -> None:
     """Serve until Ctrl-C."""
     from healing.tracking.queries import find_experiment
     from healing.tracking.ui import links
-    from healing.tracking.ui.experiment_page import publish
+    from healing.tracking.ui.experiment_page import page as page_of
     from healing.tracking.ui.server import serving
 
     signal.signal(signal.SIGTERM, lambda *_: _stop())
     try:
-        page = publish(find_experiment(experiment))
+        page = page_of(find_experiment(experiment))
         with serving(port) as address:
             write_line("MLflow's UI; Ctrl-C ends it. The runs are at:")
             write_line(f"{address}/{page}")

@@ -32,17 +32,31 @@ class MatchError(HealingError, RuntimeError):
 
 
 class TrackingError(HealingError, RuntimeError):
-    """The tracking store cannot be reached, or a run or artifact is not in it."""
+    """The tracking store cannot be reached, or a run or artifact is not in it.
+
+    Args:
+        text: What a person reads.
+        reason: Of it what the store said; empty = not told apart.
+        cure: What to do about it, where that is known; empty otherwise.
+    """
+
+    def __init__(self, text: str = "", reason: str = "", cure: str = "") -> None:
+        super().__init__(text)
+        self.reason, self.cure = reason, cure
 
 
 class OutageError(TrackingError):
     """The tracking store is away for now: what was to be stored may be stored later.
 
     Attributes:
-        denied: Whether it is there, and lets nobody in.
+        denied: Whether it waits for the user: a login that it takes, a library that reaches it.
     """
 
     denied = False
+
+    def refusal(self) -> TrackingError:
+        """The same of a store that never was there."""
+        return TrackingError(str(self), self.reason, self.cure)
 
 
 class OutputError(HealingError, RuntimeError):

@@ -10,10 +10,11 @@ import re
 import subprocess
 from dataclasses import dataclass
 
+from healing.tracking.sending.store_errors import LOGIN
+
 LIBRARIES = ("torch", "transformers", "mlflow")
 """Libraries whose versions decide what a number is, or how it is kept."""
 _ADDRESS = re.compile(r"(?:https?|ssh|git|file)://\S+|[\w.-]+@[\w.-]+:\S+")
-_LOGIN = re.compile(r"(?<=://)[^/@\s]*@")
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def public_address(remote: str) -> str:
     if not _ADDRESS.fullmatch(remote):
         return ""
     # The user of ssh is part of the address; before https it is a secret.
-    return remote if remote.startswith("ssh://") else _LOGIN.sub("", remote)
+    return remote if remote.startswith("ssh://") else LOGIN.sub("", remote)
 
 
 @functools.cache

@@ -30,7 +30,14 @@ from healing.tracking.run_logger import RunLogger, now_ms
 from healing.tracking.sending.outbox import Outbox, Request
 from healing.tracking.sending.requests import CREATE, JOIN, Messenger, create
 from healing.tracking.sending.sender import BLOCKING_SECONDS, Sender
-from healing.tracking.sending.store_errors import UNREACHED, deleted, one_line, restore_experiment
+from healing.tracking.sending.store_errors import (
+    UNREACHED,
+    deleted,
+    one_line,
+    restore_experiment,
+    shown,
+    store_address,
+)
 
 DEFAULT_EXPERIMENT = "llm-healing"
 OPENING_SECONDS = {"http": 10.0, "": 120.0}
@@ -98,7 +105,7 @@ def _sending(
             require_writable(str(keep.parent))
         except OutputError:
             keep = None  # the stage says so, in a run that can be recorded
-    outbox = Outbox.of_this_process(keep, mlflow.get_tracking_uri()) if keep else None
+    outbox = Outbox.of_this_process(keep, store_address()) if keep else None
     sender = Sender(messenger, outbox, say)
     try:
         yield messenger, sender
@@ -184,12 +191,13 @@ def _opened(
             raise _deleted(request, place) from error
         if "id" in place and f"No Experiment with id={place['id']} exists" in str(error):
             raise TrackingError(
-                f"MLFLOW_EXPERIMENT_ID is {place['id']}, which {uri} does not have (another "
+                f"MLFLOW_EXPERIMENT_ID is {place['id']}, which {shown(uri)} does not have (another "
                 "store's?): unset it, or set it to one of `mlflow experiments search`"
             ) from error
+        said = error.reason if error.cure else one_line(error)[:300]
+        todo = error.cure or "check MLFLOW_TRACKING_URI"
         raise type(error)(
-            f"MLflow store {uri} cannot be used ({one_line(error)[:300]}): check "
-            "MLFLOW_TRACKING_URI"
+            f"MLflow store {shown(uri)} cannot be used ({said}): {todo}", said, error.cure
         ) from error
     known = messenger.experiment_id(request.run)
     experiment = {"id": known} if known else place

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import mlflow
 from mlflow.entities import LifecycleStage, Run, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.tracking import MlflowClient
 from mlflow.utils.rest_utils import http_request, verify_rest_response
 
@@ -25,10 +26,13 @@ from healing.tracking.processes import Process
 from healing.tracking.run_logger import RunLogger
 from healing.tracking.sending.requests import LOCAL_ID
 from healing.tracking.sending.store_errors import (
+    asked,
+    cure,
     http_status,
     one_line,
-    outage,
     require_active,
+    shown,
+    store_address,
     stored,
 )
 
@@ -74,22 +78,20 @@ def find_experiment(name_or_id: str) -> str:
     Raises:
         TrackingError: There is none.
     """
-    client = MlflowClient()
     wanted = (
         name_or_id
         or os.environ.get("MLFLOW_EXPERIMENT_ID")
         or os.environ.get("MLFLOW_EXPERIMENT_NAME", DEFAULT_EXPERIMENT)
     )
-    try:
+    with asked(lambda why: f"experiment {wanted!r}: {why}"):
+        client = MlflowClient()
         found = client.get_experiment_by_name(wanted)
         if found is None and wanted.isdecimal():
             found = client.get_experiment(wanted)
-    except MlflowException as error:
-        raise outage(f"experiment {wanted!r}: {one_line(error)[:200]}", error) from error
     if found is None:
         known = ", ".join(repr(e.name) for e in client.search_experiments(max_results=10))
         raise TrackingError(
-            f"no experiment {wanted!r} in {mlflow.get_tracking_uri()} (there are: {known}): "
+            f"no experiment {wanted!r} in {store_address()} (there are: {known}): "
             "name one with --experiment, or set MLFLOW_TRACKING_URI"
         )
     require_active(found)
@@ -105,7 +107,7 @@ def search(experiment_id: str, filter_string: str) -> list[RunView]:
     runs: list[RunView] = []
     token: str | None = None
     while True:
-        try:
+        with asked(lambda why: f"--filter {filter_string!r}: {why}"):
             page = MlflowClient().search_runs(
                 [experiment_id],
                 filter_string,
@@ -113,9 +115,6 @@ def search(experiment_id: str, filter_string: str) -> list[RunView]:
                 order_by=["attributes.start_time ASC"],
                 page_token=token,
             )
-        except MlflowException as error:
-            text = f"--filter {filter_string!r}: {one_line(error)[:300]}"
-            raise outage(text, error) from error
         runs += [_view(run) for run in page]
         token = page.token
         if not token:
@@ -148,17 +147,15 @@ def get_run(run_id: str) -> RunView:
     Raises:
         TrackingError: There is none.
     """
-    try:
+    with asked(
+        lambda why: (
+            f"no run {run_id!r} in {store_address()}: check the id and MLFLOW_TRACKING_URI ({why})"
+        )
+    ):
         found = _found(run_id)
-    except MlflowException as error:
-        raise outage(
-            f"no run {run_id!r} in {mlflow.get_tracking_uri()}: "
-            f"check the id and MLFLOW_TRACKING_URI ({one_line(error)[:200]})",
-            error,
-        ) from error
     if found.info.lifecycle_stage == LifecycleStage.DELETED:
         raise TrackingError(
-            f"run {run_id} is deleted in {mlflow.get_tracking_uri()}: restore it with `mlflow runs "
+            f"run {run_id} is deleted in {store_address()}: restore it with `mlflow runs "
             f"restore --run-id {run_id}`"
         )
     return _view(found)
@@ -204,9 +201,25 @@ def download(uri: str, folder: str | None = None) -> pathlib.Path:
         # A file of this machine is taken where it is.
         own = None if uri.startswith("file:") else tempfile.mkdtemp(dir=_downloads())
         place = folder or own
-        return pathlib.Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=place))
+        return pathlib.Path(_fetched(uri, place))
     except Exception as error:
-        raise TrackingError(f"artifact {uri} cannot be had: {one_line(error)[:200]}") from error
+        todo = cure(error)
+        text = f"artifact {shown(uri)} cannot be had: {one_line(error)[:200]}"
+        raise TrackingError(f"{text}: {todo}" if todo else text) from error
+
+
+def _fetched(uri: str, place: str | None) -> str:
+    """Of a run's file that cannot be had MLflow says only that its path may be wrong (3.17.2); the
+    store that the file is in says why.
+    """
+    try:
+        return mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=place)
+    except MlflowException:
+        if not uri.startswith("runs:/"):
+            raise
+        run_id, _, path = uri.removeprefix("runs:/").partition("/")
+        root = MlflowClient().get_run(run_id).info.artifact_uri
+        return get_artifact_repository(root).download_artifacts(path, place)
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypeVar
 
-from healing.errors import OutageError, TrackingError
+from healing.errors import OutageError
 from healing.tracking import open_runs, queries
 from healing.tracking.queries import RunView
 from healing.tracking.run import Run
@@ -198,17 +198,12 @@ class MlflowStore:
         return queries.download(uri, folder)
 
     def share_view(self, experiment_id: str) -> str:
-        """As :func:`healing.tracking.ui.experiment_page.publish`, as a whole address; of all runs,
-        where the store does not take the views: they are worth no run's failure. Empty while it is
-        away.
+        """As :func:`healing.tracking.ui.experiment_page.page`, as a whole address; empty while it
+        is away.
         """
         if self._is_away or not experiment_id:
             return ""
-        try:
-            page = experiment_page.publish(experiment_id)
-        except TrackingError:
-            page = links.runs_page(experiment_id)
-        return links.absolute(page)
+        return links.absolute(experiment_page.page(experiment_id))
 
     def page_of(self, run: Run) -> str:
         """As :func:`healing.tracking.ui.links.run_page`, as a whole address; empty while the store

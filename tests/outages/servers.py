@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import os
 import pathlib
@@ -12,7 +13,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 
 def free_port() -> int:
@@ -22,10 +23,22 @@ def free_port() -> int:
 
 
 class Server:
-    """``mlflow server`` with proxied artifacts on a port that stays the same."""
+    """``mlflow server`` with proxied artifacts on a port that stays the same.
 
-    def __init__(self, folder: pathlib.Path) -> None:
+    Args:
+        folder: Of its files.
+        options: In place of its SQLite database and its folder of artifacts.
+        environment: Of its process, beside this one's.
+    """
+
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        options: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self.folder, self.port = folder, free_port()
+        self._options, self._environment = options, environment or {}
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -35,30 +48,36 @@ class Server:
     def start(self) -> None:
         """Serve, and wait until it answers."""
         arguments = [
-            "--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db",
-            "--artifacts-destination", str(self.folder / "artifacts"),
+            "--artifacts-destination", str(self.folder / "artifacts"), *self._options,
             "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1",
         ]  # fmt: skip
-        environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
+        environment = {
+            **os.environ,
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+            "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{self.folder}/mlflow.db",
+            **self._environment,
+        }
         environment.pop("MLFLOW_TRACKING_URI", None)
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "mlflow", "server", *arguments],
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment,
-            start_new_session=True,
-        )  # fmt: skip
+        log = self.folder / "server.log"
+        with log.open("wb") as stream:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "mlflow", "server", *arguments],
+                stdout=stream, stderr=stream, env=environment, start_new_session=True,
+            )  # fmt: skip
         end = time.monotonic() + 90
-        while time.monotonic() < end:
+        while time.monotonic() < end and self._process.poll() is None:
             try:
                 with urllib.request.urlopen(f"{self.uri}/health", timeout=2):
                     return
             except (urllib.error.URLError, OSError):
                 time.sleep(0.2)
-        raise TimeoutError("the MLflow server did not start")
+        raise TimeoutError(f"the MLflow server did not start: {log.read_text()[-2000:]}")
 
     def stop(self) -> None:
         """Gone, with its workers, as when a machine goes down."""
         if self._process is not None:
-            os.killpg(self._process.pid, 9)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, 9)
             self._process.wait()
             self._process = None
 

@@ -6,13 +6,11 @@ import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-import mlflow
-
 from healing.errors import OutageError, TrackingError
 from healing.tracking.processes import Process
 from healing.tracking.sending.outbox import PLACE, Outbox, Request, outboxes
 from healing.tracking.sending.requests import CREATE, END, JOIN, WITH_FILE, Messenger, batch
-from healing.tracking.sending.store_errors import one_line
+from healing.tracking.sending.store_errors import one_line, store_address
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ def _deliver(outbox: Outbox, tell: Tell) -> Delivery:
         requests, sent = outbox.left()
     except (OSError, ValueError) as error:
         return Delivery(outbox.folder, error=f"{outbox.folder} cannot be read: {one_line(error)}")
-    if outbox.about("store") != mlflow.get_tracking_uri():
+    if outbox.about("store") != store_address():
         sent = 0  # of another store
     messenger = Messenger()
     done = 0
@@ -120,7 +118,7 @@ def _ends(requests: Sequence[Request], messenger: Messenger, outbox: Outbox) -> 
 
 def send_left(output: pathlib.Path, say: Callable[[str], None]) -> None:
     """Send what earlier processes of this output folder could not send to the same store."""
-    for found in deliver(output, mlflow.get_tracking_uri()):
+    for found in deliver(output, store_address()):
         if found.error:
             say(f"warning: {found.folder} still waits to be sent: {found.error}")
         else:

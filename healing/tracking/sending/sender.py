@@ -22,6 +22,8 @@ QUICK_SECONDS = 0.5
 """An answer within this time is no waiting."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 15.0
 """Seconds between two tries of a store that is away; doubled each time."""
+AGAIN = ", and start again"
+"""After it an error says what only a run that has ended needs."""
 UNLIMITED = 1e6
 """Seconds that a file may take."""
 PATIENCE = 30.0
@@ -59,8 +61,9 @@ class _Waiting:
 
 
 def short(error: OutageError) -> str:
-    """What could not be stored and why, without what to do about it."""
-    return str(error).partition(": make that store")[0][:500]
+    """What could not be stored and why; what to do about it where that is for the user."""
+    what, _, _ = str(error).partition(": make that store")
+    return what.partition(AGAIN)[0][:600]
 
 
 class Sender:
@@ -370,7 +373,7 @@ class Sender:
             self._carry_out(waiting.request, file, again=again)
         except OutageError as error:
             # Who is not let in at first has no store; later it may be a matter of time.
-            return TrackingError(str(error)) if error.denied and not self._answered else error
+            return error.refusal() if error.denied and not self._answered else error
         except TrackingError as error:
             return error
         finally:

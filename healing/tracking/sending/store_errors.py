@@ -4,24 +4,63 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import mlflow
 from mlflow.entities import Experiment, LifecycleStage
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError
 
 from healing.errors import OutageError, TrackingError
 
+LOGIN = re.compile(r"(?<=://)[^/\s]*@")
+"""User and password of an address."""
+_ANSWERED = re.compile(r"error code (\d+) != 200\. Response body: '(.*)'", re.DOTALL)
+
+
+_QUERY = re.compile(r"(?<=[?&])(\w*password)=[^&\s]*", re.IGNORECASE)
+
+
+def shown(address: str) -> str:
+    """A store's address without the password in it."""
+    address = _QUERY.sub(r"\1=***", address)
+    try:
+        found = make_url(address)
+    except (ArgumentError, ValueError):
+        return LOGIN.sub("***@", address)
+    return address if found.password is None else found.render_as_string(hide_password=True)
+
+
+def store_address() -> str:
+    """Of the store that MLflow is set to, as it may be shown and kept."""
+    return shown(mlflow.get_tracking_uri())
+
 
 def one_line(error: BaseException) -> str:
-    """What an error says, on one line of at most 2,000 characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    """What an error says, on one line of at most 2,000 characters, without logins."""
+    text = str(error).replace(mlflow.get_tracking_uri(), store_address())
+    text = _QUERY.sub(r"\1=***", LOGIN.sub("***@", text))
+    text = " ".join(text.split()) or type(error).__name__
     return text[:2000]
 
 
-UNREACHED = (MlflowException, OSError)
-"""What MLflow's clients raise where a store, a server or a disk does not take what is sent."""
+UNREACHED = (MlflowException, OSError, ImportError)
+"""What MLflow's clients raise where a store, a server or a disk does not take what is sent, or a
+library for it is missing.
+"""
+LIBRARIES = ("sqlalchemy", "botocore", "boto3", "s3transfer", "google", "azure")
+"""Their errors come through MLflow as they are."""
+
+
+def is_of_a_store(error: BaseException) -> bool:
+    """Whether MLflow's clients, or a library below them, failed, and not this program."""
+    return isinstance(error, UNREACHED) or _library(error) in LIBRARIES
+
+
+def _library(error: BaseException) -> str:
+    return type(error).__module__.partition(".")[0]
 
 
 TEMPORARY = (408, 425, 429, 499)
@@ -29,7 +68,7 @@ DENIED = (401, 403)
 """HTTP statuses that may be others later."""
 
 
-def is_away(error: Exception) -> bool:
+def is_away(error: BaseException) -> bool:
     """Whether a store does not take anything now, and may later: it cannot be reached, is
     overloaded or locked, its disk is full. What it will never take is refused.
     """
@@ -39,31 +78,105 @@ def is_away(error: Exception) -> bool:
     return status is None or status >= 500 or status in (*TEMPORARY, *DENIED)
 
 
-def http_status(error: Exception) -> int | None:
+def http_status(error: BaseException) -> int | None:
     """What a server answered, or would have; ``None`` where there was no answer."""
     if isinstance(error, MlflowException):
         return error.get_http_status_code()
     answer = getattr(error, "response", None)  # of a file's upload
-    return None if answer is None else int(answer.status_code)
+    if isinstance(answer, dict):  # as botocore has it
+        return answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    cause = error.__cause__ or error.__context__
+    if answer is None and cause is not None and _library(error) in LIBRARIES:
+        return http_status(cause)  # boto3 says that an upload failed, and botocore why
+    status = getattr(answer, "status_code", None)
+    return None if status is None else int(status)
 
 
-def outage(text: str, error: Exception) -> TrackingError:
-    """The error of a store that does not take something: of an outage, or a refusal."""
+def reason(error: BaseException) -> str:
+    """What a store said: of a server's answer only status and text."""
+    answered = _ANSWERED.search(str(error))
+    said = f"{answered[1]}: {' '.join(answered[2].split())}" if answered else one_line(error)
+    return said[:300]
+
+
+PACKAGES = {
+    "psycopg2": "psycopg2-binary", "psycopg": "'psycopg[binary]'", "MySQLdb": "mysqlclient",
+    "azure": "azure-storage-blob", "google": "google-cloud-storage",
+}  # fmt: skip
+"""Module that MLflow needs for a store → what is installed for it, where the names differ."""
+
+
+def cure(error: BaseException) -> str:
+    """What the user has to do, where the error says it: a login, a library; else empty."""
+    causes = [error, *filter(None, (error.__cause__, error.__context__))]
+    if isinstance(error, ImportError):
+        name = (error.name or "").partition(".")[0]
+        return f"install what this store needs: `pip install {PACKAGES.get(name, name)}`"
+    names = {type(e).__name__ for e in causes if _library(e) == "botocore"}
+    if names and (http_status(error) in DENIED or names & NO_CREDENTIALS):
+        return (
+            "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or AWS_PROFILE) to those of a user "
+            "who may write there, and MLFLOW_S3_ENDPOINT_URL where the store is not Amazon's"
+        )
+    if http_status(error) not in DENIED:
+        return ""
+    if "Host header" in str(error):
+        return "have the server started with this host and port in --allowed-hosts"
+    who = "whom it knows" if http_status(error) == 401 else "who may do that"
+    return (
+        "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN) to "
+        f"those of a user {who}"
+    )
+
+
+NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"}
+"""Of botocore: it has nobody to ask as."""
+
+
+def outage(text: str, error: BaseException) -> TrackingError:
+    """The error of a store that does not take something: of an outage, or a refusal.
+
+    Args:
+        text: What a person reads.
+        error: As MLflow raised it.
+    """
+    said = reason(error), cure(error)
     if not is_away(error):
-        return TrackingError(text)
-    away = OutageError(text)
-    away.denied = http_status(error) in DENIED
+        return TrackingError(text, *said)
+    away = OutageError(text, *said)
+    away.denied = bool(away.cure)
     return away
 
 
-def says_deleted(error: Exception) -> bool:
+@contextlib.contextmanager
+def asked(what: Callable[[str], str]) -> Iterator[None]:
+    """Turn a failed question to a store into one line.
+
+    Args:
+        what: Makes the line of what the store said.
+
+    Raises:
+        TrackingError: The line; where the user has to do something first, that.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_of_a_store(error):
+            raise
+        text = what(one_line(error)[:300])
+        if todo := cure(error):
+            text = f"MLflow store {store_address()} cannot be asked ({reason(error)}): {todo}"
+        raise outage(text, error) from error
+
+
+def says_deleted(error: BaseException) -> bool:
     """Whether a store refuses because an experiment or run is deleted there."""
     return isinstance(error, MlflowException) and bool(re.search(r"\bdeleted\b", str(error)))
 
 
 def deleted(restore: str) -> str:
     """What to do about something that is deleted."""
-    return f"is deleted in {mlflow.get_tracking_uri()}: restore it with `mlflow {restore}`"
+    return f"is deleted in {store_address()}: restore it with `mlflow {restore}`"
 
 
 def restore_experiment(name_or_id: str) -> str:
@@ -88,17 +201,20 @@ def stored(what: str, restore: str = "") -> Iterator[None]:
     """
     try:
         yield
-    except UNREACHED as error:
+    except Exception as error:
+        if not is_of_a_store(error):
+            raise
         if restore and says_deleted(error):
             raise TrackingError(
                 f"{what} could not be stored, since what it belongs to {deleted(restore)}, and "
                 "start again; the files written so far stay in the run's local folder"
             ) from error
+        todo = cure(error) or (
+            "make that store reachable and writable, or set MLFLOW_TRACKING_URI to another"
+        )
         raise outage(
-            f"{what} could not be stored in {mlflow.get_tracking_uri()} "
-            f"({one_line(error)[:300]}): make that store reachable and writable, or set "
-            "MLFLOW_TRACKING_URI to another, and start again; the files written so far stay in "
-            "the run's local folder",
+            f"{what} could not be stored in {store_address()} ({reason(error)}): {todo}, and "
+            "start again; the files written so far stay in the run's local folder",
             error,
         ) from error
 
@@ -111,7 +227,7 @@ def require_active(experiment: Experiment | None) -> None:
     """
     if experiment is not None and experiment.lifecycle_stage == LifecycleStage.DELETED:
         raise TrackingError(
-            f"experiment {experiment.name!r} is deleted in {mlflow.get_tracking_uri()}: restore it "
+            f"experiment {experiment.name!r} is deleted in {store_address()}: restore it "
             f"with `mlflow experiments restore --experiment-id {experiment.experiment_id}`, or "
             "name another"
         )

@@ -12,6 +12,7 @@ import time
 
 from mlflow.tracking import MlflowClient
 
+from healing.errors import TrackingError
 from healing.tracking.sending.store_errors import stored
 from healing.tracking.ui import links
 from healing.tracking.ui.views import VIEWS, View, may_replace
@@ -71,3 +72,13 @@ def publish(experiment_id: str) -> str:
         for key, value in wanted.items():
             client.set_experiment_tag(experiment_id, key, value)
     return view_link(experiment_id)
+
+
+def page(experiment_id: str) -> str:
+    """As :func:`publish`; of all runs where the store does not take the views, as from a user who
+    may only read: they are worth no failure.
+    """
+    try:
+        return publish(experiment_id)
+    except TrackingError:
+        return links.runs_page(experiment_id)

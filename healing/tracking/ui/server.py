@@ -57,11 +57,15 @@ def serving(wanted: int = 0) -> Iterator[str]:
         return
     port = choose_port(wanted)
     command = [sys.executable, "-m", "mlflow", "server"]
-    command += ["--backend-store-uri", mlflow.get_tracking_uri()]
     command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     # Its requests would push the address off the terminal.
     command += ["--uvicorn-opts", "--log-level warning"]
-    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    environment = {
+        **os.environ,
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        # Everybody on this machine sees a command line, and a database's address has a password.
+        "MLFLOW_BACKEND_STORE_URI": mlflow.get_tracking_uri(),
+    }
     with tempfile.TemporaryFile() as log:
         server = subprocess.Popen(
             command, env=environment, stdout=log, stderr=log, start_new_session=True
