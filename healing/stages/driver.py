@@ -323,7 +323,7 @@ class Driver:
         progress.enter("uploading")
         run.history(report.points)
         run.tags(report.tags)
-        upload(run, folder, stage.artifacts)
+        upload(run, folder, stage.artifacts, report.models)
         show(run, report)
         heard.tag.stop()
         seconds = heard.times.seconds()

@@ -165,5 +165,7 @@ def pretrain(config: PretrainConfig, driver: Driver | None = None) -> pathlib.Pa
     """Train, evaluate and store one embedded model; returns its folder."""
     driver = driver or Driver(Console(config.verbosity))
     with driver.process(PRETRAIN.title(config), {"stage": PRETRAIN.name}, config.output_dir) as run:
+        if config.system_metrics:
+            run.system_metrics()
         done = driver.run_cell(PRETRAIN, config, run=run)
     return done.folder

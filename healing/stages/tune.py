@@ -287,6 +287,8 @@ def tune(config: TuneConfig, driver: Driver | None = None) -> Tuned:
     title = f"tune {config.label} {config.arms} seeds {config.seeds}"
     tags = {"stage": "tune", "role": "parent", "model": config.label}
     with driver.process(title, tags, config.output_dir) as run:
+        if config.system_metrics:
+            run.system_metrics()
         config = resolve_from_model(config)
         run.params("tune", as_params(config))
         if METHOD in config.axis_list():
