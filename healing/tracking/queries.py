@@ -24,7 +24,7 @@ from healing.tracking.metric_history import POINTS_PER_PAGE, Point
 from healing.tracking.open_runs import DEFAULT_EXPERIMENT, PROCESS
 from healing.tracking.processes import Process
 from healing.tracking.run_logger import RunLogger
-from healing.tracking.sending.logged_models import MADE_BY
+from healing.tracking.sending.logged_models import MADE_BY, model_of_version
 from healing.tracking.sending.requests import LOCAL_ID
 from healing.tracking.sending.store_errors import (
     http_status,
@@ -203,7 +203,7 @@ def run_of_model(uri: str) -> RunView:
         )
     client = MlflowClient()
     try:
-        model_id = named["id"] or _version(client, named).model_id
+        model_id = named["id"] or model_of_version(_version(client, named))
         model = client.get_logged_model(model_id) if model_id else None
     except MlflowException as error:
         raise outage(
@@ -232,17 +232,22 @@ def check_registry(name: str) -> None:
     Raises:
         TrackingError: It is a prompt's, or the registry refuses it.
     """
+    client = MlflowClient()
     try:
-        found = MlflowClient().get_registered_model(name)
+        try:
+            client.get_registered_model(name)
+            return
+        except MlflowException as error:
+            if http_status(error) != NOT_FOUND:
+                raise
+        taken = client.get_prompt(name) is not None  # prompts share the names of models
     except MlflowException as error:
-        if http_status(error) == NOT_FOUND:
-            return  # it will be made
         raise outage(
             f"--register-as {name!r} is refused by the registry {mlflow.get_registry_uri()} "
             f"({one_line(error)[:200]}): name another",
             error,
         ) from error
-    if found._is_prompt():
+    if taken:
         raise TrackingError(f"--register-as {name!r} is the name of a prompt there: name another")
 
 

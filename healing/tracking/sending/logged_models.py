@@ -8,6 +8,7 @@ import contextlib
 import copy
 import importlib.metadata
 import logging
+import math
 import pathlib
 import re
 import shutil
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mlflow.entities import LoggedModelOutput, LoggedModelStatus, Metric
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
 from mlflow.tracking import MlflowClient
@@ -232,12 +234,21 @@ class LoggedModels:
         except MlflowException as error:
             if error.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS):
                 raise
+            self._client.get_registered_model(name)  # there is none where a prompt has the name
         if again:
             found = self._client.search_model_versions(f"run_id = '{run}'")
-            if any(v.name == name and v.model_id == model for v in found):
+            if any(v.name == name and model_of_version(v) == model for v in found):
                 return
         tags = {**content["facts"], **content["tags"]}
         self._client.create_model_version(name, f"models:/{model}", run, tags, model_id=model)
+
+
+def model_of_version(version: ModelVersion) -> str:
+    """Id of the logged model that a version of the registry is; empty = it is none. A database
+    stores it in the source alone.
+    """
+    source = re.fullmatch(r"models:/(m-[^/]+)", version.source or "")
+    return str(version.model_id or (source[1] if source else ""))
 
 
 def requests_of(
@@ -248,7 +259,7 @@ def requests_of(
     Args:
         model: To keep.
         key: Of it, which no other model has.
-        metrics: Final numbers of its run.
+        metrics: Final numbers of its run; the finite ones are stored.
     """
     about = {"id": key, "name": model_name(model.name)}
     facts = {name: str(value) for name, value in model.facts.items() if str(value)}
@@ -256,5 +267,7 @@ def requests_of(
     yield MODEL, {**kept, "step": 0}, None
     for path, folder in files_of(model.folder):
         yield MODEL_FILE, {**about, "folder": folder}, path
-    points = [[m.key, m.value, m.timestamp, m.step] for m in metrics]
+    # A model's NaN is stored as 0 (3.17.2): an undefined recovery would be none at all.
+    finite = [m for m in metrics if math.isfinite(m.value)]
+    points = [[m.key, m.value, m.timestamp, m.step] for m in finite]
     yield MODEL_READY, {**kept, "metrics": points, "register_as": model.register_as}, None
