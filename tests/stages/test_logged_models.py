@@ -80,14 +80,12 @@ def test_models_of_an_attack_and_its_healing(store):
         finite = {k: v for k, v in final.items() if math.isfinite(v)}
         assert 0 < len(finite) < len(final) + (state == "collapsed")
         assert {m.key: m.value for m in model.metrics} == finite
-        assert all(
-            len(client.get_metric_history(run.info.run_id, key)) == 1 for key in final
-        ), "the model's metrics are no second points of the run"
+        assert all(len(client.get_metric_history(run.info.run_id, key)) == 1 for key in final), (
+            "the model's metrics are no second points of the run"
+        )
         uri = f"models:/{model.model_id}"
         loaded = mlflow.transformers.load_model(uri, return_type="components")
-        assert torch.equal(
-            logits_of(loaded["model"]), checkpoint_logits(model.source_run_id, name)
-        )
+        assert torch.equal(logits_of(loaded["model"]), checkpoint_logits(model.source_run_id, name))
         text = "def main():"
         own = load_model("nano", "cpu").tokenizer
         assert loaded["tokenizer"](text)["input_ids"] == own(text)["input_ids"]
@@ -116,7 +114,7 @@ def test_models_of_an_attack_and_its_healing(store):
         collapsed_checkpoint="models:/collapsed nano/1", healed_checkpoint="models:/healed@best"
     )
     assert find_cell(files_by_model, MlflowStore()).collapsed.endswith(CHECKPOINT_NAME)
-    wrong = f"of stage heal: name a model of stage attack"
+    wrong = "of stage heal: name a model of stage attack"
     for option in ("attack_run_id", "collapsed_checkpoint"):
         with pytest.raises(TrackingError, match=wrong):
             heal(HealConfig(**HEAL, **{option: "models:/healed/1"}))

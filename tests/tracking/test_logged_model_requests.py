@@ -136,10 +136,9 @@ def test_a_model_that_is_refused_fails_no_run(store, model, monkeypatch) -> None
 
 
 def test_the_description_of_a_model_comes_last(model) -> None:
-    assert [path.name for path, _ in files_of(model.folder)][-1] == "MLmodel"
-    assert dict((path.name, place) for path, place in files_of(model.folder))["all.bin"] == (
-        "weights"
-    )
+    found = files_of(model.folder)
+    assert [path.name for path, _ in found][-1] == "MLmodel"
+    assert {path.name: place for path, place in found}["all.bin"] == "weights"
 
 
 @pytest.mark.parametrize("text", ["a/b", "nano.v1 %", "'", ":", "x" * 500])
