@@ -1,4 +1,4 @@
-"""``mlflow run`` of the repository's address at a commit gives a run's numbers again, bit for bit."""
+"""``mlflow run`` of the repository's address at a commit gives a run's numbers again, bitwise."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import os
 import pathlib
 import re
 import shutil
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 
 import pytest
 from mlflow.tracking import MlflowClient
@@ -29,15 +32,34 @@ def git(*arguments: str) -> str:
 
 
 @pytest.fixture
-def repository(store: pathlib.Path) -> tuple[str, str]:
-    """Address and commit of a bare copy of what is committed here."""
+def repository(store: pathlib.Path) -> Iterator[tuple[str, str]]:
+    """Address and commit of a bare copy of what is committed here, served by git: MLflow takes
+    file:// for a folder.
+    """
     if not (ROOT / ".git").exists() or shutil.which("git") is None:
         pytest.skip("not a git checkout")
-    git("init", "--quiet", "--bare", str(store / "bare.git"))
-    address = (store / "bare.git").as_uri()
-    git("push", "--quiet", address, "HEAD:refs/heads/main")
-    git("--git-dir", str(store / "bare.git"), "symbolic-ref", "HEAD", "refs/heads/main")
-    return address, git("rev-parse", "HEAD")
+    if not (pathlib.Path(git("--exec-path")) / "git-daemon").exists():
+        pytest.skip("git has no daemon here")
+    bare = store / "served" / "bare.git"
+    git("init", "--quiet", "--bare", str(bare))
+    git("push", "--quiet", str(bare), "HEAD:refs/heads/main")
+    git("--git-dir", str(bare), "symbolic-ref", "HEAD", "refs/heads/main")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    served = subprocess.Popen(
+        [pathlib.Path(git("--exec-path")) / "git-daemon", "--export-all", "--listen=127.0.0.1",
+         f"--port={port}", f"--base-path={bare.parent}", str(bare.parent)],
+    )  # fmt: skip
+    try:
+        address = f"git://127.0.0.1:{port}/bare.git"
+        for _ in range(50):
+            if subprocess.run(["git", "ls-remote", address], capture_output=True).returncode == 0:
+                break
+            time.sleep(0.1)
+        yield address, git("rev-parse", "HEAD")
+    finally:
+        served.terminate()
+        served.wait()
 
 
 @pytest.fixture

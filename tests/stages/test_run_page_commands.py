@@ -119,7 +119,8 @@ def test_pictures_and_text_are_stored_and_change_no_number(store):
 @pytest.mark.slow
 def test_a_search_is_repeated(store):
     wanted = {**SMALL, "attack_steps": 4, "arms": "random_tokens", "seeds": "100", "trials": 3,
-              "token_budget": 1024, "rungs": 2, "batch_sizes": "4", "output_dir": "first"}  # fmt: skip
+              "token_budget": 1024, "rungs": 2, "batch_sizes": "4",
+              "output_dir": "first"}  # fmt: skip
     tune(TuneConfig(**wanted))
     (first,) = pages("tune")
     before = {r.info.run_id for r in runs("trial")}
