@@ -71,9 +71,9 @@ ANSWERS = {
     "-system_metrics",
     "tune": "model revision deduped tokenizer corpus max_documents text_column split_rule seed "
     "batch_size sequence_length probe_tokens measurement_interval ~measurements threads "
-    "-device -cache_dir -output_dir -verbosity -system_metrics arms seeds attack_steps trials token_budget rungs "
-    "sampler pruner startup_trials axes rate_lowest rate_highest grid_rates sgd_rate_ratio "
-    "sgd_momentum warmups clips batch_sizes -study",
+    "-device -cache_dir -output_dir -verbosity -system_metrics arms seeds attack_steps trials "
+    "token_budget rungs sampler pruner startup_trials axes rate_lowest rate_highest grid_rates "
+    "sgd_rate_ratio sgd_momentum warmups clips batch_sizes -study",
 }
 
 

@@ -17,7 +17,8 @@ from healing.config.attack import AttackConfig
 from healing.config.basin import BasinConfig
 from healing.config.heal import HealConfig
 from healing.config.sweep import SweepConfig
-from healing.errors import CheckpointError, ConfigError, HealingError, TrackingError
+from healing.data.corpora import load_corpus
+from healing.errors import ConfigError, HealingError, TrackingError
 from healing.models.checkpoints import CHECKPOINT_NAME, HEALED_NAME
 from healing.models.loading import load_model
 from healing.stages.attack import attack
@@ -205,4 +206,25 @@ def test_a_sweep_hands_the_wish_on():
     assert (made.log_model, made.register_as) == (True, "")
     assert (healed.log_model, healed.register_as) == (True, "best")
     assert not made.system_metrics
-    assert issubclass(CheckpointError, HealingError)
+
+
+def test_the_text_that_was_read_is_listed_with_digest_source_and_use(store):
+    """Read back through MLflow's own classes, digests computed anew."""
+    run_id, _ = attack(AttackConfig(**ATTACK))
+    heal(HealConfig(**HEAL, attack_run_id=run_id))
+    client = MlflowClient()
+    found = client.get_experiment_by_name("llm-healing")
+    (healing,) = client.search_runs([found.experiment_id], "tags.stage = 'heal'")
+    digests = load_corpus("stdlib").digests
+    for run, uses in (
+        (client.get_run(run_id), {"attack": "attack", "probe": "probe"}),
+        (healing, {"train": "training", "probe": "probe"}),
+    ):
+        inputs = {i.dataset.name: i for i in run.inputs.dataset_inputs}
+        assert inputs.keys() == {f"stdlib-{split}" for split in uses}
+        for split, use in uses.items():
+            read = inputs[f"stdlib-{split}"]
+            assert read.dataset.digest == digests[split]
+            assert [(t.key, t.value) for t in read.tags] == [("mlflow.data.context", use)]
+            source = mlflow.data.get_source(read)
+            assert source.to_dict()["tags"] == {"corpus": "stdlib", "split": split}

@@ -220,7 +220,10 @@ class LoggedModels:
     def _complete(self, model: str, run: str, content: Mapping[str, Any], *, again: bool) -> None:
         # The run's own points, once more as the model's: of the same time, so that the run keeps
         # one of each.
-        points = [Metric(*p, model_id=model, run_id=run) for p in content["metrics"]]
+        points = [
+            Metric(key, value, moment, step, model_id=model, run_id=run)
+            for key, value, moment, step in content["metrics"]
+        ]
         if points:
             self._client.log_batch(run, metrics=points)
         self._client.finalize_logged_model(model, LoggedModelStatus.READY)
