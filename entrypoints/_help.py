@@ -15,7 +15,8 @@ GROUPS = {
     "Text and model": """corpus text_column split_rule tokenizer max_documents revision deduped
         vocab_size probe_tokens measurements""",
     "Results and progress": """output_dir cache_dir verbosity resume_run_id checkpoint_interval
-        checkpoint_minutes save_healed log_images log_text log_layers confidence""",
+        checkpoint_minutes save_healed log_images log_text log_layers log_model register_as
+        system_metrics confidence""",
     "Memory, time and device": """dry_run time_steps device threads workers precision precision_mode
         gradient_checkpointing""",
 }

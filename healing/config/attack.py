@@ -14,6 +14,7 @@ from healing.config.arm_tags import (
 )
 from healing.config.options import AUTO, flag_name, option
 from healing.config.shared import (
+    LOGGING,
     OPTIMIZERS,
     BaseConfig,
     DryRunOptions,
@@ -41,8 +42,7 @@ class AttackConfig(BaseConfig, SavingOptions, LoggingOptions, DryRunOptions):
         "checkpoint_interval",
         "checkpoint_minutes",
         "resume_run_id",
-        "log_layers",
-        "log_images",
+        *(name for name in LOGGING if name != "log_text"),
         "dry_run",
         "time_steps",
     )

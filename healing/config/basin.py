@@ -17,13 +17,16 @@ from healing.config.shared import (
     ModelOptions,
     OutputOptions,
     ResumeOptions,
+    SystemOptions,
     ThreadOptions,
 )
 from healing.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
-class BasinConfig(ModelOptions, ThreadOptions, DeviceOptions, OutputOptions, ResumeOptions):
+class BasinConfig(
+    ModelOptions, ThreadOptions, DeviceOptions, OutputOptions, ResumeOptions, SystemOptions
+):
     """The loss landscape around and between the three states of one healing run."""
 
     order = (
@@ -36,9 +39,13 @@ class BasinConfig(ModelOptions, ThreadOptions, DeviceOptions, OutputOptions, Res
         "output_dir",
         "verbosity",
         "resume_run_id",
+        "system_metrics",
     )
 
-    heal_run_id: str = option("", "MLflow healing run whose three states are examined.")
+    heal_run_id: str = option(
+        "",
+        "MLflow healing run whose three states are examined, or its logged model (models:/…).",
+    )
     collapsed_checkpoint: str = option(
         "", "Collapsed checkpoint (a path or an MLflow URI), where no healing run is named."
     )

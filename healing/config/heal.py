@@ -91,10 +91,15 @@ class HealConfig(BaseConfig, SavingOptions, TextLoggingOptions, DryRunOptions):
     revision: str = option("", f"{REVISION_HELP} A checkpoint brings its own.")
     deduped: bool = option(False, f"{DEDUPED_HELP} A checkpoint brings its own.")
     collapsed_checkpoint: str = option(
-        "", "Checkpoint file to heal (a path or an MLflow URI).", separates=False
+        "",
+        "Checkpoint file to heal: a path, an MLflow URI of a file, or an attack's logged model "
+        "(models:/…), which stands for its run's checkpoint.",
+        separates=False,
     )
     attack_run_id: str = option(
-        "", "MLflow attack run whose checkpoint is healed.", determines=False
+        "",
+        "MLflow attack run whose checkpoint is healed, or its logged model (models:/…).",
+        determines=False,
     )
     checkpoint_dir: str = option(
         "",

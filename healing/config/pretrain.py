@@ -8,6 +8,7 @@ from healing.config.options import option
 from healing.config.shared import (
     OutputOptions,
     SavingOptions,
+    SystemOptions,
     TextOptions,
     ThreadOptions,
     TrainingOptions,
@@ -15,7 +16,9 @@ from healing.config.shared import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig(TextOptions, TrainingOptions, ThreadOptions, OutputOptions, SavingOptions):
+class PretrainConfig(
+    TextOptions, TrainingOptions, ThreadOptions, OutputOptions, SavingOptions, SystemOptions
+):
     """Training of an embedded model from nothing."""
 
     order = (
@@ -35,6 +38,7 @@ class PretrainConfig(TextOptions, TrainingOptions, ThreadOptions, OutputOptions,
         "checkpoint_interval",
         "checkpoint_minutes",
         "resume_run_id",
+        "system_metrics",
     )
 
     model: str = option("nano", "Embedded model to train.", choices=("nano", "micro"))

@@ -18,6 +18,7 @@ from healing.config.presets import (
     check_source,
     model_label,
 )
+from healing.errors import ConfigError
 from healing.registry import MEASUREMENTS
 
 OPTIMIZERS = ("adamw", "sgd")
@@ -45,6 +46,8 @@ CACHE_HELP = (
     "Folder that keeps what is made once per healthy model (bases of the low-curvature subspace of "
     "models above 10 million weights), at most 10 GB; empty = nothing is kept."
 )
+MOST_OF_A_NAME = 256
+"""Characters of a registered model's name that MLflow's databases keep."""
 RAW_DATA = "priority5_healing/raw_data"
 """Folder below ``output_dir`` that holds one folder per run."""
 
@@ -180,7 +183,19 @@ SAVING = ("checkpoint_interval", "checkpoint_minutes")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoggingOptions(Options):
+class SystemOptions(Options):
+    """What the machine does meanwhile."""
+
+    system_metrics: bool = option(
+        False,
+        "Chart the load of CPU, memory, disk and network (of NVIDIA GPUs where nvidia-ml-py is "
+        "installed) while the command runs, as MLflow's system metrics.",
+        determines=False,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingOptions(SystemOptions):
     """What MLflow shows of a run beside its headline numbers."""
 
     log_layers: bool = option(
@@ -194,6 +209,46 @@ class LoggingOptions(Options):
         "(about 0.16 MB a run).",
         determines=False,
     )
+    log_model: bool = option(
+        False,
+        "Store the resulting weights with their tokenizer as an MLflow model, which "
+        "mlflow.transformers.load_model reads (4 bytes per parameter on disk and in the store, "
+        "beside the checkpoint). A finished run that is taken again gets none, nor does a sham.",
+        determines=False,
+    )
+    register_as: str = option(
+        "",
+        "log_model: also make it a version of this model of MLflow's registry; main registers the "
+        "healed models alone.",
+        determines=False,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.register_as and not self.log_model:
+            raise ConfigError("--register-as names what --log-model stores: add --log-model")
+        check_registered_name(self.register_as)
+
+
+def check_registered_name(name: str) -> None:
+    """Refuse what MLflow's registry does not take as the name of a model; empty = none is given.
+
+    Raises:
+        ConfigError: It cannot be one.
+    """
+    if not name:
+        return
+    if bad := next((c for c in "/:" if c in name), ""):
+        raise ConfigError(
+            f"--register-as {name!r} holds {bad!r}, which no model of the registry may: leave it "
+            "out"
+        )
+    if name.startswith("..") or name == "." or not name.strip():
+        raise ConfigError(f"--register-as {name!r} cannot name a model: take letters and digits")
+    if len(name) > MOST_OF_A_NAME:
+        raise ConfigError(
+            f"--register-as has {len(name)} characters: name a model with at most {MOST_OF_A_NAME}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,7 +263,14 @@ class TextLoggingOptions(LoggingOptions):
     )
 
 
-LOGGING = ("log_layers", "log_images", "log_text")
+LOGGING = (
+    "log_layers",
+    "log_images",
+    "log_text",
+    "log_model",
+    "register_as",
+    "system_metrics",
+)
 """Fields of the above."""
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from healing.config.arm_tags import arm_needs, arm_role
 from healing.config.options import AUTO, MAX_SEED, listed, option, seed_number
 from healing.config.presets import MODELS_HELP, preset_for
-from healing.config.shared import BaseConfig
+from healing.config.shared import BaseConfig, SystemOptions
 from healing.errors import ConfigError
 from healing.registry import ARMS, DAMAGE_CONTROL, SHAM
 
@@ -32,7 +32,7 @@ cut off while it still gains."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TuneConfig(BaseConfig):
+class TuneConfig(BaseConfig, SystemOptions):
     """The search for the strongest healer of one model."""
 
     model: str = option("nano", f"Model: {MODELS_HELP}.")

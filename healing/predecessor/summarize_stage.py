@@ -14,7 +14,7 @@ from healing.predecessor import summary as legacy_summary
 from healing.predecessor.records import LARGEST, SOURCE
 from healing.predecessor.summary import LegacyResult, LegacySummary, summarize_legacy
 from healing.reporting.escaping import csv_cell
-from healing.stages.summarize import LEGACY_TAG
+from healing.stages.summarize import LEGACY_TAG, repeat_lines
 from healing.stages.terminal.console import Console
 from healing.tracking import open_runs, queries
 from healing.tracking.output_folder import require_writable, run_folder, writing
@@ -127,7 +127,7 @@ def summarize_imported(config: SummarizeConfig) -> LegacySummary:
         for path in sorted(folder.iterdir()):
             run.artifact(path)
         _log(run, summary)
-        run.describe(legacy_summary.markdown(summary))
+        run.describe("\n".join([*repeat_lines(config, run), legacy_summary.markdown(summary)]))
         console.say("\n" + legacy_summary.text(summary))
         console.say(f"files: {folder}")
     console.link(MlflowStore().page_of(run))

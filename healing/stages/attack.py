@@ -11,7 +11,7 @@ from typing import Any
 from healing.config.arm_tags import arm_label, arm_role, arm_tags
 from healing.config.attack import AttackConfig
 from healing.config.fingerprint import NOT_SETTINGS, as_params, fingerprint
-from healing.config.paths import is_address, local_path
+from healing.config.options import flag_name
 from healing.config.resolve import resolve_from_presets
 from healing.models.checkpoints import (
     CHECKPOINT_NAME,
@@ -34,7 +34,17 @@ from healing.stages.cells.events import Record
 from healing.stages.cells.inputs import device_kind, resolve_from_model, use_threads
 from healing.stages.cells.recollapse import read_healed, resolve_from_healed
 from healing.stages.driver import Driver
-from healing.stages.stage import Done, Report, StageDefaults, Tools, headlines, points_of
+from healing.stages.stage import (
+    Done,
+    Report,
+    StageDefaults,
+    Tools,
+    checkpoint_file,
+    headlines,
+    model_of,
+    points_of,
+    run_of,
+)
 from healing.stages.terminal.console import Console
 from healing.tracking.git_version import checkout
 from healing.tracking.run_files import write_json
@@ -281,7 +291,12 @@ class AttackStage(StageDefaults):
         result = {**s, **_tags(outcome)}
         detail = outcome.start is None
         page = describe(outcome, run_id)
-        return Report(charts, _tags(outcome), page, line, detail=detail, result=result)
+        title = f"{config.label} {config.arm} seed {config.seed} collapsed"
+        facts = {"arm": config.arm, "state": "collapsed", "steps": outcome.last.step}
+        models = model_of(self.name, config, outcome.loaded, folder, title, **facts)
+        return Report(
+            charts, _tags(outcome), page, line, detail=detail, result=result, models=models
+        )
 
 
 ATTACK = AttackStage()
@@ -307,7 +322,7 @@ def with_reference(config: AttackConfig, store: Store) -> AttackConfig:
     """
     for what in NEEDS:
         if run_id := getattr(config, f"{what}_run_id"):
-            run = store.get_run(run_id)
+            run = run_of(run_id, "attack", flag_name(f"{what}_run_id"), store)
             path = store.download(f"runs:/{run.run_id}/checkpoints/{CHECKPOINT_NAME}")
             found: dict[str, Any] = {f"{what}_checkpoint": str(path), f"{what}_run_id": ""}
             config = replace(config, **found)
@@ -319,7 +334,7 @@ def _with_start(config: AttackConfig, store: Store) -> AttackConfig:
     given = config.start_checkpoint
     if not given:
         return config
-    local = store.download(given) if is_address(given) else local_path(given, "--start-checkpoint")
+    local = checkpoint_file(given, "heal", HEALED_NAME, "--start-checkpoint", store)
     config = replace(config, start_checkpoint=str(local))
     healed = read_healed(config.start_checkpoint)
     healed.pin_commit()
@@ -334,5 +349,8 @@ def attack(config: AttackConfig, driver: Driver | None = None) -> tuple[str, pat
     """
     driver = driver or Driver(Console(config.verbosity))
     with driver.process(ATTACK.title(config), {"stage": ATTACK.name}, config.output_dir) as run:
+        if config.system_metrics:
+            run.system_metrics()
+        driver.store.check_registry(config.register_as)
         done = driver.run_cell(ATTACK, config, run=run)
     return done.run_id, checkpoint_of(done, driver.store)

@@ -11,7 +11,7 @@ import torch
 from healing.config.arm_tags import arm_label
 from healing.config.basin import BasinConfig
 from healing.config.fingerprint import as_params
-from healing.config.paths import is_address, local_path
+from healing.config.paths import local_path
 from healing.errors import CheckpointError, TrackingError
 from healing.models.checkpoints import CHECKPOINT_NAME, HEALED_NAME, read_checkpoint
 from healing.reporting import run_page
@@ -23,7 +23,7 @@ from healing.stages.cells.basin_outcome import BasinCell, BasinOutcome
 from healing.stages.cells.events import Record
 from healing.stages.cells.inputs import device_kind, use_threads
 from healing.stages.driver import Driver
-from healing.stages.stage import Report, StageDefaults, Tools
+from healing.stages.stage import Report, StageDefaults, Tools, checkpoint_file, run_of
 from healing.stages.terminal.console import Console
 from healing.tracking.git_version import checkout
 from healing.tracking.queries import RunView
@@ -45,10 +45,6 @@ SHOWN = (
     "best_loss_drop",
 )
 """Numbers of a state in the description's table."""
-
-
-def _local(given: str, flag: str, store: Store) -> pathlib.Path:
-    return store.download(given) if is_address(given) else local_path(given, flag)
 
 
 def _collapsed_of(view: RunView, store: Store) -> pathlib.Path | None:
@@ -76,7 +72,8 @@ def _collapsed_of(view: RunView, store: Store) -> pathlib.Path | None:
 
 def _states_of(run_id: str, store: Store) -> tuple[pathlib.Path | None, pathlib.Path]:
     """Collapsed and healed checkpoint of a healing run, checked against its tags."""
-    view = store.get_run(run_id)
+    view = run_of(run_id, "heal", "--heal-run-id", store)
+    run_id = view.run_id
     if view.tags.get("stage") != "heal" or view.tags.get("role") == "parent":
         kind = "the parent of healing runs" if view.tags.get("role") else "not a healing run"
         raise CheckpointError(f"run {run_id} is {kind}: name a single healing run (stage heal)")
@@ -108,8 +105,10 @@ def find_cell(config: BasinConfig, store: Store) -> BasinCell:
     if config.heal_run_id:
         collapsed, healed = _states_of(config.heal_run_id, store)
     else:
-        collapsed = _local(config.collapsed_checkpoint, "--collapsed-checkpoint", store)
-        healed = _local(config.healed_checkpoint, "--healed-checkpoint", store)
+        given, flag = config.collapsed_checkpoint, "--collapsed-checkpoint"
+        collapsed = checkpoint_file(given, "attack", CHECKPOINT_NAME, flag, store)
+        given, flag = config.healed_checkpoint, "--healed-checkpoint"
+        healed = checkpoint_file(given, "heal", HEALED_NAME, flag, store)
     resolved = resolve_from_checkpoint(config, read_checkpoint(healed), healed)
     return BasinCell(resolved, str(collapsed or ""), str(healed))
 
@@ -316,6 +315,8 @@ def basin(config: BasinConfig, driver: Driver | None = None) -> BasinOutcome:
     """
     driver = driver or Driver(Console(config.verbosity))
     with driver.process(BASIN.name, {"stage": BASIN.name}, config.output_dir) as run:
+        if config.system_metrics:
+            run.system_metrics()
         done = driver.run_cell(BASIN, BasinCell(config), run=run)
     assert done.report is not None, "a run that was not looked up has its report"
     outcome: BasinOutcome = done.report.result

@@ -314,7 +314,7 @@ class Driver:
         progress.enter("uploading")
         run.history(report.points)
         run.tags(report.tags)
-        upload(run, folder, stage.artifacts)
+        upload(run, folder, stage.artifacts, report.models)
         show(run, report)
         heard.tag.stop()
         seconds = heard.times.seconds()

@@ -42,11 +42,20 @@ from healing.stages.healing_run.inputs import (
     local_checkpoint,
 )
 from healing.stages.healing_run.page import describe, pictures, tables
-from healing.stages.stage import Done, Report, StageDefaults, Tools, headlines, points_of
+from healing.stages.stage import (
+    Done,
+    Report,
+    StageDefaults,
+    Tools,
+    headlines,
+    model_of,
+    points_of,
+)
 from healing.stages.terminal.console import Console
 from healing.stages.tuning.healer_files import with_healer
 from healing.tracking.run import Run
 from healing.tracking.run_files import read_jsonl, write_json
+from healing.tracking.sending.logged_models import ModelFiles
 from healing.tracking.snapshots import Saving
 from healing.tracking.store import Store
 
@@ -97,6 +106,18 @@ def _save_healed(
     text = f"{outcome.cell.config.label} healed for {step} steps after {arm}"
     path = folder / "checkpoints" / HEALED_NAME
     save_checkpoint(path, healed.model, step, text, config, HEALED_KIND)
+
+
+def _model(
+    outcome: HealOutcome, healed: LoadedModel, folder: pathlib.Path
+) -> tuple[ModelFiles, ...]:
+    """The healed model, where it is wanted; of a sham, which nothing had hurt, none."""
+    if not outcome.cell.checkpoint:
+        return ()
+    config, arm = outcome.cell.config, outcome.checkpoint.config.get("arm", "unknown")
+    title = f"{config.label} {arm} seed {config.seed} healed"
+    facts = {"arm": arm, "state": "healed", "steps": outcome.records[-1].step}
+    return model_of("heal", config, healed, folder, title, **facts)
 
 
 def _sham_states(done: Done, store: Store) -> dict[int, State]:
@@ -223,6 +244,7 @@ class HealStage(StageDefaults):
             result=found,
             pictures=pictures(found),
             tables=tables(found, healed.tokenizer),
+            models=_model(found, healed, folder),
         )
 
 
@@ -254,6 +276,8 @@ def heal(config: HealConfig, driver: Driver | None = None) -> list[HealOutcome]:
     """
     driver = driver or Driver(Console(config.verbosity))
     with driver.process("heal", {"stage": HEAL.name}, config.output_dir) as run:
+        if config.system_metrics:
+            run.system_metrics()
         _check_early(config, driver.store)
         if config.checkpoint_dir:
             paths = find_checkpoints(config.checkpoint_dir)
@@ -270,6 +294,7 @@ def heal(config: HealConfig, driver: Driver | None = None) -> list[HealOutcome]:
 
 def _check_early(config: HealConfig, store: Store) -> None:
     """What would stop every run, before an attack is made for them."""
+    store.check_registry(config.register_as)
     applied, healer = with_healer(config, store)
     METHODS.load(applied.healing_method).check(applied)
     given = (config.collapsed_checkpoint, config.attack_run_id, config.checkpoint_dir)

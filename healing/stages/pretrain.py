@@ -18,12 +18,14 @@ from healing.config.pretrain import PretrainConfig
 from healing.data.corpora import load_corpus
 from healing.measurements.unigram import unigram_perplexity
 from healing.progress import Safe, enter
+from healing.reporting import run_page
 from healing.reporting.plots import runs as figures
 from healing.stages.cells.code_digest import code_digest
 from healing.stages.cells.events import Begin, Events, Record
 from healing.stages.driver import Driver
 from healing.stages.stage import Report, StageDefaults, Tools
 from healing.stages.terminal.console import Console
+from healing.tracking.git_version import checkout
 from healing.tracking.run_files import write_json
 from healing.training.pretraining import Pretraining, PretrainRecord
 
@@ -128,7 +130,9 @@ class PretrainStage(StageDefaults):
         )
         line = f"{config.model}: held-out perplexity {final:.1f} (unigram {outcome.unigram:.1f})"
         numbers = {"n_params": training.n_params, "unigram_perplexity": outcome.unigram}
-        return Report([(0, numbers)], {}, text, line)
+        repeat = run_page.repeat("pretrain", run_page.settings(config), checkout())
+        page = run_page.page(text, run_id, [], repeat, picture="")
+        return Report([(0, numbers)], {}, page, line)
 
 
 PRETRAIN = PretrainStage()
@@ -165,5 +169,7 @@ def pretrain(config: PretrainConfig, driver: Driver | None = None) -> pathlib.Pa
     """Train, evaluate and store one embedded model; returns its folder."""
     driver = driver or Driver(Console(config.verbosity))
     with driver.process(PRETRAIN.title(config), {"stage": PRETRAIN.name}, config.output_dir) as run:
+        if config.system_metrics:
+            run.system_metrics()
         done = driver.run_cell(PRETRAIN, config, run=run)
     return done.folder

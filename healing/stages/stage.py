@@ -12,11 +12,16 @@ import torch
 
 from healing import progress
 from healing.config.fingerprint import as_params
+from healing.config.paths import is_address, local_path
 from healing.config.shared import RAW_DATA
-from healing.models.loading import resolve_device
+from healing.errors import TrackingError
+from healing.models.loading import LoadedModel, resolve_device
+from healing.models.model_card import model_card
 from healing.stages.cells.events import Begin, Events, Record
 from healing.tracking.git_version import processor
+from healing.tracking.queries import MODELS, RunView
 from healing.tracking.run import Run
+from healing.tracking.sending.logged_models import ModelFiles, write_model
 from healing.tracking.snapshots import Saving
 from healing.tracking.store import Store
 
@@ -37,6 +42,7 @@ class Report:
         result: What a caller in Python gets; never a model, since a sweep has many.
         pictures: (name, step, picture) of series that are shown by step.
         tables: Name → column → cells, compared over runs.
+        models: Written below the run's folder, to be kept as MLflow's models.
     """
 
     points: Sequence[tuple[int, Mapping[str, float]]]
@@ -47,6 +53,7 @@ class Report:
     result: Any = None
     pictures: Sequence[tuple[str, int, Any]] = ()
     tables: Mapping[str, Mapping[str, Sequence[Any]]] = field(default_factory=dict)
+    models: Sequence[ModelFiles] = ()
 
 
 @dataclass(frozen=True)
@@ -213,12 +220,101 @@ def show(run: Run, report: Report) -> None:
     for name, columns in report.tables.items():
         run.table(name, columns)
     run.describe(report.markdown)
+    for model in report.models:
+        run.model(model)
 
 
-def upload(run: Run, folder: pathlib.Path, artifacts: str | None = None) -> None:
-    """Store every file of a local folder as artifacts, in the same layout."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+def upload(
+    run: Run,
+    folder: pathlib.Path,
+    artifacts: str | None = None,
+    models: Sequence[ModelFiles] = (),
+) -> None:
+    """Store every file of a local folder as artifacts, in the same layout; those of models not."""
+    own = [model.folder for model in models]
+    files = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and not any(path.is_relative_to(place) for place in own)
+    )
     for path in progress.phase("uploading", files, len(files)):
         parent = path.parent.relative_to(folder).as_posix()
         parts = [part for part in (artifacts, parent) if part and part != "."]
         run.artifact(path, "/".join(parts) or None)
+
+
+MODEL_FOLDER = "model"
+"""Folder of a run's files that holds its MLflow model, where one is wanted."""
+
+
+def model_of(
+    stage: str,
+    config: Any,
+    loaded: LoadedModel,
+    folder: pathlib.Path,
+    title: str,
+    **facts: Any,
+) -> tuple[ModelFiles, ...]:
+    """The weights of a finished run, written as an MLflow model where that is wanted.
+
+    Args:
+        stage: That made them.
+        config: Says whether, and under which name of the registry.
+        loaded: Weights and tokenizer.
+        folder: Of the run's files.
+        title: What they are, for people and as their name.
+        **facts: What else is to be known of them.
+    """
+    if not config.log_model:
+        return ()
+    progress.enter("writing the model")
+    source = "" if pathlib.Path(loaded.source).is_absolute() else loaded.source
+    text = f"Made from {config.label} by llm-healing: weights for research, not for use."
+    place = folder / MODEL_FOLDER
+    write_model(place, loaded.model, loaded.tokenizer, model_card(title, text))
+    known = {"model": config.label, "seed": config.seed, "n_params": loaded.n_params, **facts}
+    return (ModelFiles(title, place, {**known, "source": source}, stage, config.register_as),)
+
+
+def run_of(given: str, stage: str, flag: str, store: Store) -> RunView:
+    """The run that an option names, by its id or by a model that it made.
+
+    Args:
+        given: Id of a run, ``models:/m-…``, ``models:/NAME/VERSION`` or ``models:/NAME@ALIAS``.
+        stage: That has to have made the model.
+        flag: Option that it was given as, for the message.
+        store: Has it.
+
+    Raises:
+        TrackingError: There is no such run or model, or the model is another stage's or program's.
+    """
+    if not given.startswith(MODELS):
+        return store.get_run(given)
+    run = store.run_of_model(given)
+    if (made := run.tags.get("stage", "")) != stage:
+        raise TrackingError(
+            f"{flag} {given} was made by run {run.run_id} of stage {made or 'unknown'}: name a "
+            f"model of stage {stage}"
+        )
+    return run
+
+
+def checkpoint_file(given: str, stage: str, name: str, flag: str, store: Store) -> pathlib.Path:
+    """Local path of the checkpoint that an option names: a path, an MLflow URI of the file, or a
+    model, which stands for the checkpoint of the run that made it.
+
+    Args:
+        given: As given.
+        stage: That has to have made the model.
+        name: Of the checkpoint's file.
+        flag: Option that it was given as, for the message.
+        store: Has it.
+
+    Raises:
+        ConfigError: No path can be like this.
+        TrackingError: The store does not have it.
+    """
+    if given.startswith(MODELS):
+        run = run_of(given, stage, flag, store)
+        return store.download(f"runs:/{run.run_id}/checkpoints/{name}")
+    return store.download(given) if is_address(given) else local_path(given, flag)

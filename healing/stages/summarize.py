@@ -17,7 +17,7 @@ from healing.errors import TrackingError
 from healing.registry import SHAM
 from healing.reporting import html as html_report
 from healing.reporting import markdown as report
-from healing.reporting import paper, plain_data, tables
+from healing.reporting import paper, plain_data, run_page, tables
 from healing.reporting.contrasts import comparison_gaps, comparison_sentence, lead_sentences
 from healing.reporting.escaping import csv_cell, one_line
 from healing.reporting.phrases import group_label, headline_groups
@@ -36,6 +36,7 @@ from healing.statistics.heal_runs import HealRun
 from healing.statistics.paired_tests import PRIMARY_ENDPOINTS
 from healing.statistics.summary import Summary, sizes_of, summarize_runs
 from healing.tracking import queries
+from healing.tracking.git_version import checkout
 from healing.tracking.output_folder import require_writable, run_folder, writing
 from healing.tracking.page_text import whole_lines
 from healing.tracking.queries import RunView
@@ -189,16 +190,25 @@ def _drawn(summary: Summary) -> list[GroupSummary]:
     return [g for g in summary.groups if g.role != SHAM] or list(summary.groups)
 
 
-def description(summary: Summary, run_id: str = "") -> str:
+def description(summary: Summary, run_id: str = "", repeat: Sequence[str] = ()) -> str:
     """``summary.md``, after its main figure, as far as whole lines of it fit in a tag of MLflow.
 
     Args:
         summary: To describe.
         run_id: Of the run that holds the figure; empty = none does.
+        repeat: Lines on how to summarize again.
     """
     image = f"![mean recovery](runs:/{run_id}/{OVERVIEW})\n\n" if run_id else ""
+    text = image + "".join(f"{line}\n" for line in repeat) + report.markdown(summary)
     # The address grows where the store makes it one that the UI opens.
-    return whole_lines(image + report.markdown(summary), "`summary.md`", spare=200)
+    return whole_lines(text, "`summary.md`", spare=200)
+
+
+def repeat_lines(config: SummarizeConfig, run: Run) -> list[str]:
+    """The command that summarizes the same runs of the same experiment."""
+    options = run_page.settings(config, experiment=config.experiment or run.experiment_id)
+    note = "It reads the runs that the store (MLFLOW_TRACKING_URI) holds then."
+    return run_page.repeat("summarize", options, checkout(), note)
 
 
 def _draw(folder: pathlib.Path, summary: Summary) -> dict[str, pathlib.Path]:
@@ -280,7 +290,8 @@ def summarized(
                 **_verdicts(summary.groups),
             }
         )
-        run.describe(description(summary, run.run_id if summary.groups else ""))
+        repeat = repeat_lines(config, run) if parent is None and views is None else ()
+        run.describe(description(summary, run.run_id if summary.groups else "", repeat))
         console.say("\n" + tables.text_table(summary))
         for group in headline_groups(summary):
             console.say(

@@ -71,6 +71,7 @@ def _shared(config: SweepConfig) -> dict[str, Any]:
         "cache_dir",
         "log_layers",
         "log_images",
+        "log_model",
         *SAVING,
     )
     return {name: getattr(config, name) for name in names} | {"verbosity": "quiet"}
@@ -130,6 +131,7 @@ def heal_config(
         healer=source,
         sham=config.sham and cell.role != SHAM,
         log_text=config.log_text,
+        register_as=config.register_as,
         **_shared(config),
     )
     return resolve_from_model(healer.applied(wanted) if healer else wanted)
@@ -342,8 +344,11 @@ def sweep(config: SweepConfig, driver: Driver | None = None) -> Summary:
     console = driver.console
     name = f"{config.models} x {config.arms} x seeds {config.seeds}"
     with driver.process(name, {"stage": "main"}, config.output_dir, view=True) as run:
+        if config.system_metrics:
+            run.system_metrics()
         run.params("main", as_params(config))
         require_writable(config.output_dir)
+        driver.store.check_registry(config.register_as)
         roles = {arm: arm_role(arm) for arm in config.arm_list()}
         for arm in (a for a, role in roles.items() if role == DAMAGE_CONTROL):
             if TREATMENT not in roles.values():

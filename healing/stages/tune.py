@@ -16,6 +16,7 @@ from healing.config.tune import METHOD, TuneConfig
 from healing.errors import ConfigError
 from healing.models.checkpoints import read_checkpoint
 from healing.registry import METHODS
+from healing.reporting import run_page
 from healing.reporting.plots import tuning as figures
 from healing.reporting.tuning import healer_sentence, trials_csv, tuning_markdown, value_text
 from healing.stages.attack import ATTACK, checkpoint_of
@@ -30,6 +31,7 @@ from healing.stages.tuning.space import axes_of, settings_of
 from healing.stages.tuning.study import Proposal, Study
 from healing.stages.tuning.trial_stage import TRIAL, state_of
 from healing.statistics.healer_trials import COMPLETE, PRUNED, Trial, best_so_far, winner
+from healing.tracking.git_version import checkout
 from healing.tracking.output_folder import run_folder
 from healing.tracking.run import Run
 from healing.tracking.run_files import write_json
@@ -271,8 +273,16 @@ class Search:
         final = {f"summary/{name}": value for name, value in summary.items()}
         self.run.history([*curve, (len(trials), final)])
         self.run.tags({**healer.tags(), "study": self.name, "study_digest": healer.study_digest})
-        self.run.describe(text)
+        self.run.describe(self._page(text))
         upload(self.run, self.folder)
+
+    def _page(self, text: str) -> str:
+        """The run's description: the command that searches again stands before the long tables."""
+        sentence, _, tables = text.partition("\n\n")
+        options = run_page.settings(self.config, device=device_kind(self.config))
+        note = "In another --output-dir: it goes on with a search that is there."
+        repeat = run_page.repeat("tune", options, checkout(), note)
+        return run_page.page(sentence, self.run.run_id, [], repeat, [tables], picture="")
 
 
 def tune(config: TuneConfig, driver: Driver | None = None) -> Tuned:
@@ -287,6 +297,8 @@ def tune(config: TuneConfig, driver: Driver | None = None) -> Tuned:
     title = f"tune {config.label} {config.arms} seeds {config.seeds}"
     tags = {"stage": "tune", "role": "parent", "model": config.label}
     with driver.process(title, tags, config.output_dir) as run:
+        if config.system_metrics:
+            run.system_metrics()
         config = resolve_from_model(config)
         run.params("tune", as_params(config))
         if METHOD in config.axis_list():

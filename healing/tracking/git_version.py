@@ -14,7 +14,8 @@ from healing.tracking.sending.store_errors import LOGIN
 
 LIBRARIES = ("torch", "transformers", "mlflow")
 """Libraries whose versions decide what a number is, or how it is kept."""
-_ADDRESS = re.compile(r"(?:https?|ssh|git|file)://\S+|[\w.-]+@[\w.-]+:\S+")
+# Not file://: `mlflow run` takes that for a folder and checks the commit out inside it (3.17.2).
+_ADDRESS = re.compile(r"(?:https?|ssh|git)://\S+|[\w.-]+@[\w.-]+:\S+")
 
 
 @dataclass(frozen=True)

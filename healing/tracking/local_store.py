@@ -14,6 +14,7 @@ from healing.tracking.page_text import said
 from healing.tracking.queries import RunView
 from healing.tracking.run import Run
 from healing.tracking.run_logger import SHARED_PARAMS
+from healing.tracking.sending.logged_models import ModelFiles
 
 EXPERIMENT = "not tracked"
 
@@ -72,6 +73,12 @@ class LocalRun:
 
     def table(self, name: str, columns: Mapping[str, Sequence[Any]]) -> None:
         """There is no UI that shows it; what it holds is in the run's files."""
+
+    def model(self, model: ModelFiles) -> None:
+        """Its files stay where they were written."""
+
+    def system_metrics(self) -> None:
+        """There is no UI that shows them."""
 
     def view(self) -> RunView:
         """As a stored run."""
@@ -137,6 +144,17 @@ class LocalStore:
         if run_id not in self._runs:
             raise TrackingError(f"no run {run_id!r} in this process, and nothing is tracked")
         return self._runs[run_id].view()
+
+    def run_of_model(self, uri: str) -> RunView:
+        """There are no models.
+
+        Raises:
+            TrackingError: In any case.
+        """
+        raise TrackingError(f"no model {uri} in this process, and nothing is tracked")
+
+    def check_registry(self, name: str) -> None:
+        """There is no registry; models stay where they were written."""
 
     def download(self, uri: str, folder: str | None = None) -> pathlib.Path:
         """Where the run wrote the file.

@@ -75,7 +75,10 @@ def _ended(logger: RunLogger, end_ms: int | None = None) -> Iterator[None]:
     with _OPENING:
         _OPEN[logger.run_id] = logger
     try:
-        yield
+        try:
+            yield
+        finally:
+            logger.stop_system_metrics()
         logger.flush()
     except BaseException as error:
         if not logger.abandoned:

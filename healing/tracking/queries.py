@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import mlflow
 from mlflow.entities import LifecycleStage, Run, RunTag
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.tracking import MlflowClient
@@ -24,6 +25,7 @@ from healing.tracking.metric_history import POINTS_PER_PAGE, Point
 from healing.tracking.open_runs import DEFAULT_EXPERIMENT, PROCESS
 from healing.tracking.processes import Process
 from healing.tracking.run_logger import RunLogger
+from healing.tracking.sending.logged_models import MADE_BY, model_of_version
 from healing.tracking.sending.requests import LOCAL_ID
 from healing.tracking.sending.store_errors import (
     asked,
@@ -174,6 +176,76 @@ def _found(run_id: str) -> Run:
         if not named:
             raise
         return named[0]
+
+
+MODELS = "models:/"
+_MODEL_URI = re.compile(
+    r"models:/(?:(?P<id>m-[^/@]+)|(?P<name>[^/@]+)(?:/(?P<version>\d+)|@(?P<alias>[^/@]+)))"
+)
+
+
+def run_of_model(uri: str) -> RunView:
+    """The run of this program that made a model.
+
+    Args:
+        uri: ``models:/m-…`` (a logged model), ``models:/NAME/VERSION`` or ``models:/NAME@ALIAS``.
+
+    Raises:
+        TrackingError: There is no such model, no run made it, or another program did.
+    """
+    named = _MODEL_URI.fullmatch(uri)
+    if named is None:
+        raise TrackingError(
+            f"{uri} names no model: write models:/m-…, models:/NAME/VERSION or models:/NAME@ALIAS"
+        )
+    client = MlflowClient()
+    try:
+        model_id = named["id"] or model_of_version(_version(client, named))
+        model = client.get_logged_model(model_id) if model_id else None
+    except MlflowException as error:
+        raise outage(
+            f"no model {uri} in {mlflow.get_tracking_uri()}: check its name and "
+            f"MLFLOW_TRACKING_URI ({one_line(error)[:200]})",
+            error,
+        ) from error
+    if model is None or MADE_BY not in model.tags:
+        raise TrackingError(
+            f"{uri} was made by another program: name a model that --log-model stored"
+        )
+    if not model.source_run_id:
+        raise TrackingError(f"{uri} has no source run, which would have its checkpoint")
+    return get_run(model.source_run_id)
+
+
+def _version(client: MlflowClient, named: re.Match[str]) -> ModelVersion:
+    if named["alias"]:
+        return client.get_model_version_by_alias(named["name"], named["alias"])
+    return client.get_model_version(named["name"], named["version"])
+
+
+def check_registry(name: str) -> None:
+    """Refuse a name that the registry would not take for a model.
+
+    Raises:
+        TrackingError: It is a prompt's, or the registry refuses it.
+    """
+    client = MlflowClient()
+    try:
+        try:
+            client.get_registered_model(name)
+            return
+        except MlflowException as error:
+            if http_status(error) != NOT_FOUND:
+                raise
+        taken = client.get_prompt(name) is not None  # prompts share the names of models
+    except MlflowException as error:
+        raise outage(
+            f"--register-as {name!r} is refused by the registry {mlflow.get_registry_uri()} "
+            f"({one_line(error)[:200]}): name another",
+            error,
+        ) from error
+    if taken:
+        raise TrackingError(f"--register-as {name!r} is the name of a prompt there: name another")
 
 
 def find_finished(experiment_id: str, fingerprint: str) -> RunView | None:

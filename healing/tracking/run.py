@@ -6,6 +6,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from healing.tracking.sending.logged_models import ModelFiles
+
 
 class Run(Protocol):
     """A run that is under way. Every method may raise ``TrackingError``."""
@@ -48,3 +50,9 @@ class Run(Protocol):
 
     def table(self, name: str, columns: Mapping[str, Sequence[Any]]) -> None:
         """Store a table that is compared over runs: column → cells, all of one length."""
+
+    def model(self, model: ModelFiles) -> None:
+        """Keep a model with the run's final numbers."""
+
+    def system_metrics(self) -> None:
+        """Log the load of the machine until the run ends."""

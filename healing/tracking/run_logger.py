@@ -18,6 +18,7 @@ from mlflow.entities import Metric
 
 from healing.errors import OutputError, TrackingError
 from healing.tracking.page_text import said
+from healing.tracking.sending.logged_models import ModelFiles, requests_of
 from healing.tracking.sending.outbox import Request
 from healing.tracking.sending.requests import (
     ARTIFACT,
@@ -30,9 +31,12 @@ from healing.tracking.sending.requests import (
 )
 from healing.tracking.sending.sender import BLOCKING_SECONDS, UNLIMITED, Sender
 from healing.tracking.sending.store_errors import one_line
+from healing.tracking.sending.system_metrics import SystemMetrics
 
 FLUSH_SECONDS = 2.0
 METRICS_PER_REQUEST = 1000
+FINAL = "summary/"
+"""Beginning of the names of a run's final numbers."""
 SHARED_PARAMS = ("model", "arm", "seed")
 """Parameters logged under their bare name in every stage, so that runs group by them."""
 
@@ -82,6 +86,8 @@ class RunLogger:
         self.is_local = is_local
         self.told = Told(name, tags=dict(tags))
         self._buffer: list[Metric] = []
+        self._last: dict[str, Metric] = {}
+        self._load: SystemMetrics | None = None
         self._later: dict[str, str] = {}
         self._flushed = time.monotonic()
         self._rescued: tuple[pathlib.Path, ...] = ()
@@ -156,7 +162,9 @@ class RunLogger:
     def _add(self, values: Mapping[str, float], step: int, moment: int) -> None:
         numbers = {name: float(value) for name, value in values.items()}
         self.told.metrics |= numbers
-        self._buffer += [Metric(name, value, moment, step) for name, value in numbers.items()]
+        points = {name: Metric(name, value, moment, step) for name, value in numbers.items()}
+        self._buffer += points.values()
+        self._last |= points
 
     def flush(self) -> None:
         """Send what is still held back."""
@@ -226,6 +234,42 @@ class RunLogger:
             if path.is_file():
                 with contextlib.suppress(TrackingError, OutputError):
                     self.artifact(path)
+
+    def model(self, model: ModelFiles) -> None:
+        """Keep a model, with the run's final numbers. A store that refuses it fails no run: its
+        files stay where they are, and a warning says so.
+        """
+        key = uuid.uuid4().hex
+        final = [m for name, m in self._last.items() if name.startswith(FINAL)]
+        try:
+            self.flush()
+            for kind, content, file in requests_of(model, key, final):
+                place = {"path": self.sender.place_of(file)} if file else {}
+                request = Request(self.run_id, kind, {**content, **place})
+                self.sender.put(request, file, patience=UNLIMITED if file else BLOCKING_SECONDS)
+        except TrackingError as error:
+            self.sender.say(
+                f"warning: {one_line(error)} The model is in {model.folder}, which "
+                "mlflow.transformers.load_model takes; with --log-model the same command stores it "
+                "again"
+            )
+
+    def system_metrics(self) -> None:
+        """Log the load of the machine until the run ends.
+
+        Raises:
+            TrackingError: psutil is missing.
+        """
+
+        def send(points: list[Metric]) -> None:
+            self.sender.offer(batch(self.run_id, "system metrics", metrics=points))
+
+        self._load = self._load or SystemMetrics(self.run_id, send)
+
+    def stop_system_metrics(self) -> None:
+        """The last sample, where there are any."""
+        if self._load is not None:
+            self._load.stop()
 
     def dataset(self, name: str, digest: str, context: str, facts: Mapping[str, Any]) -> None:
         """Record an input by name and content digest, without copying it."""

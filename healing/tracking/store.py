@@ -63,6 +63,12 @@ class Store(Protocol):
     def get_run(self, run_id: str) -> RunView:
         """One run by id."""
 
+    def run_of_model(self, uri: str) -> RunView:
+        """The run that made a model: ``models:/m-…``, ``models:/NAME/VERSION`` or ``@ALIAS``."""
+
+    def check_registry(self, name: str) -> None:
+        """Refuse what the registry would not take as the name of a model; empty = none is meant."""
+
     def download(self, uri: str, folder: str | None = None) -> pathlib.Path:
         """Local path of an artifact, below ``folder`` if one is given and it has to be fetched."""
 
@@ -184,6 +190,19 @@ class MlflowStore:
         if run_id in self._own and self._own[run_id].is_local:
             return _view(self._own[run_id])
         return self._ask(lambda: queries.get_run(run_id), told)
+
+    def run_of_model(self, uri: str) -> RunView:
+        """As :func:`healing.tracking.queries.run_of_model`."""
+
+        def unanswered(error: OutageError) -> RunView:
+            raise error
+
+        return self._ask(lambda: queries.run_of_model(uri), unanswered)
+
+    def check_registry(self, name: str) -> None:
+        """As :func:`healing.tracking.queries.check_registry`; nothing while the store is away."""
+        if name:
+            self._ask(lambda: queries.check_registry(name), lambda error: None)
 
     def download(self, uri: str, folder: str | None = None) -> pathlib.Path:
         """As :func:`healing.tracking.queries.download`; a file of this process' own runs is taken

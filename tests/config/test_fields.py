@@ -34,7 +34,8 @@ ANSWERS = {
     "basin healing_steps healing_lr healer attack_steps corpus tokenizer text_column split_rule "
     "batch_size sequence_length "
     "measurement_interval workers -device -cache_dir -output_dir -verbosity "
-    "-checkpoint_interval -checkpoint_minutes -resume_run_id -log_layers -log_images -log_text",
+    "-checkpoint_interval -checkpoint_minutes -resume_run_id -log_layers -log_images -log_text "
+    "-log_model -register_as -system_metrics",
     "attack": "model revision deduped tokenizer corpus max_documents text_column split_rule ~seed "
     "batch_size sequence_length probe_tokens measurement_interval ~measurements threads "
     "-device -cache_dir -output_dir -verbosity arm attack_steps attack_optimizer attack_lr "
@@ -43,7 +44,7 @@ ANSWERS = {
     "curvature_tokens rayleigh_draws -reference_checkpoint -reference_run_id match noise_scale "
     "noise_rank ~noise_draw -direction_checkpoint -direction_run_id -start_checkpoint "
     "-checkpoint_interval -checkpoint_minutes -resume_run_id -log_layers -log_images "
-    "-dry_run -time_steps",
+    "-log_model -register_as -system_metrics -dry_run -time_steps",
     "heal": "model revision deduped tokenizer corpus max_documents text_column split_rule ~seed "
     "batch_size sequence_length probe_tokens measurement_interval ~measurements threads "
     "-device -cache_dir -output_dir -verbosity ~collapsed_checkpoint -attack_run_id "
@@ -54,24 +55,25 @@ ANSWERS = {
     "healing_method lora_rank lora_alpha sham gradient_checkpointing gradient_clip reset_norms "
     "-healer -save_healed precision precision_mode "
     "-checkpoint_interval -checkpoint_minutes -resume_run_id -log_layers -log_images -log_text "
-    "-dry_run -time_steps",
+    "-log_model -register_as -system_metrics -dry_run -time_steps",
     "summarize": "experiment filter legacy confidence -output_dir -verbosity",
     "import_results": "folder -output_dir -verbosity",
     "pretrain": "model corpus max_documents tokens_per_parameter vocab_size batch_size "
     "sequence_length "
     "text_column split_rule learning_rate weight_decay gradient_clip measurement_interval "
     "~seed threads -output_dir -verbosity "
-    "-checkpoint_interval -checkpoint_minutes -resume_run_id",
+    "-checkpoint_interval -checkpoint_minutes -resume_run_id -system_metrics",
     "basin": "heal_run_id collapsed_checkpoint healed_checkpoint model revision deduped tokenizer "
     "corpus max_documents ~seed sequence_length probe_tokens curvature_tokens "
     "gradient_batches eigenvalues lanczos_iterations curvature_tolerance density_probes "
     "density_iterations path_points perturbations perturbation_radius escape_steps "
-    "text_column split_rule threads -device -output_dir -verbosity -resume_run_id",
+    "text_column split_rule threads -device -output_dir -verbosity -resume_run_id "
+    "-system_metrics",
     "tune": "model revision deduped tokenizer corpus max_documents text_column split_rule seed "
     "batch_size sequence_length probe_tokens measurement_interval ~measurements threads "
-    "-device -cache_dir -output_dir -verbosity arms seeds attack_steps trials token_budget rungs "
-    "sampler pruner startup_trials axes rate_lowest rate_highest grid_rates sgd_rate_ratio "
-    "sgd_momentum warmups clips batch_sizes -study",
+    "-device -cache_dir -output_dir -verbosity -system_metrics arms seeds attack_steps trials "
+    "token_budget rungs sampler pruner startup_trials axes rate_lowest rate_highest grid_rates "
+    "sgd_rate_ratio sgd_momentum warmups clips batch_sizes -study",
 }
 
 
@@ -172,7 +174,7 @@ def test_entries_of_a_checkpoint_that_separate_no_runs():
         "direction_checkpoint", "direction_run_id", "direction_fingerprint",
         "start_checkpoint", "start_digest", "start_run_id",
         "checkpoint_interval", "checkpoint_minutes", "resume_run_id", "time_steps",
-        "log_layers", "log_images",
+        "log_layers", "log_images", "log_model", "register_as", "system_metrics",
     }  # fmt: skip
     # What is named beside the fields is a field of no attack: else it would have two answers.
     assert not set(LINEAGE) & set(ordered_names(AttackConfig))

@@ -12,8 +12,14 @@ from mlflow.tracking import MlflowClient
 
 from healing.config.attack import AttackConfig
 from healing.config.heal import HealConfig
+from healing.config.pretrain import PretrainConfig
+from healing.config.summarize import SummarizeConfig
+from healing.config.tune import TuneConfig
 from healing.stages.attack import attack
 from healing.stages.heal import heal
+from healing.stages.pretrain import pretrain
+from healing.stages.summarize import summarize
+from healing.stages.tune import tune
 from healing.tracking import git_version
 from healing.tracking.run_files import read_jsonl
 from tests.shell_words import words_of
@@ -27,7 +33,7 @@ TIMES = {"seconds", "tokens_per_second"}
 def no_remote(monkeypatch):
     """The command is one for a checkout: this one."""
     found = git_version.Checkout(commit="c" * 40)
-    for module in ("attack", "healing_run.page"):
+    for module in ("attack", "healing_run.page", "tune", "pretrain", "summarize"):
         monkeypatch.setattr(f"healing.stages.{module}.checkout", lambda: found)
 
 
@@ -108,3 +114,55 @@ def test_pictures_and_text_are_stored_and_change_no_number(store):
     assert charts == {"effective_rank", "loss_recovery_pct", "rank_recovery_pct"}
     for name in charts:
         assert shown.data.metrics[f"headline/{name}"] == shown.data.metrics[name]
+
+
+@pytest.mark.slow
+def test_a_search_is_repeated(store):
+    wanted = {**SMALL, "attack_steps": 4, "arms": "random_tokens", "seeds": "100", "trials": 3,
+              "token_budget": 1024, "rungs": 2, "batch_sizes": "4",
+              "output_dir": "first"}  # fmt: skip
+    tune(TuneConfig(**wanted))
+    (first,) = pages("tune")
+    before = {r.info.run_id for r in runs("trial")}
+    run_again(first)
+    second, _ = pages("tune")
+    drawn = [r for r in runs("trial") if r.info.run_id not in before]
+    assert len(drawn) == len(before) == 3
+    same = {k: v for k, v in first.data.metrics.items() if not k.startswith("seconds")}
+    assert {k: second.data.metrics[k] for k in same} == same
+    assert second.data.tags["study"] == first.data.tags["study"]
+
+
+def test_a_training_and_a_summary_are_repeated(store):
+    pretrain(PretrainConfig(tokens_per_parameter=0.009, batch_size=2, sequence_length=256,
+                            measurement_interval=2, max_documents=300, threads=1, seed=3,
+                            output_dir="first", verbosity="quiet"))  # fmt: skip
+    (first,) = pages("pretrain")
+    run_again(first)
+    second, _ = pages("pretrain")
+    assert histories(second) == histories(first)
+
+    run_id, _ = attack(AttackConfig(**SMALL, arm="random_tokens", attack_steps=4))
+    heal(HealConfig(**SMALL, attack_run_id=run_id, healing_steps=4))
+    summarize(SummarizeConfig(filter="tags.model = 'nano'", confidence=0.9, verbosity="quiet"))
+    (first,) = pages("summarize")
+    run_again(first)
+    second, _ = pages("summarize")
+    assert histories(second) == histories(first)
+    assert second.data.params["summarize.confidence"] == "0.9"
+
+
+def pages(stage: str) -> list:
+    """Runs of a stage, the newest first."""
+    client = MlflowClient()
+    experiments = [e.experiment_id for e in client.search_experiments()]
+    return list(client.search_runs(experiments, f"tags.stage = '{stage}'"))
+
+
+def histories(run) -> dict[str, list]:
+    client = MlflowClient()
+    return {
+        name: [(m.step, repr(m.value)) for m in client.get_metric_history(run.info.run_id, name)]
+        for name in run.data.metrics
+        if not name.startswith(("seconds", "tokens_per_second"))
+    }

@@ -6,11 +6,12 @@ import pathlib
 
 from healing.config.attack import AttackConfig
 from healing.config.heal import HealConfig
-from healing.config.paths import is_address, local_path
+from healing.config.paths import local_path
 from healing.config.shared import SAVING
 from healing.errors import CheckpointError
 from healing.models.checkpoints import CHECKPOINT_NAME
 from healing.stages.cells.heal import resolve_from_checkpoint
+from healing.stages.stage import checkpoint_file, run_of
 from healing.tracking.store import Store
 
 
@@ -42,14 +43,12 @@ def local_checkpoint(config: HealConfig, store: Store) -> pathlib.Path | None:
         TrackingError: The store has no such run or file.
     """
     if config.attack_run_id:
-        run = store.get_run(config.attack_run_id)
+        run = run_of(config.attack_run_id, "attack", "--attack-run-id", store)
         return store.download(f"runs:/{run.run_id}/checkpoints/{CHECKPOINT_NAME}")
     given = config.collapsed_checkpoint
     if not given:
         return None
-    if is_address(given):
-        return store.download(given)
-    return local_path(given, "--collapsed-checkpoint")
+    return checkpoint_file(given, "attack", CHECKPOINT_NAME, "--collapsed-checkpoint", store)
 
 
 def fresh_attack_config(config: HealConfig) -> AttackConfig:

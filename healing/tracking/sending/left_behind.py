@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from healing.errors import OutageError, TrackingError
 from healing.tracking.processes import Process
 from healing.tracking.sending.outbox import PLACE, Outbox, Request, outboxes
-from healing.tracking.sending.requests import CREATE, END, JOIN, WITH_FILE, Messenger, batch
+from healing.tracking.sending.requests import CREATE, END, JOIN, NAMING, WITH_FILE, Messenger, batch
 from healing.tracking.sending.store_errors import one_line, store_address
 
 
@@ -80,8 +80,8 @@ def _deliver(outbox: Outbox, tell: Tell) -> Delivery:
     try:
         for number, request in enumerate(requests):
             tell(number, len(requests))
-            # A run that was made before is found again, for its id.
-            if number < sent and request.kind != CREATE:
+            # A run or model that was made before is found again, for its id.
+            if number < sent and request.kind not in NAMING:
                 continue
             messenger(request, _file_of(outbox, number, request), again=True)
             outbox.sent(max(number, sent - 1))

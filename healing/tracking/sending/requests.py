@@ -28,12 +28,15 @@ from mlflow.tracking.multimedia import compress_image_size
 from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_IMAGES
 
 from healing.tracking.page_text import resolved, whole_lines
+from healing.tracking.sending.logged_models import MODEL, MODEL_FILE, MODELS, LoggedModels
 from healing.tracking.sending.outbox import Request
 from healing.tracking.sending.store_errors import require_active, stored
 
 CREATE, JOIN, BATCH, DESCRIBE, INPUT, END = "create", "join", "batch", "describe", "input", "end"
 ARTIFACT, IMAGE, TABLE = "artifact", "image", "table"
-WITH_FILE = (ARTIFACT, IMAGE)
+WITH_FILE = (ARTIFACT, IMAGE, MODEL_FILE)
+NAMING = (CREATE, MODEL)
+"""Kinds after which the store has an id that later requests need."""
 LOCAL_ID = "local_run_id"
 """Tag: what the process called a run before the store named it; a run is made once for each."""
 OPENING_SECONDS = 100.0
@@ -95,6 +98,7 @@ class Messenger:
         self._experiments: dict[str, str] = {}
         self._of: dict[str, str] = {}
         self._made: MlflowClient | None = None
+        self._models: LoggedModels | None = None
 
     def __call__(self, request: Request, file: pathlib.Path | None, *, again: bool) -> None:
         """Carry one out.
@@ -144,6 +148,11 @@ class Messenger:
         elif request.kind == INPUT:
             with stored(f"data set {content['name']} of run {run}", restore), _DATASETS:
                 self._input(run, content)
+        elif request.kind in MODELS:
+            with stored(f"model {content['name']} of run {run}", restore):
+                self._models = self._models or LoggedModels(self._client)
+                experiment = self._experiment_of(run)
+                self._models(request.kind, run, experiment, content, file, again=again)
         elif request.kind == END:
             with stored(f"the end of run {run}", restore):
                 self._client.set_terminated(run, content["status"], content["time"])

@@ -184,6 +184,20 @@ class Sender:
             return False
         return True
 
+    def offer(self, request: Request) -> None:
+        """Hand over what nobody waits for, from any thread; its refusal is raised where the run is
+        next spoken of.
+
+        Raises:
+            OutputError: It cannot be written to disk.
+        """
+        if not self._closed:
+            self._queued(request, None).awaited = False
+
+    def say(self, text: str) -> None:
+        """Tell a person."""
+        self._say(text)
+
     def _raise_unheard(self, run: str) -> None:
         """A refusal that nobody waited for is raised once, where the run is next spoken of."""
         with self._changed:
