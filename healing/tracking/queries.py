@@ -198,16 +198,14 @@ def run_of_model(uri: str) -> RunView:
         raise TrackingError(
             f"{uri} names no model: write models:/m-…, models:/NAME/VERSION or models:/NAME@ALIAS"
         )
-    client = MlflowClient()
-    try:
+    with asked(
+        lambda why: (
+            f"no model {uri} in {store_address()}: check its name and MLFLOW_TRACKING_URI ({why})"
+        )
+    ):
+        client = MlflowClient()
         model_id = named["id"] or model_of_version(_version(client, named))
         model = client.get_logged_model(model_id) if model_id else None
-    except MlflowException as error:
-        raise outage(
-            f"no model {uri} in {mlflow.get_tracking_uri()}: check its name and "
-            f"MLFLOW_TRACKING_URI ({one_line(error)[:200]})",
-            error,
-        ) from error
     if model is None or MADE_BY not in model.tags:
         raise TrackingError(
             f"{uri} was made by another program: name a model that --log-model stored"
@@ -229,8 +227,13 @@ def check_registry(name: str) -> None:
     Raises:
         TrackingError: It is a prompt's, or the registry refuses it.
     """
-    client = MlflowClient()
-    try:
+    with asked(
+        lambda why: (
+            f"--register-as {name!r} is refused by the registry "
+            f"{shown(mlflow.get_registry_uri())} ({why}): name another"
+        )
+    ):
+        client = MlflowClient()
         try:
             client.get_registered_model(name)
             return
@@ -238,12 +241,6 @@ def check_registry(name: str) -> None:
             if http_status(error) != NOT_FOUND:
                 raise
         taken = client.get_prompt(name) is not None  # prompts share the names of models
-    except MlflowException as error:
-        raise outage(
-            f"--register-as {name!r} is refused by the registry {mlflow.get_registry_uri()} "
-            f"({one_line(error)[:200]}): name another",
-            error,
-        ) from error
     if taken:
         raise TrackingError(f"--register-as {name!r} is the name of a prompt there: name another")
 

@@ -16,7 +16,7 @@ from entrypoints import _cli
 from healing.errors import OutageError, TrackingError
 from healing.tracking import open_runs, queries
 from healing.tracking.sending.outbox import Request
-from healing.tracking.sending.sender import Sender, short
+from healing.tracking.sending.sender import Sender
 from healing.tracking.sending.store_errors import (
     asked,
     cure,
@@ -24,6 +24,7 @@ from healing.tracking.sending.store_errors import (
     is_away,
     one_line,
     outage,
+    short,
     shown,
     stored,
 )

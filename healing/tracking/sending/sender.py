@@ -15,6 +15,7 @@ from healing.errors import OutageError, OutputError, TrackingError
 from healing.tracking.output_folder import with_room
 from healing.tracking.sending.outbox import Outbox, Request
 from healing.tracking.sending.requests import CREATE, JOIN
+from healing.tracking.sending.store_errors import short
 
 BLOCKING_SECONDS = 5.0
 """That a computation waits for a slow or absent store, in all."""
@@ -22,8 +23,6 @@ QUICK_SECONDS = 0.5
 """An answer within this time is no waiting."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 15.0
 """Seconds between two tries of a store that is away; doubled each time."""
-AGAIN = ", and start again"
-"""After it an error says what only a run that has ended needs."""
 UNLIMITED = 1e6
 """Seconds that a file may take."""
 PATIENCE = 30.0
@@ -60,12 +59,6 @@ class _Waiting:
     over: threading.Event = field(default_factory=threading.Event)
 
 
-def short(error: OutageError) -> str:
-    """What could not be stored and why; what to do about it where that is for the user."""
-    what, _, _ = str(error).partition(": make that store")
-    return what.partition(AGAIN)[0][:600]
-
-
 class Sender:
     """The requests of one process: first on disk, then in the store, in order, once each.
 
@@ -86,7 +79,7 @@ class Sender:
         say: Callable[[str], None] = lambda text: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._carry_out, self._outbox, self._say, self._clock = carry_out, outbox, say, clock
+        self._carry_out, self._outbox, self.say, self._clock = carry_out, outbox, say, clock
         self._queue: deque[_Waiting] = deque()
         self._changed = threading.Condition()
         self._away: OutageError | None = None
@@ -193,10 +186,6 @@ class Sender:
         """
         if not self._closed:
             self._queued(request, None).awaited = False
-
-    def say(self, text: str) -> None:
-        """Tell a person."""
-        self._say(text)
 
     def _raise_unheard(self, run: str) -> None:
         """A refusal that nobody waited for is raised once, where the run is next spoken of."""
@@ -321,7 +310,7 @@ class Sender:
 
     def _say_waiting(self, patience: float) -> None:
         if self.is_away and self._queue and patience >= 1.0:
-            self._say(
+            self.say(
                 f"the store is away; waiting up to {patience:.0f} seconds for it "
                 "(Ctrl-C twice: not at all)"
             )
@@ -398,11 +387,11 @@ class Sender:
     def _gone(self, error: OutageError) -> None:
         if self._away is None:
             what = "its requests wait on disk" if self._outbox else "its requests wait"
-            self._say(f"warning: the tracking store is away, {what}: {short(error)}")
+            self.say(f"warning: the tracking store is away, {what}: {short(error)}")
         self._away = error
         self._changed.notify_all()
 
     def _back(self) -> None:
         if self._away is not None:
-            self._say(f"the tracking store is back; {len(self._queue)} request(s) are being sent")
+            self.say(f"the tracking store is back; {len(self._queue)} request(s) are being sent")
         self._away = None

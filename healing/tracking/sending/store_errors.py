@@ -169,6 +169,16 @@ def asked(what: Callable[[str], str]) -> Iterator[None]:
         raise outage(text, error) from error
 
 
+AGAIN = ", and start again"
+"""After it an error says what only a run that has ended needs."""
+
+
+def short(error: OutageError) -> str:
+    """What could not be stored and why; what to do about it where that is for the user."""
+    what, _, _ = str(error).partition(": make that store")
+    return what.partition(AGAIN)[0][:600]
+
+
 def says_deleted(error: BaseException) -> bool:
     """Whether a store refuses because an experiment or run is deleted there."""
     return isinstance(error, MlflowException) and bool(re.search(r"\bdeleted\b", str(error)))
