@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import pathlib
 import sys
 
@@ -13,7 +14,7 @@ from scipy import stats
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # like benchmarks, findings is no installed package
 
-from findings import estimates, render  # noqa: E402
+from findings import command, estimates, render  # noqa: E402
 from findings.parts import PARTS  # noqa: E402
 from findings.protocol import SCRATCH_ARM, STRONG, Arm, Part  # noqa: E402
 from findings.runs import COLUMNS, chain_rows  # noqa: E402
@@ -163,3 +164,24 @@ def test_a_stopped_part_goes_on_and_equal_collapse_is_equal(tmp_path):
 def test_what_is_matched_runs_with_its_reference():
     part = Part("x", (Arm("a"), Arm("b", reference="a"), Arm("c")), (0,), {}, 1, 1)
     assert [[arm.name for arm in chain] for chain in part.chains(0)] == [["a", "b"], ["c"]]
+
+
+def test_a_part_goes_on_from_its_table(tmp_path, monkeypatch):
+    """What a table of another machine holds is not run again, and only that."""
+    rows = trajectory(39.0, 3.5, arm="haep", seed=1) + trajectory(39.0, 3.5, arm="none", seed=0)
+    estimates.write(tmp_path / "nano.csv", rows)
+    seen = []
+
+    def no_rows(part, chain, seed, label, deadline, done, **place):
+        seen.append((chain[0].name, seed, done))
+        return iter(())
+
+    monkeypatch.setattr("findings.runs.chain_rows", no_rows)
+    names = [chain[0].name for chain in PARTS["nano"].chains(1)]
+    kept = {
+        name: command._chain("nano", 1, i, {}, math.inf, str(tmp_path))
+        for i, name in enumerate(names)
+    }
+    assert {name for name, found in kept.items() if found} == {"haep"}
+    assert [row["step"] for row in kept["haep"]] == ["-1", "0", "60"]
+    assert {name: done for name, _, done in seen if done} == {"haep": {("haep", STRONG)}}
