@@ -136,6 +136,13 @@ def test_the_committed_page_is_what_the_committed_tables_give(tmp_path):
     assert (tmp_path / "findings.md").read_text() == render.PAGE.read_text()
     readme = (ROOT / "README.md").read_text()
     assert render.with_block(readme, render.readme_block(*render.load())) == readme
+    (tmp_path / "README.md").write_text(readme)
+    (tmp_path / "docs" / "images").mkdir(parents=True)
+    render.render(page_path=tmp_path / "findings.md", readme=tmp_path / "README.md")
+    for path in render.FIRST_SCREEN.values():
+        drawn = tmp_path / path.relative_to(ROOT)
+        assert drawn.read_bytes() == path.read_bytes(), "make findings, or its render, was not run"
+        assert path.stat().st_size <= 80_000
 
 
 @pytest.mark.slow
