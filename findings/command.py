@@ -3,9 +3,10 @@
     python -m findings run nano [--jobs 2] [--out findings/tables]
     python -m findings render
 
-Rows are on disk after every healing run, in a hidden file per seed and arm; what is there is not
-run again, so that a part that was stopped goes on where it was. The part's table appears when all
-its seeds are done.
+Rows are on disk after every healing run, in a hidden file per seed and arm. What is there, or in
+the part's table, is not run again, so that a part that was stopped goes on where it was, also from
+its committed table. The table is written when all seeds are done, or with what there is when
+``--minutes`` are over.
 """
 
 from __future__ import annotations
@@ -32,8 +33,13 @@ def _chain(
 
     whole = PARTS[part]
     chain, begin = whole.chains(seed)[number], time.monotonic()
-    path = pathlib.Path(folder) / f".{part}-{seed}-{chain[0].name}.csv"
+    place_of_rows = pathlib.Path(folder)
+    path = place_of_rows / f".{part}-{seed}-{chain[0].name}.csv"
+    table = place_of_rows / f"{part}.csv"
     rows = estimates.read_rows(path) if path.exists() else []
+    if not rows and table.exists():
+        own = {(arm.name, str(seed)) for arm in chain}
+        rows = [r for r in estimates.read_rows(table) if (r["arm"], r["seed"]) in own]
     done = {(row["arm"], row["healer"]) for row in rows}
     for found in chain_rows(whole, chain, seed, whole.model, deadline, done, **place):
         rows += found

@@ -23,7 +23,7 @@ from findings.estimates import (
     sham_of,
     share_bounds,
 )
-from findings.figure import draw
+from findings.figure import draw, draw_first_screen
 from findings.parts import PARTS, part_of
 from findings.protocol import PRESET, SCRATCH_ARM, STRONG
 from healing.config.arm_tags import SHAM_ARM
@@ -35,6 +35,11 @@ from healing.statistics.paired_tests import holm_adjust
 ROOT = pathlib.Path(__file__).parents[1]
 TABLES = ROOT / "findings" / "tables"
 PAGE, FIGURE = ROOT / "docs" / "findings.md", ROOT / "docs" / "findings.png"
+FIRST_SCREEN = {
+    False: ROOT / "docs/images/recovery.png",
+    True: ROOT / "docs/images/recovery_dark.png",
+}
+"""Dark → README's picture."""
 TREATMENT = "haep"
 FINE_TUNING = ("random_tokens", "random_text")
 """The controls of question 2."""
@@ -424,12 +429,17 @@ BEGIN, END = "<!-- answer: written by make findings -->", "<!-- end -->"
 
 def readme_block(runs: Sequence[Run], models: Sequence[str]) -> str:
     """What README's first screen says between its two marks."""
+    light, dark = (FIRST_SCREEN[dark].relative_to(ROOT).as_posix() for dark in (False, True))
     return "\n".join(
         [
             BEGIN,
-            answer(runs, models),
+            "<picture>",
+            f'  <source media="(prefers-color-scheme: dark)" srcset="{dark}">',
+            f'  <img src="{light}" alt="Rank recovery against healing steps: a thin line per '
+            'checkpoint, a thick one per arm; dashed at 20 and 70 %">',
+            "</picture>",
             "",
-            "![Rank recovery and loss above the sham's, against healing steps](docs/findings.png)",
+            answer(runs, models),
             END,
         ]
     )
@@ -468,5 +478,7 @@ def render(
     page_path.write_text(page(runs, models), encoding="utf-8")
     draw(runs, models, page_path.with_name(FIGURE.name))
     if readme:
+        for dark, path in FIRST_SCREEN.items():
+            draw_first_screen(runs, models, readme.parent / path.relative_to(ROOT), dark=dark)
         text = with_block(readme.read_text(encoding="utf-8"), readme_block(runs, models))
         readme.write_text(text, encoding="utf-8")

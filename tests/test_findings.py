@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import pathlib
 import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 from scipy import stats
 
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # like benchmarks, findings is no installed package
 
-from findings import estimates, render  # noqa: E402
+from findings import command, estimates, render  # noqa: E402
 from findings.parts import PARTS  # noqa: E402
 from findings.protocol import SCRATCH_ARM, STRONG, Arm, Part  # noqa: E402
 from findings.runs import COLUMNS, chain_rows  # noqa: E402
@@ -135,6 +137,14 @@ def test_the_committed_page_is_what_the_committed_tables_give(tmp_path):
     assert (tmp_path / "findings.md").read_text() == render.PAGE.read_text()
     readme = (ROOT / "README.md").read_text()
     assert render.with_block(readme, render.readme_block(*render.load())) == readme
+    (tmp_path / "README.md").write_text(readme)
+    (tmp_path / "docs" / "images").mkdir(parents=True)
+    render.render(page_path=tmp_path / "findings.md", readme=tmp_path / "README.md")
+    for path in render.FIRST_SCREEN.values():
+        drawn = tmp_path / path.relative_to(ROOT)
+        pixels, kept = (np.asarray(Image.open(p)) for p in (drawn, path))
+        assert np.array_equal(pixels, kept), "`python -m findings render` was not run"
+        assert path.stat().st_size <= 80_000
 
 
 @pytest.mark.slow
@@ -163,3 +173,24 @@ def test_a_stopped_part_goes_on_and_equal_collapse_is_equal(tmp_path):
 def test_what_is_matched_runs_with_its_reference():
     part = Part("x", (Arm("a"), Arm("b", reference="a"), Arm("c")), (0,), {}, 1, 1)
     assert [[arm.name for arm in chain] for chain in part.chains(0)] == [["a", "b"], ["c"]]
+
+
+def test_a_part_goes_on_from_its_table(tmp_path, monkeypatch):
+    """What a table of another machine holds is not run again, and only that."""
+    rows = trajectory(39.0, 3.5, arm="haep", seed=1) + trajectory(39.0, 3.5, arm="none", seed=0)
+    estimates.write(tmp_path / "nano.csv", rows)
+    seen = []
+
+    def no_rows(part, chain, seed, label, deadline, done, **place):
+        seen.append((chain[0].name, seed, done))
+        return iter(())
+
+    monkeypatch.setattr("findings.runs.chain_rows", no_rows)
+    names = [chain[0].name for chain in PARTS["nano"].chains(1)]
+    kept = {
+        name: command._chain("nano", 1, i, {}, math.inf, str(tmp_path))
+        for i, name in enumerate(names)
+    }
+    assert {name for name, found in kept.items() if found} == {"haep"}
+    assert [row["step"] for row in kept["haep"]] == ["-1", "0", "60"]
+    assert {name: done for name, _, done in seen if done} == {"haep": {("haep", STRONG)}}
