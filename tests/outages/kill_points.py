@@ -113,6 +113,9 @@ def in_a_fork(work: Callable[[], None]) -> int:
     pid = os.fork()
     if not pid:
         try:
+            # torch makes its pool of threads anew after a fork, and not safely from two threads at
+            # once (the model's weights are read by several): here there is one.
+            torch.set_num_threads(1)
             work()
         except BaseException as error:  # noqa: BLE001
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
