@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
@@ -18,7 +19,7 @@ from healing.registry import DAMAGE_CONTROL, TREATMENT
 from healing.reporting.plots.style import STYLE, arm_style, figure
 
 INK = "#0d1117"
-DARK = {
+DARK: dict[Any, Any] = {
     "text.color": "#e6edf3",
     "axes.labelcolor": "#e6edf3",
     "axes.edgecolor": "#8b949e",
@@ -118,10 +119,11 @@ def draw_first_screen(
         path: Of the file; the same runs give the same bytes.
         dark: For a page with light type on dark ground.
     """
-    with rc_context({**STYLE, **(DARK if dark else {})}):
+    theme: dict[Any, Any] = STYLE | (DARK if dark else {})
+    with rc_context(theme):
         fig = Figure(figsize=(3.3 * len(models), 3.3))
         panels = fig.subplots(1, len(models), squeeze=False)[0]
-        labelled: dict[str, object] = {}
+        labelled: dict[str, Any] = {}
         for ax, model in zip(panels, models, strict=True):
             found, _ = _groups(runs, model)
             _rank(ax, found)

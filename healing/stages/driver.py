@@ -321,6 +321,7 @@ class Driver:
         heard.times.enter(DONE)
         own.left_in(DONE)
         run.history([(0, {metric_name(name): spent for name, spent in seconds.items()})])
+        run.flush()  # before the state is dropped: a full disk still refuses it here
         heard.shown.close()
         self.console.over(report.line, folder, detail=report.detail, alone=not own.is_child)
 

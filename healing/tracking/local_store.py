@@ -54,6 +54,9 @@ class LocalRun:
         for step, values in points:
             self.metrics(values, step)
 
+    def flush(self) -> None:
+        """Nothing is held back."""
+
     def describe(self, markdown: str) -> None:
         """Keep the description as the tag that MLflow has for it."""
         self.tags({"mlflow.note.content": markdown})

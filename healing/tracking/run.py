@@ -33,6 +33,9 @@ class Run(Protocol):
     def history(self, points: Sequence[tuple[int, Mapping[str, float]]]) -> None:
         """Log the metrics of many steps."""
 
+    def flush(self) -> None:
+        """Send what is still held back."""
+
     def describe(self, markdown: str) -> None:
         """Set the description."""
 
