@@ -3,10 +3,10 @@
     python -m findings run nano [--jobs 2] [--out findings/tables]
     python -m findings render
 
-Rows are on disk after every healing run, in a hidden file per seed and arm. What is there, or in
-the part's table, is not run again, so that a part that was stopped goes on where it was, also from
-its committed table. The table is written when all seeds are done, or with what there is when
-``--minutes`` are over.
+Rows are on disk after every healing run, in a hidden file per seed and arm; what is there is not
+run again, so that a part that was stopped goes on where it was. ``--go-on`` also takes what the
+part's table holds: without it a table is made anew. The table is written when all seeds are done,
+or with what there is when ``--minutes`` are over.
 """
 
 from __future__ import annotations
@@ -24,7 +24,13 @@ TABLES = pathlib.Path(__file__).parent / "tables"
 
 
 def _chain(
-    part: str, seed: int, number: int, place: dict[str, Any], deadline: float, folder: str
+    part: str,
+    seed: int,
+    number: int,
+    place: dict[str, Any],
+    deadline: float,
+    folder: str,
+    go_on: bool = False,
 ) -> list[dict[str, Any]]:
     """In a process of its own: rows go to a file as soon as they are there."""
     from findings import estimates
@@ -37,7 +43,7 @@ def _chain(
     path = place_of_rows / f".{part}-{seed}-{chain[0].name}.csv"
     table = place_of_rows / f"{part}.csv"
     rows = estimates.read_rows(path) if path.exists() else []
-    if not rows and table.exists():
+    if go_on and not rows and table.exists():
         own = {(arm.name, str(seed)) for arm in chain}
         rows = [r for r in estimates.read_rows(table) if (r["arm"], r["seed"]) in own]
     done = {(row["arm"], row["healer"]) for row in rows}
@@ -74,7 +80,9 @@ def run(options: argparse.Namespace) -> None:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
         running = [
-            pool.submit(_chain, options.part, seed, number, place, deadline, str(folder))
+            pool.submit(
+                _chain, options.part, seed, number, place, deadline, str(folder), options.go_on
+            )
             for seed in seeds
             for number in range(len(part.chains(seed)))
         ]
@@ -99,6 +107,7 @@ def main() -> None:
     runs.add_argument("--seeds", default="", help="Some of the part's; empty = all.")
     runs.add_argument("--jobs", type=int, default=2)
     runs.add_argument("--minutes", type=float, default=1e6, help="Nothing begins later.")
+    runs.add_argument("--go-on", action="store_true", help="Not what the table holds already.")
     runs.add_argument("--out", default=str(TABLES))
     commands.add_parser("render", help="Write docs/findings.md, its figure and README's block.")
     options = parser.parse_args()

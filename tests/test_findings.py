@@ -188,9 +188,10 @@ def test_a_part_goes_on_from_its_table(tmp_path, monkeypatch):
     monkeypatch.setattr("findings.runs.chain_rows", no_rows)
     names = [chain[0].name for chain in PARTS["nano"].chains(1)]
     kept = {
-        name: command._chain("nano", 1, i, {}, math.inf, str(tmp_path))
+        name: command._chain("nano", 1, i, {}, math.inf, str(tmp_path), go_on=True)
         for i, name in enumerate(names)
     }
     assert {name for name, found in kept.items() if found} == {"haep"}
     assert [row["step"] for row in kept["haep"]] == ["-1", "0", "60"]
     assert {name: done for name, _, done in seen if done} == {"haep": {("haep", STRONG)}}
+    assert command._chain("nano", 1, names.index("haep"), {}, math.inf, str(tmp_path)) == []
