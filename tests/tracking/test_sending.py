@@ -178,6 +178,46 @@ def test_files_outside_of_the_output_folder_are_not_sent(tmp_path, place) -> Non
         box.file_of(0, place)
 
 
+def elsewhere(tmp_path) -> pathlib.Path:
+    """Folders of somebody else's, one of them empty."""
+    place = tmp_path / "home"
+    (place / "thesis").mkdir(parents=True)
+    (place / "thesis" / "chapter1").write_text("text")
+    (place / "empty").mkdir()
+    return place
+
+
+def test_a_linked_folder_of_outboxes_is_not_followed(tmp_path) -> None:
+    place = elsewhere(tmp_path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / PLACE).symlink_to(place)
+    assert list(deliver(tmp_path / "out")) == []
+    assert sorted(p.name for p in place.rglob("*")) == ["chapter1", "empty", "thesis"]
+    with pytest.raises(OSError, match="a link"):
+        Outbox.of_this_process(tmp_path / "out" / PLACE, "s").append(request(0))
+    assert sorted(p.name for p in place.iterdir()) == ["empty", "thesis"]
+
+
+def test_folders_that_are_no_outbox_stay(tmp_path) -> None:
+    place = elsewhere(tmp_path).rename(tmp_path / PLACE)
+    (place / "linked").mkdir()
+    (place / "linked" / "files").symlink_to(tmp_path)
+    assert list(deliver(tmp_path)) == []
+    assert (place / "thesis" / "chapter1").read_text() == "text"
+    assert (place / "linked").is_dir()
+
+
+def test_a_kept_file_behind_a_link_is_not_sent(tmp_path) -> None:
+    (tmp_path / "secrets").mkdir()
+    (tmp_path / "secrets" / "key").write_text("secret")
+    box = Outbox(tmp_path / "out" / PLACE / "1")
+    (box.folder / "files").mkdir(parents=True)
+    (box.folder / "files" / f"{0:09d}").symlink_to(tmp_path / "secrets")
+    sent = box.file_of(0, "key")
+    assert not sent.exists()
+    assert sent.is_relative_to(tmp_path / "out")
+
+
 @pytest.mark.parametrize("lines", ["nonsense\n[]\n", '["r", "batch"]\n\n', "[" * 9999 + "\n{}\n"])
 def test_an_outbox_of_others_is_told_of_and_stays(tmp_path, lines) -> None:
     folder = tmp_path / PLACE / "1"

@@ -5,6 +5,7 @@ sent later, from this machine or another.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import pathlib
@@ -22,6 +23,9 @@ from healing.tracking.processes import this_process
 PLACE = ".outbox"
 """Folder below an output folder that holds one folder per process with something to send."""
 _REQUESTS, _SENT, _LOCK, _ABOUT = "requests.jsonl", "sent", "lock", "about.json"
+_FILES, PICTURES = _FOLDERS = ("files", "pictures")
+_ENTRIES = (_REQUESTS, _SENT, _LOCK, _ABOUT, *_FOLDERS)
+"""All that an outbox may hold: a folder with anything else is somebody's, and is left alone."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,8 @@ class Outbox:
         """The folder, with its owner. Somebody who took it for one that was left may have removed
         it before its lock was there.
         """
+        if self.folder.parent.is_symlink():
+            raise OSError(errno.ELOOP, "a link: remove it", str(self.folder.parent))
         for last in (False, False, True):
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -104,7 +110,7 @@ class Outbox:
                 shutil.copy2(path, kept)
 
     def _kept(self, number: int, path: pathlib.Path) -> pathlib.Path:
-        return self.folder / "files" / f"{number:09d}" / path.name
+        return self.folder / _FILES / f"{number:09d}" / path.name
 
     def kept_file(self, number: int, path: pathlib.Path) -> pathlib.Path:
         """Where a request's file is: the kept one, or where it was written."""
@@ -116,7 +122,7 @@ class Outbox:
         self._sent = number + 1
         with contextlib.suppress(OSError):  # it would be sent again, which changes nothing
             (self.folder / _SENT).write_text(str(self._sent))
-            shutil.rmtree(self.folder / "files" / f"{number:09d}", ignore_errors=True)
+            shutil.rmtree(self.folder / _FILES / f"{number:09d}", ignore_errors=True)
 
     def close(self, *, drop: bool) -> None:
         """End; a folder in which everything was sent is dropped."""
@@ -181,7 +187,7 @@ class Outbox:
         """
         path = (self.root / place).resolve()
         kept = self._kept(number, path)
-        if kept.is_file() and not kept.is_symlink():
+        if kept.is_file() and kept.resolve().is_relative_to(self.folder.resolve() / _FILES):
             return kept
         if not path.is_relative_to(self.root):
             raise ValueError(f"the file {place[:200]!r} is not in {self.root}")
@@ -189,8 +195,20 @@ class Outbox:
 
 
 def outboxes(place: pathlib.Path) -> list[Outbox]:
-    """What earlier processes left below a folder of outboxes, the oldest first."""
-    if not place.is_dir():
+    """What earlier processes left below a folder of outboxes, the oldest first. What is a link, or
+    holds anything else, is none: an outbox that was sent is removed.
+    """
+    if place.is_symlink() or not place.is_dir():
         return []
-    found = (path for path in sorted(place.iterdir()) if not path.is_symlink())
-    return [Outbox(path) for path in found if path.is_dir()]
+    return [Outbox(path) for path in sorted(place.iterdir()) if _is_outbox(path)]
+
+
+def _is_outbox(path: pathlib.Path) -> bool:
+    if path.is_symlink() or not path.is_dir():
+        return False
+    try:
+        entries = list(path.iterdir())
+    except FileNotFoundError:  # another process sent it meanwhile
+        return False
+    known = all(entry.name in _ENTRIES and not entry.is_symlink() for entry in entries)
+    return known and all(entry.is_dir() == (entry.name in _FOLDERS) for entry in entries)

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from healing.errors import OutageError, OutputError, TrackingError
 from healing.tracking.output_folder import with_room
-from healing.tracking.sending.outbox import Outbox, Request
+from healing.tracking.sending.outbox import PICTURES, Outbox, Request
 from healing.tracking.sending.requests import CREATE, JOIN
 from healing.tracking.sending.store_errors import short
 
@@ -132,7 +132,7 @@ class Sender:
         """A folder for files that only go to the store; it is gone when they are there."""
         if self._scratch is None:
             if self._outbox is not None:
-                self._scratch = self._outbox.folder / "pictures"
+                self._scratch = self._outbox.folder / PICTURES
                 self._scratch.mkdir(parents=True, exist_ok=True)
             else:
                 self._temporary = tempfile.TemporaryDirectory(prefix="llm-healing-")
