@@ -299,7 +299,7 @@ class Driver:
                 heard.step = event.done
                 keeper.reached(event, records)
                 if self.stop.is_set():
-                    keeper.leave_at_point()
+                    keeper.save()
                     raise Stopped(self.stop.signum)
 
     def _finish(

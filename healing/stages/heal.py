@@ -268,7 +268,8 @@ def heal(config: HealConfig, driver: Driver | None = None) -> list[HealOutcome]:
     """Heal one checkpoint, every checkpoint below a folder, or a fresh attack.
 
     One checkpoint healed once is one run; otherwise a parent run holds a child per healing run.
-    A child that fails does not stop the others; the parent then fails at the end.
+    A child that fails does not stop the others; the parent then fails at the end. Children that
+    finished before in the run that is gone on with are left out, of the result too.
 
     Raises:
         CheckpointError: Nothing to heal, or not a checkpoint of the model.
@@ -322,18 +323,22 @@ def _heal_children(
     run.tags({"role": "parent", "mlflow.runName": f"heal {total} runs", "arm": "", "model": ""})
     run.params("heal", as_params(config))
     outcomes: list[HealOutcome] = []
-    failures: dict[str, str] = {}
+    found_again, failures = 0, dict[str, str]()
     with driver.console.bar(total, "healing runs", unit="run") as bar:
         for cell in cells:
             if cell.checkpoint in failures:
                 continue  # what is wrong with it was said at its first replicate
             try:
-                outcomes.append(_outcome(driver.run_cell(HEAL, cell, parent=run)))
+                done = driver.run_cell(HEAL, cell, parent=run)
+                if done.report is None:  # of the run that this one goes on with
+                    found_again += 1
+                else:
+                    outcomes.append(_outcome(done))
                 bar.update(1)
             except HealingError as error:
                 failures[cell.checkpoint] = str(error)
                 driver.console.say(f"failed: {error}")
-    run.describe(f"{len(outcomes)} of {total} healing runs done.")
+    run.describe(f"{found_again + len(outcomes)} of {total} healing runs done.")
     if failures:
         n = len({cell.checkpoint for cell in cells})
         first = next(iter(failures.values()))

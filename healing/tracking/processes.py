@@ -104,7 +104,7 @@ def _owner_file(folder: pathlib.Path) -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def only_owner(folder: pathlib.Path, waiting: Callable[[str], None]) -> Iterator[bool]:
+def only_owner(folder: pathlib.Path, waiting: Callable[[str], None]) -> Iterator[None]:
     """Have a run's folder alone for the block: other processes, and other threads, wait.
 
     The lock is the system's: it ends with the process that has it, however that ends.
@@ -113,29 +113,24 @@ def only_owner(folder: pathlib.Path, waiting: Callable[[str], None]) -> Iterator
         folder: Need not be there; the lock lies beside it, since a run may empty it.
         waiting: Told about every second whom it is waited for; may raise.
 
-    Yields:
-        Whether it had to wait: what it wanted may be there by now.
-
     Raises:
         OSError: The lock cannot be made.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder.parent / f".{folder.name}.lock", thread_local=False)
-    waited = False
     while True:
         try:
             lock.acquire(timeout=0)
             break
         except filelock.Timeout:
             with contextlib.suppress(filelock.Timeout):
-                waited = True
                 owner = owner_of(folder)
                 waiting(f"waiting for {owner or 'another run'}, which has this run's folder")
                 lock.acquire(timeout=POLL_SECONDS)
                 break
     try:
         _owner_file(folder).write_text(this_process().text())
-        yield waited
+        yield
     finally:
         _owner_file(folder).unlink(missing_ok=True)
         lock.release()

@@ -6,6 +6,7 @@ import contextlib
 import http.server
 import os
 import pathlib
+import shutil
 import socket
 import subprocess
 import sys
@@ -13,13 +14,37 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import mlflow
+import pytest
 
 
 def free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return int(found.getsockname()[1])
+
+
+@contextlib.contextmanager
+def beside_sqlite(folder: pathlib.Path, empty: pathlib.Path) -> Iterator[str]:
+    """A folder with a store in a file, to work in for the block: what a server is compared with.
+
+    Args:
+        folder: Working directory.
+        empty: Database without runs, which is copied.
+
+    Yields:
+        The store's address.
+    """
+    uri, before = f"sqlite:///{shutil.copy(empty, folder / 'mlflow.db')}", mlflow.get_tracking_uri()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
+            patch.delenv(name, raising=False)
+        mlflow.set_tracking_uri(uri)
+        yield uri
+        mlflow.set_tracking_uri(before)
 
 
 class Server:

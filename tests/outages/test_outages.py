@@ -33,7 +33,7 @@ from healing.stages.terminal.console import Console
 from healing.tracking.run_files import JsonLines, read_jsonl
 from healing.tracking.sending import sender
 from healing.tracking.sending.outbox import PLACE
-from tests.outages.servers import Proxy, Server, reply
+from tests.outages.servers import Proxy, Server, beside_sqlite, reply
 
 pytestmark = pytest.mark.slow
 
@@ -58,16 +58,9 @@ def beside_a_store(
 ) -> tuple[pathlib.Path, Any]:
     """A collapsed checkpoint, and what a store that was always there holds of its healing."""
     folder = tmp_path_factory.mktemp("whole")
-    uri = f"sqlite:///{shutil.copy(empty_database, folder / 'mlflow.db')}"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
-            patch.delenv(name, raising=False)
-        before = mlflow.get_tracking_uri()
-        mlflow.set_tracking_uri(uri)
+    with beside_sqlite(folder, empty_database) as uri:
         checkpoint = attack(AttackConfig(**SMALL, attack_steps=2, arm="random_tokens"))[1]
         healed(checkpoint, folder / "output")
-        mlflow.set_tracking_uri(before)
     found = histories(uri), artifacts(uri)
     assert [len(points) for points in found[0][0].values()].count(STEPS // 2 + 1) > 10
     return checkpoint.resolve(), found

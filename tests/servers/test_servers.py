@@ -9,7 +9,6 @@ import contextlib
 import os
 import pathlib
 import re
-import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -36,7 +35,7 @@ from healing.tracking import queries
 from healing.tracking.sending.outbox import PLACE
 from healing.tracking.store import MlflowStore
 from tests.conftest import ROOT
-from tests.outages.servers import Server, free_port
+from tests.outages.servers import Server, beside_sqlite, free_port
 from tests.outages.test_outages import at_records, histories
 from tests.servers import backends
 from tests.shell_words import words_of
@@ -97,15 +96,8 @@ class Whole:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, empty_database: pathlib.Path) -> Whole:
     folder = tmp_path_factory.mktemp("whole")
-    uri = f"sqlite:///{shutil.copy(empty_database, folder / 'mlflow.db')}"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
-            patch.delenv(name, raising=False)
-        before = mlflow.get_tracking_uri()
-        mlflow.set_tracking_uri(uri)
+    with beside_sqlite(folder, empty_database) as uri:
         all_stages(folder / "output")
-        mlflow.set_tracking_uri(before)
     found = {stage: histories(uri, stage) for stage in STAGES}
     assert [len(found[stage]) for stage in STAGES] == [1, 1, 1]
     assert len(found["heal"][0]["effective_rank"]) == 5

@@ -176,7 +176,7 @@ def test_who_waits_for_a_folder_finds_a_finished_run_in_the_store(tmp_path, monk
 
     @contextlib.contextmanager
     def owned(folder, waiting):
-        yield False
+        yield
         found.append(d.store.find_finished("not tracked", "f6"))
 
     monkeypatch.setattr("healing.stages.driver.only_owner", owned)
@@ -196,7 +196,7 @@ def test_what_another_finished_between_the_look_and_the_lock_is_not_done_again(
             with driver(store).process("other", {"stage": "toy"}) as parent:
                 monkeypatch.undo()
                 driver(store).run_cell(other, Config(str(tmp_path)), parent=parent, reuse=True)
-        yield False
+        yield
 
     monkeypatch.setattr("healing.stages.driver.only_owner", another_was_quicker)
     with driver(store).process("late", {"stage": "toy"}) as parent:

@@ -33,10 +33,12 @@ from healing.stages.cells.heal import (
     settings_of,
 )
 from healing.stages.cells.heal_outcome import HealCell
+from healing.stages.driver import Driver
 from healing.stages.heal import heal
 from healing.stages.summarize import summarize
 from healing.stages.summarize_inputs import read_runs
 from healing.stages.sweep import plan, sweep, worker_count
+from healing.stages.terminal.console import Console
 from healing.tracking import queries
 from healing.tracking.run_files import JsonLines, plain, read_jsonl
 from healing.training.trainer import Trainer
@@ -669,6 +671,22 @@ def test_the_sham_takes_the_same_batches(store, checkpoint):
     )
     sham = outcome_of(heal_cell(HealCell(config, str(checkpoint)).sham_cell()))[0]
     assert [r.measurement.loss for r in sham.records] == [r.measurement.loss for r in own.records]
+
+
+@pytest.mark.slow
+def test_replicates_that_finished_before_are_left_out_of_what_goes_on(store, checkpoint):
+    """As ``--resume-run-id`` of a parent whose first child had finished."""
+    given = {"collapsed_checkpoint": str(checkpoint), "healing_steps": 2}
+    heal(heal_config(**given))
+    (second,) = heal(heal_config(**given, num_runs=2), Driver(Console("quiet"), again=True))
+    assert second.cell.replicate == 1
+    client = MlflowClient()
+    experiment = client.get_experiment_by_name("llm-healing").experiment_id
+    (parent,) = client.search_runs([experiment], "tags.role = 'parent'")
+    assert parent.info.status == "FINISHED"
+    assert parent.data.tags["mlflow.note.content"] == "2 of 2 healing runs done."
+    finished = client.search_runs([experiment], "tags.stage = 'heal' and tags.replicate != ''")
+    assert sorted(run.data.tags["replicate"] for run in finished) == ["0", "1"]
 
 
 def test_summary_of_a_query_with_a_failed_run(store, checkpoint):

@@ -52,11 +52,7 @@ class Keeper:
         elif self.is_amid_a_step:
             self._point = None
         if self._due(point.done):
-            self._save()
-
-    def leave_at_point(self) -> None:
-        """The cell goes no further than the point that it reached."""
-        self._save()
+            self.save()
 
     def between(self, *, leaving: bool) -> None:
         """The cell is amid a phase: parts may have been finished since the last safe point.
@@ -65,14 +61,15 @@ class Keeper:
             leaving: Whether it goes no further.
         """
         if not self.is_amid_a_step and (leaving or self._due.by_time()):
-            self._save()
+            self.save()
 
     @property
     def is_amid_a_step(self) -> bool:
         """Whether what was done last is lost if the cell is left now."""
         return self._snapshots is not None and self._point is not None and self._point.parts is None
 
-    def _save(self) -> None:
+    def save(self) -> None:
+        """Keep the state of the last safe point, if anything was finished since it was kept."""
         point = self._point
         if self._snapshots is None or point is None:
             return
