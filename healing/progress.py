@@ -171,6 +171,26 @@ class Stop(threading.Event):
 
     signum = 0
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._saving, self._counting = 0, threading.Lock()
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """A state is written in the block: whoever waits for an end should not lose it."""
+        with self._counting:
+            self._saving += 1
+        try:
+            yield
+        finally:
+            with self._counting:
+                self._saving -= 1
+
+    @property
+    def is_saving(self) -> bool:
+        """Whether any cell's state is being written."""
+        return self._saving > 0
+
 
 def _no_state() -> None:
     """Nothing to save."""

@@ -203,7 +203,7 @@ class Driver:
                     Kept(begin.fingerprint, None, run_id=run.run_id),
                     Due(stage.saving(config), self.clock),
                     self.console.say,
-                    lambda: heard.times.within("saving the state"),
+                    heard.saving,
                 )
                 outcome, records = self._compute(begin, events, kept, journal, heard, keeper)
                 heard.computed = True

@@ -123,11 +123,11 @@ def test_a_signal_ends_a_run_as_killed_and_the_same_command_goes_on(
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
-def test_a_second_signal_ends_at_once(store, collapsed) -> None:
+def test_several_signals_end_a_run_as_killed(store, collapsed) -> None:
+    """That the second ends it at once is shown in test_listening."""
     output = store / "output"
     process = healing(collapsed, output)
     wait_for_step(output, 10, process)
-    # The second comes while the first is still on its way to the next safe point, or right after.
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGINT)

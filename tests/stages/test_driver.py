@@ -283,6 +283,21 @@ def test_with_snapshots_a_stopped_cell_goes_on_and_its_history_is_whole(tmp_path
     assert snapshots.kept == {}
 
 
+def test_whoever_waits_for_an_end_hears_that_a_state_is_being_written(tmp_path):
+    stop, heard = Stop(), []
+
+    class Watched(Memory):
+        def save(self, folder, kept):
+            heard.append((kept.step, stop.is_saving))
+            super().save(folder, kept)
+
+    stage = Toy(lambda point: point == "3" and stop.set())
+    with pytest.raises(Stopped):
+        run(driver(stop=stop, snapshots=Watched()), stage, Config(str(tmp_path)))
+    assert heard == [(3, True)]
+    assert not stop.is_saving
+
+
 def test_a_snapshot_of_another_cell_is_not_gone_on_with(tmp_path):
     snapshots = Memory()
     folder = run_folder(str(tmp_path), Toy.place, "toy")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 from healing.progress import Stop, Stopped
 from healing.stages.terminal.console import Progress
 from healing.stages.terminal.keeping import Keeper
@@ -39,6 +42,12 @@ class Heard:
             raise Stopped(self._stop.signum)
         self.times.enter(name)
         self.shown.phase(name, done, total, note)
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """The state is written in the block: timed, and waited for where an end was asked for."""
+        with self._stop.saving(), self.times.within("saving the state"):
+            yield
 
     def _finishes_its_step(self) -> bool:
         """Whether the step under way, and with it those that were not kept yet, would be lost for
