@@ -12,6 +12,7 @@ or with what there is when ``--minutes`` are over.
 from __future__ import annotations
 
 import argparse
+import csv
 import multiprocessing
 import os
 import pathlib
@@ -19,6 +20,8 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Any
+
+Row = dict[str, Any]
 
 TABLES = pathlib.Path(__file__).parent / "tables"
 
@@ -94,6 +97,53 @@ def run(options: argparse.Namespace) -> None:
             path.unlink()
 
 
+def _varied(pretraining: int, folder: str, pretrained: str, other_text: str) -> list[Row]:
+    """Checkpoints of one pretrained model, in a process of its own; rows are kept as they come."""
+    from findings import variation
+    from findings import variation_runs as runs
+
+    model, begin = runs.pretrained(pretraining, pathlib.Path(pretrained)), time.monotonic()
+    path = pathlib.Path(folder) / f".nano-{pretraining}.csv"
+    rows: list[Row] = []
+    if path.exists():
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+    done = {int(row["attack_seed"]) for row in rows}
+    for seed in sorted(set(runs.ATTACK_SEEDS) - done):
+        rows += runs.unit_rows(model, pretraining, seed, other_text)
+        variation.write(path, rows)
+        print(
+            f"nano of pretraining seed {pretraining}, attack seed {seed}: rank "
+            f"{rows[-1]['collapsed_rank']} → {rows[-1]['healed_rank']} of "
+            f"{rows[-1]['healthy_rank']} [{time.monotonic() - begin:.0f} s]",
+            file=sys.stderr,
+            flush=True,
+        )
+    return rows
+
+
+def vary(options: argparse.Namespace) -> None:
+    """What the intervals leave out, ``--jobs`` pretrained models at a time."""
+    from findings import variation
+    from findings import variation_runs as runs
+
+    folder, pretrained = pathlib.Path(options.out), pathlib.Path(options.pretrained)
+    for place in (folder, pretrained):
+        place.mkdir(parents=True, exist_ok=True)
+    rows: list[Row] = []
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
+        running = [
+            pool.submit(_varied, seed, str(folder), str(pretrained), options.other_text)
+            for seed in runs.PRETRAINING_SEEDS
+        ]
+        for done in as_completed(running):
+            rows += done.result()
+    variation.write(folder / "nano.csv", rows)
+    for path in folder.glob(".nano-*.csv"):
+        path.unlink()
+
+
 def main() -> None:
     """Parse and do."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -110,9 +160,16 @@ def main() -> None:
     runs.add_argument("--go-on", action="store_true", help="Not what the table holds already.")
     runs.add_argument("--out", default=str(TABLES))
     commands.add_parser("render", help="Write docs/findings.md, its figure and README's block.")
+    varies = commands.add_parser("vary", help="Other pretraining seeds, probes and texts (nano).")
+    varies.add_argument("--pretrained", required=True, help="Folder that keeps the models made.")
+    varies.add_argument("--other-text", default="", help="Folder of WikiText-2.")
+    varies.add_argument("--jobs", type=int, default=2)
+    varies.add_argument("--out", default=str(TABLES / "variation"))
     options = parser.parse_args()
     if options.command == "run":
         run(options)
+    elif options.command == "vary":
+        vary(options)
     else:
         from findings.render import ROOT, render
 

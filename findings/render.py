@@ -26,6 +26,7 @@ from findings.estimates import (
 from findings.figure import draw, draw_first_screen
 from findings.parts import PARTS, part_of
 from findings.protocol import PRESET, SCRATCH_ARM, STRONG
+from findings.variation import section_of
 from healing.config.arm_tags import SHAM_ARM
 from healing.measurements.recovery import IRREVERSIBLE_BELOW, REVERSIBLE_ABOVE, Verdict
 from healing.reporting.verdict_sentences import OUTCOMES
@@ -310,8 +311,14 @@ def answer(runs: Sequence[Run], models: Sequence[str]) -> str:
     return "\n".join(f"* {sentence}" for sentence in said)
 
 
-def page(runs: Sequence[Run], models: Sequence[str]) -> str:
-    """The whole document."""
+def page(runs: Sequence[Run], models: Sequence[str], varied: Sequence[str] = ()) -> str:
+    """The whole document.
+
+    Args:
+        runs: Of all parts.
+        models: In the protocol's order.
+        varied: Lines on what the protocol holds fixed.
+    """
     distances = [(model, *distance_correlation(runs, model)) for model in models]
     apart = disagreeing(runs, models)
     measures = (
@@ -377,6 +384,7 @@ def page(runs: Sequence[Run], models: Sequence[str]) -> str:
         "",
         *_panel(runs, models),
         "",
+        *varied,
         *_conclusions(runs, models),
         "",
     ]
@@ -479,7 +487,7 @@ def render(
 ) -> None:
     """Write the page and its figure beside it, and README's block where README is named."""
     runs, models = load(folder)
-    page_path.write_text(page(runs, models), encoding="utf-8")
+    page_path.write_text(page(runs, models, section_of(folder)), encoding="utf-8")
     draw(runs, models, page_path.with_name(FIGURE.name))
     if readme:
         for dark, path in FIRST_SCREEN.items():
