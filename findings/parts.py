@@ -68,6 +68,7 @@ PARTS: dict[str, Part] = {
         10,
         {**_ATTACK, "attack_lr": 3e-3, "attack_steps": 40},
         {"threads": 1},
+        "7579ef5",
     ),
 }
 
