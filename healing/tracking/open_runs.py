@@ -63,7 +63,7 @@ def abandon_open_runs(why: str) -> None:
     for logger in loggers:
         logger.abandon(why)
     for sender in {id(logger.sender): logger.sender for logger in loggers}.values():
-        with contextlib.suppress(TrackingError):
+        with contextlib.suppress(TrackingError, OutputError):
             sender.close(patience=1.0)
 
 

@@ -113,27 +113,56 @@ def test_a_store_that_answers_slowly_is_there(monkeypatch) -> None:
     sender.close(10.0)
 
 
-def test_a_refusal_is_raised_once_where_the_run_is_spoken_of() -> None:
-    store = Store()
-    store.refuses = {1, 3}
-    sender = Sender(store)
+def refused_lines(folder: pathlib.Path) -> list[dict]:
+    """Of the one outbox of an output folder."""
+    (path,) = folder.glob(f"{PLACE}/*/refused.jsonl")
+    return [json.loads(line) for line in path.read_text().split("\n") if line]
+
+
+def test_a_refusal_is_raised_for_its_own_request_and_costs_no_other(tmp_path) -> None:
+    store, said = Store(), list[str]()
+    store.refuses = {1, 3, 4}
+    sender = Sender(store, Outbox.of_this_process(tmp_path / PLACE, "s"), said.append)
     sender.put(request(0))
-    with pytest.raises(TrackingError, match="1 is refused"):
+    with pytest.raises(TrackingError, match=r"^1 is refused$"):
         sender.put(request(1))
     sender.put(request(2))
     store.away.set()
-    sender.put(request(3))  # waits, and is refused later
-    sender.put(request(4, "another"))
+    sender.put(request(3))  # wait, and are refused later
+    sender.put(request(4))
     store.away.clear()
     end = time.monotonic() + 20
-    while len(store.got) < 3 and time.monotonic() < end:
+    while sender.away is not None and time.monotonic() < end:
         time.sleep(0.02)
-    sender.put(request(5, "another"))
-    with pytest.raises(TrackingError, match="3 is refused"):
-        sender.put(request(6))
-    sender.put(request(7))
-    sender.close(30.0)
-    assert numbers(store) == [0, 2, 4, 5, 7]
+    for n in (5, 6, 7):
+        assert sender.put(request(n), patience=10.0)
+    with pytest.raises(TrackingError, match=r"2 request.s. will not be taken.*: 3 is refused$"):
+        sender.close(30.0)
+    assert numbers(store) == [0, 2, 5, 6, 7]
+    assert [text for text in said if "refused" in text] == [
+        "warning: 3 is refused; what else the run is told goes on"
+    ]
+    kept = refused_lines(tmp_path)  # the first was heard where it was handed over
+    assert [(line["number"], line["reason"]) for line in kept] == [
+        (3, "3 is refused"),
+        (4, "4 is refused"),
+    ]
+
+
+def test_an_outbox_with_what_was_refused_is_over(tmp_path) -> None:
+    store = Store()
+    store.refuses = {1}
+    sender = Sender(store, Outbox.of_this_process(tmp_path / PLACE, "s"))
+    sender.put(request(0))
+    sender.offer(request(1))
+    with pytest.raises(TrackingError, match="1 is refused"):
+        sender.close(30.0)
+    said: list[str] = []
+    send_left(tmp_path, said.append)
+    assert said == []
+    (box,) = outboxes(tmp_path / PLACE)
+    assert box.left() == ([request(0), request(1)], 2)
+    assert (box.is_over, box.refused) == (True, {1: "1 is refused"})
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

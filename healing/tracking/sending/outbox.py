@@ -23,8 +23,13 @@ from healing.tracking.processes import this_process
 PLACE = ".outbox"
 """Folder below an output folder that holds one folder per process with something to send."""
 _REQUESTS, _SENT, _LOCK, _ABOUT = "requests.jsonl", "sent", "lock", "about.json"
+REFUSED = "refused.jsonl"
+"""File of an outbox: which of its requests a store will not take, and why."""
+_PARTIAL = f"{REFUSED}.partial"
+_ALL = "all"
+"""Content of the file of what was sent: nothing is left to be done but what was refused."""
 _FILES, PICTURES = _FOLDERS = ("files", "pictures")
-_ENTRIES = (_REQUESTS, _SENT, _LOCK, _ABOUT, *_FOLDERS)
+_ENTRIES = (_REQUESTS, _SENT, _LOCK, _ABOUT, REFUSED, _PARTIAL, *_FOLDERS)
 """All that an outbox may hold: a folder with anything else is somebody's, and is left alone."""
 
 
@@ -49,12 +54,18 @@ class Outbox:
     Args:
         folder: Its own; made with the first request.
         store: Address that the requests are meant for.
+
+    Attributes:
+        refused: Number of a request that the store will not take → why.
+        is_over: Whether all was sent or refused, and its runs were ended.
     """
 
     def __init__(self, folder: pathlib.Path, store: str = "") -> None:
         self.folder, self.store = folder, store
         self._lock = filelock.FileLock(folder / _LOCK, thread_local=False)
         self._written = self._sent = 0
+        self.refused: dict[int, str] = {}
+        self.is_over = False
 
     @property
     def root(self) -> pathlib.Path:
@@ -91,13 +102,16 @@ class Outbox:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self._lock.acquire(timeout=0)
-                about = {"process": this_process().text(), "store": self.store}
-                (self.folder / _ABOUT).write_text(json.dumps(about))
+                self._about(this_process().text(), self.store)
                 return
             except FileNotFoundError:
                 self._lock.release()
                 if last:
                     raise
+
+    def _about(self, process: str, store: str) -> None:
+        about = {"process": process, "store": store}
+        (self.folder / _ABOUT).write_text(json.dumps(about))
 
     def keep(self, number: int, path: pathlib.Path) -> None:
         """Keep a file that a request sends as it is now, whatever becomes of it where it lies."""
@@ -122,10 +136,55 @@ class Outbox:
         self._sent = number + 1
         with contextlib.suppress(OSError):  # it would be sent again, which changes nothing
             (self.folder / _SENT).write_text(str(self._sent))
-            shutil.rmtree(self.folder / _FILES / f"{number:09d}", ignore_errors=True)
+            if number not in self.refused:
+                shutil.rmtree(self.folder / _FILES / f"{number:09d}", ignore_errors=True)
+
+    def refuse(self, number: int, request: Request, reason: str) -> None:
+        """A store will not take a request: it stays here with its file, and with the reason.
+
+        Raises:
+            OSError: That cannot be written; the request is here all the same.
+        """
+        self.refused[number] = reason
+        said = {"number": number, "run": request.run, "kind": request.kind, "reason": reason}
+        with (self.folder / REFUSED).open("a") as stream:
+            stream.write("\n" + json.dumps(said))  # a line that was cut ends here
+
+    def taken(self, number: int) -> None:
+        """A store took what it had refused.
+
+        Raises:
+            OSError: That cannot be written; the store would be asked again.
+        """
+        del self.refused[number]
+        path = self.folder / REFUSED
+        lines = [line for line in path.read_text().split("\n") if _number_in(line) != number]
+        partial = self.folder / _PARTIAL
+        partial.write_text("\n".join(lines))
+        partial.replace(path)
+        shutil.rmtree(self.folder / _FILES / f"{number:09d}", ignore_errors=True)
+
+    def meant_for(self, store: str) -> None:
+        """From now on it is for another store, which was told nothing and refused nothing.
+
+        Raises:
+            OSError: That cannot be written.
+        """
+        (self.folder / _SENT).unlink(missing_ok=True)
+        (self.folder / REFUSED).unlink(missing_ok=True)
+        self._about(self.about("process"), store)
+        self._sent, self.refused, self.is_over = 0, {}, False
 
     def close(self, *, drop: bool) -> None:
-        """End; a folder in which everything was sent is dropped."""
+        """End. A folder in which everything was sent is dropped; what a store refused stays.
+
+        Args:
+            drop: Whether there is nothing left to send.
+        """
+        if drop and self.refused:
+            drop = False
+            with contextlib.suppress(OSError):  # what was sent is sent again
+                (self.folder / _SENT).write_text(_ALL)
         if drop:
             shutil.rmtree(self.folder, ignore_errors=True)
         self._lock.release()
@@ -167,10 +226,24 @@ class Outbox:
                     raise ValueError(f"{_REQUESTS}, line {place + 1} is no request") from error
         self._written = len(requests)
         try:
-            self._sent = min(max(int((self.folder / _SENT).read_text()), 0), len(requests))
+            sent = (self.folder / _SENT).read_text()
+            self.is_over = sent == _ALL
+            done = len(requests) if self.is_over else int(sent)
+            self._sent = min(max(done, 0), len(requests))
         except (OSError, ValueError):
             self._sent = 0
+        self.refused = self._refused_before()
         return requests, self._sent
+
+    def _refused_before(self) -> dict[int, str]:
+        path = self.folder / REFUSED
+        lines = path.read_text().split("\n") if path.exists() else []
+        found: dict[int, str] = {}
+        for line in lines:
+            number = _number_in(line)
+            if 0 <= number < self._written:
+                found[number] = str(json.loads(line).get("reason", ""))[:2000]
+        return found
 
     def about(self, name: str) -> str:
         """What its process said of itself: ``process`` or ``store``; empty where unknown."""
@@ -192,6 +265,25 @@ class Outbox:
         if not path.is_relative_to(self.root):
             raise ValueError(f"the file {place[:200]!r} is not in {self.root}")
         return path
+
+
+def refused_text(folder: pathlib.Path, why: str) -> str:
+    """Of what a store will not take: where it is, what to do, and the reason for the first."""
+    output = folder.parent.parent
+    return (
+        f"will not be taken by the store, and stay in {folder}, with each one's reason in "
+        f"{REFUSED}: once the reason is gone, `python -m entrypoints.sync --refused {output}` "
+        f"sends them; without need of them, remove that folder. The first: {why}"
+    )
+
+
+def _number_in(line: str) -> int:
+    """Which request a line of :data:`REFUSED` is about; -1 = none, as of one that was cut."""
+    try:
+        number = json.loads(line)["number"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return -1
+    return number if type(number) is int else -1
 
 
 def outboxes(place: pathlib.Path) -> list[Outbox]:
