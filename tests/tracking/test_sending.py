@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
+import resource
 import threading
 import time
+from collections.abc import Iterator
 
 import pytest
 
-from healing.errors import OutageError, TrackingError
+from healing.errors import OutageError, OutputError, TrackingError
 from healing.tracking import open_runs
 from healing.tracking.sending import left_behind
 from healing.tracking.sending import sender as sending
@@ -147,6 +150,53 @@ def test_a_refusal_is_raised_for_its_own_request_and_costs_no_other(tmp_path) ->
         (3, "3 is refused"),
         (4, "4 is refused"),
     ]
+
+
+@contextlib.contextmanager
+def room_for(size: int) -> Iterator[None]:
+    """No file grows beyond so many bytes: what is written until then stays, half a line too."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("room_comes_back", [True, False])
+def test_a_full_disk_is_tried_again_and_the_last_line_is_true(tmp_path, room_comes_back) -> None:
+    store, said = Store(), list[str]()
+    sender = Sender(store, Outbox.of_this_process(tmp_path / PLACE, "s"), said.append)
+    sender.put(request(0))
+    store.away.set()
+    sender.put(request(1))
+    (path,) = tmp_path.glob(f"{PLACE}/*/requests.jsonl")
+    with room_for(path.stat().st_size + 9):
+        for n in (2, 3):
+            with pytest.raises(OutputError, match=r"not be written \(File too large; .*are fr"):
+                sender.put(request(n))
+        sender.offer(request(4))  # from a thread that nobody listens to
+        if not room_comes_back:
+            with pytest.raises(OutputError, match=r": 1 request.s. wait .* 3 are lost .*large"):
+                sender.close(0.0)
+    if room_comes_back:
+        assert not sender.put(request(5))
+        with pytest.raises(OutageError, match=r"5 request.s. wait in .*All results are on disk"):
+            sender.close(0.0)
+    (box,) = outboxes(tmp_path / PLACE)
+    found = [r.content["n"] for r in box.left()[0]]
+    assert found == ([0, 1, 2, 3, 4, 5] if room_comes_back else [0, 1])
+
+
+def test_a_full_disk_costs_nothing_where_the_store_is_there(tmp_path) -> None:
+    store = Store()
+    sender = Sender(store, Outbox.of_this_process(tmp_path / PLACE, "s"))
+    sender.put(request(0))
+    with room_for(10), pytest.raises(OutputError, match="free some of its disk"):
+        sender.put(request(1))
+    sender.close(30.0)
+    assert numbers(store) == [0, 1]
+    assert not (tmp_path / PLACE).exists()
 
 
 def test_an_outbox_with_what_was_refused_is_over(tmp_path) -> None:

@@ -64,6 +64,7 @@ class Outbox:
         self.folder, self.store = folder, store
         self._lock = filelock.FileLock(folder / _LOCK, thread_local=False)
         self._written = self._sent = 0
+        self._size: int | None = None
         self.refused: dict[int, str] = {}
         self.is_over = False
 
@@ -84,11 +85,14 @@ class Outbox:
         Raises:
             OSError: It cannot be written.
         """
-        if not self._written:
+        if self._size is None:
             self._make()
         line = json.dumps([request.run, request.kind, request.content])
-        with (self.folder / _REQUESTS).open("a") as stream:
-            stream.write(line + "\n")
+        with (self.folder / _REQUESTS).open("ab") as stream:
+            stream.truncate(self._size)  # without a line that was cut when the disk was full
+            stream.write(line.encode() + b"\n")
+            stream.flush()
+            self._size = stream.tell()
         self._written += 1
         return self._written - 1
 
@@ -101,8 +105,10 @@ class Outbox:
         for last in (False, False, True):
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                self._lock.acquire(timeout=0)
+                if not self._lock.is_locked:
+                    self._lock.acquire(timeout=0)
                 self._about(this_process().text(), self.store)
+                self._size = 0
                 return
             except FileNotFoundError:
                 self._lock.release()

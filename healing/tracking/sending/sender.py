@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import pathlib
 import tempfile
 import threading
@@ -11,11 +12,16 @@ from collections import deque
 from collections.abc import Callable
 
 from healing.errors import OutageError, OutputError, TrackingError
-from healing.tracking.output_folder import with_room
 from healing.tracking.sending.outbox import PICTURES, Outbox, Request
 from healing.tracking.sending.requests import CREATE, JOIN
 from healing.tracking.sending.store_errors import short
-from healing.tracking.sending.waiting import CarryOut, Waiting, unheard_text, waits_text
+from healing.tracking.sending.waiting import (
+    CarryOut,
+    Waiting,
+    unheard_text,
+    unwritten_text,
+    waits_text,
+)
 
 BLOCKING_SECONDS = 5.0
 """That a computation waits for a slow or absent store, in all."""
@@ -61,7 +67,6 @@ class Sender:
         self._asked: float | None = None
         self._scratch: pathlib.Path | None = None
         self._broken: BaseException | None = None
-        self._is_full = False
         self._left = BLOCKING_SECONDS
         self._thread = threading.Thread(target=self._run, name="tracking", daemon=True)
 
@@ -145,13 +150,12 @@ class Sender:
         return True
 
     def offer(self, request: Request) -> None:
-        """Hand over what nobody waits for, from any thread.
-
-        Raises:
-            OutputError: It cannot be written to disk.
+        """Hand over what nobody waits for, from any thread. Where it cannot be written to disk,
+        that is tried again with what is handed over next.
         """
         if not self._closed:
-            self._queued(request, None, awaited=False)
+            with contextlib.suppress(OutputError):
+                self._queued(request, None, awaited=False)
 
     def _require_thread(self) -> None:
         if self._broken is not None:
@@ -160,30 +164,32 @@ class Sender:
     def _queued(
         self, request: Request, file: pathlib.Path | None, *, awaited: bool = True
     ) -> Waiting:
-        full: OSError | None = None
         with self._changed:
-            number = None
-            if self._outbox is not None and not self._is_full:
-                try:
-                    number = self._outbox.append(request)
-                except OSError as error:
-                    # A line that was cut stays the last. The store, if it is there, is told this
-                    # request and those that end the run, which are kept nowhere.
-                    self._is_full, full = True, error
-            waiting = Waiting(request, number, file, awaited=awaited and full is None)
+            waiting = Waiting(request, None, file, awaited=awaited)
+            full = self._unwritten(waiting)
+            waiting.awaited = awaited and full is None
+            # The store, if it is there, is told all the same: this may be how the run ends.
             if full is None or request.kind not in (CREATE, JOIN):
                 self._queue.append(waiting)
             if not self._thread.is_alive() and not self._closed:
                 self._thread.start()
             self._changed.notify_all()
-        if full is not None and self._outbox is not None:
-            folder = self._outbox.folder
-            raise OutputError(
-                f"{folder} could not be written ({with_room(full.strerror or str(full), folder)}): "
-                "free some of its disk or make it writable, and start again; what was written "
-                "before stays"
-            ) from full
+        if full is not None:
+            raise OutputError(unwritten_text(self._outbox, full)) from full
         return waiting
+
+    def _unwritten(self, *more: Waiting) -> OSError | None:
+        """Write what is in memory alone, and more, to the outbox, in order; why that failed."""
+        if self._outbox is None:
+            return None
+        # Since it is tried in order, these are the last ones.
+        last = itertools.takewhile(lambda waiting: waiting.number is None, reversed(self._queue))
+        try:
+            for waiting in (*reversed(list(last)), *more):
+                waiting.number = self._outbox.append(waiting.request)
+        except OSError as error:
+            return error
+        return None
 
     def _keep(self, waiting: Waiting) -> None:
         """Keep a file that waits: where it lies, a later run may write another."""
@@ -236,6 +242,7 @@ class Sender:
 
         Raises:
             OutageError: Something could not be sent; it is on disk if there is an outbox.
+            OutputError: Something could neither be sent nor written to disk.
             TrackingError: The store refused what nobody waited for.
         """
         if self._closed:
@@ -252,16 +259,22 @@ class Sender:
                     break
                 self._changed.wait(1.0 if left is None else min(1.0, left))
             self._closed = True
-            pending = len(self._queue)
+            pending = list(self._queue)
             reason = self._away
+            full = self._unwritten()
             self._changed.notify_all()
-        for waiting in list(self._queue):
-            self._keep(waiting)
+        lost = unwritten_text(self._outbox, full) if full is not None else ""
+        for waiting in pending:
+            try:
+                self._keep(waiting)
+            except OutputError as error:
+                lost = lost or str(error)
         if self._outbox is not None:
             self._outbox.close(drop=not pending)
         if pending:
             why = short(reason) if reason else "the store gave no answer"
-            raise OutageError(waits_text(self._outbox, pending, why)) from reason
+            text = waits_text(self._outbox, pending, why, lost)
+            raise OutputError(text) if lost else OutageError(text) from reason
         if self._unheard:
             raise TrackingError(unheard_text(self._outbox, self._unheard)) from self._unheard[0]
 
@@ -352,7 +365,8 @@ class Sender:
 
     def _gone(self, error: OutageError) -> None:
         if self._away is None:
-            what = "its requests wait on disk" if self._outbox else "its requests wait"
+            written = self._outbox and self._queue[-1].number is not None
+            what = "its requests wait on disk" if written else "its requests wait"
             self.say(f"warning: the tracking store is away, {what}: {short(error)}")
         self._away = error
         self._changed.notify_all()

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from healing.errors import TrackingError
+from healing.tracking.output_folder import with_room
 from healing.tracking.sending.outbox import Outbox, Request, refused_text
 from healing.tracking.sending.store_errors import short
 
@@ -54,21 +55,34 @@ class Waiting:
     over: threading.Event = field(default_factory=threading.Event)
 
 
-def waits_text(outbox: Outbox | None, pending: int, why: str) -> str:
+def unwritten_text(outbox: Outbox | None, error: OSError) -> str:
+    """Of a request that an outbox has no room for."""
+    assert outbox is not None, "nothing else is written"
+    why = with_room(error.strerror or str(error), outbox.folder)
+    return (
+        f"{outbox.folder} could not be written ({why}): free some of its disk or make it writable, "
+        "and start again; what was written before stays"
+    )
+
+
+def waits_text(outbox: Outbox | None, pending: Sequence[Waiting], why: str, lost: str = "") -> str:
     """Of a process that ends before its store is back.
 
     Args:
         outbox: Of the process; ``None`` = nothing is kept.
-        pending: Requests that were not sent.
-        why: The store did not take them.
+        pending: What was not sent.
+        why: The store did not take it.
+        lost: Why some of it is not on disk, or its files are not; empty = all is.
     """
     if outbox is None:
-        return f"{pending} request(s) could not be stored: {why}"
-    return (
-        f"the tracking store did not come back ({why}): {pending} request(s) wait in "
-        f"{outbox.folder}. All results are on disk; send them with `python -m "
-        f"entrypoints.sync {outbox.root}` once the store is there"
-    )
+        return f"{len(pending)} request(s) could not be stored: {why}"
+    gone = sum(w.number is None or (w.file is not None and not w.kept) for w in pending)
+    wait = f"{len(pending) - gone} request(s) wait in {outbox.folder}"
+    found = f"the tracking store did not come back ({why}): {wait}"
+    send = f"`python -m entrypoints.sync {outbox.root}` once the store is there"
+    if lost:
+        return f"{found}, for {send}, and {gone} are lost or incomplete: {lost}"
+    return f"{found}. All results are on disk; send them with {send}"
 
 
 def unheard_text(outbox: Outbox | None, refused: Sequence[TrackingError]) -> str:
