@@ -184,7 +184,7 @@ def _opened(
     uri = mlflow.get_tracking_uri()
     kind = "http" if uri.startswith("http") else ""
     try:
-        sender.put(request, patience=OPENING_SECONDS[kind])
+        sender.put(request, patience=OPENING_SECONDS[kind], outlasts=kind == "http")
         away = sender.away
         if away and not (sender.keeps and _may_come_back(uri, away)):
             raise away

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import pathlib
+import time
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,9 @@ from healing.tracking.sending.outbox import (
 )
 from healing.tracking.sending.requests import CREATE, END, JOIN, NAMING, WITH_FILE, Messenger, batch
 from healing.tracking.sending.store_errors import one_line, short, store_address
+
+PAUSES = (0.5, 1.0, 2.0, 4.0)
+"""Seconds between the tries of one request."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,7 @@ def _deliver(outbox: Outbox, tell: Tell, *, refused: bool) -> Delivery:
         spoken_of = {requests[number].run for number in again} if outbox.is_over else None
         for request in _ends(requests, messenger, outbox, spoken_of):
             with _unless_refused():
-                messenger(request, None, again=True)
+                _patiently(messenger, request)
     except (TrackingError, OSError) as error:
         found = _delivery(outbox, _runs(requests, messenger), done)
         away = isinstance(error, OutageError)
@@ -135,7 +139,7 @@ def _is_taken(outbox: Outbox, messenger: Messenger, number: int, request: Reques
         OSError: The outbox cannot be written.
     """
     try:
-        messenger(request, _file_of(outbox, number, request), again=True)
+        _patiently(messenger, request, _file_of(outbox, number, request))
     except OutageError:
         raise
     except (TrackingError, ValueError, KeyError, TypeError) as error:
@@ -146,6 +150,18 @@ def _is_taken(outbox: Outbox, messenger: Messenger, number: int, request: Reques
     if number in outbox.refused:
         outbox.taken(number)
     return True
+
+
+def _patiently(messenger: Messenger, request: Request, file: pathlib.Path | None = None) -> None:
+    """Carry a request out, some times in a row where the store is away for a moment."""
+    for pause in PAUSES:
+        try:
+            return messenger(request, file, again=True)
+        except OutageError as error:
+            if error.denied:
+                raise
+            time.sleep(pause)
+    messenger(request, file, again=True)
 
 
 @contextlib.contextmanager

@@ -31,6 +31,7 @@ from healing.errors import OutageError, TrackingError
 from healing.tracking.page_text import resolved, whole_lines
 from healing.tracking.sending.logged_models import MODEL, MODEL_FILE, MODELS, LoggedModels
 from healing.tracking.sending.outbox import Request
+from healing.tracking.sending.repeats import once
 from healing.tracking.sending.store_errors import (
     asked,
     is_away,
@@ -124,6 +125,10 @@ class Messenger:
             TrackingError: The store refuses it.
             OutageError: The store is away.
         """
+        with once():
+            self._carry_out(request, file, again=again)
+
+    def _carry_out(self, request: Request, file: pathlib.Path | None, *, again: bool) -> None:
         if self._made is None:  # which makes the tables of a new database
             with stored("the first request"), _one_at_a_time():
                 self._made = MlflowClient()

@@ -118,7 +118,12 @@ class Sender:
         return self._scratch
 
     def put(
-        self, request: Request, file: pathlib.Path | None = None, *, patience: float | None = None
+        self,
+        request: Request,
+        file: pathlib.Path | None = None,
+        *,
+        patience: float | None = None,
+        outlasts: bool = False,
     ) -> bool:
         """Hand a request over.
 
@@ -128,6 +133,7 @@ class Sender:
             patience: Seconds to wait for the answer of a store that is not known to be away;
                 ``None`` = what is left of :data:`BLOCKING_SECONDS`, as in the middle of a
                 computation.
+            outlasts: Wait as long for a store that is away.
 
         Returns:
             Whether it is over; else it waits its turn.
@@ -142,7 +148,7 @@ class Sender:
                 raise error
             return True
         waiting = self._queued(request, file)
-        if not self._is_heard(waiting, 0.0 if self.is_away else patience):
+        if not self._is_heard(waiting, 0.0 if self.is_away else patience, outlasts=outlasts):
             self._keep(waiting)
             return False
         if waiting.error is not None:
@@ -206,7 +212,7 @@ class Sender:
             ) from error
         waiting.kept = True
 
-    def _is_heard(self, waiting: Waiting, patience: float | None) -> bool:
+    def _is_heard(self, waiting: Waiting, patience: float | None, *, outlasts: bool) -> bool:
         """Wait until the request is over, the store is away, or it took too long; whether it is
         over. If not, nobody waits for it from now on.
         """
@@ -214,7 +220,11 @@ class Sender:
         allowed = self._left if patience is None else patience
         with self._changed:
             self._changed.wait_for(
-                lambda: waiting.over.is_set() or self._away is not None or self._broken is not None,
+                lambda: (
+                    waiting.over.is_set()
+                    or self._broken is not None
+                    or (self._away is not None and not outlasts)
+                ),
                 timeout=allowed,
             )
             spent = self._clock() - began
@@ -306,7 +316,7 @@ class Sender:
 
     def _send_all(self) -> None:
         """One request after the other, each until it is over."""
-        pause = FIRST_PAUSE
+        pause, is_second = FIRST_PAUSE, False
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._queue or self._closed)
@@ -316,11 +326,13 @@ class Sender:
             error = self._try(waiting)
             with self._changed:
                 if isinstance(error, OutageError):
-                    self._gone(error)
+                    if is_second or self._away is not None:  # one failure is none
+                        self._gone(error)
+                    is_second = True
                     self._changed.wait_for(lambda: self._closed, timeout=pause)
                     pause = min(2.0 * pause, LONGEST_PAUSE)
                     continue
-                pause = FIRST_PAUSE
+                pause, is_second = FIRST_PAUSE, False
                 self._back()
                 waiting.error = error
                 if error is not None and not waiting.awaited:
