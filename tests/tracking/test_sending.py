@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import pathlib
 import resource
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 
+import filelock
 import pytest
+import torch
 
 from healing.errors import OutageError, OutputError, TrackingError
+from healing.models.checkpoints import save_checkpoint
 from healing.tracking import open_runs
+from healing.tracking.processes import this_process
 from healing.tracking.sending import left_behind
 from healing.tracking.sending import sender as sending
 from healing.tracking.sending.left_behind import deliver, send_left
@@ -232,11 +239,10 @@ def test_what_does_not_arrive_is_on_disk_with_its_files_as_they_were(tmp_path) -
     sender = Sender(store, Outbox.of_this_process(tmp_path / PLACE, "s"))
     sender.put(request(0))
     store.away.set()
-    file = tmp_path / "metrics.jsonl"
+    file = tmp_path / "trials.csv"
     file.write_text("as it was")
     sender.put(Request("r", "artifact", {"path": sender.place_of(file), "folder": None}), file)
-    file.unlink()
-    file.write_text("of a later run")
+    file.write_text("of a later run")  # in place, as `tune` writes it
     sender.put(request(2))
     with pytest.raises(OutageError, match=r"2 request.s. wait in .*entrypoints\.sync") as caught:
         sender.close(0.0)
@@ -246,6 +252,89 @@ def test_what_does_not_arrive_is_on_disk_with_its_files_as_they_were(tmp_path) -
     assert [r.kind for r in requests] == ["batch", "artifact", "batch"]
     assert sent == 1
     assert box.file_of(1, requests[1].content["path"]).read_text() == "as it was"
+
+
+def test_weights_are_kept_without_a_copy_and_as_they_were(tmp_path) -> None:
+    """Links: what writes weights leaves the file that was there to others."""
+    weights = tmp_path / "checkpoint.pt"
+    box = Outbox(tmp_path / PLACE / "1")
+
+    def written(value: float) -> bytes:
+        model = torch.nn.Linear(2, 2)
+        torch.nn.init.constant_(model.weight, value)
+        save_checkpoint(weights, model, step=0, kind="post_treatment", description="", config={})
+        return weights.read_bytes()
+
+    first = written(1.0)
+    box.keep(0, weights)
+    kept = box.kept_file(0, weights)
+    assert kept.stat().st_ino == weights.stat().st_ino
+    assert written(2.0) != first
+    assert kept.read_bytes() == first
+
+
+def test_a_copy_that_is_cut_is_none(tmp_path, monkeypatch) -> None:
+    file = tmp_path / "report.html"
+    file.write_text("x" * 200)
+    box = Outbox(tmp_path / PLACE / "1")
+    with room_for(100), pytest.raises(OSError, match="File too large"):
+        box.keep(0, file)
+    assert box.kept_file(0, file) == file
+    assert list((box.folder / "files" / f"{0:09d}").iterdir()) == []
+
+
+@pytest.mark.parametrize("step", ["folder", "lock", "name"])
+def test_an_outbox_that_is_being_made_is_left_alone(tmp_path, monkeypatch, step) -> None:
+    """Another process looks at each moment between the folder and the owner's name in it."""
+    looked: list[list[object]] = []
+
+    def look() -> None:
+        looked.append([found.error for found in deliver(tmp_path)])
+
+    box = Outbox.of_this_process(tmp_path / PLACE, "s")
+    if step == "folder":
+        mkdir = pathlib.Path.mkdir
+
+        def made(self, *args, **options) -> None:
+            mkdir(self, *args, **options)
+            if self == box.folder and not looked:
+                look()
+
+        monkeypatch.setattr(pathlib.Path, "mkdir", made)
+    else:
+        acquire, about = filelock.FileLock.acquire, Outbox._about
+
+        def locked(self, *args, **options):
+            found = acquire(self, *args, **options)
+            if step == "lock" and not looked and self is box._lock:
+                look()
+            return found
+
+        def named(self, *args) -> None:
+            about(self, *args)
+            if step == "name":
+                look()
+
+        monkeypatch.setattr(filelock.FileLock, "acquire", locked)
+        monkeypatch.setattr(Outbox, "_about", named)
+    box.append(request(0))
+    still_runs = [f"{this_process()} still runs and sends it"]
+    assert looked == [still_runs if step == "name" else []]
+    assert [r.content["n"] for r in Outbox(box.folder).left()[0]] == [0]
+    box.close(drop=True)
+
+
+def test_an_outbox_whose_maker_died_at_once_goes(tmp_path) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    name = Outbox.of_this_process(tmp_path / PLACE, "s").folder.name
+    for pid in (gone.pid, os.getpid()):
+        (tmp_path / PLACE / name.replace(str(os.getpid()), str(pid))).mkdir(parents=True)
+    old = tmp_path / PLACE / f"{0:020d}-elsewher-{os.getpid()}-aaaaaa"
+    old.mkdir()
+    os.utime(old, (0, 0))
+    assert list(deliver(tmp_path)) == []
+    assert [p.name for p in (tmp_path / PLACE).iterdir()] == [name]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import pathlib
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import filelock
+import psutil
 
 from healing.tracking.processes import this_process
 
@@ -31,6 +33,11 @@ _ALL = "all"
 _FILES, PICTURES = _FOLDERS = ("files", "pictures")
 _ENTRIES = (_REQUESTS, _SENT, _LOCK, _ABOUT, REFUSED, _PARTIAL, *_FOLDERS)
 """All that an outbox may hold: a folder with anything else is somebody's, and is left alone."""
+
+MAKING_SECONDS = 60.0
+"""After which a folder without a word is one that was left."""
+_NEVER_CHANGED = (".pt", ".safetensors")
+"""Ends of the names of files that are written under another name first, or in a new folder."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +83,7 @@ class Outbox:
     @classmethod
     def of_this_process(cls, place: pathlib.Path, store: str) -> Outbox:
         """A new one below the folder of all outboxes; the names sort by time."""
-        name = f"{time.time_ns():020d}-{os.getpid()}-{secrets.token_hex(3)}"
+        name = f"{time.time_ns():020d}-{_here()}-{os.getpid()}-{secrets.token_hex(3)}"
         return cls(place / name, store)
 
     def append(self, request: Request) -> int:
@@ -97,8 +104,8 @@ class Outbox:
         return self._written - 1
 
     def _make(self) -> None:
-        """The folder, with its owner. Somebody who took it for one that was left may have removed
-        it before its lock was there.
+        """The folder, with its owner, who has the lock before the folder counts as an outbox. Who
+        sent the last of the others may remove the folder of them all meanwhile.
         """
         if self.folder.parent.is_symlink():
             raise OSError(errno.ELOOP, "a link: remove it", str(self.folder.parent))
@@ -123,11 +130,19 @@ class Outbox:
         """Keep a file that a request sends as it is now, whatever becomes of it where it lies."""
         kept = self._kept(number, path)
         kept.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileExistsError):
-            try:
+        if kept.exists():
+            return
+        # A link to a file that is written in place would change with it.
+        if path.suffix in _NEVER_CHANGED:
+            with contextlib.suppress(OSError):  # another file system, or one without links
                 os.link(path, kept)
-            except OSError:  # another file system, or one without links
-                shutil.copy2(path, kept)
+                return
+        partial = kept.with_name(f"{kept.name[:200]}.partial")
+        try:
+            shutil.copy2(path, partial)
+            partial.replace(kept)
+        finally:
+            partial.unlink(missing_ok=True)
 
     def _kept(self, number: int, path: pathlib.Path) -> pathlib.Path:
         return self.folder / _FILES / f"{number:09d}" / path.name
@@ -309,4 +324,27 @@ def _is_outbox(path: pathlib.Path) -> bool:
     except FileNotFoundError:  # another process sent it meanwhile
         return False
     known = all(entry.name in _ENTRIES and not entry.is_symlink() for entry in entries)
-    return known and all(entry.is_dir() == (entry.name in _FOLDERS) for entry in entries)
+    kinds = all(entry.is_dir() == (entry.name in _FOLDERS) for entry in entries)
+    begun = {entry.name for entry in entries} & {_ABOUT, _REQUESTS}
+    return known and kinds and (bool(begun) or not _is_being_made(path))
+
+
+def _is_being_made(path: pathlib.Path) -> bool:
+    """Whether a process may be about to lock a folder that says nothing yet."""
+    _, *maker = path.name.split("-")
+    if len(maker) == 3 and maker[0] == _here() and maker[1].isdigit():
+        try:
+            if not psutil.pid_exists(int(maker[1])):
+                return False
+        except (OverflowError, ValueError):
+            return False
+    try:
+        return time.time() - path.stat().st_mtime < MAKING_SECONDS
+    except OSError:
+        return True
+
+
+def _here() -> str:
+    """Where this process' number counts, in eight characters."""
+    process = this_process()
+    return hashlib.sha256(f"{process.host}\n{process.space}".encode()).hexdigest()[:8]
