@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import pathlib
+import threading
 import time
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,10 @@ from healing.tracking.sending.outbox import (
 from healing.tracking.sending.requests import CREATE, END, JOIN, NAMING, WITH_FILE, Messenger, batch
 from healing.tracking.sending.store_errors import one_line, short, store_address
 
+GOES_ON_SECONDS = 30.0
+"""Within which a request of an earlier process arrives, as long as its sending is waited for."""
+ENDING_SECONDS = 5.0
+"""That the end of a command waits for such a request."""
 PAUSES = (0.5, 1.0, 2.0, 4.0)
 """Seconds between the tries of one request."""
 
@@ -69,7 +74,7 @@ def deliver(
         output: An output folder.
         store: Leave out what was meant for another store than this, and what was refused earlier;
             empty = send, and tell of, all.
-        tell: Told of the progress.
+        tell: Told of the progress; may raise ``OutageError``, which ends it.
         refused: Try once more what was refused earlier.
     """
     for outbox in outboxes(output / PLACE):
@@ -82,21 +87,24 @@ def deliver(
                 owner = Process.read(outbox.about("process")) or "another process"
                 yield Delivery(outbox.folder, error=f"{owner} still runs and sends it")
                 continue
-            found = _deliver(outbox, tell, refused=refused)
+            found = _deliver(outbox, store or store_address(), tell, refused=refused)
             if not found.error:
                 outbox.close(drop=True)
         if found.error or found.requests or found.runs or (found.refused and not store):
             yield found
 
 
-def _deliver(outbox: Outbox, tell: Tell, *, refused: bool) -> Delivery:
+def _deliver(outbox: Outbox, here: str, tell: Tell, *, refused: bool) -> Delivery:
     try:
         requests, sent = outbox.left()
         if outbox.is_over and not refused:
             return _delivery(outbox)
-        if outbox.about("store") != store_address():
-            outbox.meant_for(store_address())
+        tell(0, len(requests))
+        if outbox.about("store") != here:
+            outbox.meant_for(here)
             sent = 0
+    except OutageError as error:
+        return Delivery(outbox.folder, error=one_line(error), away=True)
     except (OSError, ValueError) as error:
         return Delivery(
             outbox.folder, error=f"{outbox.folder} cannot be read or written: {one_line(error)}"
@@ -208,9 +216,64 @@ def _ends(
     return found
 
 
-def send_left(output: pathlib.Path, say: Callable[[str], None]) -> None:
+class Background:
+    """Sends what earlier processes of an output folder left, while this one computes.
+
+    Args:
+        output: The folder.
+        say: Told what was sent, and what was not.
+    """
+
+    def __init__(self, output: pathlib.Path, say: Callable[[str], None]) -> None:
+        self._output, self._say, self._store = output, say, store_address()
+        self._done, self._is_enough = 0, threading.Event()
+        self._thread = threading.Thread(target=self._send, name="what was left", daemon=True)
+        self._thread.start()
+
+    def _send(self) -> None:
+        send_left(self._output, self._say, self._tell, self._store)
+
+    def _tell(self, done: int, total: int) -> None:
+        self._done += 1
+        if self._is_enough.is_set():
+            raise OutageError("this command came to its end first")
+
+    def is_over(self, text: str = "") -> bool:
+        """Whether everything is in the store, or stays here.
+
+        Args:
+            text: Wait for it, as long as it goes on, if a request says this.
+        """
+        while self._thread.is_alive() and text and self._speaks_of(text):
+            before = self._done
+            self._thread.join(GOES_ON_SECONDS)
+            if self._done == before:
+                break
+        return not self._thread.is_alive()
+
+    def _speaks_of(self, text: str) -> bool:
+        for outbox in outboxes(self._output / PLACE):
+            with contextlib.suppress(OSError):
+                if outbox.says(text):
+                    return True
+        return False
+
+    def wait(self, seconds: float) -> bool:
+        """Wait so long at most; whether it is over."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    def end(self) -> None:
+        """Send nothing more; what is under way has :data:`ENDING_SECONDS`."""
+        self._is_enough.set()
+        self._thread.join(ENDING_SECONDS)
+
+
+def send_left(
+    output: pathlib.Path, say: Callable[[str], None], tell: Tell = silent, store: str = ""
+) -> None:
     """Send what earlier processes of this output folder could not send to the same store."""
-    for found in deliver(output, store_address()):
+    for found in deliver(output, store or store_address(), tell):
         if found.error:
             say(f"warning: {found.folder} still waits to be sent: {found.error}")
         else:

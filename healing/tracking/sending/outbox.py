@@ -266,6 +266,15 @@ class Outbox:
                 found[number] = str(json.loads(line).get("reason", ""))[:2000]
         return found
 
+    def says(self, text: str) -> bool:
+        """Whether a request has a text in it.
+
+        Raises:
+            OSError: That cannot be read.
+        """
+        with (self.folder / _REQUESTS).open(encoding="utf-8", errors="replace") as lines:
+            return any(text in line for line in lines)
+
     def about(self, name: str) -> str:
         """What its process said of itself: ``process`` or ``store``; empty where unknown."""
         try:
