@@ -19,12 +19,15 @@ HELP = "Send to the tracking store what runs could not send while it was away."
 
 @click.command(name="sync")
 @click.argument("folders", nargs=-1, metavar="[FOLDER]...")
-def main(folders: tuple[str, ...]) -> None:
+@click.option("--refused", is_flag=True, help="Also send what the store refused earlier.")
+def main(folders: tuple[str, ...], refused: bool) -> None:
     """Send to the tracking store what runs could not send while it was away.
 
     FOLDER is an output folder (--output-dir of the runs), or several; without one it is
     ./experiments/results. It may have been copied from another machine. Everything goes to the
-    store of MLFLOW_TRACKING_URI, in order; what arrived before is not stored twice.
+    store of MLFLOW_TRACKING_URI, in order; what arrived before is not stored twice. What the store
+    refuses for good stays in the folder with the reason, and is not sent again unless --refused
+    asks for it.
     """
     from healing.tracking.sending.left_behind import deliver
 
@@ -39,7 +42,7 @@ def main(folders: tuple[str, ...]) -> None:
                 def tell(done: int, total: int) -> None:
                     shown.phase("sending", done, total)
 
-                deliveries = list(deliver(folder, tell=tell))
+                deliveries = list(deliver(folder, tell=tell, refused=refused))
             found += len(deliveries)
             codes += [_told(delivery) for delivery in deliveries]
         except HealingError as error:
@@ -52,14 +55,17 @@ def main(folders: tuple[str, ...]) -> None:
 
 def _told(delivery: object) -> int:
     """A line on what became of one process' requests; the exit code that it asks for."""
-    from healing.tracking.sending.left_behind import Delivery
+    from healing.tracking.sending.left_behind import Delivery, refusal
 
     assert isinstance(delivery, Delivery)
     runs = ", ".join(delivery.runs) or "no run"
     place = pathlib.Path(delivery.folder).name
-    if not delivery.error:
+    if not delivery.error and (delivery.requests or not delivery.refused):
         write_line(f"sent {delivery.requests} request(s) of {place}: {runs}")
-        return 0
+    if delivery.refused:
+        write_line(f"error: {delivery.refused} request(s) {refusal(delivery)}", error=True)
+    if not delivery.error:
+        return 1 if delivery.refused else 0
     sent = f"{delivery.requests} request(s) sent, then: " if delivery.requests else ""
     write_line(f"error: {place} is not sent: {sent}{delivery.error}", error=True)
     return TRY_LATER if delivery.away else 1

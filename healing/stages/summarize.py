@@ -266,6 +266,8 @@ def summarized(
         run.params("summarize", as_params(config))
         require_writable(config.output_dir)
         with console.waiting("reading the healing runs"):
+            if views is None:
+                driver.store.catch_up()
             found = find_runs(config) if views is None else views
             runs = read_runs(found, console.say, driver.store)
         runs += failed

@@ -134,6 +134,9 @@ class LocalStore:
         ]
         return found[-1] if found else None
 
+    def catch_up(self) -> None:
+        """There were no processes before this one."""
+
     def close_left_running(self, experiment_id: str) -> list[str]:
         """There are none: this store ends with its process."""
         return []

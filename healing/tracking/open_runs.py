@@ -63,7 +63,7 @@ def abandon_open_runs(why: str) -> None:
     for logger in loggers:
         logger.abandon(why)
     for sender in {id(logger.sender): logger.sender for logger in loggers}.values():
-        with contextlib.suppress(TrackingError):
+        with contextlib.suppress(TrackingError, OutputError):
             sender.close(patience=1.0)
 
 
@@ -184,7 +184,7 @@ def _opened(
     uri = mlflow.get_tracking_uri()
     kind = "http" if uri.startswith("http") else ""
     try:
-        sender.put(request, patience=OPENING_SECONDS[kind])
+        sender.put(request, patience=OPENING_SECONDS[kind], outlasts=kind == "http")
         away = sender.away
         if away and not (sender.keeps and _may_come_back(uri, away)):
             raise away

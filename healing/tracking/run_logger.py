@@ -10,7 +10,7 @@ import contextlib
 import pathlib
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +30,7 @@ from healing.tracking.sending.requests import (
     batch,
 )
 from healing.tracking.sending.sender import BLOCKING_SECONDS, UNLIMITED, Sender
-from healing.tracking.sending.store_errors import one_line
+from healing.tracking.sending.store_errors import one_line, short
 from healing.tracking.sending.system_metrics import SystemMetrics
 
 FLUSH_SECONDS = 2.0
@@ -167,14 +167,20 @@ class RunLogger:
         self._last |= points
 
     def flush(self) -> None:
-        """Send what is still held back."""
+        """Send what is still held back; all of it, also where some is refused."""
         points, self._buffer = self._buffer, []
+        refused: TrackingError | OutputError | None = None
         for start in range(0, len(points), METRICS_PER_REQUEST):
             chunk = points[start : start + METRICS_PER_REQUEST]
-            self._batch("metrics", metrics=chunk, tags=self._tags_due({}))
+            try:
+                self._batch("metrics", metrics=chunk, tags=self._tags_due({}))
+            except (TrackingError, OutputError) as error:
+                refused = refused or error
         if self._later:
             self.tags({})
         self._flushed = time.monotonic()
+        if refused is not None:
+            raise refused
 
     def history(self, points: Sequence[tuple[int, Mapping[str, float]]]) -> None:
         """Log the metrics of many steps: pairs (step, metrics)."""
@@ -228,12 +234,22 @@ class RunLogger:
             pass  # on no disk, but on its way
         except TrackingError:
             return  # a store that refuses a tag takes nothing of the run
-        with contextlib.suppress(TrackingError, OutputError):
+        with self._refusal_said():
             self.flush()
         for path in self._rescued:
             if path.is_file():
-                with contextlib.suppress(TrackingError, OutputError):
+                with self._refusal_said():
                     self.artifact(path)
+
+    @contextlib.contextmanager
+    def _refusal_said(self) -> Iterator[None]:
+        """A refusal is no more than said: the run fails for another reason."""
+        try:
+            yield
+        except OutputError:
+            pass  # on no disk, but on its way
+        except TrackingError as error:
+            self.sender.say(f"warning: {short(error)}")
 
     def model(self, model: ModelFiles) -> None:
         """Keep a model, with the run's final numbers. A store that refuses it fails no run: its

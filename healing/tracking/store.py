@@ -18,9 +18,9 @@ from healing.tracking import open_runs, queries
 from healing.tracking.queries import RunView
 from healing.tracking.run import Run
 from healing.tracking.run_logger import RunLogger
-from healing.tracking.sending.left_behind import send_left
+from healing.tracking.sending.left_behind import Background
 from healing.tracking.sending.outbox import PLACE
-from healing.tracking.sending.sender import Sender
+from healing.tracking.sending.sender import BLOCKING_SECONDS, Sender
 from healing.tracking.ui import experiment_page, links
 
 T = TypeVar("T")
@@ -56,6 +56,9 @@ class Store(Protocol):
 
     def find_finished(self, experiment_id: str, fingerprint: str) -> RunView | None:
         """The newest finished run with this fingerprint, if there is one."""
+
+    def catch_up(self) -> None:
+        """Wait until what earlier processes could not send is in the store, or stays here."""
 
     def close_left_running(self, experiment_id: str) -> list[str]:
         """End the runs whose process is gone; a line per run."""
@@ -93,6 +96,7 @@ class MlflowStore:
     def __init__(self, experiment: str = "") -> None:
         self._experiment = experiment
         self._sender: Sender | None = None
+        self._left: Background | None = None
         self._own: dict[str, RunLogger] = {}
         self._lock = threading.Lock()
 
@@ -113,15 +117,31 @@ class MlflowStore:
         output: pathlib.Path | None = None,
         say: Callable[[str], None] = lambda text: None,
     ) -> Iterator[Run]:
-        """As :func:`healing.tracking.open_runs.start`, after what was left to be sent."""
+        """As :func:`healing.tracking.open_runs.start`. What earlier processes left in the output
+        folder is sent beside it; a lookup of something in it waits, as long as that goes on.
+        """
         keep = output / PLACE if output else None
         opened = open_runs.start(name, tags, experiment=self._experiment, keep=keep, say=say)
         with opened as run:
             self._sender = run.sender
             self._remember(run)
-            if output and not run.sender.is_away:
-                send_left(output, say)
-            yield run
+            if output is None or run.sender.is_away:
+                yield run
+                return
+            self._left = Background(output, say)
+            self._left.wait(BLOCKING_SECONDS)
+            try:
+                yield run
+            finally:
+                self._left.end()
+
+    def catch_up(self) -> None:
+        """Wait until what earlier processes left is in the store, as long as that goes on."""
+        self._is_caught_up('"')  # any request
+
+    def _is_caught_up(self, text: str) -> bool:
+        """Whether nothing that was left speaks of something, after waiting for what does."""
+        return self._left is None or self._left.is_over(text)
 
     def _remember(self, run: RunLogger) -> None:
         with self._lock:
@@ -169,13 +189,16 @@ class MlflowStore:
         ]
         if own or not experiment_id:
             return own[-1] if own else None
+        self._is_caught_up(fingerprint)
         return self._ask(
             lambda: queries.find_finished(experiment_id, fingerprint), lambda error: None
         )
 
     def close_left_running(self, experiment_id: str) -> list[str]:
-        """As :func:`healing.tracking.queries.close_left_running`; none while the store is away."""
-        if not experiment_id:
+        """As :func:`healing.tracking.queries.close_left_running`; none while the store is away, or
+        is still told how earlier runs ended.
+        """
+        if not experiment_id or (self._left is not None and not self._left.wait(0.0)):
             return []
         return self._ask(lambda: queries.close_left_running(experiment_id), lambda error: [])
 
@@ -189,6 +212,8 @@ class MlflowStore:
 
         if run_id in self._own and self._own[run_id].is_local:
             return _view(self._own[run_id])
+        if run_id not in self._own:
+            self._is_caught_up(run_id)
         return self._ask(lambda: queries.get_run(run_id), told)
 
     def run_of_model(self, uri: str) -> RunView:
@@ -214,6 +239,8 @@ class MlflowStore:
             found = own.told.files.get(path)
             if found is not None and found.is_file():
                 return found
+        if own is None and uri.startswith("runs:/"):
+            self._is_caught_up(run_id)
         return queries.download(uri, folder)
 
     def share_view(self, experiment_id: str) -> str:

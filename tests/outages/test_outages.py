@@ -12,6 +12,7 @@ import shutil
 import sqlite3
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -193,6 +194,21 @@ def lost(handler: Any, number: int) -> bool:
     return True
 
 
+def unanswered() -> Callable[[Any, int], bool]:
+    """Every other POST to an address is carried out, and not a byte of its answer arrives."""
+    seen = Counter[str]()
+
+    def fault(handler: Any, number: int) -> bool:
+        seen[handler.path] += handler.command == "POST"
+        if handler.command != "POST" or seen[handler.path] % 2 == 0:
+            return False
+        handler.forwarded()
+        handler.close_connection = True
+        return True
+
+    return fault
+
+
 def dropped(handler: Any, number: int) -> bool:
     """Every third request or so is not answered at all."""
     if random.Random(number).random() > 0.3:
@@ -221,6 +237,7 @@ def slow(handler: Any, number: int) -> bool:
 
 FAULTS = {
     "answers cut off": lost,
+    "answers lost": unanswered(),
     "requests dropped": dropped,
     "429": refused(429),
     "500": refused(500),

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import pathlib
+import resource
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Iterator
 
+import filelock
 import pytest
+import torch
 
-from healing.errors import OutageError, TrackingError
+from healing.errors import OutageError, OutputError, TrackingError
+from healing.models.checkpoints import save_checkpoint
 from healing.tracking import open_runs
+from healing.tracking.processes import this_process
 from healing.tracking.sending import left_behind
 from healing.tracking.sending import sender as sending
 from healing.tracking.sending.left_behind import deliver, send_left
@@ -113,27 +123,103 @@ def test_a_store_that_answers_slowly_is_there(monkeypatch) -> None:
     sender.close(10.0)
 
 
-def test_a_refusal_is_raised_once_where_the_run_is_spoken_of() -> None:
-    store = Store()
-    store.refuses = {1, 3}
-    sender = Sender(store)
+def refused_lines(folder: pathlib.Path) -> list[dict]:
+    """Of the one outbox of an output folder."""
+    (path,) = folder.glob(f"{PLACE}/*/refused.jsonl")
+    return [json.loads(line) for line in path.read_text().split("\n") if line]
+
+
+def test_a_refusal_is_raised_for_its_own_request_and_costs_no_other(tmp_path) -> None:
+    store, said = Store(), list[str]()
+    store.refuses = {1, 3, 4}
+    sender = Sender(store, Outbox.of_this_process(tmp_path / PLACE, "s"), said.append)
     sender.put(request(0))
-    with pytest.raises(TrackingError, match="1 is refused"):
+    with pytest.raises(TrackingError, match=r"^1 is refused$"):
         sender.put(request(1))
     sender.put(request(2))
     store.away.set()
-    sender.put(request(3))  # waits, and is refused later
-    sender.put(request(4, "another"))
+    sender.put(request(3))  # wait, and are refused later
+    sender.put(request(4))
     store.away.clear()
     end = time.monotonic() + 20
-    while len(store.got) < 3 and time.monotonic() < end:
+    while sender.away is not None and time.monotonic() < end:
         time.sleep(0.02)
-    sender.put(request(5, "another"))
-    with pytest.raises(TrackingError, match="3 is refused"):
-        sender.put(request(6))
-    sender.put(request(7))
+    for n in (5, 6, 7):
+        assert sender.put(request(n), patience=10.0)
+    with pytest.raises(TrackingError, match=r"2 request.s. will not be taken.*: 3 is refused$"):
+        sender.close(30.0)
+    assert numbers(store) == [0, 2, 5, 6, 7]
+    assert [text for text in said if "refused" in text] == [
+        "warning: 3 is refused; what else the run is told goes on"
+    ]
+    kept = refused_lines(tmp_path)  # the first was heard where it was handed over
+    assert [(line["number"], line["reason"]) for line in kept] == [
+        (3, "3 is refused"),
+        (4, "4 is refused"),
+    ]
+
+
+@contextlib.contextmanager
+def room_for(size: int) -> Iterator[None]:
+    """No file grows beyond so many bytes: what is written until then stays, half a line too."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("room_comes_back", [True, False])
+def test_a_full_disk_is_tried_again_and_the_last_line_is_true(tmp_path, room_comes_back) -> None:
+    store, said = Store(), list[str]()
+    sender = Sender(store, Outbox.of_this_process(tmp_path / PLACE, "s"), said.append)
+    sender.put(request(0))
+    store.away.set()
+    sender.put(request(1))
+    (path,) = tmp_path.glob(f"{PLACE}/*/requests.jsonl")
+    with room_for(path.stat().st_size + 9):
+        for n in (2, 3):
+            with pytest.raises(OutputError, match=r"not be written \(File too large; .*are fr"):
+                sender.put(request(n))
+        sender.offer(request(4))  # from a thread that nobody listens to
+        if not room_comes_back:
+            with pytest.raises(OutputError, match=r": 1 request.s. wait .* 3 are lost .*large"):
+                sender.close(0.0)
+    if room_comes_back:
+        assert not sender.put(request(5))
+        with pytest.raises(OutageError, match=r"5 request.s. wait in .*All results are on disk"):
+            sender.close(0.0)
+    (box,) = outboxes(tmp_path / PLACE)
+    found = [r.content["n"] for r in box.left()[0]]
+    assert found == ([0, 1, 2, 3, 4, 5] if room_comes_back else [0, 1])
+
+
+def test_a_full_disk_costs_nothing_where_the_store_is_there(tmp_path) -> None:
+    store = Store()
+    sender = Sender(store, Outbox.of_this_process(tmp_path / PLACE, "s"))
+    sender.put(request(0))
+    with room_for(10), pytest.raises(OutputError, match="free some of its disk"):
+        sender.put(request(1))
     sender.close(30.0)
-    assert numbers(store) == [0, 2, 4, 5, 7]
+    assert numbers(store) == [0, 1]
+    assert not (tmp_path / PLACE).exists()
+
+
+def test_an_outbox_with_what_was_refused_is_over(tmp_path) -> None:
+    store = Store()
+    store.refuses = {1}
+    sender = Sender(store, Outbox.of_this_process(tmp_path / PLACE, "s"))
+    sender.put(request(0))
+    sender.offer(request(1))
+    with pytest.raises(TrackingError, match="1 is refused"):
+        sender.close(30.0)
+    said: list[str] = []
+    send_left(tmp_path, said.append)
+    assert said == []
+    (box,) = outboxes(tmp_path / PLACE)
+    assert box.left() == ([request(0), request(1)], 2)
+    assert (box.is_over, box.refused) == (True, {1: "1 is refused"})
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -153,11 +239,10 @@ def test_what_does_not_arrive_is_on_disk_with_its_files_as_they_were(tmp_path) -
     sender = Sender(store, Outbox.of_this_process(tmp_path / PLACE, "s"))
     sender.put(request(0))
     store.away.set()
-    file = tmp_path / "metrics.jsonl"
+    file = tmp_path / "trials.csv"
     file.write_text("as it was")
     sender.put(Request("r", "artifact", {"path": sender.place_of(file), "folder": None}), file)
-    file.unlink()
-    file.write_text("of a later run")
+    file.write_text("of a later run")  # in place, as `tune` writes it
     sender.put(request(2))
     with pytest.raises(OutageError, match=r"2 request.s. wait in .*entrypoints\.sync") as caught:
         sender.close(0.0)
@@ -167,6 +252,89 @@ def test_what_does_not_arrive_is_on_disk_with_its_files_as_they_were(tmp_path) -
     assert [r.kind for r in requests] == ["batch", "artifact", "batch"]
     assert sent == 1
     assert box.file_of(1, requests[1].content["path"]).read_text() == "as it was"
+
+
+def test_weights_are_kept_without_a_copy_and_as_they_were(tmp_path) -> None:
+    """Links: what writes weights leaves the file that was there to others."""
+    weights = tmp_path / "checkpoint.pt"
+    box = Outbox(tmp_path / PLACE / "1")
+
+    def written(value: float) -> bytes:
+        model = torch.nn.Linear(2, 2)
+        torch.nn.init.constant_(model.weight, value)
+        save_checkpoint(weights, model, step=0, kind="post_treatment", description="", config={})
+        return weights.read_bytes()
+
+    first = written(1.0)
+    box.keep(0, weights)
+    kept = box.kept_file(0, weights)
+    assert kept.stat().st_ino == weights.stat().st_ino
+    assert written(2.0) != first
+    assert kept.read_bytes() == first
+
+
+def test_a_copy_that_is_cut_is_none(tmp_path, monkeypatch) -> None:
+    file = tmp_path / "report.html"
+    file.write_text("x" * 200)
+    box = Outbox(tmp_path / PLACE / "1")
+    with room_for(100), pytest.raises(OSError, match="File too large"):
+        box.keep(0, file)
+    assert box.kept_file(0, file) == file
+    assert list((box.folder / "files" / f"{0:09d}").iterdir()) == []
+
+
+@pytest.mark.parametrize("step", ["folder", "lock", "name"])
+def test_an_outbox_that_is_being_made_is_left_alone(tmp_path, monkeypatch, step) -> None:
+    """Another process looks at each moment between the folder and the owner's name in it."""
+    looked: list[list[object]] = []
+
+    def look() -> None:
+        looked.append([found.error for found in deliver(tmp_path)])
+
+    box = Outbox.of_this_process(tmp_path / PLACE, "s")
+    if step == "folder":
+        mkdir = pathlib.Path.mkdir
+
+        def made(self, *args, **options) -> None:
+            mkdir(self, *args, **options)
+            if self == box.folder and not looked:
+                look()
+
+        monkeypatch.setattr(pathlib.Path, "mkdir", made)
+    else:
+        acquire, about = filelock.FileLock.acquire, Outbox._about
+
+        def locked(self, *args, **options):
+            found = acquire(self, *args, **options)
+            if step == "lock" and not looked and self is box._lock:
+                look()
+            return found
+
+        def named(self, *args) -> None:
+            about(self, *args)
+            if step == "name":
+                look()
+
+        monkeypatch.setattr(filelock.FileLock, "acquire", locked)
+        monkeypatch.setattr(Outbox, "_about", named)
+    box.append(request(0))
+    still_runs = [f"{this_process()} still runs and sends it"]
+    assert looked == [still_runs if step == "name" else []]
+    assert [r.content["n"] for r in Outbox(box.folder).left()[0]] == [0]
+    box.close(drop=True)
+
+
+def test_an_outbox_whose_maker_died_at_once_goes(tmp_path) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    name = Outbox.of_this_process(tmp_path / PLACE, "s").folder.name
+    for pid in (gone.pid, os.getpid()):
+        (tmp_path / PLACE / name.replace(str(os.getpid()), str(pid))).mkdir(parents=True)
+    old = tmp_path / PLACE / f"{0:020d}-elsewher-{os.getpid()}-aaaaaa"
+    old.mkdir()
+    os.utime(old, (0, 0))
+    assert list(deliver(tmp_path)) == []
+    assert [p.name for p in (tmp_path / PLACE).iterdir()] == [name]
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
 from mlflow.tracking import MlflowClient
 
-from healing.errors import OutputError
+from healing.errors import OutputError, TrackingError
 
 MODEL, MODEL_FILE, MODEL_READY = MODELS = ("model", "model_file", "model_ready")
 """Kinds of request: the model is made, gets a file, is whole."""
@@ -170,8 +170,14 @@ class LoggedModels:
 
         Raises:
             MlflowException: The store refuses it, or is away.
+            TrackingError: It refused the model, so that nothing of it can be stored.
         """
         key = content["id"]
+        if kind != MODEL and key not in self._ids:
+            raise TrackingError(
+                f"model {content['name']} of run {run} is not in the store, which refused it: "
+                "neither is this part of it"
+            )
         if kind == MODEL:
             self._ids[key] = self._made(run, experiment, content, again=again)
         elif kind == MODEL_FILE:

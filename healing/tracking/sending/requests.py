@@ -16,7 +16,7 @@ from typing import Any
 import filelock
 import mlflow
 import PIL.Image
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag, ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import (
     INVALID_PARAMETER_VALUE,
@@ -27,10 +27,20 @@ from mlflow.tracking import MlflowClient
 from mlflow.tracking.multimedia import compress_image_size
 from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_IMAGES
 
+from healing.errors import OutageError, TrackingError
 from healing.tracking.page_text import resolved, whole_lines
 from healing.tracking.sending.logged_models import MODEL, MODEL_FILE, MODELS, LoggedModels
 from healing.tracking.sending.outbox import Request
-from healing.tracking.sending.store_errors import require_active, stored
+from healing.tracking.sending.repeats import once
+from healing.tracking.sending.store_errors import (
+    asked,
+    is_away,
+    require_active,
+    says_deleted,
+    short,
+    store_address,
+    stored,
+)
 
 CREATE, JOIN, BATCH, DESCRIBE, INPUT, END = "create", "join", "batch", "describe", "input", "end"
 ARTIFACT, IMAGE, TABLE = "artifact", "image", "table"
@@ -90,11 +100,14 @@ class Messenger:
     Attributes:
         known: What a process calls a run → the store's id of it.
         joined: Run that was there before → its parameters and tags then.
+        unmade: What a process calls a run that the store refused → why. Nothing of it can be
+            stored.
     """
 
     def __init__(self) -> None:
         self.known: dict[str, str] = {}
         self.joined: dict[str, tuple[dict[str, str], dict[str, str]]] = {}
+        self.unmade: dict[str, str] = {}
         self._experiments: dict[str, str] = {}
         self._of: dict[str, str] = {}
         self._made: MlflowClient | None = None
@@ -112,6 +125,10 @@ class Messenger:
             TrackingError: The store refuses it.
             OutageError: The store is away.
         """
+        with once():
+            self._carry_out(request, file, again=again)
+
+    def _carry_out(self, request: Request, file: pathlib.Path | None, *, again: bool) -> None:
         if self._made is None:  # which makes the tables of a new database
             with stored("the first request"), _one_at_a_time():
                 self._made = MlflowClient()
@@ -121,7 +138,10 @@ class Messenger:
             with stored(f"artifact {file.name} of run {run}", restore):
                 raise FileNotFoundError(f"there is no {file}")
         if request.kind == CREATE:
-            self._create(request, again=again)
+            with self._noting(request):
+                self._create(request, again=again)
+        elif run in self.unmade:
+            raise TrackingError(f"{request.kind} of a run that is not there: {self.unmade[run]}")
         elif request.kind == JOIN:
             with stored(f"run {run}", restore):
                 found = self._client.get_run(run)
@@ -156,6 +176,28 @@ class Messenger:
         elif request.kind == END:
             with stored(f"the end of run {run}", restore):
                 self._client.set_terminated(run, content["status"], content["time"])
+
+    def require_answers(self) -> None:
+        """Ask the store what every store of MLflow's can say.
+
+        Raises:
+            TrackingError: It cannot: another server, perhaps, which would refuse everything.
+            OutageError: It is away.
+        """
+        with asked(lambda why: f"{store_address()} does not answer as MLflow's stores do ({why})"):
+            self._client.search_experiments(max_results=1)
+
+    @contextlib.contextmanager
+    def _noting(self, request: Request) -> Iterator[None]:
+        """Note whether the store refuses the run."""
+        self.unmade.pop(request.run, None)
+        try:
+            yield
+        except OutageError:
+            raise
+        except TrackingError as error:
+            self.unmade[request.run] = short(error)
+            raise
 
     @property
     def _client(self) -> MlflowClient:
@@ -198,7 +240,9 @@ class Messenger:
     def _made_before(self, experiment: str, local_id: str) -> str:
         """The run that a request made whose answer was lost; empty where there is none."""
         wanted = f"tags.{LOCAL_ID} = '{local_id}'"
-        found = self._client.search_runs([experiment], wanted, max_results=1)
+        # A deleted one too: it is not to be made again beside it.
+        every = ViewType.ALL
+        found = self._client.search_runs([experiment], wanted, every, max_results=1)
         return str(found[0].info.run_id) if found else ""
 
     def _experiment(self, named: Mapping[str, str]) -> str:
@@ -222,24 +266,51 @@ class Messenger:
         metrics = [Metric(*point) for point in content["metrics"]]
         params = {k: self._named(v) for k, v in content["params"].items()}
         tags = [RunTag(k, self._named(v)) for k, v in content["tags"].items()]
-        try:
-            self._log(run, metrics, params, tags)
-        except MlflowException as error:
-            if not params or error.error_code != ErrorCode.Name(INVALID_PARAMETER_VALUE):
-                raise
-            # `mlflow run` logs its own spelling of a parameter, which cannot be changed.
-            taken = self._client.get_run(run).data.params
-            fresh = {k: v for k, v in params.items() if k not in taken}
-            if len(fresh) == len(params):
-                raise
-            self._log(run, metrics, fresh, tags)
+        self._log(run, metrics, [Param(k, v) for k, v in params.items()], tags)
 
     def _log(
-        self, run: str, metrics: list[Metric], params: Mapping[str, str], tags: list[RunTag]
+        self, run: str, metrics: list[Metric], params: list[Param], tags: list[RunTag]
     ) -> None:
-        fresh = [Param(k, v) for k, v in params.items()]
-        kinds: dict[str, Any] = {"metrics": metrics, "params": fresh, "tags": tags}
-        self._client.log_batch(run, **{kind: found for kind, found in kinds.items() if found})
+        """Log what a store takes of a batch, of which it takes all or nothing.
+
+        Raises:
+            MlflowException: It refuses some of it, or is away.
+        """
+        kinds: dict[str, Any] = {"metrics": metrics, "params": params, "tags": tags}
+        try:
+            self._client.log_batch(run, **{kind: found for kind, found in kinds.items() if found})
+        except MlflowException as error:
+            if is_away(error) or says_deleted(error):
+                raise
+            if params and error.error_code == ErrorCode.Name(INVALID_PARAMETER_VALUE):
+                # `mlflow run` logs its own spelling of a parameter, which cannot be changed.
+                taken = self._client.get_run(run).data.params
+                fresh = [param for param in params if param.key not in taken]
+                if len(fresh) < len(params):
+                    return self._log(run, metrics, fresh, tags)
+            self._log_apart(run, kinds, error)
+
+    def _log_apart(
+        self, run: str, kinds: Mapping[str, Sequence[Any]], error: MlflowException
+    ) -> None:
+        """Log each name of a batch that was refused, so that one bad name costs no other."""
+        parts: dict[tuple[str, str], list[Any]] = {}
+        for kind, found in kinds.items():
+            for entry in found:
+                parts.setdefault((kind, entry.key), []).append(entry)
+        if len(parts) < 2:
+            raise error
+        refused: MlflowException | None = None
+        for (kind, _), found in parts.items():
+            part: dict[str, Any] = {kind: found}
+            try:
+                self._client.log_batch(run, **part)
+            except MlflowException as one:
+                if is_away(one):
+                    raise
+                refused = refused or one
+        if refused is not None:
+            raise refused
 
     def _files(self, run: str, folder: str) -> list[str]:
         """Files of a run, some from an earlier try whose answer was lost."""

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import pathlib
 import tempfile
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Protocol
 
 from healing.errors import OutageError, OutputError, TrackingError
-from healing.tracking.output_folder import with_room
 from healing.tracking.sending.outbox import PICTURES, Outbox, Request
 from healing.tracking.sending.requests import CREATE, JOIN
 from healing.tracking.sending.store_errors import short
+from healing.tracking.sending.waiting import (
+    CarryOut,
+    Waiting,
+    unheard_text,
+    unwritten_text,
+    waits_text,
+)
 
 BLOCKING_SECONDS = 5.0
 """That a computation waits for a slow or absent store, in all."""
@@ -29,41 +35,13 @@ PATIENCE = 30.0
 """Seconds that the end of a process waits for a store that is away."""
 
 
-class CarryOut(Protocol):
-    """Does what a request asks.
-
-    Raises ``OutageError`` where the store is away, ``TrackingError`` where it refuses.
-    """
-
-    def __call__(self, request: Request, file: pathlib.Path | None, *, again: bool) -> None:
-        """``file``: of an artifact; ``again``: it was tried before, and may have arrived."""
-
-    def run_id(self, run: str) -> str:
-        """The store's id of a run; what it is called as long as the store has none."""
-
-    def experiment_id(self, run: str) -> str:
-        """Of a run; empty where it is not known."""
-
-
-@dataclass
-class _Waiting:
-    """A request on its way."""
-
-    request: Request
-    number: int | None
-    file: pathlib.Path | None
-    tried: bool = False
-    kept: bool = False
-    awaited: bool = True
-    error: TrackingError | None = None
-    over: threading.Event = field(default_factory=threading.Event)
-
-
 class Sender:
     """The requests of one process: first on disk, then in the store, in order, once each.
 
     As long as the store answers, a request is over when :meth:`put` returns. While it is away, the
-    requests wait, on disk if there is an outbox; they are sent when it is back.
+    requests wait, on disk if there is an outbox; they are sent when it is back. What the store
+    refuses is raised where it was handed over; where nobody waits there any more, it is said, kept
+    with the reason, and raised when everything else was sent.
 
     Args:
         carry_out: Does what a request asks.
@@ -80,15 +58,15 @@ class Sender:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._carry_out, self._outbox, self.say, self._clock = carry_out, outbox, say, clock
-        self._queue: deque[_Waiting] = deque()
+        self._queue: deque[Waiting] = deque()
         self._changed = threading.Condition()
         self._away: OutageError | None = None
-        self._unheard: dict[str, TrackingError] = {}
+        self._unheard: list[TrackingError] = []
+        self._told_of: set[str] = set()
         self._answered = self._closed = False
         self._asked: float | None = None
         self._scratch: pathlib.Path | None = None
         self._broken: BaseException | None = None
-        self._is_full = False
         self._left = BLOCKING_SECONDS
         self._thread = threading.Thread(target=self._run, name="tracking", daemon=True)
 
@@ -140,7 +118,12 @@ class Sender:
         return self._scratch
 
     def put(
-        self, request: Request, file: pathlib.Path | None = None, *, patience: float | None = None
+        self,
+        request: Request,
+        file: pathlib.Path | None = None,
+        *,
+        patience: float | None = None,
+        outlasts: bool = False,
     ) -> bool:
         """Hand a request over.
 
@@ -150,79 +133,71 @@ class Sender:
             patience: Seconds to wait for the answer of a store that is not known to be away;
                 ``None`` = what is left of :data:`BLOCKING_SECONDS`, as in the middle of a
                 computation.
+            outlasts: Wait as long for a store that is away.
 
         Returns:
             Whether it is over; else it waits its turn.
 
         Raises:
-            TrackingError: The store refuses this request, or refused an earlier one of the run
-                that had to wait.
+            TrackingError: The store refuses this request.
             OutputError: It cannot be written to disk.
         """
-        self._raise_unheard(request.run)
+        self._require_thread()
         if self._closed:  # the process' own run is over: nobody else sends
-            if error := self._try(_Waiting(request, None, file)):
+            if error := self._try(Waiting(request, None, file)):
                 raise error
             return True
         waiting = self._queued(request, file)
-        if self.is_away:
-            waiting.awaited = False
+        if not self._is_heard(waiting, 0.0 if self.is_away else patience, outlasts=outlasts):
             self._keep(waiting)
             return False
-        self._wait(waiting, patience)
         if waiting.error is not None:
             raise waiting.error
-        if not waiting.over.is_set():
-            self._keep(waiting)
-            return False
         return True
 
     def offer(self, request: Request) -> None:
-        """Hand over what nobody waits for, from any thread; its refusal is raised where the run is
-        next spoken of.
-
-        Raises:
-            OutputError: It cannot be written to disk.
+        """Hand over what nobody waits for, from any thread. Where it cannot be written to disk,
+        that is tried again with what is handed over next.
         """
         if not self._closed:
-            self._queued(request, None).awaited = False
+            with contextlib.suppress(OutputError):
+                self._queued(request, None, awaited=False)
 
-    def _raise_unheard(self, run: str) -> None:
-        """A refusal that nobody waited for is raised once, where the run is next spoken of."""
-        with self._changed:
-            error = self._unheard.pop(run, None)
+    def _require_thread(self) -> None:
         if self._broken is not None:
             raise RuntimeError("the thread that sends has ended") from self._broken
-        if error is not None:
-            raise error
 
-    def _queued(self, request: Request, file: pathlib.Path | None) -> _Waiting:
-        full: OSError | None = None
+    def _queued(
+        self, request: Request, file: pathlib.Path | None, *, awaited: bool = True
+    ) -> Waiting:
         with self._changed:
-            number = None
-            if self._outbox is not None and not self._is_full:
-                try:
-                    number = self._outbox.append(request)
-                except OSError as error:
-                    # A line that was cut stays the last. The store, if it is there, is told this
-                    # request and those that end the run, which are kept nowhere.
-                    self._is_full, full = True, error
-            waiting = _Waiting(request, number, file, awaited=full is None)
+            waiting = Waiting(request, None, file, awaited=awaited)
+            full = self._unwritten(waiting)
+            waiting.awaited = awaited and full is None
+            # The store, if it is there, is told all the same: this may be how the run ends.
             if full is None or request.kind not in (CREATE, JOIN):
                 self._queue.append(waiting)
             if not self._thread.is_alive() and not self._closed:
                 self._thread.start()
             self._changed.notify_all()
-        if full is not None and self._outbox is not None:
-            folder = self._outbox.folder
-            raise OutputError(
-                f"{folder} could not be written ({with_room(full.strerror or str(full), folder)}): "
-                "free some of its disk or make it writable, and start again; what was written "
-                "before stays"
-            ) from full
+        if full is not None:
+            raise OutputError(unwritten_text(self._outbox, full)) from full
         return waiting
 
-    def _keep(self, waiting: _Waiting) -> None:
+    def _unwritten(self, *more: Waiting) -> OSError | None:
+        """Write what is in memory alone, and more, to the outbox, in order; why that failed."""
+        if self._outbox is None:
+            return None
+        # Since it is tried in order, these are the last ones.
+        last = itertools.takewhile(lambda waiting: waiting.number is None, reversed(self._queue))
+        try:
+            for waiting in (*reversed(list(last)), *more):
+                waiting.number = self._outbox.append(waiting.request)
+        except OSError as error:
+            return error
+        return None
+
+    def _keep(self, waiting: Waiting) -> None:
         """Keep a file that waits: where it lies, a later run may write another."""
         if self._outbox is None or waiting.file is None or waiting.kept or waiting.number is None:
             return
@@ -237,19 +212,26 @@ class Sender:
             ) from error
         waiting.kept = True
 
-    def _wait(self, waiting: _Waiting, patience: float | None) -> None:
-        """Until the request is over, the store is away, or it took too long."""
+    def _is_heard(self, waiting: Waiting, patience: float | None, *, outlasts: bool) -> bool:
+        """Wait until the request is over, the store is away, or it took too long; whether it is
+        over. If not, nobody waits for it from now on.
+        """
         began = self._clock()
         allowed = self._left if patience is None else patience
         with self._changed:
             self._changed.wait_for(
-                lambda: waiting.over.is_set() or self._away is not None or self._broken is not None,
+                lambda: (
+                    waiting.over.is_set()
+                    or self._broken is not None
+                    or (self._away is not None and not outlasts)
+                ),
                 timeout=allowed,
             )
             spent = self._clock() - began
             if patience is None and spent > QUICK_SECONDS:
                 self._left = max(0.0, self._left - spent)
             waiting.awaited = waiting.over.is_set()
+            return waiting.awaited
 
     def settle(self, patience: float = BLOCKING_SECONDS) -> None:
         """Wait until everything arrived, the store is away, or an answer takes too long; files are
@@ -270,7 +252,8 @@ class Sender:
 
         Raises:
             OutageError: Something could not be sent; it is on disk if there is an outbox.
-            TrackingError: The store refused something that nobody heard of yet.
+            OutputError: Something could neither be sent nor written to disk.
+            TrackingError: The store refused what nobody waited for.
         """
         if self._closed:
             return
@@ -286,18 +269,24 @@ class Sender:
                     break
                 self._changed.wait(1.0 if left is None else min(1.0, left))
             self._closed = True
-            pending = len(self._queue)
+            pending = list(self._queue)
             reason = self._away
+            full = self._unwritten()
             self._changed.notify_all()
-        for waiting in list(self._queue):
-            self._keep(waiting)
+        lost = unwritten_text(self._outbox, full) if full is not None else ""
+        for waiting in pending:
+            try:
+                self._keep(waiting)
+            except OutputError as error:
+                lost = lost or str(error)
         if self._outbox is not None:
             self._outbox.close(drop=not pending)
         if pending:
             why = short(reason) if reason else "the store gave no answer"
-            raise OutageError(self._kept_text(pending, why)) from reason
-        for run in list(self._unheard):
-            self._raise_unheard(run)
+            text = waits_text(self._outbox, pending, why, lost)
+            raise OutputError(text) if lost else OutageError(text) from reason
+        if self._unheard:
+            raise TrackingError(unheard_text(self._outbox, self._unheard)) from self._unheard[0]
 
     def forget(self) -> None:
         """End without having sent anything: the process does not begin."""
@@ -315,16 +304,6 @@ class Sender:
                 "(Ctrl-C twice: not at all)"
             )
 
-    def _kept_text(self, pending: int, why: str) -> str:
-        if self._outbox is None:
-            return f"{pending} request(s) could not be stored: {why}"
-        output = self._outbox.root
-        return (
-            f"the tracking store did not come back ({why}): {pending} request(s) wait in "
-            f"{self._outbox.folder}. All results are on disk; send them with `python -m "
-            f"entrypoints.sync {output}` once the store is there"
-        )
-
     def _run(self) -> None:
         """The thread. What it cannot handle is raised where the next request is handed over."""
         try:
@@ -337,7 +316,7 @@ class Sender:
 
     def _send_all(self) -> None:
         """One request after the other, each until it is over."""
-        pause = FIRST_PAUSE
+        pause, is_second = FIRST_PAUSE, False
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._queue or self._closed)
@@ -347,15 +326,17 @@ class Sender:
             error = self._try(waiting)
             with self._changed:
                 if isinstance(error, OutageError):
-                    self._gone(error)
+                    if is_second or self._away is not None:  # one failure is none
+                        self._gone(error)
+                    is_second = True
                     self._changed.wait_for(lambda: self._closed, timeout=pause)
                     pause = min(2.0 * pause, LONGEST_PAUSE)
                     continue
-                pause = FIRST_PAUSE
+                pause, is_second = FIRST_PAUSE, False
                 self._back()
                 waiting.error = error
                 if error is not None and not waiting.awaited:
-                    self._unheard.setdefault(waiting.request.run, error)
+                    self._set_aside(waiting, error)
                 if self._queue:  # not forgotten meanwhile
                     self._queue.popleft()
                 if self._outbox is not None and waiting.number is not None:
@@ -363,7 +344,17 @@ class Sender:
                 waiting.over.set()
                 self._changed.notify_all()
 
-    def _try(self, waiting: _Waiting) -> TrackingError | None:
+    def _set_aside(self, waiting: Waiting, error: TrackingError) -> None:
+        """Keep what the store refused while nobody waited, and say so once for each run."""
+        self._unheard.append(error)
+        if self._outbox is not None and waiting.number is not None:
+            with contextlib.suppress(OSError):  # it is raised in any case
+                self._outbox.refuse(waiting.number, waiting.request, short(error))
+        if waiting.request.run not in self._told_of:
+            self._told_of.add(waiting.request.run)
+            self.say(f"warning: {short(error)}; what else the run is told goes on")
+
+    def _try(self, waiting: Waiting) -> TrackingError | None:
         """Carry a request out; what is wrong with it or the store."""
         again, waiting.tried = waiting.tried, True
         file = waiting.file
@@ -386,7 +377,8 @@ class Sender:
 
     def _gone(self, error: OutageError) -> None:
         if self._away is None:
-            what = "its requests wait on disk" if self._outbox else "its requests wait"
+            written = self._outbox and self._queue[-1].number is not None
+            what = "its requests wait on disk" if written else "its requests wait"
             self.say(f"warning: the tracking store is away, {what}: {short(error)}")
         self._away = error
         self._changed.notify_all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 from collections.abc import Callable, Iterator
 
@@ -46,9 +47,9 @@ def one_line(error: BaseException) -> str:
     return text[:2000]
 
 
-UNREACHED = (MlflowException, OSError, ImportError)
-"""What MLflow's clients raise where a store, a server or a disk does not take what is sent, or a
-library for it is missing.
+UNREACHED = (MlflowException, OSError, ImportError, json.JSONDecodeError)
+"""What MLflow's clients raise where a store, a server or a disk does not take what is sent, a
+library for it is missing, or somebody else answers, as with a page to log in.
 """
 LIBRARIES = ("sqlalchemy", "botocore", "boto3", "s3transfer", "google", "azure")
 """Their errors come through MLflow as they are."""
@@ -173,9 +174,9 @@ AGAIN = ", and start again"
 """After it an error says what only a run that has ended needs."""
 
 
-def short(error: OutageError) -> str:
+def short(error: Exception) -> str:
     """What could not be stored and why; what to do about it where that is for the user."""
-    what, _, _ = str(error).partition(": make that store")
+    what, _, _ = one_line(error).partition(": make that store")
     return what.partition(AGAIN)[0][:600]
 
 

@@ -1,0 +1,94 @@
+"""A request on its way, and what is said of those that do not arrive."""
+
+from __future__ import annotations
+
+import pathlib
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from healing.errors import TrackingError
+from healing.tracking.output_folder import with_room
+from healing.tracking.sending.outbox import Outbox, Request, refused_text
+from healing.tracking.sending.store_errors import short
+
+
+class CarryOut(Protocol):
+    """Does what a request asks.
+
+    Raises ``OutageError`` where the store is away, ``TrackingError`` where it refuses.
+    """
+
+    def __call__(self, request: Request, file: pathlib.Path | None, *, again: bool) -> None:
+        """``file``: of an artifact; ``again``: it was tried before, and may have arrived."""
+
+    def run_id(self, run: str) -> str:
+        """The store's id of a run; what it is called as long as the store has none."""
+
+    def experiment_id(self, run: str) -> str:
+        """Of a run; empty where it is not known."""
+
+
+@dataclass
+class Waiting:
+    """A request on its way.
+
+    Attributes:
+        request: What to do.
+        number: In the outbox; ``None`` = it is in memory alone.
+        file: Of an artifact.
+        tried: Whether it may have arrived.
+        kept: Whether the outbox has the file.
+        awaited: Whether somebody waits for its answer, and hears of a refusal.
+        error: Why the store refused it.
+        over: Set when it was sent or refused.
+    """
+
+    request: Request
+    number: int | None
+    file: pathlib.Path | None
+    tried: bool = False
+    kept: bool = False
+    awaited: bool = True
+    error: TrackingError | None = None
+    over: threading.Event = field(default_factory=threading.Event)
+
+
+def unwritten_text(outbox: Outbox | None, error: OSError) -> str:
+    """Of a request that an outbox has no room for."""
+    assert outbox is not None, "nothing else is written"
+    why = with_room(error.strerror or str(error), outbox.folder)
+    return (
+        f"{outbox.folder} could not be written ({why}): free some of its disk or make it writable, "
+        "and start again; what was written before stays"
+    )
+
+
+def waits_text(outbox: Outbox | None, pending: Sequence[Waiting], why: str, lost: str = "") -> str:
+    """Of a process that ends before its store is back.
+
+    Args:
+        outbox: Of the process; ``None`` = nothing is kept.
+        pending: What was not sent.
+        why: The store did not take it.
+        lost: Why some of it is not on disk, or its files are not; empty = all is.
+    """
+    if outbox is None:
+        return f"{len(pending)} request(s) could not be stored: {why}"
+    gone = sum(w.number is None or (w.file is not None and not w.kept) for w in pending)
+    wait = f"{len(pending) - gone} request(s) wait in {outbox.folder}"
+    found = f"the tracking store did not come back ({why}): {wait}"
+    send = f"`python -m entrypoints.sync {outbox.root}` once the store is there"
+    if lost:
+        return f"{found}, for {send}, and {gone} are lost or incomplete: {lost}"
+    return f"{found}. All results are on disk; send them with {send}"
+
+
+def unheard_text(outbox: Outbox | None, refused: Sequence[TrackingError]) -> str:
+    """Of what a store refused while nobody waited for its answer."""
+    if outbox is None or not outbox.refused:
+        return (
+            f"{len(refused)} request(s) were refused by the store. The first: {short(refused[0])}"
+        )
+    return f"{len(refused)} request(s) {refused_text(outbox.folder, short(refused[0]))}"
