@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import os
 import pathlib
 import posixpath
 import re
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import mlflow
@@ -245,12 +246,52 @@ def check_registry(name: str) -> None:
         raise TrackingError(f"--register-as {name!r} is the name of a prompt there: name another")
 
 
-def find_finished(experiment_id: str, fingerprint: str) -> RunView | None:
-    """The newest finished run with this fingerprint, if there is one."""
+PARENT = "parent"
+"""Tag of a child: the id of the run above, as its process knew it."""
+
+
+def find_finished(
+    experiment_id: str, fingerprint: str, below: Collection[str] | None = None
+) -> RunView | None:
+    """The newest finished run with this fingerprint, if there is one.
+
+    Args:
+        experiment_id: Where to look.
+        fingerprint: Of the run.
+        below: Parents that it has to be a child of; ``None`` = it may be anywhere.
+    """
     runs = search(
         experiment_id, f"tags.fingerprint = '{fingerprint}' and attributes.status = 'FINISHED'"
     )
-    return runs[-1] if runs else None
+    found = [run for run in runs if below is None or run.tags.get(PARENT) in below]
+    return found[-1] if found else None
+
+
+def cut_before(
+    experiment_id: str, run_id: str, stage: str, settings: Mapping[str, str]
+) -> list[RunView]:
+    """Parents of the same command that did not finish, since one that did; newest first.
+
+    Args:
+        experiment_id: Where to look.
+        run_id: Of the parent that asks.
+        stage: Of the parents.
+        settings: Parameters that make the command the same; an empty one is one that is not there.
+    """
+    parents = search(experiment_id, f"tags.stage = '{stage}' and tags.role = 'parent'")
+    return since_finished([run for run in parents if run.run_id != run_id], settings)
+
+
+def since_finished(parents: Sequence[RunView], settings: Mapping[str, str]) -> list[RunView]:
+    """Of parents, oldest first, the unfinished ones with these parameters after the last finished
+    one with them, newest first.
+    """
+    same = [
+        run
+        for run in reversed(parents)
+        if all(run.params.get(name, "") == value for name, value in settings.items())
+    ]
+    return list(itertools.takewhile(lambda run: run.status != "FINISHED", same))
 
 
 def children(parent: RunLogger) -> list[RunView]:

@@ -9,7 +9,7 @@ import concurrent.futures
 import contextlib
 import pathlib
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypeVar
 
@@ -54,8 +54,17 @@ class Store(Protocol):
     def child(self, parent: Run, name: str, tags: Mapping[str, Any]) -> AbstractContextManager[Run]:
         """A run nested below another."""
 
-    def find_finished(self, experiment_id: str, fingerprint: str) -> RunView | None:
-        """The newest finished run with this fingerprint, if there is one."""
+    def find_finished(
+        self, experiment_id: str, fingerprint: str, below: Collection[str] | None = None
+    ) -> RunView | None:
+        """The newest finished run with this fingerprint, if there is one: of these parents, or
+        (``None``) anywhere.
+        """
+
+    def cut_before(self, run: Run, stage: str, settings: Mapping[str, str]) -> list[RunView]:
+        """Parents of the same command (stage and these parameters) that did not finish, since one
+        that did; newest first.
+        """
 
     def close_left_running(self, experiment_id: str) -> list[str]:
         """End the runs whose process is gone; a line per run."""
@@ -130,7 +139,7 @@ class MlflowStore:
     @contextlib.contextmanager
     def child(self, parent: Run, name: str, tags: Mapping[str, Any]) -> Iterator[Run]:
         """As :func:`healing.tracking.open_runs.child`; the parent's id is a tag too."""
-        with open_runs.child(parent, name, {**tags, "parent": parent.run_id}) as run:
+        with open_runs.child(parent, name, {**tags, queries.PARENT: parent.run_id}) as run:
             self._remember(run)
             yield run
 
@@ -158,7 +167,9 @@ class MlflowStore:
         with self._lock:
             return list(self._own.values())
 
-    def find_finished(self, experiment_id: str, fingerprint: str) -> RunView | None:
+    def find_finished(
+        self, experiment_id: str, fingerprint: str, below: Collection[str] | None = None
+    ) -> RunView | None:
         """As :func:`healing.tracking.queries.find_finished`; of this process' runs while the store
         is away.
         """
@@ -167,10 +178,20 @@ class MlflowStore:
             for run in self._told()
             if run.told.status == "FINISHED" and run.told.tags.get("fingerprint") == fingerprint
         ]
+        own = [run for run in own if below is None or run.tags.get(queries.PARENT) in below]
         if own or not experiment_id:
             return own[-1] if own else None
         return self._ask(
-            lambda: queries.find_finished(experiment_id, fingerprint), lambda error: None
+            lambda: queries.find_finished(experiment_id, fingerprint, below), lambda error: None
+        )
+
+    def cut_before(self, run: Run, stage: str, settings: Mapping[str, str]) -> list[RunView]:
+        """As :func:`healing.tracking.queries.cut_before`; none while the store is away."""
+        if not run.experiment_id:
+            return []
+        return self._ask(
+            lambda: queries.cut_before(run.experiment_id, run.run_id, stage, settings),
+            lambda error: [],
         )
 
     def close_left_running(self, experiment_id: str) -> list[str]:

@@ -210,3 +210,61 @@ def test_a_training_cut_early_and_late(store):
         )  # fmt: skip
 
     same_after_a_cut(run, store, "", [1, 4])
+
+
+class CutAtSave(FileSnapshots):
+    """Snapshots of a process that is told to stop, or dies, when it keeps its n-th state."""
+
+    def __init__(self, last: int, stop: Stop, *, dies: bool) -> None:
+        super().__init__(STATE_CLASSES)
+        self.left, self.stop, self.dies = last, stop, dies
+
+    def save(self, folder: pathlib.Path, kept: Kept) -> None:
+        super().save(folder, kept)
+        self.left -= 1
+        if self.left == 0:
+            if self.dies:
+                raise Died
+            self.stop.set()
+
+
+def children() -> list[tuple[str, str, str]]:
+    """Replicate, status and parent of every healing run below a parent, oldest first."""
+    client = MlflowClient()
+    experiments = [e.experiment_id for e in client.search_experiments()]
+    runs = client.search_runs(
+        experiments, "tags.stage = 'heal'", order_by=["attributes.start_time ASC"]
+    )
+    return [
+        (r.data.tags["replicate"], r.info.status, r.data.tags["mlflow.parentRunId"])
+        for r in runs
+        if "replicate" in r.data.tags
+    ]
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_several_healings_go_on_by_the_same_command(store, dies):
+    """Three replicates of two steps, cut in the second, then in the third; each is made once, and
+    the same command makes all three anew once a parent went through.
+    """
+    attacked(store / "attack", "random_tokens", driver()[0])
+    (checkpoint,) = (store / "attack").rglob("checkpoint_post_treatment.pt")
+
+    def run(last: int = 0, **changes: Any) -> list[int]:
+        stop = Stop()
+        given = {**HEAL, "healing_steps": 2, "num_runs": 3, "collapsed_checkpoint": str(checkpoint)}
+        d = Driver(Console("quiet"), stop=stop, snapshots=CutAtSave(last, stop, dies=dies))
+        made = heal(HealConfig(**(given | changes)), d)
+        return [outcome.cell.replicate for outcome in made]
+
+    for last in (3, 2):
+        with pytest.raises(Died if dies else Stopped):
+            run(last)
+    finished = [r for r, status, _ in children() if status == "FINISHED"]
+    assert finished == ["0", "1"]
+    assert run() == [2], "the third alone, after two cuts"
+    runs = children()
+    assert [r for r, status, _ in runs if status == "FINISHED"] == ["0", "1", "2"]
+    assert len({parent for r, _, parent in runs if r == "1"}) == 2, "cut in one, made in another"
+    assert run(num_runs=2) == [0, 1], "another command"
+    assert run() == [0, 1, 2], "the same one, which went through"
