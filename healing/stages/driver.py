@@ -269,6 +269,8 @@ class Driver:
             run.tags({"resumed_from": kept.run_id, "resumed_at_step": kept.step})
             where = f"from step {kept.step}" if kept.step else "with what was prepared"
             self.console.say(f"going on {where}, where run {kept.run_id} was left")
+            for line in self.store.close_gone_on_with(kept.run_id, run.run_id):
+                self.console.say(line)
         for warning in begin.warnings:
             self.console.say(f"warning: {warning}")
         if not stage.keeps_folder:

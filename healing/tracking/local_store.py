@@ -156,6 +156,10 @@ class LocalStore:
         """There are none: this store ends with its process."""
         return []
 
+    def close_gone_on_with(self, run_id: str, by: str) -> list[str]:
+        """There are none."""
+        return []
+
     def get_run(self, run_id: str) -> RunView:
         """One run of this process.
 

@@ -69,6 +69,11 @@ class Store(Protocol):
     def close_left_running(self, experiment_id: str) -> list[str]:
         """End the runs whose process is gone; a line per run."""
 
+    def close_gone_on_with(self, run_id: str, by: str) -> list[str]:
+        """End a run that another (``by``) goes on with, where its process could not; a line per
+        run.
+        """
+
     def get_run(self, run_id: str) -> RunView:
         """One run by id."""
 
@@ -199,6 +204,12 @@ class MlflowStore:
         if not experiment_id:
             return []
         return self._ask(lambda: queries.close_left_running(experiment_id), lambda error: [])
+
+    def close_gone_on_with(self, run_id: str, by: str) -> list[str]:
+        """As :func:`healing.tracking.queries.close_gone_on_with`; none while the store is away."""
+        if run_id in self._own:
+            return []
+        return self._ask(lambda: queries.close_gone_on_with(run_id, by), lambda error: [])
 
     def get_run(self, run_id: str) -> RunView:
         """As :func:`healing.tracking.queries.get_run`."""

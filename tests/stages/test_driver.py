@@ -259,7 +259,7 @@ class Memory:
         self.kept[folder] = replace(kept, records=list(kept.records))
 
     def drop(self, folder):
-        del self.kept[folder]
+        self.kept.pop(folder, None)
 
 
 @pytest.mark.parametrize("at", range(1, 7))
@@ -281,6 +281,25 @@ def test_with_snapshots_a_stopped_cell_goes_on_and_its_history_is_whole(tmp_path
 
     assert untimed(done.folder) == untimed(whole.folder)
     assert snapshots.kept == {}
+
+
+def test_the_run_that_is_gone_on_with_is_closed(tmp_path, capsys):
+    closed = []
+
+    class Closing(LocalStore):
+        def close_gone_on_with(self, run_id, by):
+            closed.append((run_id, by))
+            return [f"{run_id} is KILLED now"]
+
+    snapshots = Memory()
+    folder = run_folder(str(tmp_path), Toy.place, "toy")
+    snapshots.kept[folder] = Kept("f6", (5, 15), run_id="left on another machine", step=5)
+    d = Driver(Console("normal"), Closing(), snapshots=snapshots)
+    done = run(d, Toy(), Config(str(tmp_path)))
+    assert closed == [("left on another machine", done.run_id)]
+    assert "left on another machine is KILLED now" in capsys.readouterr().out
+    run(d, Toy(), Config(str(tmp_path)))
+    assert len(closed) == 1, "a run that begins anew goes on with none"
 
 
 def test_a_snapshot_of_another_cell_is_not_gone_on_with(tmp_path):
