@@ -36,9 +36,9 @@ from healing.tracking.output_folder import (
     run_folder,
     writing,
 )
-from healing.tracking.processes import only_owner
+from healing.tracking.processes import only_owner, owned_if_free
 from healing.tracking.run import Run
-from healing.tracking.run_files import drop_previous, start_folder
+from healing.tracking.run_files import is_put_aside, mark_finished, settle, start_folder
 from healing.tracking.snapshots import Due, Kept, Snapshots
 from healing.tracking.store import MlflowStore, Store
 
@@ -77,6 +77,7 @@ class Driver:
         self.stop, self.clock = stop or Stop(), clock
         self.snapshots, self.again = snapshots, again
         self._known: dict[Hashable, Done] = {}
+        self._begun: dict[pathlib.Path, str] = {}
 
     def within(self, console: Console) -> Driver:
         """The same with another console; what was run is known to both."""
@@ -111,10 +112,18 @@ class Driver:
                     for line in self.store.close_left_running(run.experiment_id):
                         self.console.say(line)
                     page = self.store.share_view(run.experiment_id)
-                yield run
+                try:
+                    yield run
+                except Stopped as stopped:
+                    # Of a parent, whose children were stopped, as of a run of its own.
+                    run.tags({"stopped_by": stopped.name}, later=True)
+                    raise
             self.console.link(page if view else self.store.page_of(run))
         finally:
             torch.set_num_threads(threads)
+            for folder, run_id in self._begun.items():
+                self._settle_if_free(folder, run_id)
+            self._begun.clear()
 
     def run_cell(
         self,
@@ -220,10 +229,14 @@ class Driver:
                     report = stage.store(outcome, records, folder, run.run_id)
                 del outcome
                 self._finish(stage, report, own, run, folder, heard)
+                if not stage.keeps_folder:
+                    with writing(folder):
+                        mark_finished(folder, run.run_id)
                 if self.snapshots:
                     self.snapshots.drop(folder)
-                drop_previous(folder)
                 own.end_child()  # whoever waits for the folder finds a finished run
+                if own.is_child:
+                    settle(folder, run.run_id)
         return Done(run.run_id, folder, report)
 
     def _finished(
@@ -237,7 +250,18 @@ class Driver:
         if below is not None and not below:
             return None
         found = self.store.find_finished(own.experiment_id, begin.fingerprint, below)
-        return Done(found.run_id, folder) if found else None
+        if found is None:
+            return None
+        self._settle_if_free(folder, found.run_id)  # a repetition may have been killed
+        return Done(found.run_id, folder)
+
+    @staticmethod
+    def _settle_if_free(folder: pathlib.Path, run_id: str) -> None:
+        """As :func:`healing.tracking.run_files.settle`, unless somebody is at it."""
+        if is_put_aside(folder):
+            with contextlib.suppress(OSError), owned_if_free(folder) as free:
+                if free:
+                    settle(folder, run_id)
 
     @contextlib.contextmanager
     def _alone(self, folder: pathlib.Path) -> Iterator[None]:
@@ -276,6 +300,8 @@ class Driver:
         if not stage.keeps_folder:
             with writing(folder):
                 start_folder(folder, begin.config)
+                if is_put_aside(folder):
+                    self._begun[folder] = run.run_id  # what becomes of it is known once it ends
             run.rescue(folder / "config.json", folder / "metrics.jsonl")
 
     def _compute(

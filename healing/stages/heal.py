@@ -124,9 +124,7 @@ def _model(
 
 def _sham_states(done: Done, store: Store) -> dict[int, State]:
     """Step → state of a finished sham."""
-    path = done.folder / "metrics.jsonl"
-    if not path.is_file():
-        path = store.download(f"runs:/{done.run_id}/metrics.jsonl")
+    path = done.file("metrics.jsonl", store)
     try:
         return {
             int(row["step"]): State(

@@ -153,6 +153,26 @@ def _owner_file(folder: pathlib.Path) -> pathlib.Path:
     return folder.parent / f".{folder.name}.owner"
 
 
+def _lock(folder: pathlib.Path) -> filelock.BaseFileLock:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    return filelock.FileLock(folder.parent / f".{folder.name}.lock", thread_local=False)
+
+
+@contextlib.contextmanager
+def owned_if_free(folder: pathlib.Path) -> Iterator[bool]:
+    """Have a run's folder alone for the block, if nobody has it: says so, and waits for nobody."""
+    lock = _lock(folder)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
 @contextlib.contextmanager
 def only_owner(folder: pathlib.Path, waiting: Callable[[str], None]) -> Iterator[None]:
     """Have a run's folder alone for the block: other processes, and other threads, wait.
@@ -166,8 +186,7 @@ def only_owner(folder: pathlib.Path, waiting: Callable[[str], None]) -> Iterator
     Raises:
         OSError: The lock cannot be made.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder.parent / f".{folder.name}.lock", thread_local=False)
+    lock = _lock(folder)
     while True:
         try:
             lock.acquire(timeout=0)

@@ -15,8 +15,10 @@ from typing import Any
 import mlflow
 import pytest
 import torch
+from click.testing import CliRunner
 from mlflow.tracking import MlflowClient
 
+from entrypoints.attack import main as attack_command
 from healing.config.attack import AttackConfig
 from healing.config.heal import HealConfig
 from healing.config.pretrain import PretrainConfig
@@ -26,7 +28,8 @@ from healing.stages.cells.state_classes import STATE_CLASSES
 from healing.stages.driver import Driver
 from healing.stages.heal import heal
 from healing.stages.pretrain import pretrain
-from healing.stages.terminal.console import Console
+from healing.stages.terminal.console import Console, Silence
+from healing.tracking import queries
 from healing.tracking.run_files import read_json, read_jsonl
 from healing.tracking.snapshots import FileSnapshots, Kept
 
@@ -268,3 +271,52 @@ def test_several_healings_go_on_by_the_same_command(store, dies):
     assert len({parent for r, _, parent in runs if r == "1"}) == 2, "cut in one, made in another"
     assert run(num_runs=2) == [0, 1], "another command"
     assert run() == [0, 1, 2], "the same one, which went through"
+
+
+def stopped_while_loading() -> Driver:
+    """Told to stop once its settings are stored, before anything else is known of its run."""
+    stop = Stop()
+    d = Driver(Console("quiet"), stop=stop, snapshots=FileSnapshots(STATE_CLASSES))
+
+    class Watching(Silence):
+        def phase(self, name: str, done: int, total: int | None, note: str = "") -> None:
+            if name == "loading model":
+                stop.set()
+
+    d.console.progress = lambda title: Watching()  # type: ignore[method-assign]
+    return d
+
+
+@pytest.mark.parametrize("named", ["reference and direction", "start"])
+def test_an_attack_whose_checkpoints_were_fetched_goes_on_by_its_run(store, named):
+    """What a run fetches goes with its process: as if it had ended, the downloads are removed."""
+    attacked(store / "first", "random_tokens", driver()[0])
+    (reference,) = (store / "first").rglob("checkpoint_post_treatment.pt")
+    of = torch.load(reference, weights_only=True)["config"]["attack_run_id"]
+    given: dict[str, Any] = {
+        "arm": "ray",
+        "match": "loss",
+        "reference_run_id": of,
+        "direction_run_id": of,
+    }
+    if named == "start":
+        collapsed = {"collapsed_checkpoint": str(reference), "output_dir": str(store / "healed")}
+        heal(HealConfig(**{**HEAL, **collapsed, "healing_steps": 2}), driver()[0])
+        (healed,) = (store / "healed").rglob("checkpoint_post_healing.pt")
+        of = torch.load(healed, weights_only=True)["config"]["heal_run_id"]
+        given = {"start_checkpoint": f"runs:/{of}/checkpoints/{healed.name}"}
+    config = AttackConfig(**SMALL, **given, output_dir=str(store / "second"))
+    with pytest.raises(Stopped):
+        attack(config, stopped_while_loading())
+    client = MlflowClient()
+    experiments = [e.experiment_id for e in client.search_experiments()]
+    (cut,) = client.search_runs(experiments, "attributes.status = 'KILLED'")
+    queries._downloads_folder().cleanup()
+    queries._downloads_folder.cache_clear()
+    options = ["--resume-run-id", cut.info.run_id, "--verbosity", "quiet"]
+    done = CliRunner().invoke(attack_command, options)
+    assert done.exit_code == 0, done.output
+    tag = "start_run_id" if named == "start" else "reference_run_id"
+    last = client.search_runs(experiments, "", order_by=["attributes.start_time DESC"])[0]
+    assert (last.info.status, last.data.tags[tag]) == ("FINISHED", of)
+    assert list((store / "second").rglob("checkpoint_post_treatment.pt"))
