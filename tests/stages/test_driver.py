@@ -495,6 +495,8 @@ def test_no_moment_of_a_repetition_loses_what_finished_before(tmp_path, as_child
         if over:
             break
         found = done.file("metrics.jsonl", Stored(tmp_path / "nothing is kept"))
+        aside = done.folder.parent / ".toy.previous"
+        assert not aside.exists() or content(aside) == before, f"half of it, {number}"
         new = content(done.folder).get(".run_id", b"").decode() if done.folder.is_dir() else ""
         if found.is_file():
             assert found.read_bytes() == before["metrics.jsonl"], number
