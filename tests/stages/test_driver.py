@@ -235,6 +235,17 @@ def test_a_child_that_fails_has_a_failed_run_with_its_reason(tmp_path, at):
     assert child.name == "toy 6"
 
 
+def test_a_parent_says_what_stopped_its_children(tmp_path):
+    d, stage = cut_at("3")
+    d.stop.signum = 15
+    with pytest.raises(Stopped), d.process("parent", {}) as parent:
+        d.run_cell(stage, Config(str(tmp_path)), parent=parent)
+    (child,) = [r for r in d.store._runs.values() if r.run_id != parent.run_id]
+    tags = [d.store.get_run(run.run_id).tags for run in (parent, child)]
+    assert [t["stopped_by"] for t in tags] == ["SIGTERM", "SIGTERM"]
+    assert [t.get("stopped_at_step") for t in tags] == [None, "3"]
+
+
 @pytest.mark.parametrize("at", ["base 1", "3"])
 def test_a_stop_ends_a_phase_or_the_step_it_is_in(tmp_path, at):
     stop, stage = Stop(), Toy(lambda point: point == at and stop.set())
@@ -481,8 +492,16 @@ def test_no_moment_of_a_repetition_loses_what_finished_before(tmp_path, as_child
     before = content(done.folder)
     shutil.copytree(place, tmp_path / "first")
 
+    class Telling(LocalStore):
+        @contextlib.contextmanager
+        def start(self, *given):
+            with super().start(*given) as opened:
+                yield opened
+            with (tmp_path / "ended").open("a") as stream:
+                stream.write(f"{opened.run_id}\n")
+
     def repeat() -> None:
-        again = driver()
+        again = driver(Telling())
         with again.process("process", {}) as own:
             again.run_cell(Toy(), config, **({"parent": own} if as_child else {"run": own}))
 
@@ -505,7 +524,7 @@ def test_no_moment_of_a_repetition_loses_what_finished_before(tmp_path, as_child
             assert content(done.folder) == before, number
             assert set(hidden(done.folder)) <= {"", ".dropped", ".owner"}, number
         else:  # the new results are whole, and their run has ended
-            assert new not in ("", done.run_id), number
+            assert new in (tmp_path / "ended").read_text().split(), number
             assert content(done.folder).keys() == before.keys(), number
         repeat()
         assert content(done.folder).keys() == before.keys()

@@ -265,12 +265,19 @@ def test_several_healings_go_on_by_the_same_command(store, dies):
             run(last)
     finished = [r for r, status, _ in children() if status == "FINISHED"]
     assert finished == ["0", "1"]
+    if not dies:
+        client = MlflowClient()
+        (experiment,) = client.search_experiments(filter_string="name = 'llm-healing'")
+        parents = client.search_runs([experiment.experiment_id], "tags.role = 'parent'")
+        assert [p.data.tags["stopped_by"] for p in parents] == ["request", "request"]
     assert run() == [2], "the third alone, after two cuts"
     runs = children()
     assert [r for r, status, _ in runs if status == "FINISHED"] == ["0", "1", "2"]
     assert len({parent for r, _, parent in runs if r == "1"}) == 2, "cut in one, made in another"
     assert run(num_runs=2) == [0, 1], "another command"
-    assert run() == [0, 1, 2], "the same one, which went through"
+    with pytest.raises(Died if dies else Stopped):
+        run(1)
+    assert run() == [0, 1, 2], "nothing of the one that went through before"
 
 
 def stopped_while_loading() -> Driver:
