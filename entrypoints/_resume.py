@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from healing.config.options import AUTO, fields_of, flag_name
+from healing.config.paths import is_address
 from healing.errors import ConfigError
 
 C = TypeVar("C")
@@ -79,4 +81,29 @@ def resumed(stage: str, config: Any, run_id: str) -> Any:
         )
     if run.status == "FINISHED":
         raise ConfigError(f"--resume-run-id {run_id}: that run finished, nothing is left to do")
-    return config_of_run(config, stage, run.params)
+    return found_again(config_of_run(config, stage, run.params), run.tags)
+
+
+HEALED = "checkpoints/checkpoint_post_healing.pt"
+"""Where a healing run has its weights."""
+
+
+def found_again(config: C, tags: Mapping[str, str]) -> C:
+    """The configuration, with the runs of the checkpoints that are gone: what a run fetched for
+    itself went with its process.
+
+    Args:
+        config: Of the run that is gone on with.
+        tags: Of that run: the runs that made its checkpoints.
+    """
+    by_run = {
+        "reference_checkpoint": ("reference_run_id", "{}"),
+        "direction_checkpoint": ("direction_run_id", "{}"),
+        "start_checkpoint": ("start_checkpoint", f"runs:/{{}}/{HEALED}"),
+    }
+    changes: dict[str, str] = {}
+    for name, (field, form) in by_run.items():
+        path, run_id = getattr(config, name, ""), tags.get(name.replace("checkpoint", "run_id"), "")
+        if path and run_id and not is_address(path) and not pathlib.Path(path).is_file():
+            changes |= {name: "", field: form.format(run_id)}
+    return dataclasses.replace(config, **changes)  # type: ignore[type-var]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from healing.config.attack import AttackConfig
 from healing.config.fingerprint import NOT_SETTINGS, as_params, fingerprint
 from healing.config.options import flag_name
 from healing.config.resolve import resolve_from_presets
+from healing.errors import CheckpointError
 from healing.models.checkpoints import (
     CHECKPOINT_NAME,
     HEALED_NAME,
@@ -258,6 +260,10 @@ class AttackStage(StageDefaults):
         tags = {"arm": config.arm, "model": config.label, **arm_tags(config.arm)}
         if arm_role(config.arm) == DAMAGE_CONTROL:
             tags["draw"] = str(config.noise_draw)
+        # With the parameters, which name files: those that were fetched go with this process, and a
+        # run that goes on finds them again by these tags.
+        with contextlib.suppress(CheckpointError):  # what is wrong with them is said later
+            tags |= reference_tags(config) | _start_tags(config)
         return tags
 
     def prepare(self, config: AttackConfig, tools: Tools) -> AttackConfig:
@@ -302,16 +308,21 @@ class AttackStage(StageDefaults):
 ATTACK = AttackStage()
 
 
+def _start_tags(config: AttackConfig) -> dict[str, str]:
+    """The healing run whose weights are attacked again, if any."""
+    if not config.start_checkpoint:
+        return {}
+    healed = read_checkpoint(pathlib.Path(config.start_checkpoint)).config
+    return {"start_run_id": healed.get("heal_run_id", "")}
+
+
 def checkpoint_of(done: Done, store: Store) -> pathlib.Path:
     """Local path of a finished attack's checkpoint; fetched where its folder is gone.
 
     Raises:
         TrackingError: The store does not have it either.
     """
-    path = done.folder / "checkpoints" / CHECKPOINT_NAME
-    if path.is_file():
-        return path
-    return store.download(f"runs:/{done.run_id}/checkpoints/{CHECKPOINT_NAME}")
+    return done.file(f"checkpoints/{CHECKPOINT_NAME}", store)
 
 
 def with_reference(config: AttackConfig, store: Store) -> AttackConfig:

@@ -28,6 +28,7 @@ from healing.stages.terminal.console import Console
 from healing.tracking.git_version import checkout
 from healing.tracking.queries import RunView
 from healing.tracking.run_files import write_json
+from healing.tracking.snapshots import Saving
 from healing.tracking.store import Store
 
 SHOWN = (
@@ -278,6 +279,12 @@ class BasinStage(StageDefaults):
     def output_dir(self, cell: BasinCell) -> str:
         """As configured."""
         return cell.config.output_dir
+
+    def saving(self, cell: BasinCell) -> Saving:
+        """After every part: numbers, a vector of the weights' size at most, and hours where the
+        model is large.
+        """
+        return Saving(steps=1)
 
     def prepare(self, cell: BasinCell, tools: Tools) -> BasinCell:
         """Find the states that the configuration names."""

@@ -12,14 +12,13 @@ import copy
 import functools
 import pathlib
 import time
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Collection, Hashable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 
 from healing import progress
-from healing.config.arm_tags import chart_tags
 from healing.errors import HealingError
 from healing.progress import Safe, Stop, Stopped
 from healing.stages.cells.events import Begin, Events, Record
@@ -27,7 +26,8 @@ from healing.stages.stage import Done, Report, Stage, Tools, announce, kept_back
 from healing.stages.terminal.console import Console
 from healing.stages.terminal.heard import PREPARING, Heard
 from healing.stages.terminal.keeping import Keeper
-from healing.stages.terminal.phase_times import TAG, Clock, PhaseTag, metric_name
+from healing.stages.terminal.own_run import OwnRun
+from healing.stages.terminal.phase_times import Clock, metric_name
 from healing.tracking.journal import Journal
 from healing.tracking.output_folder import (
     output_folder,
@@ -36,9 +36,9 @@ from healing.tracking.output_folder import (
     run_folder,
     writing,
 )
-from healing.tracking.processes import only_owner
+from healing.tracking.processes import only_owner, owned_if_free
 from healing.tracking.run import Run
-from healing.tracking.run_files import drop_previous, start_folder
+from healing.tracking.run_files import is_put_aside, mark_finished, settle, start_folder
 from healing.tracking.snapshots import Due, Kept, Snapshots
 from healing.tracking.store import MlflowStore, Store
 
@@ -77,6 +77,7 @@ class Driver:
         self.stop, self.clock = stop or Stop(), clock
         self.snapshots, self.again = snapshots, again
         self._known: dict[Hashable, Done] = {}
+        self._begun: dict[pathlib.Path, str] = {}
 
     def within(self, console: Console) -> Driver:
         """The same with another console; what was run is known to both."""
@@ -111,10 +112,18 @@ class Driver:
                     for line in self.store.close_left_running(run.experiment_id):
                         self.console.say(line)
                     page = self.store.share_view(run.experiment_id)
-                yield run
+                try:
+                    yield run
+                except Stopped as stopped:
+                    # Of a parent, whose children were stopped, as of a run of its own.
+                    run.tags({"stopped_by": stopped.name}, later=True)
+                    raise
             self.console.link(page if view else self.store.page_of(run))
         finally:
             torch.set_num_threads(threads)
+            for folder, run_id in self._begun.items():
+                self._settle_if_free(folder, run_id)
+            self._begun.clear()
 
     def run_cell(
         self,
@@ -124,6 +133,7 @@ class Driver:
         run: Run | None = None,
         parent: Run | None = None,
         reuse: bool = False,
+        below: Collection[str] = (),
     ) -> Done:
         """Run one cell: in a given run, or as a child of the parent.
 
@@ -134,13 +144,14 @@ class Driver:
             parent: Of a child, which is opened once the cell begins: one that is found again, or
                 fails to be interrupted, leaves no empty run.
             reuse: Whether a finished run with the same fingerprint is taken instead.
+            below: Parents that were cut: of these alone a finished child is taken instead.
         """
         with contextlib.ExitStack() as ending:
             shown = ending.enter_context(
                 contextlib.closing(self.console.progress(stage.title(config)))
             )
             heard = Heard(shown, self.stop, self.clock)
-            own = _OwnRun(self.store, stage, ending, run, parent, heard.tag)
+            own = OwnRun(self.store, stage, ending, run, parent, heard.tag)
             try:
                 with progress.listening(heard):
                     progress.enter(PREPARING)
@@ -149,7 +160,7 @@ class Driver:
                     config = stage.prepare(config, tools)
                     own.prepared(config)
                     shown.rename(stage.title(config))
-                    return self._drive(stage, config, own, heard, reuse)
+                    return self._drive(stage, config, own, heard, None if reuse else below)
             except HealingError:
                 own.open(config)  # the failure has a run to be recorded in
                 raise
@@ -173,23 +184,29 @@ class Driver:
             return done
         return self._known[key]
 
-    def _first(self, own: _OwnRun, config: Any, stage: Stage[Any, Any], wanted: Any) -> Done:
+    def _first(self, own: OwnRun, config: Any, stage: Stage[Any, Any], wanted: Any) -> Done:
         with progress.during("runs that come first"):
             return self.run_first(stage, wanted, own.parent or own.open(config))
 
     def _drive(
-        self, stage: Stage[C, R], config: C, own: _OwnRun, heard: Heard, reuse: bool
+        self,
+        stage: Stage[C, R],
+        config: C,
+        own: OwnRun,
+        heard: Heard,
+        below: Collection[str] | None,
     ) -> Done:
         with contextlib.closing(stage.cell(config)) as events:  # hooks and modes are undone
             begin = next(events)
             assert isinstance(begin, Begin), "a cell begins with Begin"
             folder = run_folder(stage.output_dir(config), stage.place, begin.name)
-            reuse = reuse or (self.again and own.is_child)
-            if reuse and (found := self._finished(own, begin, folder)):
+            if self.again and own.is_child:
+                below = None
+            if found := self._finished(own, begin, folder, below):
                 return found
             with self._alone(folder):
                 # Another may have done the same meanwhile.
-                if reuse and (found := self._finished(own, begin, folder)):
+                if found := self._finished(own, begin, folder, below):
                     return found
                 run = own.open(config)
                 require_room(folder, begin.disk)
@@ -212,16 +229,39 @@ class Driver:
                     report = stage.store(outcome, records, folder, run.run_id)
                 del outcome
                 self._finish(stage, report, own, run, folder, heard)
+                if not stage.keeps_folder:
+                    with writing(folder):
+                        mark_finished(folder, run.run_id)
                 if self.snapshots:
                     self.snapshots.drop(folder)
-                drop_previous(folder)
                 own.end_child()  # whoever waits for the folder finds a finished run
+                if own.is_child:
+                    settle(folder, run.run_id)
         return Done(run.run_id, folder, report)
 
-    def _finished(self, own: _OwnRun, begin: Begin, folder: pathlib.Path) -> Done | None:
-        """A finished run of the same fingerprint."""
-        found = self.store.find_finished(own.experiment_id, begin.fingerprint)
-        return Done(found.run_id, folder) if found else None
+    def _finished(
+        self,
+        own: OwnRun,
+        begin: Begin,
+        folder: pathlib.Path,
+        below: Collection[str] | None,
+    ) -> Done | None:
+        """A finished run of the same fingerprint: anybody's (``None``), or of these parents."""
+        if below is not None and not below:
+            return None
+        found = self.store.find_finished(own.experiment_id, begin.fingerprint, below)
+        if found is None:
+            return None
+        self._settle_if_free(folder, found.run_id)  # a repetition may have been killed
+        return Done(found.run_id, folder)
+
+    @staticmethod
+    def _settle_if_free(folder: pathlib.Path, run_id: str) -> None:
+        """As :func:`healing.tracking.run_files.settle`, unless somebody is at it."""
+        if is_put_aside(folder):
+            with contextlib.suppress(OSError), owned_if_free(folder) as free:
+                if free:
+                    settle(folder, run_id)
 
     @contextlib.contextmanager
     def _alone(self, folder: pathlib.Path) -> Iterator[None]:
@@ -253,11 +293,15 @@ class Driver:
             run.tags({"resumed_from": kept.run_id, "resumed_at_step": kept.step})
             where = f"from step {kept.step}" if kept.step else "with what was prepared"
             self.console.say(f"going on {where}, where run {kept.run_id} was left")
+            for line in self.store.close_gone_on_with(kept.run_id, run.run_id):
+                self.console.say(line)
         for warning in begin.warnings:
             self.console.say(f"warning: {warning}")
         if not stage.keeps_folder:
             with writing(folder):
                 start_folder(folder, begin.config)
+                if is_put_aside(folder):
+                    self._begun[folder] = run.run_id  # what becomes of it is known once it ends
             run.rescue(folder / "config.json", folder / "metrics.jsonl")
 
     def _compute(
@@ -306,7 +350,7 @@ class Driver:
         self,
         stage: Stage[Any, Any],
         report: Report,
-        own: _OwnRun,
+        own: OwnRun,
         run: Run,
         folder: pathlib.Path,
         heard: Heard,
@@ -324,74 +368,3 @@ class Driver:
         run.flush()  # before the state is dropped: a full disk still refuses it here
         heard.shown.close()
         self.console.over(report.line, folder, detail=report.detail, alone=not own.is_child)
-
-
-class _OwnRun:
-    """The run of one cell: the process' own, or a child that is opened when it is needed."""
-
-    def __init__(
-        self,
-        store: Store,
-        stage: Stage[Any, Any],
-        ending: contextlib.ExitStack,
-        run: Run | None,
-        parent: Run | None,
-        tag: PhaseTag,
-    ) -> None:
-        self._store, self._stage, self._tag = store, stage, tag
-        self._ending = ending.enter_context(contextlib.ExitStack())
-        self._run, self.parent = run, parent
-        self._is_prepared = False
-        if run is not None:
-            tag.start(run)
-
-    @property
-    def is_child(self) -> bool:
-        """Whether it is not the process' own."""
-        return self.parent is not None
-
-    @property
-    def experiment_id(self) -> str:
-        """Where finished runs are looked for."""
-        run = self._run or self.parent
-        assert run is not None, "a cell has a run or a parent"
-        return run.experiment_id
-
-    def prepared(self, config: Any) -> None:
-        """The configuration is resolved: an open run gets its name and parameters now."""
-        self._is_prepared = True
-        if self._run is not None:
-            self._label(self._run, config)
-
-    def open(self, config: Any) -> Run:
-        """The run, opened now if it is not yet."""
-        if self._run is None:
-            assert self.parent is not None, "a child has a parent"
-            child = self._store.child(self.parent, self._stage.title(config), self._tags(config))
-            self._run = self._ending.enter_context(child)
-            self._tag.start(self._run)
-            if self._is_prepared:
-                self._run.params(self._stage.name, self._stage.params(config))
-        return self._run
-
-    def end_child(self) -> None:
-        """A child that has said everything is over now, not when its cell is left."""
-        self._ending.close()
-
-    def stopped(self, why: Stopped, step: int) -> None:
-        """The run is ended early: by what, and where, goes with what is sent next."""
-        if self._run is not None:
-            self._run.tags({"stopped_by": why.name, "stopped_at_step": step}, later=True)
-
-    def left_in(self, phase: str) -> None:
-        """The run ends here, well or not: its phase goes with what is sent next."""
-        if self._run is not None:
-            self._run.tags({TAG: phase}, later=True)
-
-    def _tags(self, config: Any) -> dict[str, Any]:
-        tags = self._stage.tags(config)
-        return {"stage": self._stage.name, **tags, **chart_tags(tags)}
-
-    def _label(self, run: Run, config: Any) -> None:
-        run.tags({**self._tags(config), "mlflow.runName": self._stage.title(config)})
-        run.params(self._stage.name, self._stage.params(config))

@@ -13,6 +13,7 @@ from healing.config.arm_tags import SHAM_ARM, arm_label, arm_tags
 from healing.config.fingerprint import as_params
 from healing.config.heal import HealConfig
 from healing.config.options import AUTO
+from healing.config.shared import SAVING
 from healing.errors import CheckpointError, HealingError, TrackingError
 from healing.measurements.recovery import State
 from healing.models.checkpoints import (
@@ -56,6 +57,7 @@ from healing.stages.tuning.healer_files import with_healer
 from healing.tracking.run import Run
 from healing.tracking.run_files import read_jsonl, write_json
 from healing.tracking.sending.logged_models import ModelFiles
+from healing.tracking.sending.requests import LOCAL_ID
 from healing.tracking.snapshots import Saving
 from healing.tracking.store import Store
 
@@ -122,9 +124,7 @@ def _model(
 
 def _sham_states(done: Done, store: Store) -> dict[int, State]:
     """Step → state of a finished sham."""
-    path = done.folder / "metrics.jsonl"
-    if not path.is_file():
-        path = store.download(f"runs:/{done.run_id}/metrics.jsonl")
+    path = done.file("metrics.jsonl", store)
     try:
         return {
             int(row["step"]): State(
@@ -249,6 +249,17 @@ class HealStage(StageDefaults):
 
 
 HEAL = HealStage()
+NOT_THE_COMMAND = (
+    *SAVING,
+    "resume_run_id",
+    "verbosity",
+    "cache_dir",
+    "device",
+    "system_metrics",
+    "dry_run",
+    "time_steps",
+)
+"""Options in which a command that goes on with a cut one may differ from it."""
 
 
 def _checkpoint_of(cell: HealCell) -> Checkpoint | None:
@@ -268,8 +279,9 @@ def heal(config: HealConfig, driver: Driver | None = None) -> list[HealOutcome]:
     """Heal one checkpoint, every checkpoint below a folder, or a fresh attack.
 
     One checkpoint healed once is one run; otherwise a parent run holds a child per healing run.
-    A child that fails does not stop the others; the parent then fails at the end. Children that
-    finished before in the run that is gone on with are left out, of the result too.
+    A child that fails does not stop the others; the parent then fails at the end. Where the same
+    command was cut, or failed, the children that finished then are left out, of the result too; one
+    that went through is done anew.
 
     Raises:
         CheckpointError: Nothing to heal, or not a checkpoint of the model.
@@ -316,6 +328,12 @@ def _outcome(done: Done) -> HealOutcome:
     return found
 
 
+def _command(config: HealConfig) -> dict[str, str]:
+    """Parameters of a parent that make its command the same as this one."""
+    values = {name: v for name, v in as_params(config).items() if name not in NOT_THE_COMMAND}
+    return {f"{HEAL.name}.{name}": str(value) for name, value in values.items()}
+
+
 def _heal_children(
     cells: list[HealCell], config: HealConfig, run: Run, driver: Driver
 ) -> list[HealOutcome]:
@@ -324,13 +342,17 @@ def _heal_children(
     run.params("heal", as_params(config))
     outcomes: list[HealOutcome] = []
     found_again, failures = 0, dict[str, str]()
+    cut = driver.store.cut_before(run, HEAL.name, _command(config))
+    before = {name for r in cut for name in (r.run_id, r.tags.get(LOCAL_ID, "")) if name}
+    if cut:
+        run.tags({"resumed_from": cut[0].run_id})
     with driver.console.bar(total, "healing runs", unit="run") as bar:
         for cell in cells:
             if cell.checkpoint in failures:
                 continue  # what is wrong with it was said at its first replicate
             try:
-                done = driver.run_cell(HEAL, cell, parent=run)
-                if done.report is None:  # of the run that this one goes on with
+                done = driver.run_cell(HEAL, cell, parent=run, below=before)
+                if done.report is None:  # of a run that this one goes on with
                     found_again += 1
                 else:
                     outcomes.append(_outcome(done))

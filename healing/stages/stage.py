@@ -21,6 +21,7 @@ from healing.stages.cells.events import Begin, Events, Record
 from healing.tracking.git_version import processor
 from healing.tracking.queries import MODELS, RunView
 from healing.tracking.run import Run
+from healing.tracking.run_files import file_of_run
 from healing.tracking.sending.logged_models import ModelFiles, write_model
 from healing.tracking.snapshots import Saving
 from healing.tracking.store import Store
@@ -62,13 +63,23 @@ class Done:
 
     Attributes:
         run_id: Of its run, or of the finished one that was found.
-        folder: Its local folder; of a run that was found it may be gone.
+        folder: Its local folder; of a run that was found it may be gone, or another's.
         report: ``None`` where it was found.
     """
 
     run_id: str
     folder: pathlib.Path
     report: Report | None = None
+
+    def file(self, name: str, store: Store) -> pathlib.Path:
+        """Local path of one of its files: where it was written while that folder is this run's,
+        else fetched. Another experiment's run of the same fingerprint has the same folder.
+
+        Raises:
+            TrackingError: The store does not have it either.
+        """
+        own = file_of_run(self.folder, self.run_id, name)
+        return own or store.download(f"runs:/{self.run_id}/{name}")
 
     @property
     def reused(self) -> bool:

@@ -19,7 +19,7 @@ from healing.errors import TrackingError
 from healing.measurements.diagnosis import NONFINITE_STEPS, OK, UNTRAINED
 from healing.measurements.recovery import PANEL, panel_metric
 from healing.statistics.heal_runs import ENDPOINTS, SHAM_ENDPOINTS, HealRun
-from healing.tracking import queries
+from healing.tracking import metric_history
 from healing.tracking.metric_history import Point, Trajectory, trajectories
 from healing.tracking.queries import RunView
 from healing.tracking.run_files import read_jsonl
@@ -81,7 +81,7 @@ def collection_paused() -> Iterator[None]:
 
 def _page(run_ids: Sequence[str], metric: str) -> list[Point]:
     with collection_paused():
-        return queries.metric_page(run_ids, metric)
+        return metric_history.metric_page(run_ids, metric)
 
 
 def from_history(views: Sequence[RunView]) -> dict[str, Trajectory]:

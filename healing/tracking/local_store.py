@@ -6,12 +6,12 @@ import contextlib
 import pathlib
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from healing.errors import TrackingError
 from healing.tracking.page_text import said
-from healing.tracking.queries import RunView
+from healing.tracking.queries import PARENT, RunView, since_finished
 from healing.tracking.run import Run
 from healing.tracking.run_logger import SHARED_PARAMS
 from healing.tracking.sending.logged_models import ModelFiles
@@ -121,24 +121,46 @@ class LocalStore:
     @contextlib.contextmanager
     def child(self, parent: Run, name: str, tags: Mapping[str, Any]) -> Iterator[Run]:
         """A run that knows its parent."""
-        lineage = {"mlflow.parentRunId": parent.run_id, "parent": parent.run_id}
+        lineage = {"mlflow.parentRunId": parent.run_id, PARENT: parent.run_id}
         with self.start(name, {**tags, **lineage}) as run:
             yield run
 
-    def find_finished(self, experiment_id: str, fingerprint: str) -> RunView | None:
-        """The newest finished run of this process with this fingerprint."""
+    def _views(self) -> list[RunView]:
         with self._lock:
-            views = [run.view() for run in self._runs.values()]
+            return [run.view() for run in self._runs.values()]
+
+    def find_finished(
+        self, experiment_id: str, fingerprint: str, below: Collection[str] | None = None
+    ) -> RunView | None:
+        """The newest finished run of this process with this fingerprint."""
         found = [
-            v for v in views if v.status == "FINISHED" and v.tags.get("fingerprint") == fingerprint
+            v
+            for v in self._views()
+            if v.status == "FINISHED"
+            and v.tags.get("fingerprint") == fingerprint
+            and (below is None or v.tags.get(PARENT) in below)
         ]
         return found[-1] if found else None
 
     def catch_up(self) -> None:
         """There were no processes before this one."""
 
+    def cut_before(self, run: Run, stage: str, settings: Mapping[str, str]) -> list[RunView]:
+        """Parents of this process."""
+        parents = [
+            v
+            for v in self._views()
+            if (v.tags.get("stage"), v.tags.get("role")) == (stage, "parent")
+            and v.run_id != run.run_id
+        ]
+        return since_finished(parents, settings)
+
     def close_left_running(self, experiment_id: str) -> list[str]:
         """There are none: this store ends with its process."""
+        return []
+
+    def close_gone_on_with(self, run_id: str, by: str) -> list[str]:
+        """There are none."""
         return []
 
     def get_run(self, run_id: str) -> RunView:

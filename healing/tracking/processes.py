@@ -15,7 +15,9 @@ import filelock
 import psutil
 
 SAME_START = 1.0
-"""Seconds within which two times of a process' start are the same."""
+"""Seconds within which two times of a process' start are the same, where a clock tells them."""
+SAME_BOOT = 60.0
+"""The same of a machine's start."""
 POLL_SECONDS = 1.0
 """Between two looks at a folder that another process has."""
 
@@ -26,10 +28,13 @@ class Process:
 
     Attributes:
         host: Name of the machine.
-        boot: When it was started, seconds since the epoch.
+        boot: When it was started, seconds since the epoch by the clock of the moment.
         space: Where its process numbers count (containers have their own).
         pid: Number of the process.
-        started: When it was started, seconds since the epoch.
+        started: When it was started, seconds since the epoch by the clock of the moment.
+        boot_id: The kernel's name for the time since the machine was started; empty where it has
+            none, or of records that are older than this field.
+        start_ticks: When the process was started, clock ticks since the machine was; 0 likewise.
     """
 
     host: str
@@ -37,6 +42,8 @@ class Process:
     space: str
     pid: int
     started: float
+    boot_id: str = ""
+    start_ticks: int = 0
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}"
@@ -58,19 +65,38 @@ class Process:
     @property
     def is_gone(self) -> bool:
         """Whether it is sure to have ended: nothing is known of another machine's."""
+        return self._runs() is False
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it is sure to run on this machine."""
+        return self._runs() is True
+
+    def _runs(self) -> bool | None:
+        """Whether it still runs; ``None`` where that cannot be told from here.
+
+        Where the kernel counts ticks since its start, no clock is asked: one that is set moves all
+        times of all processes.
+        """
         here = this_process()
         if self.host != here.host:
+            return None
+        if self.boot_id and here.boot_id and self.boot_id != here.boot_id:
             return False
-        if abs(self.boot - here.boot) > 60.0:  # clocks are set
-            return True
         if self.space != here.space:
-            return False
+            by_clock = not self.boot_id and abs(self.boot - here.boot) > SAME_BOOT
+            return False if by_clock else None
         try:
-            return abs(psutil.Process(self.pid).create_time() - self.started) > SAME_START
+            if psutil.Process(self.pid).status() == psutil.STATUS_ZOMBIE:
+                return False  # ended; nobody asked how
+            found = _described(self.pid)
         except psutil.NoSuchProcess:
-            return True
-        except psutil.Error:
             return False
+        except psutil.Error:
+            return None
+        if self.start_ticks and found.start_ticks:
+            return self.start_ticks == found.start_ticks
+        return abs(found.started - self.started) <= SAME_START
 
 
 def _space() -> str:
@@ -80,10 +106,34 @@ def _space() -> str:
         return ""
 
 
-@functools.cache
-def _of(pid: int) -> Process:
-    own = psutil.Process(pid)
-    return Process(socket.gethostname(), psutil.boot_time(), _space(), pid, own.create_time())
+def _boot_id() -> str:
+    try:
+        return pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _start_ticks(pid: int) -> int:
+    """Field 22 of ``/proc/PID/stat`` (proc(5)); 0 where there is none."""
+    try:
+        text = pathlib.Path(f"/proc/{pid}/stat").read_text(errors="replace")
+        return int(text.rpartition(")")[2].split()[19])  # the name may hold anything
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def _described(pid: int) -> Process:
+    """A process of this machine.
+
+    Raises:
+        psutil.Error: It is not there, or nothing may be known of it.
+    """
+    started, ticks = psutil.Process(pid).create_time(), _start_ticks(pid)
+    host, boot = socket.gethostname(), psutil.boot_time()
+    return Process(host, boot, _space(), pid, started, _boot_id(), ticks)
+
+
+_of = functools.cache(_described)
 
 
 def this_process() -> Process:
@@ -103,6 +153,26 @@ def _owner_file(folder: pathlib.Path) -> pathlib.Path:
     return folder.parent / f".{folder.name}.owner"
 
 
+def _lock(folder: pathlib.Path) -> filelock.BaseFileLock:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    return filelock.FileLock(folder.parent / f".{folder.name}.lock", thread_local=False)
+
+
+@contextlib.contextmanager
+def owned_if_free(folder: pathlib.Path) -> Iterator[bool]:
+    """Have a run's folder alone for the block, if nobody has it: says so, and waits for nobody."""
+    lock = _lock(folder)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
 @contextlib.contextmanager
 def only_owner(folder: pathlib.Path, waiting: Callable[[str], None]) -> Iterator[None]:
     """Have a run's folder alone for the block: other processes, and other threads, wait.
@@ -116,8 +186,7 @@ def only_owner(folder: pathlib.Path, waiting: Callable[[str], None]) -> Iterator
     Raises:
         OSError: The lock cannot be made.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder.parent / f".{folder.name}.lock", thread_local=False)
+    lock = _lock(folder)
     while True:
         try:
             lock.acquire(timeout=0)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import math
+import itertools
 import os
 import pathlib
 import posixpath
 import re
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import mlflow
@@ -18,10 +18,9 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.tracking import MlflowClient
-from mlflow.utils.rest_utils import http_request, verify_rest_response
 
-from healing.errors import TrackingError
-from healing.tracking.metric_history import POINTS_PER_PAGE, Point
+from healing.errors import OutageError, TrackingError
+from healing.tracking.metric_history import finite
 from healing.tracking.open_runs import DEFAULT_EXPERIMENT, PROCESS
 from healing.tracking.processes import Process
 from healing.tracking.run_logger import RunLogger
@@ -130,17 +129,48 @@ def close_left_running(experiment_id: str) -> list[str]:
     Returns:
         A line per run.
     """
-    lines, client = [], MlflowClient()
+    lines = []
     for run in search(experiment_id, "attributes.status = 'RUNNING'"):
         owner = Process.read(run.tags.get(PROCESS, ""))
-        if owner is None or not owner.is_gone:
-            continue
-        why = f"{owner} ended without ending it"
-        with stored(f"the end of run {run.run_id}"):
-            client.log_batch(run.run_id, tags=[RunTag("failure", why)])
-            client.set_terminated(run.run_id, "KILLED")
-        lines.append(f"run {run.run_id} ({run.name}) was left running: {why}; it is KILLED now")
+        if owner is not None and owner.is_gone:
+            lines.append(_close(run, f"{owner} ended without ending it"))
     return lines
+
+
+def close_gone_on_with(run_id: str, by: str) -> list[str]:
+    """End as KILLED the run that another goes on with, and what else its process left RUNNING: who
+    has the folder of a run knows that its process is gone, also where that was on another machine.
+
+    Args:
+        run_id: That was left.
+        by: The run that goes on.
+
+    Returns:
+        A line per run; none where it had ended, is not in the store, or is this machine's and
+        there.
+    """
+    try:
+        left = get_run(run_id)
+    except OutageError:
+        raise
+    except TrackingError:
+        return []  # deleted, or of another store
+    text = left.tags.get(PROCESS, "")
+    owner = Process.read(text)
+    if left.status != "RUNNING" or (owner is not None and owner.is_here):
+        return []
+    why = f"{owner or 'its process'} ended without ending it, run {by} goes on"
+    running = search(left.experiment_id, "attributes.status = 'RUNNING'")
+    same = [run for run in running if owner is not None and run.tags.get(PROCESS) == text]
+    return [_close(run, why) for run in same or [left]]
+
+
+def _close(run: RunView, why: str) -> str:
+    """End a run as KILLED; a line that says so."""
+    with stored(f"the end of run {run.run_id}"):
+        MlflowClient().log_batch(run.run_id, tags=[RunTag("failure", why)])
+        MlflowClient().set_terminated(run.run_id, "KILLED")
+    return f"run {run.run_id} ({run.name}) was left running: {why}; it is KILLED now"
 
 
 def get_run(run_id: str) -> RunView:
@@ -245,12 +275,52 @@ def check_registry(name: str) -> None:
         raise TrackingError(f"--register-as {name!r} is the name of a prompt there: name another")
 
 
-def find_finished(experiment_id: str, fingerprint: str) -> RunView | None:
-    """The newest finished run with this fingerprint, if there is one."""
+PARENT = "parent"
+"""Tag of a child: the id of the run above, as its process knew it."""
+
+
+def find_finished(
+    experiment_id: str, fingerprint: str, below: Collection[str] | None = None
+) -> RunView | None:
+    """The newest finished run with this fingerprint, if there is one.
+
+    Args:
+        experiment_id: Where to look.
+        fingerprint: Of the run.
+        below: Parents that it has to be a child of; ``None`` = it may be anywhere.
+    """
     runs = search(
         experiment_id, f"tags.fingerprint = '{fingerprint}' and attributes.status = 'FINISHED'"
     )
-    return runs[-1] if runs else None
+    found = [run for run in runs if below is None or run.tags.get(PARENT) in below]
+    return found[-1] if found else None
+
+
+def cut_before(
+    experiment_id: str, run_id: str, stage: str, settings: Mapping[str, str]
+) -> list[RunView]:
+    """Parents of the same command that did not finish, since one that did; newest first.
+
+    Args:
+        experiment_id: Where to look.
+        run_id: Of the parent that asks.
+        stage: Of the parents.
+        settings: Parameters that make the command the same; an empty one is one that is not there.
+    """
+    parents = search(experiment_id, f"tags.stage = '{stage}' and tags.role = 'parent'")
+    return since_finished([run for run in parents if run.run_id != run_id], settings)
+
+
+def since_finished(parents: Sequence[RunView], settings: Mapping[str, str]) -> list[RunView]:
+    """Of parents, oldest first, the unfinished ones with these parameters after the last finished
+    one with them, newest first.
+    """
+    same = [
+        run
+        for run in reversed(parents)
+        if all(run.params.get(name, "") == value for name, value in settings.items())
+    ]
+    return list(itertools.takewhile(lambda run: run.status != "FINISHED", same))
 
 
 def children(parent: RunLogger) -> list[RunView]:
@@ -315,38 +385,3 @@ def refused_by_stores(metrics: Iterable[str], params: Mapping[str, object]) -> s
             return f"name {name[:80]!r}"
     long = [name for name, value in params.items() if len(str(value)) > MAX_VALUE]
     return f"value of {long[0]}, of more than {MAX_VALUE} characters" if long else ""
-
-
-BULK_HISTORY = "/ajax-api/2.0/mlflow/metrics/get-history-bulk"
-
-
-def metric_page(run_ids: Sequence[str], metric: str) -> list[Point]:
-    """One metric of up to 100 runs in one query or request, at most 25,000 points.
-
-    The client has no public call for it; this is the one that MLflow's own charts use (3.17.2).
-
-    Raises:
-        TrackingError: The store has no bulk history.
-    """
-    store = MlflowClient()._tracking_client.store
-    wanted = {"run_id": list(run_ids), "metric_key": metric, "max_results": POINTS_PER_PAGE}
-    try:
-        if hasattr(store, "get_metric_history_bulk"):
-            found = store.get_metric_history_bulk(run_ids, metric, POINTS_PER_PAGE)
-            rows = [m.to_dict() for m in found]
-        elif hasattr(store, "get_host_creds"):
-            answer = http_request(store.get_host_creds(), BULK_HISTORY, "GET", params=wanted)
-            rows = verify_rest_response(answer, BULK_HISTORY).json()["metrics"]
-        else:
-            raise TrackingError(f"{type(store).__name__} has no bulk history")
-        return [
-            Point(r["run_id"], int(r["step"]), int(r["timestamp"]), finite(r["value"]))
-            for r in rows
-        ]
-    except (MlflowException, KeyError, ValueError) as error:
-        raise TrackingError(f"no bulk history of {metric}: {one_line(error)[:200]}") from error
-
-
-def finite(value: float) -> float:
-    """Undo the store's spelling of infinity (±1.797e308)."""
-    return math.copysign(math.inf, value) if abs(value) > 1.79e308 else value

@@ -56,27 +56,90 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     return found
 
 
+RECORD = ".run_id"
+"""File of a finished run's folder that says whose results are in it; no artifact."""
+
+
 def _previous(folder: pathlib.Path) -> pathlib.Path:
     return folder.parent / f".{folder.name}.previous"
+
+
+def _dropped(folder: pathlib.Path) -> pathlib.Path:
+    return folder.parent / f".{folder.name}.dropped"
+
+
+def _discard(folder: pathlib.Path, whole: pathlib.Path) -> None:
+    """Remove a folder: at once by its name, so that half of one is never taken for a whole one."""
+    gone = _dropped(folder)
+    if gone.exists():
+        shutil.rmtree(gone)
+    if whole.exists():
+        whole.rename(gone)
+        shutil.rmtree(gone)
+
+
+def mark_finished(folder: pathlib.Path, run_id: str) -> None:
+    """Everything of a run is in its folder."""
+    partial = folder / f"{RECORD}.partial"
+    partial.write_text(run_id)
+    partial.replace(folder / RECORD)
+
+
+def _run_of(folder: pathlib.Path) -> str:
+    """Whose results are in a folder; empty where it is not whole, or older than the record."""
+    try:
+        return (folder / RECORD).read_text()[:100]
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def file_of_run(folder: pathlib.Path, run_id: str, name: str) -> pathlib.Path | None:
+    """A file of a finished run where it was written, or was put aside; ``None`` where what is there
+    is another run's (of another experiment, or under way), or not known to be this one's.
+    """
+    for place in (folder, _previous(folder)):
+        if _run_of(place) == run_id and (place / name).is_file():
+            return place / name
+    return None
+
+
+def _has_results(folder: pathlib.Path) -> bool:
+    if _run_of(folder) or (folder / "checkpoints").is_dir():
+        return True
+    return any(folder.glob("*_summary.json"))  # of versions without the record
 
 
 def start_folder(folder: pathlib.Path, config: Mapping[str, Any]) -> None:
     """An empty folder for a run that begins: what an earlier one left there would be mistaken for
     its results. The configuration is written first, so that a failed run has it too.
 
-    A finished run's folder (one with checkpoints) is put aside, under a hidden name beside it,
-    until :func:`drop_previous` says that there are new results; the first one put aside stays.
+    A finished run's folder is put aside, under a hidden name beside it, until :func:`settle` says
+    that there are new results, or that there will be none; the first one put aside stays.
     """
-    if (folder / "checkpoints").is_dir() and not _previous(folder).exists():
+    if _has_results(folder) and not _previous(folder).exists():
         folder.rename(_previous(folder))
-    elif folder.exists():
-        shutil.rmtree(folder)
+    _discard(folder, folder)
     write_json(folder / "config.json", config)
 
 
-def drop_previous(folder: pathlib.Path) -> None:
-    """Remove the earlier results of a run that has new ones."""
-    shutil.rmtree(_previous(folder), ignore_errors=True)
+def is_put_aside(folder: pathlib.Path) -> bool:
+    """Whether earlier results wait for new ones."""
+    return _previous(folder).exists()
+
+
+def settle(folder: pathlib.Path, run_id: str) -> None:
+    """Remove the earlier results where the folder has the new ones of this run; else put them back
+    where they are this run's, or where nothing else finished.
+    """
+    previous = _previous(folder)
+    if not previous.exists():
+        return
+    there = _run_of(folder)
+    if there and there == run_id:
+        _discard(folder, previous)
+    elif not there or _run_of(previous) == run_id:
+        _discard(folder, folder)
+        previous.rename(folder)
 
 
 class JsonLines:

@@ -9,7 +9,7 @@ import concurrent.futures
 import contextlib
 import pathlib
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypeVar
 
@@ -54,14 +54,28 @@ class Store(Protocol):
     def child(self, parent: Run, name: str, tags: Mapping[str, Any]) -> AbstractContextManager[Run]:
         """A run nested below another."""
 
-    def find_finished(self, experiment_id: str, fingerprint: str) -> RunView | None:
-        """The newest finished run with this fingerprint, if there is one."""
+    def find_finished(
+        self, experiment_id: str, fingerprint: str, below: Collection[str] | None = None
+    ) -> RunView | None:
+        """The newest finished run with this fingerprint, if there is one: of these parents, or
+        (``None``) anywhere.
+        """
+
+    def cut_before(self, run: Run, stage: str, settings: Mapping[str, str]) -> list[RunView]:
+        """Parents of the same command (stage and these parameters) that did not finish, since one
+        that did; newest first.
+        """
 
     def catch_up(self) -> None:
         """Wait until what earlier processes could not send is in the store, or stays here."""
 
     def close_left_running(self, experiment_id: str) -> list[str]:
         """End the runs whose process is gone; a line per run."""
+
+    def close_gone_on_with(self, run_id: str, by: str) -> list[str]:
+        """End a run that another (``by``) goes on with, where its process could not; a line per
+        run.
+        """
 
     def get_run(self, run_id: str) -> RunView:
         """One run by id."""
@@ -150,7 +164,7 @@ class MlflowStore:
     @contextlib.contextmanager
     def child(self, parent: Run, name: str, tags: Mapping[str, Any]) -> Iterator[Run]:
         """As :func:`healing.tracking.open_runs.child`; the parent's id is a tag too."""
-        with open_runs.child(parent, name, {**tags, "parent": parent.run_id}) as run:
+        with open_runs.child(parent, name, {**tags, queries.PARENT: parent.run_id}) as run:
             self._remember(run)
             yield run
 
@@ -178,7 +192,9 @@ class MlflowStore:
         with self._lock:
             return list(self._own.values())
 
-    def find_finished(self, experiment_id: str, fingerprint: str) -> RunView | None:
+    def find_finished(
+        self, experiment_id: str, fingerprint: str, below: Collection[str] | None = None
+    ) -> RunView | None:
         """As :func:`healing.tracking.queries.find_finished`; of this process' runs while the store
         is away.
         """
@@ -187,11 +203,21 @@ class MlflowStore:
             for run in self._told()
             if run.told.status == "FINISHED" and run.told.tags.get("fingerprint") == fingerprint
         ]
+        own = [run for run in own if below is None or run.tags.get(queries.PARENT) in below]
         if own or not experiment_id:
             return own[-1] if own else None
         self._is_caught_up(fingerprint)
         return self._ask(
-            lambda: queries.find_finished(experiment_id, fingerprint), lambda error: None
+            lambda: queries.find_finished(experiment_id, fingerprint, below), lambda error: None
+        )
+
+    def cut_before(self, run: Run, stage: str, settings: Mapping[str, str]) -> list[RunView]:
+        """As :func:`healing.tracking.queries.cut_before`; none while the store is away."""
+        if not run.experiment_id:
+            return []
+        return self._ask(
+            lambda: queries.cut_before(run.experiment_id, run.run_id, stage, settings),
+            lambda error: [],
         )
 
     def close_left_running(self, experiment_id: str) -> list[str]:
@@ -201,6 +227,12 @@ class MlflowStore:
         if not experiment_id or (self._left is not None and not self._left.wait(0.0)):
             return []
         return self._ask(lambda: queries.close_left_running(experiment_id), lambda error: [])
+
+    def close_gone_on_with(self, run_id: str, by: str) -> list[str]:
+        """As :func:`healing.tracking.queries.close_gone_on_with`; none while the store is away."""
+        if run_id in self._own:
+            return []
+        return self._ask(lambda: queries.close_gone_on_with(run_id, by), lambda error: [])
 
     def get_run(self, run_id: str) -> RunView:
         """As :func:`healing.tracking.queries.get_run`."""

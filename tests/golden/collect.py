@@ -28,6 +28,7 @@ from click.testing import CliRunner
 from mlflow.tracking import MlflowClient
 
 from healing.tracking.git_version import Checkout
+from healing.tracking.run_files import RECORD
 
 STORED = pathlib.Path(__file__).parent / "nano.json"
 
@@ -243,7 +244,11 @@ class Store:
     def local_files(self) -> list[str]:
         """Every file below the output folder."""
         folder = self.root / "experiments"
-        return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+        return sorted(
+            p.relative_to(folder).as_posix()
+            for p in folder.rglob("*")
+            if p.is_file() and p.name != RECORD  # says whose folder it is
+        )
 
     def left(self) -> dict[str, Any]:
         """Everything, with names in the place of ids and of this machine's paths."""

@@ -47,6 +47,7 @@ COMMANDS: dict[str, tuple[Any, str]] = {
     "summarize": (summarize, "--verbosity quiet"),
 }
 WATCHED = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.truncate")
+HIDDEN = (".state", ".previous", ".dropped")
 CHUNKS = 60
 """A state is written in some hundred pieces: the process is killed amid every so many of them."""
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
@@ -153,7 +154,7 @@ def left(place: pathlib.Path) -> dict[str, Any]:
         "histories": histories(),
         "running": [r.info.run_id for r in runs if r.info.status == "RUNNING"],
         "finished": sum(r.info.status == "FINISHED" for r in runs),
-        "hidden": sorted(p.name for p in output.rglob(".*") if p.suffix in (".state", ".previous"))
+        "hidden": sorted(p.name for p in output.rglob(".*") if p.suffix in HIDDEN)
         + [PLACE] * (output / PLACE).exists(),
     }
 

@@ -12,9 +12,11 @@ from dataclasses import replace
 import mlflow
 import pytest
 import torch
+from click.testing import CliRunner
 from mlflow.tracking import MlflowClient
 from torch import nn
 
+from entrypoints.basin import main as basin_command
 from healing.config.attack import AttackConfig
 from healing.config.basin import BasinConfig
 from healing.config.fingerprint import fingerprint
@@ -31,10 +33,12 @@ from healing.measurements.probe import Probe
 from healing.models.blocks import next_token_loss
 from healing.models.checkpoints import HEALED_NAME, load_state, read_checkpoint
 from healing.models.loading import load_model, new_embedded_model
+from healing.progress import Stopped
 from healing.randomness import named_generator
 from healing.reporting.plots import basin as figures
 from healing.stages.attack import attack
 from healing.stages.basin import basin, find_cell
+from healing.stages.cells import basin as basin_module
 from healing.stages.cells.basin import STEPS, basin_cell, curvature_batch, gradient_batches
 from healing.stages.cells.basin_outcome import BasinCell, BasinOutcome
 from healing.stages.cells.events import Begin, outcome_of
@@ -45,6 +49,7 @@ from healing.stages.heal import heal
 from healing.stages.healing_run.inputs import find_checkpoints
 from healing.tracking.store import MlflowStore
 from tests.rewritten import rewritten
+from tests.stages.test_resume import Died, driver, files
 
 pytestmark = pytest.mark.slow
 
@@ -449,3 +454,56 @@ def test_independent_models_have_a_barrier_between_them_and_neighbours_have_none
     near = loss_path(nano.model, start, weights_of(nano.model), 21, lambda: probe.loss(nano.model))
     assert near.barrier < 0.01
     assert not torch.equal(start, weights_of(nano.model))
+
+
+PARTS = {"lanczos": 3, "lanczos_quadrature": 3, "gradient_statistics": 3, "escape": 3,
+         "loss_path": 3}  # fmt: skip
+
+
+@pytest.mark.parametrize("by", ["the same command", "--resume-run-id"])
+def test_a_landscape_that_was_cut_goes_on_with_what_it_had_finished(store, healed, monkeypatch, by):
+    """Left, by a stop and a death in turn, in the middle of the first state, between two parts that
+    share their graphs, and between two paths.
+    """
+    made = dict.fromkeys(PARTS, 0)
+
+    def counting(name: str, part):
+        def counted(*given, **options):
+            made[name] += 1
+            return part(*given, **options)
+
+        return counted
+
+    for name in PARTS:
+        part = getattr(basin_module, name)
+        monkeypatch.setattr(basin_module, name, counting(name, part))
+    config = config_for(healed, output_dir=str(store / "whole"))
+    basin(config, driver()[0])
+    whole = files(store / "whole", "_basin_")
+    assert len(whole) > 5
+    assert made == PARTS
+    place, client = store / "cut", MlflowClient()
+    for name in PARTS:
+        made[name] = 0
+    cuts = (1, 6, 14) if by == "the same command" else (6,)
+    for cut in cuts:
+        with pytest.raises(Died if cut == 6 and len(cuts) > 1 else Stopped):
+            basin(
+                replace(config, output_dir=str(place)),
+                driver(cut, dies=cut == 6 and len(cuts) > 1)[0],
+            )
+    if by == "the same command":
+        basin(replace(config, output_dir=str(place)), driver()[0])
+    else:
+        options = ["--resume-run-id", newest("basin"), "--verbosity", "quiet"]
+        done = CliRunner().invoke(basin_command, options)
+        assert done.exit_code == 0, done.output
+    assert made == PARTS, "nothing is done twice"
+    found = files(place, "_basin_")
+    assert found.keys() == whole.keys()
+    # The configuration names files that were fetched.
+    unlike = {name for name in whole if whole[name] != found[name]}
+    assert {name for name in unlike if not name.endswith("/config.json")} == set()
+    assert not list(place.rglob(".*.state"))
+    done = client.get_run(newest("basin"))
+    assert (done.info.status, done.data.tags["resumed_at_step"]) == ("FINISHED", str(cuts[-1]))

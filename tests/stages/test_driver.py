@@ -5,7 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import pathlib
+import shutil
+import signal
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +21,7 @@ from healing.errors import ConfigError, CorpusError, TrackingError
 from healing.progress import Safe, Stop, Stopped, phase
 from healing.stages.cells.events import Begin, Input, Record
 from healing.stages.driver import Driver
-from healing.stages.stage import Report, StageDefaults
+from healing.stages.stage import Done, Report, StageDefaults
 from healing.stages.terminal.console import Console, Silence
 from healing.tracking.local_store import LocalStore
 from healing.tracking.output_folder import run_folder
@@ -231,6 +235,17 @@ def test_a_child_that_fails_has_a_failed_run_with_its_reason(tmp_path, at):
     assert child.name == "toy 6"
 
 
+def test_a_parent_says_what_stopped_its_children(tmp_path):
+    d, stage = cut_at("3")
+    d.stop.signum = 15
+    with pytest.raises(Stopped), d.process("parent", {}) as parent:
+        d.run_cell(stage, Config(str(tmp_path)), parent=parent)
+    (child,) = [r for r in d.store._runs.values() if r.run_id != parent.run_id]
+    tags = [d.store.get_run(run.run_id).tags for run in (parent, child)]
+    assert [t["stopped_by"] for t in tags] == ["SIGTERM", "SIGTERM"]
+    assert [t.get("stopped_at_step") for t in tags] == [None, "3"]
+
+
 @pytest.mark.parametrize("at", ["base 1", "3"])
 def test_a_stop_ends_a_phase_or_the_step_it_is_in(tmp_path, at):
     stop, stage = Stop(), Toy(lambda point: point == at and stop.set())
@@ -259,7 +274,7 @@ class Memory:
         self.kept[folder] = replace(kept, records=list(kept.records))
 
     def drop(self, folder):
-        del self.kept[folder]
+        self.kept.pop(folder, None)
 
 
 @pytest.mark.parametrize("at", range(1, 7))
@@ -296,6 +311,25 @@ def test_whoever_waits_for_an_end_hears_that_a_state_is_being_written(tmp_path):
         run(driver(stop=stop, snapshots=Watched()), stage, Config(str(tmp_path)))
     assert heard == [(3, True)]
     assert not stop.is_saving
+
+
+def test_the_run_that_is_gone_on_with_is_closed(tmp_path, capsys):
+    closed = []
+
+    class Closing(LocalStore):
+        def close_gone_on_with(self, run_id, by):
+            closed.append((run_id, by))
+            return [f"{run_id} is KILLED now"]
+
+    snapshots = Memory()
+    folder = run_folder(str(tmp_path), Toy.place, "toy")
+    snapshots.kept[folder] = Kept("f6", (5, 15), run_id="left on another machine", step=5)
+    d = Driver(Console("normal"), Closing(), snapshots=snapshots)
+    done = run(d, Toy(), Config(str(tmp_path)))
+    assert closed == [("left on another machine", done.run_id)]
+    assert "left on another machine is KILLED now" in capsys.readouterr().out
+    run(d, Toy(), Config(str(tmp_path)))
+    assert len(closed) == 1, "a run that begins anew goes on with none"
 
 
 def test_a_snapshot_of_another_cell_is_not_gone_on_with(tmp_path):
@@ -356,6 +390,162 @@ def test_an_earlier_runs_files_are_gone_and_a_kept_folder_stays(tmp_path):
     done = run(d, Keeping(), Config(str(tmp_path)))
     assert {p.name for p in kept.iterdir()} == {"model.bin", "plots"}
     assert d.store.download(f"runs:/{done.run_id}/model/model.bin") == kept / "model.bin"
+
+
+class Stored(LocalStore):
+    """A store that has copies of what runs left, as a server has."""
+
+    def __init__(self, place: pathlib.Path) -> None:
+        super().__init__()
+        self.place = place
+
+    def keep(self, done: Done) -> None:
+        shutil.copytree(done.folder, self.place / done.run_id)
+
+    def download(self, uri, folder=None):
+        run_id, _, path = uri.removeprefix("runs:/").partition("/")
+        return self.place / run_id / path
+
+
+def cut_at(point: str) -> tuple[Driver, Toy]:
+    stop = Stop()
+    return driver(stop=stop), Toy(lambda now: now == point and stop.set())
+
+
+def test_a_folder_that_another_experiment_has_is_not_taken_for_the_found_runs(tmp_path):
+    """The same experiment in two places: one output folder, two stores. The second is under way,
+    or over, when the first asks for its sham's trajectory.
+    """
+    store, config = Stored(tmp_path / "kept"), Config(str(tmp_path / "out"))
+    done = run(driver(store), Toy(), config)
+    store.keep(done)
+    assert done.file("metrics.jsonl", store) == done.folder / "metrics.jsonl"
+    during = []
+
+    def look(point: str) -> None:
+        if point == "3":
+            assert len(read_jsonl(done.folder / "metrics.jsonl")) == 1, "half of another's"
+            during.append(len(read_jsonl(done.file("metrics.jsonl", store))))
+
+    other = run(driver(), Toy(look), config)
+    assert (during, other.folder) == ([3], done.folder)
+    assert other.file("metrics.jsonl", driver().store) == done.folder / "metrics.jsonl"
+    assert done.file("metrics.jsonl", store) == tmp_path / "kept" / done.run_id / "metrics.jsonl"
+    (done.folder / ".run_id").unlink()  # as versions before the record left it
+    assert other.file("config.json", Stored(tmp_path)) == tmp_path / other.run_id / "config.json"
+
+
+def content(folder: pathlib.Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def hidden(folder: pathlib.Path) -> list[str]:
+    return sorted(p.suffix for p in folder.parent.iterdir() if p.suffix != ".lock")
+
+
+@pytest.mark.parametrize("as_child", [False, True])
+@pytest.mark.parametrize("ends", ["stopped", "failed"])
+def test_results_are_back_once_a_repetition_is_cut(tmp_path, ends, as_child):
+    config = Config(str(tmp_path))
+    done = run(driver(), Toy(), config)
+    before, (d, stage) = content(done.folder), cut_at("3")
+    if ends == "failed":
+        stage.at = lambda point: point == "3" and (_ for _ in ()).throw(CorpusError("no text"))
+    with pytest.raises(Stopped if ends == "stopped" else CorpusError):  # noqa: SIM117
+        with d.process("process", {}) as own:
+            d.run_cell(stage, config, **({"parent": own} if as_child else {"run": own}))
+    assert stage.computed == [1, 2, 3]
+    assert content(done.folder) == before
+    assert hidden(done.folder) == [""]
+    again = run(driver(), Toy(), config)
+    assert content(again.folder)[".run_id"].decode() == again.run_id
+    assert hidden(done.folder) == [""]
+
+
+KILLED_AT = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "open")
+
+
+def killed_at(number: int, below: pathlib.Path, work: Callable[[], Any]) -> bool:
+    """Do something in a process of its own that is killed at its n-th change of a file below a
+    folder, before it is made; whether it came to its end.
+    """
+    pid = os.fork()
+    if not pid:
+        seen = [0]
+
+        def audit(event: str, args: tuple[Any, ...]) -> None:
+            if event not in KILLED_AT or not isinstance(args[0], (str, bytes)):
+                return
+            if event == "open" and not args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+                return
+            name = os.fsdecode(args[0])
+            # Of a folder that is removed the parts are named alone.
+            if name.startswith(str(below)) or not os.path.isabs(name):
+                seen[0] += 1
+                if seen[0] == number:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(audit)
+        try:
+            work()
+        except BaseException:  # noqa: BLE001
+            os._exit(1)
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert code in (0, -signal.SIGKILL)
+    return code == 0
+
+
+@pytest.mark.parametrize("as_child", [False, True])
+def test_no_moment_of_a_repetition_loses_what_finished_before(tmp_path, as_child):
+    """Killed at each change of a file; what finished is found by who asks for it then, and is back
+    in its folder, and a repetition that comes to its end leaves its own results alone.
+    """
+    place, config = tmp_path / "out", Config(str(tmp_path / "out"))
+    d = driver()
+    done = run(d, Toy(), config)
+    before = content(done.folder)
+    shutil.copytree(place, tmp_path / "first")
+
+    class Telling(LocalStore):
+        @contextlib.contextmanager
+        def start(self, *given):
+            with super().start(*given) as opened:
+                yield opened
+            with (tmp_path / "ended").open("a") as stream:
+                stream.write(f"{opened.run_id}\n")
+
+    def repeat() -> None:
+        again = driver(Telling())
+        with again.process("process", {}) as own:
+            again.run_cell(Toy(), config, **({"parent": own} if as_child else {"run": own}))
+
+    over, number = False, 0
+    while not over:
+        number += 1
+        shutil.rmtree(place)
+        shutil.copytree(tmp_path / "first", place)
+        over = killed_at(number, place, repeat)
+        if over:
+            break
+        found = done.file("metrics.jsonl", Stored(tmp_path / "nothing is kept"))
+        aside = done.folder.parent / ".toy.previous"
+        assert not aside.exists() or content(aside) == before, f"half of it, {number}"
+        new = content(done.folder).get(".run_id", b"").decode() if done.folder.is_dir() else ""
+        if found.is_file():
+            assert found.read_bytes() == before["metrics.jsonl"], number
+            with d.process("main", {}) as parent:
+                assert d.run_cell(Toy(), config, parent=parent, reuse=True).run_id == done.run_id
+            assert content(done.folder) == before, number
+            assert set(hidden(done.folder)) <= {"", ".dropped", ".owner"}, number
+        else:  # the new results are whole, and their run has ended
+            assert new in (tmp_path / "ended").read_text().split(), number
+            assert content(done.folder).keys() == before.keys(), number
+        repeat()
+        assert content(done.folder).keys() == before.keys()
+        assert hidden(done.folder) == [""], number
+    assert number > 15
+    assert hidden(done.folder) == [""]
 
 
 def test_torchs_threads_are_as_before_afterwards(tmp_path):

@@ -15,8 +15,10 @@ from typing import Any
 import mlflow
 import pytest
 import torch
+from click.testing import CliRunner
 from mlflow.tracking import MlflowClient
 
+from entrypoints.attack import main as attack_command
 from healing.config.attack import AttackConfig
 from healing.config.heal import HealConfig
 from healing.config.pretrain import PretrainConfig
@@ -26,7 +28,8 @@ from healing.stages.cells.state_classes import STATE_CLASSES
 from healing.stages.driver import Driver
 from healing.stages.heal import heal
 from healing.stages.pretrain import pretrain
-from healing.stages.terminal.console import Console
+from healing.stages.terminal.console import Console, Silence
+from healing.tracking import queries
 from healing.tracking.run_files import read_json, read_jsonl
 from healing.tracking.snapshots import FileSnapshots, Kept
 
@@ -210,3 +213,117 @@ def test_a_training_cut_early_and_late(store):
         )  # fmt: skip
 
     same_after_a_cut(run, store, "", [1, 4])
+
+
+class CutAtSave(FileSnapshots):
+    """Snapshots of a process that is told to stop, or dies, when it keeps its n-th state."""
+
+    def __init__(self, last: int, stop: Stop, *, dies: bool) -> None:
+        super().__init__(STATE_CLASSES)
+        self.left, self.stop, self.dies = last, stop, dies
+
+    def save(self, folder: pathlib.Path, kept: Kept) -> None:
+        super().save(folder, kept)
+        self.left -= 1
+        if self.left == 0:
+            if self.dies:
+                raise Died
+            self.stop.set()
+
+
+def children() -> list[tuple[str, str, str]]:
+    """Replicate, status and parent of every healing run below a parent, oldest first."""
+    client = MlflowClient()
+    experiments = [e.experiment_id for e in client.search_experiments()]
+    runs = client.search_runs(
+        experiments, "tags.stage = 'heal'", order_by=["attributes.start_time ASC"]
+    )
+    return [
+        (r.data.tags["replicate"], r.info.status, r.data.tags["mlflow.parentRunId"])
+        for r in runs
+        if "replicate" in r.data.tags
+    ]
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_several_healings_go_on_by_the_same_command(store, dies):
+    """Three replicates of two steps, cut in the second, then in the third; each is made once, and
+    the same command makes all three anew once a parent went through.
+    """
+    attacked(store / "attack", "random_tokens", driver()[0])
+    (checkpoint,) = (store / "attack").rglob("checkpoint_post_treatment.pt")
+
+    def run(last: int = 0, **changes: Any) -> list[int]:
+        stop = Stop()
+        given = {**HEAL, "healing_steps": 2, "num_runs": 3, "collapsed_checkpoint": str(checkpoint)}
+        d = Driver(Console("quiet"), stop=stop, snapshots=CutAtSave(last, stop, dies=dies))
+        made = heal(HealConfig(**(given | changes)), d)
+        return [outcome.cell.replicate for outcome in made]
+
+    for last in (3, 2):
+        with pytest.raises(Died if dies else Stopped):
+            run(last)
+    finished = [r for r, status, _ in children() if status == "FINISHED"]
+    assert finished == ["0", "1"]
+    if not dies:
+        client = MlflowClient()
+        (experiment,) = client.search_experiments(filter_string="name = 'llm-healing'")
+        parents = client.search_runs([experiment.experiment_id], "tags.role = 'parent'")
+        assert [p.data.tags["stopped_by"] for p in parents] == ["request", "request"]
+    assert run() == [2], "the third alone, after two cuts"
+    runs = children()
+    assert [r for r, status, _ in runs if status == "FINISHED"] == ["0", "1", "2"]
+    assert len({parent for r, _, parent in runs if r == "1"}) == 2, "cut in one, made in another"
+    assert run(num_runs=2) == [0, 1], "another command"
+    with pytest.raises(Died if dies else Stopped):
+        run(1)
+    assert run() == [0, 1, 2], "nothing of the one that went through before"
+
+
+def stopped_while_loading() -> Driver:
+    """Told to stop once its settings are stored, before anything else is known of its run."""
+    stop = Stop()
+    d = Driver(Console("quiet"), stop=stop, snapshots=FileSnapshots(STATE_CLASSES))
+
+    class Watching(Silence):
+        def phase(self, name: str, done: int, total: int | None, note: str = "") -> None:
+            if name == "loading model":
+                stop.set()
+
+    d.console.progress = lambda title: Watching()  # type: ignore[method-assign]
+    return d
+
+
+@pytest.mark.parametrize("named", ["reference and direction", "start"])
+def test_an_attack_whose_checkpoints_were_fetched_goes_on_by_its_run(store, named):
+    """What a run fetches goes with its process: as if it had ended, the downloads are removed."""
+    attacked(store / "first", "random_tokens", driver()[0])
+    (reference,) = (store / "first").rglob("checkpoint_post_treatment.pt")
+    of = torch.load(reference, weights_only=True)["config"]["attack_run_id"]
+    given: dict[str, Any] = {
+        "arm": "ray",
+        "match": "loss",
+        "reference_run_id": of,
+        "direction_run_id": of,
+    }
+    if named == "start":
+        collapsed = {"collapsed_checkpoint": str(reference), "output_dir": str(store / "healed")}
+        heal(HealConfig(**{**HEAL, **collapsed, "healing_steps": 2}), driver()[0])
+        (healed,) = (store / "healed").rglob("checkpoint_post_healing.pt")
+        of = torch.load(healed, weights_only=True)["config"]["heal_run_id"]
+        given = {"start_checkpoint": f"runs:/{of}/checkpoints/{healed.name}"}
+    config = AttackConfig(**SMALL, **given, output_dir=str(store / "second"))
+    with pytest.raises(Stopped):
+        attack(config, stopped_while_loading())
+    client = MlflowClient()
+    experiments = [e.experiment_id for e in client.search_experiments()]
+    (cut,) = client.search_runs(experiments, "attributes.status = 'KILLED'")
+    queries._downloads_folder().cleanup()
+    queries._downloads_folder.cache_clear()
+    options = ["--resume-run-id", cut.info.run_id, "--verbosity", "quiet"]
+    done = CliRunner().invoke(attack_command, options)
+    assert done.exit_code == 0, done.output
+    tag = "start_run_id" if named == "start" else "reference_run_id"
+    last = client.search_runs(experiments, "", order_by=["attributes.start_time DESC"])[0]
+    assert (last.info.status, last.data.tags[tag]) == ("FINISHED", of)
+    assert list((store / "second").rglob("checkpoint_post_treatment.pt"))

@@ -26,7 +26,7 @@ from healing.stages.summarize_inputs import (
     read_runs,
 )
 from healing.statistics.heal_runs import ENDPOINTS
-from healing.tracking import open_runs, queries
+from healing.tracking import metric_history, open_runs, queries
 from healing.tracking.run_files import JsonLines
 from healing.tracking.store import MlflowStore
 
@@ -143,9 +143,9 @@ def test_over_http(store, server, monkeypatch):
     for view in views:
         assert_same(found[view.run_id], from_artifact(view, MlflowStore()))
     assert not list(folder.iterdir())  # a thousand runs would leave a thousand folders
-    monkeypatch.setattr(queries, "BULK_HISTORY", "/ajax-api/2.0/mlflow/metrics/none")
+    monkeypatch.setattr(metric_history, "BULK_HISTORY", "/ajax-api/2.0/mlflow/metrics/none")
     with pytest.raises(TrackingError, match="no bulk history of loss"):
-        queries.metric_page([views[0].run_id], "loss")
+        metric_history.metric_page([views[0].run_id], "loss")
 
 
 def test_runs_without_history_are_read_from_their_artifact(store):
@@ -188,7 +188,7 @@ def test_store_without_bulk_history(store, monkeypatch):
         raise TrackingError("NoStore has no bulk history")
 
     expected = read_runs(views)
-    monkeypatch.setattr(queries, "metric_page", refuse)
+    monkeypatch.setattr(metric_history, "metric_page", refuse)
     notes: list[str] = []
     found = read_runs(views, notes.append)
     assert notes == ["3 of 3 runs are read one by one from metrics.jsonl: NoStore has no bulk "
@@ -213,9 +213,9 @@ def test_metric_page_names_what_failed(store, monkeypatch):
     ):  # fmt: skip
         client = type("Client", (), {"_tracking_client": type("T", (), {"store": backend})})
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(queries, "MlflowClient", client)
+            patch.setattr(metric_history, "MlflowClient", client)
             with pytest.raises(TrackingError, match=message):
-                queries.metric_page([view.run_id], "loss")
+                metric_history.metric_page([view.run_id], "loss")
 
 
 @pytest.mark.parametrize("was_on", [True, False])

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import pathlib
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 
+import optuna
 import pytest
 from matplotlib.figure import Figure
 from mlflow.tracking import MlflowClient
+from optuna.storages.journal import JournalFileBackend
 
 from healing.config.attack import AttackConfig
 from healing.config.heal import HealConfig
@@ -40,6 +45,7 @@ from healing.stages.tuning.space import axes_of, default_values, grid_points, se
 from healing.stages.tuning.study import Study
 from healing.statistics.healer_trials import COMPLETE, DIVERGED, PRUNED, Trial, best_so_far, winner
 from healing.tracking.local_store import LocalStore
+from tests.stages.test_driver import killed_at
 
 OPTIMUM = 4e-3
 
@@ -313,6 +319,68 @@ def test_what_a_killed_process_leaves_is_taken_up(tmp_path):
     with Study.opened(path, config, {"a": 1}) as study:
         assert [t.loss for t in study.trials()] == [5.0, 4.0]
         assert math.isnan(study.trials()[1].rank_recovery_pct)
+
+
+def test_a_search_killed_at_any_moment_goes_on_without_its_finished_trials(tmp_path, stubbed):
+    """SIGKILL at a sample of the changes of files; what the journal says then is read by Optuna
+    itself, and no finished trial is computed again.
+    """
+    begun: list[HealCell] = []
+
+    def wanted(folder: pathlib.Path) -> TuneConfig:
+        return config_for(folder, trials=4, pruner="none")
+
+    def trials_of(folder: pathlib.Path) -> list[optuna.trial.FrozenTrial]:
+        (path,) = folder.rglob("study.journal")
+        copied = folder.parent / "copy.journal"  # as it is, half a line at its end left out
+        copied.write_bytes(path.read_bytes().rpartition(b"\n")[0] + b"\n")
+        storage = optuna.storages.JournalStorage(JournalFileBackend(str(copied)))
+        try:
+            return optuna.load_study(study_name="healer", storage=storage).trials
+        except KeyError:
+            return []  # not made yet
+
+    whole = run(wanted(tmp_path / "whole"))
+    stubbed(healing(on_begin=begun.append))
+    number, over, computed = 2, False, []
+    while not over:
+        place = tmp_path / f"at{number}"
+        over = killed_at(number, place, lambda place=place: run(wanted(place)))
+        journal = list(place.rglob("study.journal"))
+        before = trials_of(place) if journal else []
+        finished = sum(t.state.is_finished() for t in before)
+        begun.clear()
+        started = time.monotonic()
+        found = run(wanted(place))
+        assert time.monotonic() - started < 20, "it waited for the dead"
+        assert comparable(found.trials) == comparable(whole.trials), number
+        assert len(begun) == 2 * (4 - finished), number
+        states = [t.state for t in trials_of(place)]
+        assert states.count(optuna.trial.TrialState.COMPLETE) == 4
+        assert not {optuna.trial.TrialState.RUNNING, optuna.trial.TrialState.WAITING} & {*states}
+        computed.append(finished)
+        number += 13
+    assert len({*computed}) >= 4, computed
+
+
+def test_a_lock_that_leads_nowhere_holds_nobody_up(tmp_path):
+    """As Optuna's own leaves it where a process was killed amid a line, and the folder moved."""
+    config, path = config_for(tmp_path), tmp_path / "s" / "study.journal"
+    with Study.opened(path, config, {}) as study:
+        study.finish(study.propose(), 5.0, {})
+    (path.parent / "study.journal.lock").symlink_to(tmp_path / "elsewhere" / "study.journal")
+    done = []
+
+    def again() -> None:
+        with Study.opened(path, config, {}) as study:
+            study.finish(study.propose(), 4.0, {})
+            done.extend(t.loss for t in study.trials())
+
+    asking = threading.Thread(target=again, daemon=True)
+    asking.start()
+    asking.join(10)
+    assert done == [5.0, 4.0]
+    assert sorted(p.name for p in path.parent.iterdir()) == ["study.journal"]
 
 
 def test_a_study_of_something_else_is_refused(tmp_path, stubbed):

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import itertools
 import math
 import pathlib
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from healing.attacks.finished import Finished
 from healing.config.basin import BasinConfig
 from healing.config.fingerprint import as_params, fingerprint
 from healing.config.options import AUTO
 from healing.config.presets import model_slug
 from healing.config.shared import BaseConfig
-from healing.curvature.escape import Direction, escape
+from healing.curvature.escape import Direction, Escape, escape
 from healing.curvature.flat_weights import put_weights, weights_of
 from healing.curvature.gradient_noise import gradient_statistics
 from healing.curvature.hessian import HessianOperator
@@ -58,6 +60,28 @@ TOKENS_PER_PASS = 512
 
 Part = Callable[[str], Safe]
 """Name of a part that is done → the safe point after it."""
+
+
+class _OfState:
+    """The finished parts of one state's examination, as plain data.
+
+    Args:
+        finished: Of the whole cell.
+        state: Its name.
+        part: The safe point after a part of the cell.
+    """
+
+    def __init__(self, finished: Finished, state: str, part: Part) -> None:
+        self._finished, self._state, self._part = finished, state, part
+
+    def get(self, name: str) -> Any:
+        """What came of a part; ``None`` where it is not finished."""
+        return self._finished.get(f"{self._state} {name}")
+
+    def over(self, name: str, *result: Any) -> Safe:
+        """Keep what came of a part."""
+        self._finished.keep(f"{self._state} {name}", result)
+        return self._part(f"{self._state} {name}")
 
 
 def resolve_from_checkpoint(config: BasinConfig, healed: Checkpoint, path: object) -> BasinConfig:
@@ -133,30 +157,44 @@ def _operator(loaded: LoadedModel, windows: Tensor) -> HessianOperator:
 
 
 def _spectrum(
-    config: BasinConfig, operator: HessianOperator, part: Part
+    config: BasinConfig, operator: HessianOperator, parts: _OfState
 ) -> Generator[Safe, None, tuple[Curvature, Direction | None, SpectralDensity]]:
     """Extreme eigenvalues, the direction of the lowest where it is negative, and the density from
     the search's own probe and further ones.
     """
-    enter("eigenvalues")
-    with operator.retained_graphs():
-        found = lanczos(
-            operator,
-            named_generator(int(config.seed), "basin-lanczos"),
-            n_largest=config.eigenvalues,
-            n_smallest=config.eigenvalues,
-            max_iterations=config.lanczos_iterations,
-            tolerance=config.curvature_tolerance,
-        )
-        yield part("eigenvalues")
-        enter("spectral density")
-        density = lanczos_quadrature(
-            operator,
-            named_generator(int(config.seed), "basin-density"),
-            n_probes=config.density_probes,
-            n_iterations=config.density_iterations,
-        )
-    yield part("spectral density")
+    known = parts.get("eigenvalues"), parts.get("spectral density")
+    with operator.retained_graphs() if None in known else contextlib.nullcontext():
+        if known[0] is None:
+            enter("eigenvalues")
+            yield parts.over("eigenvalues", *_extremes(config, operator))
+        if known[1] is None:
+            enter("spectral density")
+            density = lanczos_quadrature(
+                operator,
+                named_generator(int(config.seed), "basin-density"),
+                n_probes=config.density_probes,
+                n_iterations=config.density_iterations,
+            )
+            yield parts.over("spectral density", density)
+    curvature, lowest, nodes, weights = parts.get("eigenvalues")
+    (density,) = parts.get("spectral density")
+    return curvature, lowest, density.with_probe(nodes, weights)
+
+
+def _extremes(
+    config: BasinConfig, operator: HessianOperator
+) -> tuple[Curvature, Direction | None, Tensor, Tensor]:
+    """The search's eigenvalues, the direction of the lowest where it is negative, and its probe's
+    quadrature: nodes and weights, `(iterations,)`.
+    """
+    found = lanczos(
+        operator,
+        named_generator(int(config.seed), "basin-lanczos"),
+        n_largest=config.eigenvalues,
+        n_smallest=config.eigenvalues,
+        max_iterations=config.lanczos_iterations,
+        tolerance=config.curvature_tolerance,
+    )
     curvature = Curvature(
         tuple(found.largest.values.tolist()),
         tuple(found.smallest.values.tolist()),
@@ -167,8 +205,9 @@ def _spectrum(
     )
     lowest = None
     if curvature.is_negative:
-        lowest = Direction(curvature.smallest[0], found.smallest.vectors[:, 0])
-    return curvature, lowest, density.with_probe(found.nodes, found.weights)
+        vector = found.smallest.vectors[:, 0].clone()  # of its own: the others are not kept
+        lowest = Direction(curvature.smallest[0], vector)
+    return curvature, lowest, found.nodes, found.weights
 
 
 def examine(
@@ -176,25 +215,50 @@ def examine(
     loaded: LoadedModel,
     windows: Tensor,
     probe: Probe,
-    part: Part,
+    parts: _OfState,
 ) -> Generator[Safe, None, StateReport]:
     """All evidence about the model's current weights, which are left as they are.
 
-    The random streams are the same for every state, so that states are compared pairwise.
+    The random streams are the same for every state, so that states are compared pairwise, and begin
+    anew with every part: what was finished before needs no stream's state.
     """
     count = config.curvature_tokens // windows.shape[1]
     batches = [
         _operator(loaded, batch)
         for batch in gradient_batches(windows, config.gradient_batches, count)
     ]
-    enter("gradient")
-    gradients = gradient_statistics([b.gradient() for b in counted(batches, len(batches))])
-    yield part("gradient")
+    if parts.get("gradient") is None:
+        enter("gradient")
+        statistics = gradient_statistics([b.gradient() for b in counted(batches, len(batches))])
+        yield parts.over("gradient", statistics)
+    (gradients,) = parts.get("gradient")
     fixed = curvature_batch(windows, count)
     operator = _operator(loaded, fixed)
-    curvature, lowest, density = yield from _spectrum(config, operator, part)
-    enter("escape")
-    left = escape(
+    curvature, lowest, density = yield from _spectrum(config, operator, parts)
+    if lowest is not None:  # what was kept is on the host
+        lowest = replace(lowest, vector=lowest.vector.to(loaded.device))
+    if parts.get("escape") is None:
+        enter("escape")
+        yield parts.over(
+            "escape",
+            _escape(config, loaded, fixed, probe, batches, curvature, lowest),
+        )
+    (left,) = parts.get("escape")
+    evidence = Evidence(gradients, curvature, left)
+    return StateReport(evidence, is_minimum(evidence), density)
+
+
+def _escape(
+    config: BasinConfig,
+    loaded: LoadedModel,
+    fixed: Tensor,
+    probe: Probe,
+    batches: Sequence[HessianOperator],
+    curvature: Curvature,
+    lowest: Direction | None,
+) -> Escape:
+    """Where descent leads from the model's current weights."""
+    return escape(
         loaded.model,
         functools.partial(Probe(fixed).loss, loaded.model),
         functools.partial(probe.window_losses, loaded.model),
@@ -207,9 +271,6 @@ def examine(
         perturbations=config.perturbations,
         lowest=lowest,
     )
-    yield part("escape")
-    evidence = Evidence(gradients, curvature, left)
-    return StateReport(evidence, is_minimum(evidence), density)
 
 
 def read_states(cell: BasinCell, loaded: LoadedModel) -> tuple[dict[str, Tensor], Checkpoint]:
@@ -269,7 +330,7 @@ def basin_cell(cell: BasinCell) -> Events[BasinOutcome]:
     enter("loading the checkpoints")
     weights, healed = read_states(cell, loaded)
     run_fingerprint = basin_fingerprint(cell, weights, loaded.identity, corpus.digests)
-    yield Begin(
+    kept = yield Begin(
         run_fingerprint,
         f"{model_slug(config.label)}_{cell.arm}_seed{config.seed}_basin_{run_fingerprint[:8]}",
         {
@@ -283,33 +344,32 @@ def basin_cell(cell: BasinCell) -> Events[BasinOutcome]:
         counts={"n_params": loaded.n_params},
         inputs=inputs_read(config, corpus.digests, {"attack": "curvature", "probe": "probe"}),
     )
-    count = itertools.count(1)
+    finished = Finished(kept)
 
     def part(name: str) -> Safe:
-        return Safe(next(count), name)
+        done = finished.parts()
+        return Safe(len(done), name, lambda: done, lambda: len(done))
 
     states = {}
     for name in STATES:
         put_weights(loaded.model, weights[name])
-        examined = examine(config, loaded, windows, probe, functools.partial(_part, part, name))
+        examined = examine(config, loaded, windows, probe, _OfState(finished, name, part))
         states[name] = yield from examined
     paths = {}
     for name, (start, end) in PATHS.items():
-        enter("straight paths")
-        paths[name] = loss_path(
-            loaded.model,
-            weights[start],
-            weights[end],
-            config.path_points,
-            functools.partial(probe.loss, loaded.model),
-        )
-        yield part(name)
+        if finished.get(name) is None:
+            enter("straight paths")
+            path = loss_path(
+                loaded.model,
+                weights[start],
+                weights[end],
+                config.path_points,
+                functools.partial(probe.loss, loaded.model),
+            )
+            finished.keep(name, path)
+            yield part(name)
+        paths[name] = finished.get(name)
     apart = displacement(weights["healthy"], weights["collapsed"], weights["healed"])
     return BasinOutcome(
         cell, run_fingerprint, healed.config, loaded.n_params, corpus.digests, states, paths, apart
     )
-
-
-def _part(part: Part, state: str, name: str) -> Safe:
-    """A part of the examination of one state."""
-    return part(f"{state} {name}")

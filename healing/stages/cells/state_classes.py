@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from healing.attacks.base import AttackRecord, StepOutcome
 from healing.attacks.catalyst_search import SearchState
+from healing.curvature.escape import Descent, Direction, Escape
+from healing.curvature.gradient_noise import GradientStatistics
 from healing.curvature.lanczos import Eigenpairs, LanczosResult, LanczosStatus
-from healing.curvature.stochastic_lanczos import QuotientsSoFar
+from healing.curvature.loss_landscape import LossPath
+from healing.curvature.minimum import Curvature
+from healing.curvature.stochastic_lanczos import QuotientsSoFar, SpectralDensity
 from healing.measurements.diagnosis import Failure
 from healing.measurements.probe import Measurement
 from healing.measurements.spectrum import Spectrum
@@ -27,5 +31,12 @@ STATE_CLASSES = (
     LanczosResult,
     Eigenpairs,
     LanczosStatus,
+    GradientStatistics,
+    Curvature,
+    Direction,
+    SpectralDensity,
+    Descent,
+    Escape,
+    LossPath,
 )
 """Beside tensors and plain values."""

@@ -24,7 +24,7 @@ from optuna.distributions import (
 )
 from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import FrozenTrial, TrialState
 
 from healing.config.fingerprint import fingerprint
@@ -93,6 +93,20 @@ def _alone(path: pathlib.Path) -> Iterator[None]:
         yield
 
 
+class _HeldAlready(JournalFileSymlinkLock):
+    """No lock beside that of :func:`_alone`, which ends with its process. Optuna's is a link beside
+    the journal: one that a killed process left holds the next up for half a minute, and for ever
+    where the folder was moved, since it leads nowhere then.
+    """
+
+    def acquire(self) -> bool:
+        """At once."""
+        return True
+
+    def release(self) -> None:
+        """Nothing was taken."""
+
+
 def _cut_torn_line(path: pathlib.Path) -> None:
     """Drop what a killed process began to write: Optuna would write on in the same line."""
     content = path.read_bytes()
@@ -112,7 +126,7 @@ class Study:
         self._grid = grid_points(config) if config.sampler == GRID else []
         _cut_torn_line(path)
         self._study = optuna.create_study(
-            storage=JournalStorage(JournalFileBackend(str(path))),
+            storage=JournalStorage(JournalFileBackend(str(path), _HeldAlready(str(path)))),
             pruner=_pruner(config),
             study_name="healer",
             direction="minimize",
@@ -139,6 +153,8 @@ class Study:
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         with _alone(path):
+            for link in path.parent.glob(f"{path.name}.lock*"):  # of versions that had Optuna's
+                link.unlink()
             yield cls(path, config, identity)
 
     def _check_identity(self, path: pathlib.Path) -> None:
