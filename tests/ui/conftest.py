@@ -219,7 +219,7 @@ def writing_to(folder: pathlib.Path, uri: str) -> Iterator[None]:
     mlflow.set_tracking_uri(uri)
     with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patched:
         # The command on a page is one for a checkout: this one.
-        found = git_version.Checkout(commit="c" * 40)
+        found = git_version.Checkout(commit="5a4f90c1" * 5)
         for module in ("attack", "healing_run.page", "summarize"):
             patched.setattr(f"healing.stages.{module}.checkout", lambda: found)
         try:
