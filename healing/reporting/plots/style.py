@@ -161,7 +161,7 @@ def paper_figure(
     with _styled_figure(PAPER | _TYPES[style], rows, columns, size) as fig:
         yield fig, fig.axes
         for text in fig.findobj(Text) if style in _LARGER else ():
-            text.set_fontsize(_LARGER[style] * text.get_fontsize())
+            text.set_fontsize(_LARGER[style] * float(text.get_fontsize()))
         fig.tight_layout(pad=0.3, w_pad=1.0, h_pad=0.8)
         fig.savefig(path.with_name(path.name + ".png"))
         fig.savefig(path.with_name(path.name + ".pdf"), metadata={"CreationDate": None})
