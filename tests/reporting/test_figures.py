@@ -65,7 +65,9 @@ def test_same_input_same_bytes_and_no_date(tmp_path, summary, name, figure_style
 
 def test_mathematics_of_a_serif_figure_is_serif(tmp_path):
     with style.figure_style("serif"), style.paper_figure(tmp_path / "f", 1, 1, (3, 2)) as (_, axes):
-        axes[0].set(xscale="log", xlim=(1e3, 1e9), xlabel=safe_text("数 $x$"))  # 10³ … 10⁹
+        axes[0].set(
+            xscale="log", xlim=(1e3, 1e9), xlabel=safe_text("数 $x$"), title=r"$\lambda x$"
+        )  # 10³ … 10⁹
     pdf = (tmp_path / "f.pdf").read_bytes()
     assert b"STIXGeneral" in pdf
     assert b"DejaVu" not in pdf

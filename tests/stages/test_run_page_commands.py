@@ -187,12 +187,15 @@ def test_a_training_and_a_summary_are_repeated(store):
 
     run_id, _ = attack(AttackConfig(**SMALL, arm="random_tokens", attack_steps=4))
     heal(HealConfig(**SMALL, attack_run_id=run_id, healing_steps=4))
-    summarize(SummarizeConfig(filter="tags.model = 'nano'", confidence=0.9, verbosity="quiet"))
+    summarize(SummarizeConfig(filter="tags.model = 'nano'", confidence=0.9, figure_style="serif",
+                              verbosity="quiet"))  # fmt: skip
     (first,) = pages("summarize")
     run_again(first)
     second, _ = pages("summarize")
     assert histories(second) == histories(first)
     assert second.data.params["summarize.confidence"] == "0.9"
+    drawn = MlflowClient().download_artifacts(second.info.run_id, "paper/fig_recovery.pdf")
+    assert b"STIXGeneral" in pathlib.Path(drawn).read_bytes()
 
 
 def pages(stage: str) -> list:
