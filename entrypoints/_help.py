@@ -16,7 +16,7 @@ GROUPS = {
         vocab_size probe_tokens measurements""",
     "Results and progress": """output_dir cache_dir verbosity resume_run_id checkpoint_interval
         checkpoint_minutes save_healed log_images log_text log_layers log_model register_as
-        system_metrics confidence""",
+        system_metrics confidence figure_style""",
     "Memory, time and device": """dry_run time_steps device threads workers precision precision_mode
         gradient_checkpointing""",
 }

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from healing.config.options import option
 from healing.config.shared import OutputOptions
 
+FIGURE_STYLES = ("sans", "serif")
+"""Types that the figures of a summary are set in."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SummarizeConfig(OutputOptions):
@@ -25,4 +28,10 @@ class SummarizeConfig(OutputOptions):
     )
     confidence: float = option(
         0.95, "Confidence level of the intervals.", minimum=0.5, maximum=0.999
+    )
+    figure_style: str = option(
+        "sans",
+        "Type of the figures: sans, or serif for a paper set in Times, letters and mathematics.",
+        choices=FIGURE_STYLES,
+        determines=False,
     )

@@ -249,13 +249,13 @@ def unjudged_note(summary: Summary) -> str:
     judged = {g.model for g in shown if g.scratch is not None}
     open_ones = [m for m in dict.fromkeys(g.model for g in shown) if m not in judged]
     reasons = {
-        "no run of `reinitialised`": [m for m in open_ones if m not in scratch],
-        "`reinitialised` was healed for other steps or tokens": [
+        "no run of the arm reinitialised": [m for m in open_ones if m not in scratch],
+        "the arm reinitialised was healed for other steps or tokens": [
             m for m in open_ones if m in scratch
         ],
     }
     said = [
-        f"{listed(models)}: not judged against from scratch ({why})."
+        f"{listed(models)}: not compared with learning from scratch ({why})."
         for why, models in reasons.items()
         if models
     ]

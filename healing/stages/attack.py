@@ -25,6 +25,7 @@ from healing.registry import DAMAGE_CONTROL, NEEDS
 from healing.reporting import run_page
 from healing.reporting.phrases import quantity_text
 from healing.reporting.plots import runs as figures
+from healing.reporting.plots.layers import rank_map
 from healing.stages.cells.attack import (
     AttackOutcome,
     attack_cell,
@@ -44,6 +45,7 @@ from healing.stages.stage import (
     checkpoint_file,
     headlines,
     model_of,
+    pictures_of,
     points_of,
     run_of,
 )
@@ -284,6 +286,14 @@ class AttackStage(StageDefaults):
         points, plots = points_of(records), folder / "plots"
         figures.rank_collapse(plots / "rank_collapse.png", points, config.arm, config.label)
         figures.attack_overview(folder / run_page.PICTURE, points, s, config.arm)
+        if config.log_images:
+            rank_map(
+                plots / "rank_by_block.png",
+                [record.step for record in outcome.records],
+                outcome.rank_shares(),
+                "attack steps" if not noise_match(config) else "strengths tried",
+                f"{config.label}, {arm_label(config.arm)}, seed {config.seed}",
+            )
         catalyst = f", catalyst {outcome.catalyst.status}" if outcome.catalyst else ""
         line = (
             f"{self.title(config)}: {outcome.damage.spectral_state}, rank "
@@ -301,7 +311,14 @@ class AttackStage(StageDefaults):
         facts = {"arm": config.arm, "state": "collapsed", "steps": outcome.last.step}
         models = model_of(self.name, config, outcome.loaded, folder, title, **facts)
         return Report(
-            charts, _tags(outcome), page, line, detail=detail, result=result, models=models
+            charts,
+            _tags(outcome),
+            page,
+            line,
+            detail=detail,
+            result=result,
+            pictures=pictures_of(outcome.records, outcome.healthy, wanted=config.log_images),
+            models=models,
         )
 
 

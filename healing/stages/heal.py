@@ -42,7 +42,7 @@ from healing.stages.healing_run.inputs import (
     fresh_attack_config,
     local_checkpoint,
 )
-from healing.stages.healing_run.page import describe, pictures, tables
+from healing.stages.healing_run.page import describe, tables
 from healing.stages.stage import (
     Done,
     Report,
@@ -50,6 +50,7 @@ from healing.stages.stage import (
     Tools,
     headlines,
     model_of,
+    pictures_of,
     points_of,
 )
 from healing.stages.terminal.console import Console
@@ -242,7 +243,7 @@ class HealStage(StageDefaults):
             describe(found, run_id),
             line,
             result=found,
-            pictures=pictures(found),
+            pictures=pictures_of(found.records, found.healthy, wanted=found.cell.config.log_images),
             tables=tables(found, healed.tokenizer),
             models=_model(found, healed, folder),
         )

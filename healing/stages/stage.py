@@ -15,8 +15,10 @@ from healing.config.fingerprint import as_params
 from healing.config.paths import is_address, local_path
 from healing.config.shared import RAW_DATA
 from healing.errors import TrackingError
+from healing.measurements.probe import Measurement
 from healing.models.loading import LoadedModel, resolve_device
 from healing.models.model_card import model_card
+from healing.reporting.plots.layers import spectra_by_step
 from healing.stages.cells.events import Begin, Events, Record
 from healing.tracking.git_version import processor
 from healing.tracking.queries import MODELS, RunView
@@ -209,6 +211,35 @@ def used(config: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(attack, Mapping):
         found["attack_run_id"] = attack.get("attack_run_id", "")
     return found
+
+
+class Measured(Protocol):
+    """A record that has the whole measurement."""
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+
+    @property
+    def measurement(self) -> Measurement:
+        """On the probe."""
+
+
+def pictures_of(
+    records: Sequence[Measured], healthy: Measurement, *, wanted: bool
+) -> list[tuple[str, int, Any]]:
+    """Spectra of all blocks at up to ten steps as pictures that MLflow shows by step.
+
+    Args:
+        records: Of the run.
+        healthy: Drawn behind them.
+        wanted: Whether there are to be any.
+    """
+    if not wanted:
+        return []
+    spectra = [record.measurement.block_spectra() for record in records]
+    drawn = spectra_by_step([r.step for r in records], spectra, healthy.block_spectra())
+    return [("headline/spectrum", step, picture) for step, picture in drawn]
 
 
 def announce(run: Run, begin: Begin) -> None:

@@ -24,7 +24,7 @@ from healing.reporting.phrases import group_label, headline_groups
 from healing.reporting.plots import contrasts as contrasts_figure
 from healing.reporting.plots import groups as groups_figures
 from healing.reporting.plots.damage import recovery_against_damage
-from healing.reporting.plots.style import COLUMN, for_a_page
+from healing.reporting.plots.style import COLUMN, SANS, figure_style, for_a_page
 from healing.reporting.verdict_context import lead_sentence
 from healing.reporting.verdict_sentences import verdict_heading, verdict_reason
 from healing.stages.driver import Driver
@@ -206,7 +206,9 @@ def description(summary: Summary, run_id: str = "", repeat: Sequence[str] = ()) 
 
 def repeat_lines(config: SummarizeConfig, run: Run) -> list[str]:
     """The command that summarizes the same runs of the same experiment."""
-    options = run_page.settings(config, experiment=config.experiment or run.experiment_id)
+    style = "" if config.figure_style == SANS else config.figure_style
+    experiment = config.experiment or run.experiment_id
+    options = run_page.settings(config, experiment=experiment, figure_style=style)
     note = "It reads the runs that the store (MLFLOW_TRACKING_URI) holds then."
     return run_page.repeat("summarize", options, checkout(), note)
 
@@ -279,7 +281,8 @@ def summarized(
             folder.mkdir(parents=True, exist_ok=True)
             _log_groups(run, summary)
             run.history([(step, row) for step, row in group_metrics(summary) if step])
-            write_summary(folder, summary)
+            with figure_style(config.figure_style):
+                write_summary(folder, summary)
         with console.waiting("uploading"):
             upload(run, folder)
             _log_table(run, summary)

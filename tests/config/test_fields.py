@@ -56,7 +56,7 @@ ANSWERS = {
     "-healer -save_healed precision precision_mode "
     "-checkpoint_interval -checkpoint_minutes -resume_run_id -log_layers -log_images -log_text "
     "-log_model -register_as -system_metrics -dry_run -time_steps",
-    "summarize": "experiment filter legacy confidence -output_dir -verbosity",
+    "summarize": "experiment filter legacy confidence -figure_style -output_dir -verbosity",
     "import_results": "folder -output_dir -verbosity",
     "pretrain": "model corpus max_documents tokens_per_parameter vocab_size batch_size "
     "sequence_length "

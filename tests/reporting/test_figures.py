@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib import colors
 
+from healing.config.summarize import FIGURE_STYLES
 from healing.registry import ARMS
 from healing.reporting.plots import groups as figures
 from healing.reporting.plots import runs, style
@@ -33,6 +34,12 @@ def summary():
     return realistic()
 
 
+@pytest.fixture(params=FIGURE_STYLES)
+def figure_style(request):
+    with style.figure_style(request.param):
+        yield request.param
+
+
 def draw(name: str, path, summary) -> None:
     if name == "contrasts":
         contrasts(path, summary.contrasts)
@@ -44,7 +51,7 @@ def draw(name: str, path, summary) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["column", "contrasts", *DRAW])
-def test_same_input_same_bytes_and_no_date(tmp_path, summary, name):
+def test_same_input_same_bytes_and_no_date(tmp_path, summary, name, figure_style):
     for folder in ("a", "b"):
         draw(name, tmp_path / folder / "f", summary)
     for suffix in (".png", ".pdf"):
@@ -52,6 +59,21 @@ def test_same_input_same_bytes_and_no_date(tmp_path, summary, name):
         assert first == second
     assert b"CreationDate" not in first
     assert b"/Type3" not in first
+    fonts = set(re.findall(rb"/BaseFont /(?:[A-Z]{6}\+)?([A-Za-z]+)", first))
+    assert fonts == {b"STIXGeneral" if figure_style == "serif" else b"DejaVuSans"}
+
+
+def test_mathematics_of_a_serif_figure_is_serif(tmp_path):
+    with style.figure_style("serif"), style.paper_figure(tmp_path / "f", 1, 1, (3, 2)) as (_, axes):
+        axes[0].set(
+            xscale="log", xlim=(1e3, 1e9), xlabel=safe_text("数 $x$"), title=r"$\lambda x$"
+        )  # 10³ … 10⁹
+    pdf = (tmp_path / "f.pdf").read_bytes()
+    assert b"STIXGeneral" in pdf
+    assert b"DejaVu" not in pdf
+    with style.paper_figure(tmp_path / "after", 1, 1, (3, 2)) as (_, axes):
+        axes[0].set_xlabel("steps")
+    assert b"STIX" not in (tmp_path / "after.pdf").read_bytes()
 
 
 def test_the_paper_figure_is_one_column_wide(tmp_path, summary):
@@ -65,7 +87,9 @@ def test_the_paper_figure_is_one_column_wide(tmp_path, summary):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["column", "contrasts", *DRAW])
 @pytest.mark.parametrize("which", ["realistic", "three", "nasty", "eventful"])
-def test_axes_have_units_and_all_text_is_legible_and_inside(tmp_path, kept, name, which):
+def test_axes_have_units_and_all_text_is_legible_and_inside(
+    tmp_path, kept, name, which, figure_style
+):
     made = {"realistic": realistic, "nasty": nasty, "eventful": eventful}
     summary = made[which]() if which in made else realistic(("nano", "micro", "70m"))
     draw(name, tmp_path / "f", summary)
@@ -92,7 +116,7 @@ def test_axes_have_units_and_all_text_is_legible_and_inside(tmp_path, kept, name
 
 
 @pytest.mark.parametrize("which", ["realistic", "three"])
-def test_direct_labels_do_not_overlap(tmp_path, kept, which):
+def test_direct_labels_do_not_overlap(tmp_path, kept, which, figure_style):
     models = ("nano", "micro", "70m") if which == "three" else ("nano", "micro")
     draw("column", tmp_path / "f", realistic(models))
     (fig,) = kept

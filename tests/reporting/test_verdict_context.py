@@ -211,10 +211,11 @@ def test_what_is_not_judged_against_from_scratch_is_said_once_per_model() -> Non
     summary = pool([*runs, *scratch])
     text = unjudged_note(summary)
     assert text == (
-        "70m: not judged against from scratch (no run of `reinitialised`). micro: not judged "
-        "against from scratch (`reinitialised` was healed for other steps or tokens)."
+        "70m: not compared with learning from scratch (no run of the arm reinitialised). micro: "
+        "not compared with learning from scratch (the arm reinitialised was healed for other steps "
+        "or tokens)."
     )
-    assert markdown(summary).count("not judged against from scratch") == 2
+    assert markdown(summary).count("not compared with learning from scratch") == 2
     assert unjudged_note(pool([])) == ""
 
 

@@ -13,9 +13,13 @@ from mlflow.tracking import MlflowClient
 from healing.config.attack import AttackConfig
 from healing.config.heal import HealConfig
 from healing.config.pretrain import PretrainConfig
+from healing.config.resolve import resolve_from_presets
 from healing.config.summarize import SummarizeConfig
 from healing.config.tune import TuneConfig
 from healing.stages.attack import attack
+from healing.stages.cells.attack import attack_cell
+from healing.stages.cells.events import outcome_of
+from healing.stages.cells.inputs import resolve_from_model
 from healing.stages.heal import heal
 from healing.stages.pretrain import pretrain
 from healing.stages.summarize import summarize
@@ -116,6 +120,45 @@ def test_pictures_and_text_are_stored_and_change_no_number(store):
         assert shown.data.metrics[f"headline/{name}"] == shown.data.metrics[name]
 
 
+def test_pictures_of_an_attack_are_stored_by_step_and_change_no_number(store):
+    wanted = {**SMALL, "arm": "random_tokens", "attack_steps": 6, "target_rank_reduction": 1.0,
+              "measurement_interval": 2}  # fmt: skip
+    attack(AttackConfig(**wanted))
+    (shown,) = runs("attack")
+    attack(AttackConfig(**wanted, log_images=False))
+    plain = next(r for r in runs("attack") if r.info.run_id != shown.info.run_id)
+    assert rows(shown.info.run_id) == rows(plain.info.run_id)
+    assert shown.data.tags["fingerprint"] == plain.data.tags["fingerprint"]
+    client = MlflowClient()
+    pictures = {
+        int(a.path.split("+step+")[1].split("+")[0])
+        for a in client.list_artifacts(shown.info.run_id, "images")
+    }
+    assert pictures == {0, 2, 4, 6}
+    assert client.list_artifacts(plain.info.run_id, "images") == []
+    plots = [
+        {a.path.removeprefix("plots/") for a in client.list_artifacts(r.info.run_id, "plots")}
+        for r in (shown, plain)
+    ]
+    assert plots[0] - plots[1] == {"rank_by_block.png"}
+    assert not plots[1] - plots[0]
+
+
+def test_the_map_of_an_attack_is_what_its_blocks_measured(store):
+    """Each share is the block's logged rank over the one logged at step 0."""
+    config = AttackConfig(**SMALL, arm="random_tokens", attack_steps=4, target_rank_reduction=1.0)
+    cell = resolve_from_model(resolve_from_presets(config))
+    outcome = outcome_of(attack_cell(cell))
+    logged = [
+        [r.metrics()[f"layers/effective_rank_{block:02d}"] for block in range(4)]
+        for r in outcome.records
+    ]
+    assert [r.step for r in outcome.records] == [0, 4]
+    expected = [[now / first for now, first in zip(r, logged[0], strict=True)] for r in logged]
+    assert outcome.rank_shares().tolist() == [pytest.approx(r) for r in expected]
+    assert outcome.rank_shares()[1].max() < 1.0
+
+
 @pytest.mark.slow
 def test_a_search_is_repeated(store):
     wanted = {**SMALL, "attack_steps": 4, "arms": "random_tokens", "seeds": "100", "trials": 3,
@@ -144,12 +187,15 @@ def test_a_training_and_a_summary_are_repeated(store):
 
     run_id, _ = attack(AttackConfig(**SMALL, arm="random_tokens", attack_steps=4))
     heal(HealConfig(**SMALL, attack_run_id=run_id, healing_steps=4))
-    summarize(SummarizeConfig(filter="tags.model = 'nano'", confidence=0.9, verbosity="quiet"))
+    summarize(SummarizeConfig(filter="tags.model = 'nano'", confidence=0.9, figure_style="serif",
+                              verbosity="quiet"))  # fmt: skip
     (first,) = pages("summarize")
     run_again(first)
     second, _ = pages("summarize")
     assert histories(second) == histories(first)
     assert second.data.params["summarize.confidence"] == "0.9"
+    drawn = MlflowClient().download_artifacts(second.info.run_id, "paper/fig_recovery.pdf")
+    assert b"STIXGeneral" in pathlib.Path(drawn).read_bytes()
 
 
 def pages(stage: str) -> list:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
@@ -13,6 +14,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import mlflow
 import pytest
@@ -20,8 +22,15 @@ from mlflow.entities import Metric, Param, RunTag
 from mlflow.tracking import MlflowClient
 
 from healing.config.arm_tags import arm_tags, chart_tags
+from healing.config.attack import AttackConfig
+from healing.config.heal import HealConfig
+from healing.config.summarize import SummarizeConfig
 from healing.measurements.recovery import verdict_of
-from healing.tracking.ui import experiment_page
+from healing.stages.attack import attack
+from healing.stages.heal import heal
+from healing.stages.summarize import summarize
+from healing.tracking import git_version
+from healing.tracking.ui import experiment_page, links
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), "")
 MODELS = {"nano": 309_792, "micro": 1_317_632}
@@ -141,6 +150,13 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Constructed]:
         experiment_page.publish(experiment_id)
     finally:
         mlflow.set_tracking_uri(before)
+    with serving(folder, uri) as address:
+        yield Constructed(address, experiment_id, tuple(run_ids))
+
+
+@contextlib.contextmanager
+def serving(folder: pathlib.Path, uri: str) -> Iterator[str]:
+    """The address of MLflow's own server over a store."""
     port = free_port()
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri]
     command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
@@ -155,11 +171,79 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Constructed]:
     )
     try:
         wait_for(f"http://127.0.0.1:{port}/health", server, folder / "log")
-        yield Constructed(f"http://127.0.0.1:{port}", experiment_id, tuple(run_ids))
+        yield f"http://127.0.0.1:{port}"
     finally:
         os.killpg(server.pid, 15)
         server.wait(10)
         log.close()
+
+
+@dataclass(frozen=True)
+class Made:
+    """A served store of real runs.
+
+    Attributes:
+        address: Of the server.
+        folder: Where the commands ran.
+        uri: Of the store.
+        attack: Id of the attack.
+        heal: Id of its healing run.
+        summary: Id of the summary of that.
+    """
+
+    address: str
+    folder: pathlib.Path
+    uri: str
+    attack: str
+    heal: str
+    summary: str
+
+    def page(self, run_id: str, tab: str = "") -> str:
+        """Address of a run's page."""
+        run = MlflowClient(self.uri).get_run(run_id)
+        relative = links.run_page(run.info.experiment_id, run_id)
+        path, _, query = relative.partition("?")
+        return f"{self.address}/{path}{tab}?{query}"
+
+
+SMALL: dict[str, Any] = {
+    "model": "nano", "sequence_length": 64, "probe_tokens": 1024, "batch_size": 4,
+    "measurement_interval": 2, "verbosity": "quiet",
+}  # fmt: skip
+
+
+@contextlib.contextmanager
+def writing_to(folder: pathlib.Path, uri: str) -> Iterator[None]:
+    """This process' commands run in a folder and log to a store."""
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(uri)
+    with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patched:
+        # The command on a page is one for a checkout: this one.
+        found = git_version.Checkout(commit="5a4f90c1" * 5)
+        for module in ("attack", "healing_run.page", "summarize"):
+            patched.setattr(f"healing.stages.{module}.checkout", lambda: found)
+        try:
+            yield
+        finally:
+            mlflow.set_tracking_uri(before)
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
+    """An attack on nano, its healing and their summary as commands leave them, served."""
+    folder = tmp_path_factory.mktemp("made")
+    uri = f"sqlite:///{folder}/mlflow.db"
+    with writing_to(folder, uri):
+        attack_id, _ = attack(AttackConfig(**SMALL, arm="random_tokens", attack_steps=8,
+                                           target_rank_reduction=1.0))  # fmt: skip
+        heal(HealConfig(**SMALL, attack_run_id=attack_id, healing_steps=8))
+        summarize(SummarizeConfig(verbosity="quiet"))
+        client = MlflowClient(uri)
+        (experiment,) = client.search_experiments(filter_string="name = 'llm-healing'")
+        ids = {r.data.tags["stage"]: r.info.run_id
+               for r in client.search_runs([experiment.experiment_id])}  # fmt: skip
+    with serving(folder, uri) as address:
+        yield Made(address, folder, uri, ids["attack"], ids["heal"], ids["summarize"])
 
 
 def wait_for(address: str, server: subprocess.Popen[bytes], log: pathlib.Path) -> None:

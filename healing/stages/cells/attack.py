@@ -7,6 +7,9 @@ import pathlib
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from healing.attacks.base import AttackRecord, Preparation
 from healing.attacks.catalyst_search import Catalyst
 from healing.attacks.context import prepare_arm, warmup_batches
@@ -52,7 +55,7 @@ class AttackOutcome:
         loaded: The model, now collapsed.
         healthy: Measurement before.
         collapsed: Measurement after.
-        last: Last record of the trajectory.
+        records: Of the trajectory, from step 0.
         preparation: The arm as it was made: catalyst and curvature.
         digests: Corpus digests by split.
         start: Of an attack repeated on healed weights.
@@ -63,10 +66,20 @@ class AttackOutcome:
     loaded: LoadedModel
     healthy: Measurement
     collapsed: Measurement
-    last: AttackRecord
+    records: tuple[AttackRecord, ...]
     preparation: Preparation
     digests: dict[str, str]
     start: Start | None = None
+
+    @property
+    def last(self) -> AttackRecord:
+        """The last record."""
+        return self.records[-1]
+
+    def rank_shares(self) -> NDArray[np.float64]:
+        """Effective rank of every block over that of the healthy block: (records, blocks)."""
+        ranks = [[s.effective_rank for s in r.measurement.spectra] for r in self.records]
+        return np.array(ranks) / np.array([s.effective_rank for s in self.healthy.spectra])
 
     @property
     def catalyst(self) -> Catalyst | None:
@@ -185,27 +198,35 @@ def attack_cell(config: AttackConfig) -> Events[AttackOutcome]:
     begun = kept if kept and "loop" in kept else None
     # Arms of others may not know of it; theirs have no state that could be kept.
     going_on = {"kept": begun["loop"]} if begun else {}
-    record = begun["record"] if begun else None
+    records: tuple[AttackRecord, ...] = begun["records"] if begun else ()
     for event in prepared.arm.run(loaded, running, probe, begin, change, warmup, **going_on):
         if isinstance(event, Safe):
             if event.has_state:
-                event = replace(event, state=functools.partial(_state, event, record, finished))
+                event = replace(event, state=functools.partial(_state, event, records, finished))
             yield event
             continue
-        record, metrics = event, event.metrics()
-        yield Record(record.step, metrics, rank_and_perplexity(metrics))
-    assert record is not None, "an attack has a record at step 0"
+        records, metrics = (*records, event), event.metrics()
+        yield Record(event.step, metrics, rank_and_perplexity(metrics))
+    assert records, "an attack has a record at step 0"
     enter("collapsed measurement")
     collapsed = measured(probe, loaded, config.seed)
     return AttackOutcome(
-        config, run_fingerprint, loaded, healthy, collapsed, record, prepared, corpus.digests, start
+        config,
+        run_fingerprint,
+        loaded,
+        healthy,
+        collapsed,
+        records,
+        prepared,
+        corpus.digests,
+        start,
     )
 
 
-def _state(safe: Safe, record: AttackRecord | None, finished: Finished) -> dict[str, Any]:
-    """What a cell goes on from: the loop's state, its last record, and what came before it."""
+def _state(safe: Safe, records: tuple[AttackRecord, ...], finished: Finished) -> dict[str, Any]:
+    """What a cell goes on from: the loop's state, its records, and what came before them."""
     parts = finished.parts()
-    return {"loop": safe.state(), "record": record, "step": safe.done, "finished": parts}
+    return {"loop": safe.state(), "records": records, "step": safe.done, "finished": parts}
 
 
 def _start(

@@ -1,4 +1,4 @@
-"""The page of a healing run: its description, its pictures by step, what the model says."""
+"""The page of a healing run: its description, and what the model says."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from healing.config.arm_tags import SHAM_ARM, arm_label
 from healing.measurements.continuations import NOT_COMPUTED
 from healing.reporting import run_page
 from healing.reporting.phrases import percent_text, quantity_text
-from healing.reporting.plots.layers import spectra_by_step
 from healing.reporting.verdict_sentences import run_outcome
 from healing.stages.cells.heal_outcome import HealOutcome
 from healing.stages.cells.inputs import device_kind
@@ -99,16 +98,6 @@ def _sham_line(summary: Mapping[str, Any]) -> list[str]:
     rank = percent_text(summary["rank_recovery_sham_pct"])
     loss = percent_text(summary["loss_recovery_sham_pct"])
     return [f"Against the sham (the healthy model at the same step): rank {rank}, loss {loss}.", ""]
-
-
-def pictures(outcome: HealOutcome) -> list[tuple[str, int, Any]]:
-    """Spectra of all blocks at up to ten steps, where they are wanted."""
-    if not outcome.cell.config.log_images:
-        return []
-    steps = [record.step for record in outcome.records]
-    spectra = [record.measurement.block_spectra() for record in outcome.records]
-    drawn = spectra_by_step(steps, spectra, outcome.healthy.block_spectra())
-    return [("headline/spectrum", step, picture) for step, picture in drawn]
 
 
 def tables(outcome: HealOutcome, tokenizer: Any) -> dict[str, dict[str, list[str]]]:

@@ -80,6 +80,14 @@ def parallel(section: str, params: Sequence[str], metrics: Sequence[str]) -> Cha
     return _chart("PARALLEL", section, *params, *metrics, showAllRuns=False, **names)
 
 
+def pictures(section: str, key: str) -> Chart:
+    """Pictures of a series by step, one per run (ten runs at most); never drawn for groups.
+
+    MLflow's own chart of them has every parameter of a run over its picture.
+    """
+    return _chart("IMAGE", section, key, imageKeys=[key], step=0, showRunParams=False)
+
+
 def section(view: str, name: str, height: int, columns: int) -> Chart:
     """A section; charts in it are ``height`` pixels high."""
     return {

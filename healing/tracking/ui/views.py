@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from healing.tracking.ui.charts import Chart, contour, line, parallel, scatter, section
+from healing.tracking.ui.charts import Chart, contour, line, parallel, pictures, scatter, section
 
 LINE = "line"
 """Tag whose value, as ``micro haep``, says which line of the charts a run belongs to.
@@ -26,6 +26,8 @@ this one gives the eight groups of the default experiment the eight colours that
 """
 TALL, FLAT = 420, 300
 """Pixels of a chart: the first row fits below the head of a window of 1,440 x 900."""
+SPECTRUM = "headline/spectrum"
+"""Series of pictures of an attack and of a healing run."""
 
 HEAL = "tags.stage = 'heal' and tags.arm != ''"
 """Not the parent of several healing runs, which has no arm."""
@@ -247,6 +249,23 @@ ATTACKS = View(
     grouped=True,
     order="perplexity",
 )
+SPECTRA = View(
+    "spectra",
+    "Spectra",
+    "singular values of every block by step, run beside run",
+    "CHART",
+    TREATED,
+    COLUMNS,
+    (
+        _charts(
+            "spectra",
+            "Spectra by step (grey: healthy)",
+            TALL,
+            lambda where: pictures(where, SPECTRUM),
+            columns=1,
+        ),
+    ),
+)
 TABLE = View(
     "table",
     "Table",
@@ -256,5 +275,5 @@ TABLE = View(
     COLUMNS,
     (),
 )
-VIEWS = (RECOVERY, RUNS, SIZES, ATTACKS, TABLE)
+VIEWS = (RECOVERY, RUNS, SIZES, ATTACKS, SPECTRA, TABLE)
 """The first is the one that a command's last line opens."""
