@@ -123,6 +123,25 @@ def test_a_store_that_answers_slowly_is_there(monkeypatch) -> None:
     sender.close(10.0)
 
 
+def test_the_end_waits_as_long_as_requests_arrive(monkeypatch) -> None:
+    monkeypatch.setattr(sending, "PATIENCE", 1.5)
+
+    class Slow(Store):
+        def __call__(self, request, file, *, again) -> None:
+            time.sleep(0.5)
+            super().__call__(request, file, again=again)
+
+    for patience, arrived in ((None, range(8)), (1.5, range(4))):
+        store = Slow()
+        sender = Sender(store)
+        for n in range(8):
+            sender.offer(request(n))
+        with contextlib.suppress(OutageError) if patience else contextlib.nullcontext():
+            sender.close(patience)
+        assert set(numbers(store)) - set(arrived) == set()
+        assert len(store.got) == 8 or patience
+
+
 def refused_lines(folder: pathlib.Path) -> list[dict]:
     """Of the one outbox of an output folder."""
     (path,) = folder.glob(f"{PLACE}/*/refused.jsonl")

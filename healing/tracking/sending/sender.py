@@ -247,8 +247,8 @@ class Sender:
         """Send what is left and end.
 
         Args:
-            patience: Seconds that a store that is away is waited for; ``None`` =
-                :data:`PATIENCE`.
+            patience: Seconds that it takes at most; ``None`` = :data:`PATIENCE` since the last
+                request arrived.
 
         Raises:
             OutageError: Something could not be sent; it is on disk if there is an outbox.
@@ -257,12 +257,14 @@ class Sender:
         """
         if self._closed:
             return
-        patience = PATIENCE if patience is None else patience
+        goes_on, patience = patience is None, PATIENCE if patience is None else patience
         self._say_waiting(patience)
         with self._changed:
-            end = self._clock() + patience
+            end, count = self._clock() + patience, len(self._queue)
             while self._queue and self._broken is None:
                 head = self._queue[0]
+                if goes_on and len(self._queue) < count:
+                    end, count = self._clock() + patience, len(self._queue)
                 uploading = head.file is not None and self._away is None
                 left = None if uploading else end - self._clock()
                 if left is not None and left <= 0:
