@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +35,7 @@ from healing.statistics.healer_trials import COMPLETE, PRUNED, Trial, best_so_fa
 from healing.tracking.git_version import checkout
 from healing.tracking.output_folder import run_folder
 from healing.tracking.run import Run
-from healing.tracking.run_files import write_json
+from healing.tracking.run_files import write_json, write_text
 
 PLACE = "priority5_healing/tuning"
 """Folder below ``output_dir`` that holds one folder per study."""
@@ -242,13 +243,18 @@ class Search:
         trials, importances, folder = study.trials(), study.importances(), self.folder
         write_json(folder / HEALER_NAME, healer.entries())
         text = tuning_markdown(healer, trials, importances)
-        (folder / "tuning.md").write_text(text + "\n", encoding="utf-8")
-        (folder / "trials.csv").write_text(trials_csv(trials), encoding="utf-8")
-        plots, title = folder / "plots", f"Healers of {self.config.label}, {self.config.arms}"
-        figures.history(plots / "tuning_history.png", trials, title)
-        figures.slices(plots / "tuning_slices.png", trials, title)
+        write_text(folder / "tuning.md", text + "\n")
+        write_text(folder / "trials.csv", trials_csv(trials))
+        # Those of a search that was made longer are there until the new ones are whole.
+        drawn, title = folder / ".plots", f"Healers of {self.config.label}, {self.config.arms}"
+        figures.history(drawn / "tuning_history.png", trials, title)
+        figures.slices(drawn / "tuning_slices.png", trials, title)
         if importances:
-            figures.importance(plots / "tuning_importance.png", importances, title)
+            figures.importance(drawn / "tuning_importance.png", importances, title)
+        (folder / "plots").mkdir(exist_ok=True)
+        for path in drawn.glob("*.png"):
+            path.replace(folder / "plots" / path.name)
+        shutil.rmtree(drawn, ignore_errors=True)
         self._log(healer, trials, importances, text)
         return Tuned(healer, tuple(trials), folder)
 

@@ -42,6 +42,18 @@ def write_json(path: pathlib.Path, value: Any) -> pathlib.Path:
     return path
 
 
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Write a text in UTF-8; the file appears whole or not at all, and one that is there keeps its
+    content under its other names (where it waits to be sent).
+    """
+    partial = path.with_suffix(path.suffix + ".partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def read_json(path: pathlib.Path) -> dict[str, Any]:
     """One JSON document that is a dictionary, with NaN and infinities restored at any depth."""
 

@@ -363,6 +363,20 @@ def test_a_search_killed_at_any_moment_goes_on_without_its_finished_trials(tmp_p
     assert len({*computed}) >= 4, computed
 
 
+def test_a_search_made_longer_leaves_what_its_files_were_under_other_names(tmp_path, stubbed):
+    """As they wait, linked, for a store that is away; and half a file is never there."""
+    first = run(config_for(tmp_path, trials=2))
+    names = ("trials.csv", "tuning.md", HEALER_NAME)
+    before = {name: (first.folder / name).read_bytes() for name in names}
+    for name in names:
+        (tmp_path / f"waits-{name}").hardlink_to(first.folder / name)
+    more = run(config_for(tmp_path, trials=5))
+    assert more.folder == first.folder
+    assert (more.folder / "trials.csv").read_bytes() != before["trials.csv"]
+    assert {name: (tmp_path / f"waits-{name}").read_bytes() for name in names} == before
+    assert not [p for p in more.folder.iterdir() if p.suffix == ".partial" or p.name == ".plots"]
+
+
 def test_a_lock_that_leads_nowhere_holds_nobody_up(tmp_path):
     """As Optuna's own leaves it where a process was killed amid a line, and the folder moved."""
     config, path = config_for(tmp_path), tmp_path / "s" / "study.journal"
