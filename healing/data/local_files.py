@@ -6,22 +6,16 @@ without hidden ones and without symbolic links that lead out of it.
 
 from __future__ import annotations
 
-import bz2
 import codecs
 import contextlib
-import gzip
 import io
-import lzma
 import os
 import pathlib
 import shlex
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import IO, Any
 
-import zstandard
-
+from healing.data.compressed import COMPRESSIONS, DAMAGE, open_bytes
 from healing.errors import CorpusError
 
 TEXT, JSON_LINES, JSON, TABLE, PARQUET, ARROW = "text", "jsonl", "json", "csv", "parquet", "arrow"
@@ -37,13 +31,9 @@ KINDS = {
     ".arrow": ARROW,
 }
 """Ending → what a file holds."""
-COMPRESSIONS = (".gz", ".xz", ".bz2", ".zst")
-"""Second endings of text, JSON and tables; Parquet and Arrow compress inside."""
 ENDINGS = f"{', '.join(KINDS)} (all but the last two also with {', '.join(COMPRESSIONS)})"
 ABOUT_DATA = frozenset(["dataset_info.json", "dataset_infos.json", "dataset_dict.json"])
 """Files that describe a data set and hold none of it."""
-READING_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError)
-"""What reading or decompressing a damaged file raises."""
 
 
 @dataclass(frozen=True, order=True)
@@ -142,21 +132,10 @@ def unreadable(file: TextFile, reason: object) -> CorpusError:
     )
 
 
-def _bytes_of(file: TextFile) -> IO[bytes]:
-    if file.compression == ".zst":
-        raw = file.path.open("rb")
-        stream: Any = zstandard.ZstdDecompressor().stream_reader(
-            raw, read_across_frames=True, closefd=True
-        )
-        return io.BufferedReader(stream)
-    opened = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open, "": open}[file.compression]
-    return opened(file.path, "rb")  # type: ignore[operator, no-any-return]
-
-
 def _first_bad_byte(file: TextFile) -> int:
     """Where the bytes stop being UTF-8, counted from 0."""
     decoder, position = codecs.getincrementaldecoder("utf-8")(), 0
-    with _bytes_of(file) as stream:
+    with open_bytes(file.path, file.compression) as stream:
         while chunk := stream.read(1 << 20):
             pending = len(decoder.getstate()[0])
             try:
@@ -168,7 +147,7 @@ def _first_bad_byte(file: TextFile) -> int:
 
 
 def _other_encoding(file: TextFile) -> CorpusError:
-    with _bytes_of(file) as stream:
+    with open_bytes(file.path, file.compression) as stream:
         is_utf16 = stream.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
     encoding = "UTF-16" if is_utf16 else "WINDOWS-1252"
     path = shlex.quote(str(file.path))
@@ -191,9 +170,11 @@ def opened(file: TextFile, newline: str | None = None) -> Iterator[io.TextIOWrap
         CorpusError: It is damaged, or in another encoding: which byte, and what to run.
     """
     try:
-        with io.TextIOWrapper(_bytes_of(file), encoding="utf-8-sig", newline=newline) as stream:
+        with io.TextIOWrapper(
+            open_bytes(file.path, file.compression), encoding="utf-8-sig", newline=newline
+        ) as stream:
             yield stream
     except UnicodeDecodeError as error:
         raise _other_encoding(file) from error
-    except READING_ERRORS as error:
+    except DAMAGE as error:
         raise unreadable(file, error) from error

@@ -32,6 +32,9 @@ from healing.errors import CorpusError
 
 _BLANK = re.compile(r"\n[ \t]*\n")
 _PIECE = 1 << 20
+_CONTINUES = b"\xff" * 4
+_ENDS = _CONTINUES + bytes(4)
+"""What every message of an Arrow stream begins with, and the last, empty one."""
 LONGEST_CELL = 2**31 - 1
 """Characters of a cell of a table; the csv module's own limit is 131,072, which is one document."""
 
@@ -100,6 +103,11 @@ def _table(file: TextFile) -> Iterator[tuple[int, Any]]:
             raise unreadable(file, error) from error
 
 
+def _selected(batches: Iterable[pyarrow.RecordBatch], column: str) -> Iterator[pyarrow.RecordBatch]:
+    for batch in batches:
+        yield batch.select(wanted_columns(batch.schema.names, column) or batch.schema.names)
+
+
 def _arrow_batches(file: TextFile, column: str) -> Iterator[pyarrow.RecordBatch]:
     with pyarrow.OSFile(str(file.path)) as source:
         try:
@@ -108,8 +116,15 @@ def _arrow_batches(file: TextFile, column: str) -> Iterator[pyarrow.RecordBatch]
             source.seek(0)
             reader = pyarrow.ipc.open_file(source)
             batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
-        for batch in batches:
-            yield batch.select(wanted_columns(batch.schema.names, column) or batch.schema.names)
+            yield from _selected(batches, column)
+            return
+        yield from _selected(batches, column)
+        # Its reader takes the end of the file for the end of the rows, wherever that is.
+        source.seek(0)
+        is_old = source.read(len(_CONTINUES)) != _CONTINUES  # of before 2019, with other marks
+        source.seek(max(0, source.size() - len(_ENDS)))
+        if not is_old and source.read() != _ENDS:
+            raise EOFError("it has no end mark: it was cut short")
 
 
 def _parquet_batches(file: TextFile, column: str) -> Iterator[pyarrow.RecordBatch]:
@@ -129,7 +144,7 @@ def _columnar(file: TextFile, column: str) -> Iterator[tuple[int, Any]]:
             for row in batch.to_pylist():
                 number += 1
                 yield number, row
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, EOFError) as error:
         raise unreadable(file, error) from error
 
 

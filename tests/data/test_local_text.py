@@ -12,6 +12,7 @@ import re
 import datasets
 import pyarrow
 import pyarrow.feather
+import pyarrow.parquet
 import pytest
 import zstandard
 
@@ -187,11 +188,70 @@ def test_a_damaged_file_is_named(tmp_path, ending):
         documents(path)
 
 
-def test_a_truncated_archive_is_named(tmp_path):
-    whole = gzip.compress(json_lines([f"{i * i}" for i in range(5000)]).encode())
-    (tmp_path / "a.jsonl.gz").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(CorpusError, match=r"a\.jsonl\.gz could not be read as \.jsonl\.gz"):
-        documents(tmp_path / "a.jsonl.gz")
+def every_cut(path: pathlib.Path, whole: bytes, step: int = 1) -> None:
+    """Cut anywhere, a file is refused by name: none of its beginnings is a smaller data set."""
+    for size in range(1, len(whole), step):
+        path.write_bytes(whole[:size])
+        with pytest.raises(CorpusError, match=rf"{path.name} could not be read as .*copy it anew"):
+            documents(path)
+
+
+PACKED = [packing for packing in PACKERS if packing]
+
+
+@pytest.mark.parametrize("packing", PACKED)
+@pytest.mark.parametrize("ending", [".jsonl", ".txt", ".csv"])
+def test_a_truncated_archive_is_named(tmp_path, ending, packing):
+    head = "text\n" if ending == ".csv" else ""
+    small = PACKERS[packing]((head + json.dumps("one") + "\n").encode())
+    every_cut(tmp_path / f"a{ending}{packing}", small)
+    (tmp_path / f"a{ending}{packing}").write_bytes(b"")  # no program makes such a file
+    with pytest.raises(CorpusError, match="could not be read as"):
+        documents(tmp_path / f"a{ending}{packing}")
+    large = PACKERS[packing](
+        (head + "\n".join(json.dumps(f"{i * i % 977} {i}") for i in range(60_000))).encode()
+    )
+    assert len(large) > 50_000
+    every_cut(tmp_path / f"a{ending}{packing}", large, 9973)
+
+
+@pytest.mark.parametrize("packing", PACKED)
+def test_several_streams_in_a_file_are_read_and_none_is_lost(tmp_path, packing):
+    path, pack = tmp_path / f"a.txt{packing}", PACKERS[packing]
+    second = pack(b"b" * 9000)
+    for between in (b"", pack(b""), bytes(8)):
+        path.write_bytes(pack(b"a") + between + second + second)
+        assert documents(path) == ["a" + "b" * 18_000]
+    path.write_bytes(pack(b"a") + bytes(12))  # as on a tape
+    assert documents(path) == ["a"]
+    broken = bytes([second[0] ^ 1]) + second[1:]
+    for lost in (broken, second[:-1], second[:2], b"more", b"\xff" * 40):
+        path.write_bytes(pack(b"a") + lost)
+        with pytest.raises(CorpusError, match=rf"a\.txt{packing} could not be read"):
+            documents(path)
+
+
+def test_zstd_frames_that_hold_no_text_are_passed_over(tmp_path):
+    """``pzstd`` writes one before each of its frames."""
+    aside = (0x184D2A50).to_bytes(4, "little") + (4).to_bytes(4, "little") + b"size"
+    frames = [aside + PACKERS[".zst"](text.encode()) for text in ("a\n\n", "b" * 9000)]
+    (tmp_path / "a.txt.zst").write_bytes(b"".join(frames))
+    assert documents(tmp_path / "a.txt.zst") == ["a", "b" * 9000]
+
+
+@pytest.mark.parametrize("kind", ["stream", "file", "parquet"])
+def test_a_truncated_columnar_file_is_named(tmp_path, kind):
+    """Also where an Arrow stream is cut between two batches, which its reader takes for the end."""
+    table = pyarrow.table({"text": [f"t{i}" for i in range(9)]})
+    path = tmp_path / ("a.parquet" if kind == "parquet" else "a.arrow")
+    if kind == "parquet":
+        pyarrow.parquet.write_table(table, path, row_group_size=3)
+    else:
+        new = pyarrow.ipc.new_stream if kind == "stream" else pyarrow.ipc.new_file
+        with pyarrow.OSFile(str(path), "wb") as sink, new(sink, table.schema) as writer:
+            writer.write_table(table, max_chunksize=3)
+    assert documents(path) == table["text"].to_pylist()
+    every_cut(path, path.read_bytes())
 
 
 def test_an_existing_file_of_another_kind_is_not_said_to_be_missing(tmp_path):
