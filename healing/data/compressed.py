@@ -15,7 +15,7 @@ import os
 import pathlib
 import zlib
 from collections.abc import Callable
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import zstandard
 
@@ -96,4 +96,4 @@ def open_bytes(path: pathlib.Path, compression: str) -> IO[bytes]:
         return io.BufferedReader(_Streams(path, _DECODERS[compression]))
     if not os.path.getsize(path):
         raise EOFError("it is empty, and the smallest compressed file is not")
-    return gzip.open(path, "rb")
+    return cast("IO[bytes]", gzip.open(path, "rb"))
