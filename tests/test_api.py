@@ -48,7 +48,7 @@ def test_an_attack_gives_numbers_a_figure_a_table_and_the_model(collapsed):
     assert "random_tokens" in collapsed._repr_markdown_()
     model = collapsed.model()
     assert state_digest(model.state_dict()) != load_model("nano").digest
-    with pytest.raises(ConfigError, match="no figure 'x': there are overview, rank_collapse"):
+    with pytest.raises(ConfigError, match="no figure 'x': there are overview, rank_by_block"):
         collapsed.figure("x")
 
 
