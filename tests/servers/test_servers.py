@@ -222,7 +222,8 @@ def same_bytes(run: Any, output: pathlib.Path, fetched: pathlib.Path) -> dict[st
     stage = run.data.tags["stage"]
     mark = "summary.json" if stage == "summarize" else "config.json"
     (found,) = (output / stage).rglob(mark)
-    local = files_below(found.parent)
+    # Hidden files say whose the folder is, here.
+    local = {n: content for n, content in files_below(found.parent).items() if n[0] != "."}
     place = mlflow.artifacts.download_artifacts(run_id=run.info.run_id, dst_path=str(fetched))
     stored = files_below(pathlib.Path(place))
     wanted = {
