@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.gguf import GgufHeader
 from transformers.utils import is_accelerate_available, is_gguf_available
 
-from healing.models.local_models import UnusableError
+from healing.models.weight_headers import UnusableError
 
 
 def fresh_copy(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:

@@ -34,7 +34,7 @@ from healing.models.architectures import neox_config
 from healing.models.blocks import embedding_matrix, transformer_blocks
 from healing.models.conversions import fresh_copy, merged, quantization_of
 from healing.models.gguf_files import read_once
-from healing.models.local_models import OLD_BUFFERS, UnusableError, refuse_adapter_beside_weights
+from healing.models.local_models import OLD_BUFFERS, refuse_adapter_beside_weights
 from healing.models.model_files import (
     LOADING_ERRORS,
     Location,
@@ -44,6 +44,7 @@ from healing.models.model_files import (
     read_tokenizer,
     unloadable,
 )
+from healing.models.weight_headers import UnusableError
 from healing.progress import during
 
 logger = logging.getLogger(__name__)

@@ -8,37 +8,28 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-import pickle
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-
 from healing.data.hub import WEIGHTS
+from healing.models.weight_headers import COPY_ANEW, FLOATS, UnusableError, tensors_of
 
 ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+"""In peft's order."""
 GGUF = ".gguf"
 WRAPPERS = re.compile(r"(?:(?:_orig_mod|module)\.)+")
 """In front of every name: the weights were saved inside torch.compile's or DDP's wrapper."""
-QUANTIZED_DTYPES = frozenset(["I8", "U8", "I4", "U4", "F4", "F8_E4M3", "F8_E5M2"])
 OLD_BUFFERS = re.compile(
     r"(attn|attention)\.(masked_)?bias$|attn\.causal_mask$|rotary_emb\.inv_freq$|position_ids$"
 )
 """Masks and tables that older files store beside the weights (GPT-Neo's, Pythia's)."""
 _POINTER = b"version https://git-lfs.github.com/spec/"
-_PARTS = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
-
-
-class UnusableError(Exception):
-    """Why a folder or file is not a model that can be loaded, and what to do."""
-
-    def __init__(self, reason: str, hint: str) -> None:
-        super().__init__(reason)
-        self.reason, self.hint = reason, hint
+_PARTS = re.compile(r"-[0-9]{5}-of-([0-9]{5})\.gguf$", re.IGNORECASE)
+_STEP = re.compile(r"checkpoint-([0-9]+)")
 
 
 @dataclass(frozen=True)
@@ -64,6 +55,18 @@ def _quoted(path: object) -> str:
     return shlex.quote(str(path))
 
 
+def _read_json(path: pathlib.Path) -> Any:
+    """What a file of JSON holds.
+
+    Raises:
+        UnusableError: It cannot be read.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UnusableError(f"its {path.name} is damaged", COPY_ANEW) from error
+
+
 def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
     """Files with the weights of a whole model, as transformers chooses them; [] = there are none.
 
@@ -75,30 +78,11 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
             return [folder / whole]
         if (folder / index).is_file():
             try:
-                named = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"]
+                named = _read_json(folder / index)["weight_map"]
                 return [folder / name for name in sorted(set(named.values()))]
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise UnusableError(f"its {index} is damaged", "copy it anew") from error
+            except (KeyError, TypeError, AttributeError) as error:
+                raise UnusableError(f"its {index} is damaged", COPY_ANEW) from error
     return []
-
-
-def _tensors(path: pathlib.Path) -> Iterator[tuple[str, str]]:
-    """(name, dtype) of what a file of weights holds, without loading it; nothing where it is
-    damaged, which loading it will say.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                for name in file.keys():  # noqa: SIM118 (not a mapping)
-                    yield name, file.get_slice(name).get_dtype()
-        else:
-            state = torch.load(path, map_location="meta", weights_only=True)
-            for name, value in state.items():
-                yield name, {torch.int8: "I8", torch.uint8: "U8"}.get(value.dtype, "")
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, AttributeError) as error:
-        del error
-    except (SafetensorError, pickle.UnpicklingError) as error:
-        del error
 
 
 def _refuse_pointers(folder: pathlib.Path, names: list[str]) -> None:
@@ -114,16 +98,39 @@ def _refuse_pointers(folder: pathlib.Path, names: list[str]) -> None:
                     )
 
 
-def _gguf(folder: pathlib.Path, names: list[str]) -> Contents:
-    # Vision parts are no language models.
-    files = [n for n in names if n.lower().endswith(GGUF) and not n.startswith("mmproj")]
-    if len(files) > 1 and not _PARTS.search(files[0]):
-        shown = ", ".join(files[:8]) + (" …" if len(files) > 8 else "")
+def _language_models(folder: pathlib.Path, names: list[str]) -> list[str]:
+    """Of the GGUF files in a folder, those that may be meant by it: whole ones first, of a model in
+    parts the first that is there.
+
+    Raises:
+        UnusableError: There are GGUF files, and none is a language model.
+    """
+    files = [n for n in names if n.lower().endswith(GGUF) and (folder / n).is_file()]
+    models = [name for name in files if "mmproj" not in name.lower()]
+    if files and not models:
         raise UnusableError(
-            f"it holds {len(files)} GGUF files ({shown})",
-            f"name one of them, as --model {_quoted(folder / files[0])}",
+            f"its only GGUF file {files[0]} is the part of a model that reads images",
+            "put the file of its language model there",
         )
-    return gguf_file(folder / files[0])
+    first: dict[str, str] = {}
+    for name in models:
+        first.setdefault(_PARTS.sub("", name) if _n_parts(name) > 1 else name, name)
+    return sorted(first.values(), key=lambda name: _n_parts(name) > 1)
+
+
+def _n_parts(name: str) -> int:
+    found = _PARTS.search(name)
+    return int(found[1]) if found else 1
+
+
+def _gguf(folder: pathlib.Path, models: list[str]) -> Contents:
+    if len(models) > 1:
+        shown = ", ".join(models[:8]) + (" …" if len(models) > 8 else "")
+        raise UnusableError(
+            f"it holds {len(models)} GGUF models ({shown})",
+            f"name one of them, as --model {_quoted(folder / models[0])}",
+        )
+    return gguf_file(folder / models[0])
 
 
 def gguf_file(path: pathlib.Path) -> Contents:
@@ -133,10 +140,10 @@ def gguf_file(path: pathlib.Path) -> Contents:
         UnusableError: It is one part of several, or a pointer to the file.
     """
     _refuse_pointers(path.parent, [path.name])
-    if parts := _PARTS.search(path.name):
+    if (parts := _n_parts(path.name)) > 1:
         whole = _PARTS.sub("", path.name) + GGUF
         raise UnusableError(
-            f"it is one of {int(parts[1])} parts of a GGUF model",
+            f"it is one of {parts} parts of a GGUF model",
             f"run: llama-gguf-split --merge {_quoted(path)} {_quoted(path.with_name(whole))}, and "
             "name that file",
         )
@@ -144,19 +151,30 @@ def gguf_file(path: pathlib.Path) -> Contents:
 
 
 def _adapter(folder: pathlib.Path) -> Contents:
-    try:
-        config: Any = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-        base, revision = config["base_model_name_or_path"], config.get("revision")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UnusableError(f"its {ADAPTER_CONFIG} is damaged", "copy the adapter anew") from error
+    config = _read_json(folder / ADAPTER_CONFIG)
+    if not isinstance(config, dict):
+        raise UnusableError(f"its {ADAPTER_CONFIG} is damaged", COPY_ANEW)
+    base, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not isinstance(base, str) or not base:
         raise UnusableError(
             f"its {ADAPTER_CONFIG} names no base model",
             "write the base's folder or Hub id there as base_model_name_or_path",
         )
-    beside = folder / base
-    if not os.path.isdir(base) and not os.path.isabs(base) and beside.is_dir():
-        base = str(beside)
+    beside = os.path.join(folder, base)
+    if not os.path.isdir(base) and os.path.isdir(beside):
+        base = beside
+    if os.path.realpath(base) == os.path.realpath(folder):
+        raise UnusableError(
+            f"its {ADAPTER_CONFIG} names this very adapter as its base model",
+            "write the base's folder or Hub id there as base_model_name_or_path",
+        )
+    weights = [folder / name for name in ADAPTER_WEIGHTS if (folder / name).is_file()]
+    if not weights:
+        raise UnusableError(
+            f"it is an adapter without its weights: it has neither {' nor '.join(ADAPTER_WEIGHTS)}",
+            "copy them there",
+        )
+    _require_floats(tensors_of(weights[0]), ADAPTER_CONFIG)
     return Contents(folder, adapter_base=base, adapter_revision=str(revision or ""))
 
 
@@ -186,8 +204,7 @@ def _refuse_training_states(folder: pathlib.Path, names: list[str]) -> None:
             "it is a checkpoint of DeepSpeed",
             f"run: python -m deepspeed.utils.zero_to_fp32 {here} {here}",
         )
-    steps = [int(n.removeprefix("checkpoint-")) for n in folders if n.startswith("checkpoint-")
-             and n.removeprefix("checkpoint-").isdigit()]  # fmt: skip
+    steps = [int(found[1]) for name in folders if (found := _STEP.fullmatch(name))]
     if steps:
         shown = ", ".join(f"checkpoint-{step}" for step in sorted(steps))
         raise UnusableError(
@@ -215,22 +232,41 @@ def contents_of(path: pathlib.Path) -> Contents:
     if ADAPTER_CONFIG in names:
         return _adapter(path)
     if not weights:
-        if any(name.lower().endswith(GGUF) for name in names):
-            return _gguf(path, names)
+        if models := _language_models(path, names):
+            return _gguf(path, models)
         _refuse_training_states(path, names)
         return Contents(path)
-    tensors = [tensor for file in weights for tensor in _tensors(file)]
-    quantized = [
-        n for n, dtype in tensors if dtype in QUANTIZED_DTYPES and not OLD_BUFFERS.search(n)
-    ]
-    if quantized and "quantization_config" not in _config(path):
+    return whole_model(path)
+
+
+def whole_model(folder: pathlib.Path) -> Contents:
+    """A model in transformers' format, by the headers of its files of weights.
+
+    Args:
+        folder: With the files that :func:`weight_files` names.
+
+    Raises:
+        UnusableError: One of them is damaged, or holds numbers that are no weights, and the
+            configuration does not say how they were quantized (:func:`read_config` refuses those
+            of which it does).
+    """
+    formats = {k: v for file in weight_files(folder) for k, v in tensors_of(file).items()}
+    if not _config(folder).get("quantization_config"):
+        _require_floats(formats)
+    prefixes = {found[0] if (found := WRAPPERS.match(name)) else "" for name in formats}
+    return Contents(folder, prefix=prefixes.pop() if len(prefixes) == 1 else "")
+
+
+def _require_floats(formats: Mapping[str, str], told_by: str = "config.json") -> None:
+    """Transformers would make float32 of the codes of quantized numbers, without their scales."""
+    allowed = FLOATS.values()
+    others = [n for n, f in formats.items() if f not in allowed and not OLD_BUFFERS.search(n)]
+    if others:
         raise UnusableError(
-            f"{len(quantized)} of its tensors are quantized, first {quantized[0]}, and its "
-            "config.json does not say how",
+            f"{len(others)} of its tensors are quantized or no weights at all, first {others[0]} "
+            f"({formats[others[0]]}), and its {told_by} does not say how",
             "name the unquantized model, or a GGUF file of it",
         )
-    prefixes = {found[0] if (found := WRAPPERS.match(name)) else "" for name, _ in tensors}
-    return Contents(path, prefix=prefixes.pop() if len(prefixes) == 1 else "")
 
 
 def refuse_adapter_beside_weights(folder: pathlib.Path) -> None:
@@ -249,8 +285,7 @@ def refuse_adapter_beside_weights(folder: pathlib.Path) -> None:
 
 
 def _config(folder: pathlib.Path) -> dict[str, Any]:
-    try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    if not (folder / "config.json").is_file():
         return {}
+    found = _read_json(folder / "config.json")
     return found if isinstance(found, dict) else {}

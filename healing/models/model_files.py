@@ -8,8 +8,9 @@ import os
 import pathlib
 import pickle
 import re
+import struct
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
@@ -34,7 +35,8 @@ from healing.data import hub
 from healing.errors import ConfigError, ModelError
 from healing.models.conversions import require_gguf
 from healing.models.gguf_files import read_once
-from healing.models.local_models import UnusableError, contents_of
+from healing.models.local_models import contents_of, whole_model
+from healing.models.weight_headers import UnusableError, check_gguf
 
 EMBEDDED_DIR = pathlib.Path(__file__).parent / "embedded"
 
@@ -84,7 +86,7 @@ def locate(
         return Location(EMBEDDED_DIR / name, source)
     if kind == FOLDER:
         return _local(model_label(name, revision, deduped), source, weights)
-    return _on_the_hub(source, revision, weights)
+    return _on_the_hub(model_label(name, revision, deduped), source, revision, weights)
 
 
 def weights_are_here(name: str, revision: str = "", deduped: bool = False) -> bool:
@@ -112,17 +114,29 @@ def bytes_to_fetch(name: str, revision: str = "", deduped: bool = False) -> int 
     return hub.bytes_to_fetch(source_of(name, deduped), revision or MAIN)
 
 
-def _on_the_hub(repo: str, revision: str, weights: bool) -> Location:
+def _on_the_hub(label: str, repo: str, revision: str, weights: bool) -> Location:
     found = (hub.snapshot if weights else hub.small_files)(repo, revision or MAIN)
-    return Location(found.folder, repo, found.commit)
+    place = Location(found.folder, repo, found.commit)
+    if not weights:
+        return place
+    try:
+        return replace(place, prefix=whole_model(found.folder).prefix)
+    except UnusableError as error:
+        raise unloadable(label, place, error.reason, error.hint) from error
 
 
-def _local(label: str, source: str, weights: bool) -> Location:
+def _local(label: str, source: str, weights: bool, *, is_base: bool = False) -> Location:
     place = Location(pathlib.Path(source), source)
     try:
         found = contents_of(place.folder)
         if found.gguf:
             require_gguf()
+            check_gguf(found.folder / found.gguf)
+        if found.adapter_base and is_base:
+            raise UnusableError(
+                "it is an adapter itself",
+                "merge it into its own base first (merge_and_unload of peft)",
+            )
         base = None
         if found.adapter_base:
             base = _base_of(found.adapter_base, found.adapter_revision, weights)
@@ -130,6 +144,8 @@ def _local(label: str, source: str, weights: bool) -> Location:
         raise unloadable(label, place, error.reason, error.hint) from error
     except ModelError as error:
         raise unloadable(label, place, f"its base model: {error}", "mend that first") from error
+    except OSError as error:
+        raise unloadable(label, place, hub.first_line(error), "make it readable") from error
     return Location(found.folder, source, "", found.gguf, found.prefix, base)
 
 
@@ -142,13 +158,7 @@ def _base_of(name: str, revision: str, weights: bool) -> Location:
     """
     if os.path.isdir(name) or is_gguf_file(name):
         folder = os.path.abspath(name)
-        base = _local(folder, folder, weights)
-        if base.base is not None:
-            raise UnusableError(
-                f"its base {folder} is an adapter itself",
-                "merge that one into its own base first (merge_and_unload of peft)",
-            )
-        return base
+        return _local(folder, folder, weights, is_base=True)
     try:
         kind = model_kind(name)
     except ConfigError:
@@ -159,13 +169,12 @@ def _base_of(name: str, revision: str, weights: bool) -> Location:
             "put the base there, or write its folder or Hub id into adapter_config.json as "
             "base_model_name_or_path",
         )
-    return _on_the_hub(name, revision, weights)
+    return _on_the_hub(name, name, revision, weights)
 
 
 LOADING_ERRORS = (
     OSError,
     ValueError,
-    KeyError,
     TypeError,
     AttributeError,
     RuntimeError,
@@ -173,6 +182,11 @@ LOADING_ERRORS = (
     pickle.UnpicklingError,
     SafetensorError,
     StrictDataclassError,
+    LookupError,
+    EOFError,
+    ArithmeticError,
+    AssertionError,
+    struct.error,
 )
 """What transformers raises for files that are missing, damaged or not of its kind."""
 

@@ -1,14 +1,26 @@
-"""Tiny GGUF files, as llama.cpp's converter would write them."""
+"""A tiny Llama, and GGUF files of it as llama.cpp's converter would write them."""
 
 from __future__ import annotations
 
 import json
 import pathlib
+import shutil
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from healing.models.model_files import EMBEDDED_DIR
+
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+
+
+def give_tokenizer(folder: pathlib.Path) -> pathlib.Path:
+    """Put nano's tokenizer into a folder, made where it is not there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in TOKENIZER:
+        shutil.copy(EMBEDDED_DIR / "nano" / name, folder)
+    return folder
+
 
 NAMES = {
     "model.embed_tokens.weight": "token_embd.weight",

@@ -272,6 +272,37 @@ def test_weights_in_several_files_and_formats(hub, tmp_path):
     assert "is damaged" in torn["error"]
 
 
+def test_what_a_repository_holds_is_looked_at_as_a_folder_is(hub, tmp_path):
+    state = load(files_of()["model.safetensors"])
+    first = sorted(state)[0]
+    codes = state | {first: (state[first] * 100).to(torch.int8)}
+    wrapped = {f"_orig_mod.{name}": value for name, value in state.items()}
+    fp8 = {name: value.to(torch.float8_e5m2) for name, value in state.items()}
+    small = {k: v for k, v in files_of().items() if k != "model.safetensors"}
+    repositories = {
+        "codes": {"model.safetensors": save(codes, {"format": "pt"})},
+        "fp8": {"pytorch_model.bin": pickled_bytes(fp8)},
+        "wrapped": {"model.safetensors": save(wrapped, {"format": "pt"})},
+        "cut": {"model.safetensors": files_of()["model.safetensors"][:-4]},
+    }
+    for name, weights in repositories.items():
+        hub.repositories[f"models/own/{name}"] = Repository({"main": small | weights})
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "own/codes"}')
+    (adapter / "adapter_model.safetensors").write_bytes(save({"a": torch.zeros(1)}))
+    wanted = [f"model('own/{name}')" for name in repositories] + [f"model({str(adapter)!r})"]
+    for more in ({}, {"HF_HUB_OFFLINE": "1"}):  # from the network, from the cache
+        coded, halved, whole, cut, base = client(hub, tmp_path, *wanted, **more)
+        assert "model own/codes could not be loaded from own/codes (1 of its" in coded["error"]
+        assert f"no weights at all, first {first} (int8)" in coded["error"]
+        assert f"{len(state)} of its tensors are quantized" in halved["error"]
+        assert "(float8_e5m2)" in halved["error"]
+        assert whole["digest"] == load_model("nano").digest
+        assert "its model.safetensors is damaged or cut short" in cut["error"]
+        assert "its base model: model own/codes could not be loaded" in base["error"]
+
+
 @pytest.mark.parametrize(
     "error",
     [
