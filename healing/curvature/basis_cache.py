@@ -8,10 +8,15 @@ number depends on whether it was there. It is safetensors: reading one runs no c
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import os
 import pathlib
+import time
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,6 +30,12 @@ FORMAT = "gram-1"
 
 LEAST_NUMBERS = 10_000_000
 """Below this many weights the bases are made in about a second, and not kept."""
+
+ABOUT = "about"
+"""Entry of a file's metadata: which matrices are wide, and the digest of all numbers."""
+PARTIAL = ".partial"
+WRITING_SECONDS = 3600.0
+"""A file that was half written for longer than this was left by a process that died."""
 
 MOST_BYTES = 10 * 10**9
 """Of all files together; the longest unused go first."""
@@ -77,16 +88,23 @@ class BasisCache:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         self._make_room(size)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PARTIAL}")
         try:
             # Written whole, then named: who reads beside this finds all of it or nothing.
-            save_file(tensors, partial, {"wide": "\n".join(wide)})
+            about = json.dumps({"wide": wide, "sha256": _digest(tensors)})
+            save_file(tensors, partial, {ABOUT: about})  # of several entries the order varies
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
 
     def _make_room(self, size: int) -> None:
-        """Remove the longest unused files until ``size`` bytes more fit."""
+        """Remove what killed processes left half written, and the longest unused files until
+        ``size`` bytes more fit.
+        """
+        for path in self.folder.glob(f".*{PARTIAL}"):
+            with contextlib.suppress(OSError):
+                if time.time() - path.stat().st_mtime > WRITING_SECONDS:
+                    path.unlink()
         files = []
         for path in self.folder.glob("*.safetensors"):
             with contextlib.suppress(OSError):  # removed by another process
@@ -123,18 +141,31 @@ def _read(path: pathlib.Path, weights: Mapping[str, torch.Tensor]) -> SingularSu
     """
     try:
         with safe_open(path, "pt") as file:
-            wide = set(file.metadata()["wide"].split("\n"))
-            matrices = {}
+            about = json.loads((file.metadata() or {})[ABOUT])
+            wide, matrices, tensors = set(about["wide"]), {}, {}
             for name, weight in phase("reading kept bases", weights.items(), len(weights)):
-                parts = (file.get_tensor(f"{name}/{side}") for side in ("leading", "rest"))
+                for side in ("leading", "rest"):
+                    tensors[f"{name}/{side}"] = file.get_tensor(f"{name}/{side}")
+                parts = (tensors[f"{name}/{side}"] for side in ("leading", "rest"))
                 leading, rest = (part.to(weight.device) for part in parts)
                 matrices[name] = space = MatrixSubspace(leading, rest, name in wide)
                 if not _fits(space, weight):
                     return None
+            if _digest(tensors) != about["sha256"]:
+                return None
         os.utime(path)
-    except (OSError, SafetensorError, KeyError):
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError):
         return None
     return SingularSubspace(matrices)
+
+
+def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 of the bytes of all tensors, in the order of their names."""
+    found = hashlib.sha256()
+    for _, tensor in sorted(tensors.items()):
+        raw: Any = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        found.update(raw)
+    return found.hexdigest()
 
 
 def _fits(space: MatrixSubspace, weight: torch.Tensor) -> bool:

@@ -61,14 +61,31 @@ def _kind(value: Any) -> str:
     return names.get(type(value), f"a value of type {type(value).__name__}")
 
 
+def _whole(text: str, where: str) -> str:
+    """The text, unless JSON's escapes made characters of it that no text holds.
+
+    Raises:
+        CorpusError: Half a pair of surrogates (U+D800), which no tokenizer takes.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise CorpusError(
+            f"{where}: character {error.start + 1} is {half}, half of a surrogate pair and no "
+            "character by itself: write the pair, or leave it out"
+        ) from error
+    return text
+
+
 def _text(cell: Any, column: str, where: str, is_asked: bool, flatten: Flatten | None) -> str:
     if cell is None:
         return ""
     if isinstance(cell, str):
-        return cell
+        return _whole(cell, where)
     if _is_chat(cell):
         if is_asked and flatten is not None:
-            return ChatText(flatten([dict(message) for message in cell]))
+            return ChatText(_whole(flatten([dict(message) for message in cell]), where))
         hint = f"--text-column {column} has the model's chat template make one text of each"
         if is_asked:
             hint = "this stage has no model with a chat template, give it plain text"
@@ -86,7 +103,7 @@ def texts_of(
 
     Args:
         tables: Rows.
-        column: That holds the documents; empty = the first of :data:`TEXT_COLUMNS` that there is.
+        column: That holds the documents; empty = the first of :data:`TEXT_COLUMNS` that a row has.
         flatten: For a column that is named and holds chats.
 
     Raises:
@@ -96,19 +113,20 @@ def texts_of(
     for table in tables:
         first, chosen = None, ""
         for number, row in table.rows:
-            if isinstance(row, str):
-                yield row
-                continue
             where = f"{table.source}, {table.unit} {number}"
+            if isinstance(row, str):
+                yield _whole(row, where)
+                continue
             if not isinstance(row, Mapping):
                 raise CorpusError(
                     f"{where} is {_kind(row)}: expected a text or an object with a column of text, "
                     'such as {"text": "..."}'
                 )
             first = row if first is None else first
-            chosen = chosen or next(iter(wanted_columns(row, column)), "")
-            if not chosen and not table.is_ragged:
+            own = next(iter(wanted_columns(row, column)), "")
+            if not own and not table.is_ragged:
                 raise _no_column(table, row, column)
-            yield _text(row.get(chosen), chosen, where, bool(column), flatten)
+            chosen = chosen or own
+            yield _text(row.get(own), own, where, bool(column), flatten)
         if first is not None and not chosen:
             raise _no_column(table, first, column)

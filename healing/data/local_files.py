@@ -85,13 +85,27 @@ def one_file(path: pathlib.Path) -> TextFile:
     return found
 
 
+def _homes(root: pathlib.Path) -> list[pathlib.Path]:
+    """Where links in a folder may lead: below it, and from a snapshot in the Hub's cache to the
+    ``blobs`` of its repository, where all of its files are.
+    """
+    for place in (root, *root.parents):
+        if place.parent.name == "snapshots" and (place.parent.parent / "refs").is_dir():
+            return [root, place.parent.parent / "blobs"]
+    return [root]
+
+
+def _is_below(path: pathlib.Path, places: list[pathlib.Path]) -> bool:
+    return any(path.is_relative_to(place) for place in places)
+
+
 def files_of(folder: pathlib.Path) -> list[TextFile]:
     """The files of a folder that hold its text, sorted by path.
 
     Raises:
         CorpusError: There is none, or they are of several kinds.
     """
-    root, found, others, outside = folder.resolve(), [], 0, 0
+    homes, found, others, outside = _homes(folder.resolve()), [], 0, 0
     for place, names, files in os.walk(folder):  # links to folders are not followed
         names[:] = [name for name in names if not name.startswith(".")]
         for name in files:
@@ -99,7 +113,7 @@ def files_of(folder: pathlib.Path) -> list[TextFile]:
             known = None if name.lower() in ABOUT_DATA else text_file(path)
             if name.startswith(".") or known is None or not path.is_file():
                 others += 1
-            elif path.is_symlink() and not path.resolve().is_relative_to(root):
+            elif path.is_symlink() and not _is_below(path.resolve(), homes):
                 outside += 1
             else:
                 found.append(known)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import itertools
 import json
 import pathlib
 import re
+import tempfile
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -43,12 +46,21 @@ def _paragraphs(pieces: Iterable[str]) -> Iterator[str]:
     """What blank lines part, as if the pieces were one text: a separator ends with its second line
     end, so that what is left after the last one can be joined to the next piece.
     """
+    before: list[str] = []  # looked through, without a separator
     rest = ""
     for piece in pieces:
         *whole, rest = _BLANK.split(rest + piece)
-        yield from whole
-    if rest:
-        yield rest
+        if whole:
+            yield "".join([*before, whole[0]])
+            yield from whole[1:]
+            before = []
+        # What may be the beginning of a separator is looked at again, and nothing else.
+        line = rest.rfind("\n")
+        cut = line if line >= 0 and not rest[line:].strip("\n \t") else len(rest)
+        before.append(rest[:cut])
+        rest = rest[cut:]
+    if last := "".join([*before, rest]):
+        yield last
 
 
 def _text_documents(file: TextFile, split_rule: str) -> Iterator[str]:
@@ -73,7 +85,7 @@ def _json_lines(file: TextFile) -> Iterator[tuple[int, Any]]:
                 continue
             try:
                 yield number, json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:  # also of numbers of many digits
                 raise unreadable(file, f"line {number} is not JSON: {error}") from error
 
 
@@ -85,7 +97,7 @@ def _json(file: TextFile) -> Iterator[tuple[int, Any]]:
         return
     try:
         value = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         if str(error).startswith("Extra data"):
             yield from _json_lines(file)
             return
@@ -144,8 +156,11 @@ def _columnar(file: TextFile, column: str) -> Iterator[tuple[int, Any]]:
             for row in batch.to_pylist():
                 number += 1
                 yield number, row
-    except (pyarrow.ArrowException, OSError, EOFError) as error:
-        raise unreadable(file, error) from error
+    except UnicodeDecodeError as error:
+        raise unreadable(file, f"a text after row {number} is not UTF-8: {error}") from error
+    except (ValueError, OverflowError, pyarrow.ArrowException, OSError, EOFError) as error:
+        where = f"after row {number}: " if number else ""
+        raise unreadable(file, f"{where}{error}") from error
 
 
 def _rows(file: TextFile, column: str) -> Table:
@@ -160,6 +175,20 @@ def _rows(file: TextFile, column: str) -> Table:
     return Table(path, "row", _columnar(file, column))
 
 
+@contextlib.contextmanager
+def _plainly_named(folder: pathlib.Path) -> Iterator[str]:
+    """The folder under a name in which fsspec finds nothing but a path: it takes ``::`` for a chain
+    of file systems, and what precedes ``://`` for one of them.
+    """
+    if "::" not in str(folder) and "://" not in str(folder):
+        yield str(folder)
+        return
+    with tempfile.TemporaryDirectory() as place:
+        link = pathlib.Path(place, "data")
+        link.symlink_to(folder.resolve(), target_is_directory=True)
+        yield str(link)
+
+
 def _saved_data_set(folder: pathlib.Path, column: str) -> Table | None:
     """Rows of a folder that ``datasets``' ``save_to_disk`` wrote; ``None`` = it is not one."""
     has_splits = (folder / "dataset_dict.json").is_file()
@@ -169,7 +198,8 @@ def _saved_data_set(folder: pathlib.Path, column: str) -> Table | None:
     import datasets
 
     try:
-        data = datasets.load_from_disk(str(folder))
+        with _plainly_named(folder) as path:
+            data = datasets.load_from_disk(path)
         if isinstance(data, datasets.DatasetDict):
             names = list(data)
             if "train" not in names and len(names) != 1:
@@ -180,15 +210,37 @@ def _saved_data_set(folder: pathlib.Path, column: str) -> Table | None:
             data = data["train" if "train" in names else names[0]]
         if wanted := wanted_columns(data.column_names, column):
             data = data.select_columns(wanted)
-        return Table(str(folder), "row", enumerate(data, 1))
+        return Table(str(folder), "row", _saved_rows(folder, data))
     except CorpusError:
         raise
-    except (ValueError, KeyError, OSError, pyarrow.ArrowException) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CorpusError(
-            f"{folder} could not be read as a data set saved by save_to_disk ({reason}): save it "
-            "anew"
-        ) from error
+    except _DAMAGED_SETS as error:
+        raise _unreadable_set(folder, error) from error
+
+
+_DAMAGED_SETS = (
+    ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, OSError,
+    pyarrow.ArrowException,
+)  # fmt: skip
+"""What ``datasets`` raises where a folder is not as it left it."""
+
+
+def _unreadable_set(folder: pathlib.Path, error: BaseException) -> CorpusError:
+    reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+    return CorpusError(
+        f"{folder} could not be read as a data set saved by save_to_disk ({reason}): save it anew"
+    )
+
+
+def _saved_rows(folder: pathlib.Path, data: Iterable[Any]) -> Iterator[tuple[int, Any]]:
+    rows = iter(data)
+    for number in itertools.count(1):
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except _DAMAGED_SETS as error:
+            raise _unreadable_set(folder, error) from error
+        yield number, row
 
 
 def local_documents(

@@ -49,10 +49,11 @@ def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[i
     """Tokens of texts. What spells a special token is read as text: it ends no document, and its
     id may be beyond the embeddings.
     """
-    is_chat = isinstance(texts[0], ChatText)
-    ids: list[list[int]] = tokenizer(
-        texts, add_special_tokens=False, split_special_tokens=not is_chat, verbose=False
-    )["input_ids"]
+    ids: list[list[int]] = []
+    for is_chat, alike in itertools.groupby(texts, lambda text: isinstance(text, ChatText)):
+        ids += tokenizer(
+            list(alike), add_special_tokens=False, split_special_tokens=not is_chat, verbose=False
+        )["input_ids"]
     return ids
 
 

@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from healing.curvature import basis_cache
 from healing.curvature.basis_cache import BasisCache, kept_bases
@@ -71,6 +72,38 @@ def test_a_damaged_file_is_made_anew(cache, made, damage):
     assert_same(cache.subspace(WEIGHTS, 0.9, "abc"), expected)
     assert made == [0.9, 0.9]
     assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("at", [0.2, 0.5, 0.99])
+def test_one_changed_bit_is_not_believed(cache, made, at):
+    expected = cache.subspace(WEIGHTS, 0.9, "abc")
+    (path,) = cache.folder.iterdir()
+    whole = bytearray(path.read_bytes())
+    begin = 8 + int.from_bytes(whole[:8], "little")  # after the header
+    whole[begin + int(at * (len(whole) - begin))] ^= 1
+    path.write_bytes(whole)
+    assert_same(cache.subspace(WEIGHTS, 0.9, "abc"), expected)
+    assert made == [0.9, 0.9]
+
+
+@pytest.mark.parametrize("metadata", [None, {"about": "[]"}, {"about": "{}"}, {"about": "x"}])
+def test_a_file_without_its_digest_is_not_believed(cache, made, metadata):
+    cache.subspace(WEIGHTS, 0.9, "abc")
+    (path,) = cache.folder.iterdir()
+    save_file(load_file(path), path, metadata)
+    cache.subspace(WEIGHTS, 0.9, "abc")
+    assert made == [0.9, 0.9]
+
+
+def test_what_killed_processes_left_goes_and_what_is_being_written_stays(cache):
+    cache.folder.mkdir(parents=True)
+    old, new = (cache.folder / f".{name}.safetensors.x.partial" for name in ("old", "new"))
+    for path in (old, new):
+        path.write_bytes(b"half")
+    os.utime(old, (1000.0, 1000.0))
+    cache.subspace(WEIGHTS, 0.9, "abc")
+    assert not old.exists()
+    assert new.exists()
 
 
 def test_a_file_of_other_matrices_is_not_believed(cache, made):

@@ -7,6 +7,7 @@ import gzip
 import json
 import lzma
 import pathlib
+import random
 import re
 
 import datasets
@@ -17,6 +18,7 @@ import pytest
 import zstandard
 
 from healing.data.corpora import load_corpus
+from healing.data.readers import _BLANK as BLANK
 from healing.data.readers import _PIECE, _paragraphs, local_documents
 from healing.data.splits import split_documents
 from healing.data.windows import ChatText
@@ -366,3 +368,116 @@ def test_chats_are_made_text_only_where_they_are_asked_for(tmp_path):
     (tmp_path / "b.jsonl").write_text(json.dumps({"text": CHAT}))
     with pytest.raises(CorpusError, match=r"--text-column text has the model's chat template"):
         documents(tmp_path / "b.jsonl", flatten=flatten)
+
+
+@pytest.mark.parametrize(
+    ("ending", "row"),
+    [
+        (".jsonl", '{"text": "a \\ud800 b"}'),
+        (".jsonl", '"\\udc00"'),
+        (".json", '[{"text": "x"}, {"text": "a \\ud800 b"}]'),
+    ],
+)
+def test_half_a_surrogate_pair_is_named_with_its_row(tmp_path, ending, row):
+    path = tmp_path / f"t{ending}"
+    path.write_text(row)
+    with pytest.raises(CorpusError, match=r"t\.jsonl?, (line 1|row 2): character \d is .*ud?[89c]"):
+        documents(path)
+    path.write_text('{"text": "a \\ud83d\\ude00 b"}')
+    assert documents(path) == ["a \U0001f600 b"], "a whole pair is a character"
+
+
+@pytest.mark.parametrize("ending", [".json", ".jsonl"])
+def test_a_number_of_thousands_of_digits_is_one_line(tmp_path, ending):
+    path = tmp_path / f"t{ending}"
+    path.write_text('{"id": ' + "7" * 5000 + ', "text": "a"}')
+    with pytest.raises(CorpusError, match=r"t\.jsonl? could not be read as \.jsonl? \(.*not JSON"):
+        documents(path)
+
+
+def test_rows_of_json_may_name_their_text_differently(tmp_path):
+    path = tmp_path / "t.jsonl"
+    rows = [{"content": "a"}, {"text": "b"}, {"other": 1}, {"text": "c", "content": "d"}]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert documents(path) == ["a", "b", "", "c"]
+    assert documents(path, column="content") == ["a", "", "", "d"]
+
+
+@pytest.mark.parametrize("ending", [".arrow", ".parquet"])
+def test_bytes_that_are_no_utf8_in_a_column_of_text_are_named(tmp_path, ending):
+    path = tmp_path / f"t{ending}"
+    good, bad = pyarrow.array(["a", "b"]), pyarrow.array([b"a", b"\xff\xfe"]).cast(
+        pyarrow.string(), safe=False
+    )  # fmt: skip
+    for column in (good, bad):
+        table = pyarrow.table({"text": column})
+        if ending == ".parquet":
+            pyarrow.parquet.write_table(table, path)
+        else:
+            with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_file(
+                file, table.schema
+            ) as writer:  # fmt: skip
+                writer.write_table(table)
+        if column is good:
+            assert documents(path) == ["a", "b"]
+    with pytest.raises(CorpusError, match=r"a text after row \d is not UTF-8"):
+        documents(path)
+
+
+@pytest.mark.parametrize("name", ["state.json", "dataset_info.json"])
+@pytest.mark.parametrize("content", ["[]", "{}", "null", "7"])
+def test_a_saved_data_set_whose_papers_are_wrong_is_one_line(tmp_path, name, content):
+    datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(tmp_path / "set")
+    (tmp_path / "set" / name).write_text(content)
+    try:
+        assert documents(tmp_path / "set") == TEXTS, "what is not needed may be empty"
+    except CorpusError as error:
+        assert "could not be read as a data set saved by save_to_disk" in str(error)  # noqa: PT017
+
+
+def test_a_saved_data_set_is_found_by_its_path_whatever_that_holds(tmp_path):
+    folder = tmp_path / "a::b" / "c"
+    datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(tmp_path / "set")
+    folder.parent.mkdir()
+    (tmp_path / "set").rename(folder)
+    assert documents(folder) == TEXTS
+
+
+def test_a_snapshot_in_the_hubs_cache_is_a_folder_of_its_files(tmp_path):
+    """Made by the layout of huggingface_hub: every file is a link to ``blobs``."""
+    repository = tmp_path / "datasets--own--notes"
+    snapshot = repository / "snapshots" / "0123abc" / "data"
+    for place in (snapshot, repository / "blobs", repository / "refs"):
+        place.mkdir(parents=True)
+    (repository / "blobs" / "f00").write_text(json_lines())
+    (snapshot / "part.jsonl").symlink_to("../../../blobs/f00")
+    (tmp_path / "secret.jsonl").write_text(json_lines(["secret"]))
+    (snapshot / "out.jsonl").symlink_to(tmp_path / "secret.jsonl")
+    for folder in (snapshot, snapshot.parent):
+        assert documents(folder) == TEXTS
+
+
+def test_a_long_text_without_blank_lines_is_read_once(tmp_path):
+    """Counted, not timed: what is split by the pattern is no more than the text and its ends."""
+    pieces = [f"line {i} " + "x" * 500 + "\n" for i in range(2000)]
+    looked = []
+
+    class Counted:
+        def split(self, text):
+            looked.append(len(text))
+            return BLANK.split(text)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("healing.data.readers._BLANK", Counted())
+        assert list(_paragraphs(pieces)) == ["".join(pieces)]
+    assert sum(looked) < 1.1 * sum(map(len, pieces))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_wherever_pieces_end_paragraphs_are_those_of_the_whole(size):
+    draws = random.Random(0)
+    for _ in range(300):
+        text = "".join(draws.choices("ab\n\n \t", k=draws.randrange(40)))
+        pieces = [text[i : i + size] for i in range(0, len(text), size)]
+        expected = BLANK.split(text)
+        assert list(_paragraphs(pieces)) == (expected if expected[-1] else expected[:-1]), text

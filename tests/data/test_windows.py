@@ -133,3 +133,14 @@ def test_tokens_beside_a_cut_are_not_used(tokenizer, monkeypatch):
     for needed in range(1, 160):
         found = pack([text], tokenizer, 1, needed).flatten().tolist()
         assert found == whole[:needed], needed
+
+
+def test_chats_and_plain_texts_beside_each_other_are_each_read_as_what_they_are(tokenizer):
+    """In one call of the tokenizer's 64: what spells the end of text is one token in a chat."""
+    end = tokenizer.eos_token
+    plain, chat = f"a {end} b", ChatText(f"a {end} b")
+    alone = [windows._encode([text], tokenizer)[0] for text in (plain, chat)]
+    assert alone[0] != alone[1]
+    assert windows._encode([plain, chat, chat, plain], tokenizer) == [
+        alone[0], alone[1], alone[1], alone[0]
+    ]  # fmt: skip
