@@ -115,6 +115,26 @@ def _hub_documents(name: str, limit: int, column: str, flatten: Flatten | None) 
         ) from error
 
 
+def _path(name: str) -> pathlib.Path:
+    return pathlib.Path(os.path.expanduser(name))  # an unknown user stays as it is written
+
+
+def require_named(name: str) -> None:
+    """Check that a name can be that of a corpus: no text is read, and nobody is asked.
+
+    Raises:
+        CorpusError: It is empty, or neither a file or folder that is there nor a Hub id.
+    """
+    if not name.strip():
+        raise CorpusError(f"--corpus is empty: {ALTERNATIVES}")
+    path = _path(name)
+    if name in ("stdlib", "pile") or os.path.lexists(path):
+        return
+    looks_local = name.startswith((".", "/", "~")) or text_file(path) is not None
+    if looks_local or name.count("/") != 1:
+        raise CorpusError(f"no corpus {name!r} (no such file, and not a Hub id): {ALTERNATIVES}")
+
+
 def load_corpus(
     name: str,
     max_documents: int = 20_000,
@@ -137,18 +157,13 @@ def load_corpus(
     Raises:
         CorpusError: It cannot be loaded; the message names the alternatives.
     """
-    if not name.strip():
-        raise CorpusError(f"--corpus is empty: {ALTERNATIVES}")
-    path = pathlib.Path(os.path.expanduser(name))  # an unknown user stays as it is written
-    looks_local = name.startswith((".", "/", "~")) or text_file(path) is not None
-    is_remote = name == "pile" or name.count("/") == 1
+    require_named(name)
+    path = _path(name)
     if name == "stdlib":
         texts: Iterable[str] = itertools.islice(_stdlib_documents(), max_documents)
     elif os.path.lexists(path):
         found = local_documents(path, column=text_column, split_rule=split_rule, flatten=flatten)
         texts = itertools.islice(found, max_documents)
-    elif looks_local or not is_remote:
-        raise CorpusError(f"no corpus {name!r} (no such file, and not a Hub id): {ALTERNATIVES}")
     else:
         source = PILE_ID if name == "pile" else name
         texts = _hub_documents(source, max_documents, text_column, flatten)

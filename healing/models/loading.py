@@ -31,10 +31,10 @@ from healing.config.presets import model_label
 from healing.data.windows import opening
 from healing.errors import ModelError
 from healing.models.architectures import neox_config
-from healing.models.blocks import embedding_matrix, transformer_blocks
+from healing.models.blocks import embedding_matrix
 from healing.models.conversions import fresh_copy, merged, quantization_of
 from healing.models.gguf_files import read_once
-from healing.models.local_models import OLD_BUFFERS, refuse_adapter_beside_weights
+from healing.models.local_models import refuse_adapter_beside_weights
 from healing.models.model_files import (
     LOADING_ERRORS,
     Location,
@@ -44,6 +44,7 @@ from healing.models.model_files import (
     read_tokenizer,
     unloadable,
 )
+from healing.models.objections import objections
 from healing.models.weight_headers import UnusableError
 from healing.progress import during
 
@@ -216,73 +217,24 @@ def _identity(digest: str, model: PreTrainedModel, tokenizer: PreTrainedTokenize
     return fingerprint(digest, shape, words, tokenizer.eos_token_id)
 
 
-LARGEST_STACKED_SHARE = 0.1
-
-
-def _objections(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, report: Mapping[str, Any]
-) -> Iterator[tuple[str, str]]:
-    """Why a model that did load is not the one meant or not one for this, and what to do."""
-    # transformers fills what a file lacks with random numbers, drops what the configuration has no
-    # place for (blocks beyond its number of layers), and only warns.
-    if counts := _nonfinite(model):
-        reason = (
-            f"{sum(counts.values())} of its weights are not finite, first in {next(iter(counts))}"
-        )
-        yield reason, "name a sound copy: this one is damaged, or its training diverged"
-    if lacking := sorted(report["missing_keys"]):
-        reason = f"its weights lack {len(lacking)} tensors, first {lacking[0]}"
-        yield reason, "name a folder or revision with all of them"
-    extra = sorted(key for key in report["unexpected_keys"] if not OLD_BUFFERS.search(key))
-    if extra:
-        reason = f"its configuration has no place for {len(extra)} of its tensors, first {extra[0]}"
-        yield reason, "put the configuration that belongs to the weights beside them"
-    highest, rows = _highest_id(tokenizer), len(embedding_matrix(model))
-    if highest >= rows:
-        reason = f"its tokenizer gives ids up to {highest}, its embedding matrix has {rows} rows"
-        yield reason, "put the model's own tokenizer beside it"
-    inside = [p for block in transformer_blocks(model) for p in block.parameters()]
-    stacked = sum(p.numel() for p in inside if p.ndim > 2) / sum(p.numel() for p in inside)
-    if stacked > LARGEST_STACKED_SHARE:
-        reason = f"{100 * stacked:.0f} % of its blocks are not two-dimensional matrices"
-        yield reason, "name a dense model, mixtures of experts are not supported"
-    if _looks_ahead(model):
-        reason = "its logits depend on later tokens"
-        yield reason, "name a causal language model, this is an encoder"
-
-
-def _nonfinite(model: PreTrainedModel) -> dict[str, int]:
-    """Name → count of NaN and infinite numbers, of the parameters that have any."""
-    counts = {name: int((~p.isfinite()).sum()) for name, p in model.named_parameters()}
-    return {name: count for name, count in counts.items() if count}
-
-
-def _highest_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Largest id that plain text or the end of a document gives. The special tokens may go beyond
-    the embeddings (Gemma 3's for images), and the ids may have gaps.
-    """
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    ids = set(tokenizer.get_vocab().values()) - special
-    if tokenizer.eos_token_id is not None:
-        ids.add(tokenizer.eos_token_id)
-    return max(ids, default=-1)
-
-
-def _looks_ahead(model: PreTrainedModel) -> bool:
-    """Whether earlier logits change with the last of four tokens."""
-    rows = len(embedding_matrix(model))
-    # From the middle of the vocabulary: padding is at its ends, and may be masked.
-    start = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 4]]) + rows // 2
-    with torch.no_grad():
-        one, other = model(input_ids=start % rows).logits[:, :-1]
-    # Rounding is about 1e-6 of the logits, what a token matters to its neighbours far above 1e-4.
-    return bool((one - other).abs().max() > 1e-4 * one.abs().max())
-
-
 _ONE_AT_A_TIME = threading.Lock()
 """transformers switches the tying of weights off in the whole process while it loads: of two loads
 at once in threads the later restores what the earlier had switched off, and no model made
 afterwards ties its weights."""
+
+
+@contextlib.contextmanager
+def _without_its_report() -> Iterator[None]:
+    """Without transformers' table of missing and left over tensors: what is wrong with them is said
+    in one line.
+    """
+    report = logging.getLogger("transformers.modeling_utils")
+    before = report.level
+    report.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        report.setLevel(before)
 
 
 def _weights(
@@ -295,18 +247,19 @@ def _weights(
     plain = copy.deepcopy(config)
     try:
         refuse_adapter_beside_weights(whole.folder)  # another program's cache may hold one
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            whole.folder,
-            config=config,
-            dtype=torch.float32,
-            # Asked for sdpa, architectures without it are refused; as the default it gives way to
-            # eager.
-            attn_implementation=None if attention == "sdpa" else attention,
-            trust_remote_code=False,
-            output_loading_info=True,
-            key_mapping={f"^{re.escape(whole.prefix)}": ""} if whole.prefix else None,
-            **whole.how,
-        )
+        with _without_its_report():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                whole.folder,
+                config=config,
+                dtype=torch.float32,
+                # Asked for sdpa, architectures without it are refused; as the default it gives way
+                # to eager.
+                attn_implementation=None if attention == "sdpa" else attention,
+                trust_remote_code=False,
+                output_loading_info=True,
+                key_mapping={f"^{re.escape(whole.prefix)}": ""} if whole.prefix else None,
+                **whole.how,
+            )
         model, report = loaded
         if whole.gguf:
             origin["dequantized_from"] = quantization_of(whole.folder / whole.gguf)
@@ -378,7 +331,7 @@ def load_model(
     model.config.use_cache = False
     model.eval()
     with during("checking model"):
-        if objection := next(_objections(model, tokenizer, report), None):
+        if objection := next(objections(model, tokenizer, report), None):
             raise unloadable(label, location, *objection)
     model.to(target)  # type: ignore[arg-type]
     with during("hashing weights"):

@@ -7,6 +7,8 @@ import logging
 import os
 import pathlib
 import shutil
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -355,6 +357,47 @@ def test_weights_that_are_not_finite_are_counted(folder):
     first = r"model\.layers\.1\.mlp\.up_proj\.weight"
     with pytest.raises(ModelError, match=rf"4 of its weights are not finite, first in {first}\)"):
         load_model(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("lm_head", "model.norm"), "its weights are finite and its logits are not"),
+        # The norm divides by an infinite length.
+        (("model.embed_tokens",), "its logits are the same for every token"),
+    ],
+)
+def test_finite_weights_whose_forward_pass_overflows_are_refused(folder, names, message):
+    state = weights(folder)
+    for name in names:
+        state[f"{name}.weight"] = state[f"{name}.weight"].abs() * 1e25 + 1e25
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=message):
+        load_model(str(folder))
+
+
+def test_blocks_of_zeros_are_refused(folder):
+    state = {name: torch.zeros_like(value) for name, value in weights(folder).items()}
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match="the weights of its blocks are all zero"):
+        load_model(str(folder))
+
+
+def test_a_refusal_is_one_line_without_a_table_before_it(folder):
+    """In a process of its own: the table goes to standard error by transformers' own logger."""
+    state = weights(folder)
+    wrapped = {f"module.{n}" if i % 2 else n: v for i, (n, v) in enumerate(state.items())}
+    save_file(wrapped, folder / "model.safetensors", {"format": "pt"})
+    done = subprocess.run(
+        [sys.executable, "-m", "entrypoints.attack", f"--model={folder}", "--verbosity=quiet",
+         "--corpus=stdlib", f"--output-dir={folder.parent / 'out'}"],
+        capture_output=True, text=True, cwd=pathlib.Path(__file__).parents[2], check=False,
+        env={**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{folder.parent}/mlflow.db"},
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "LOAD REPORT" not in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if "error:" in line]
+    assert "its weights lack" in line
 
 
 # ---- What trainers and other tools leave

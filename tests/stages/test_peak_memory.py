@@ -19,6 +19,7 @@ from healing.config.attack import AttackConfig
 from healing.config.heal import HealConfig
 from healing.config.resolve import resolve_from_presets
 from healing.curvature.stochastic_lanczos import rayleigh_percentile
+from healing.errors import CorpusError
 from healing.measurements.probe import Probe
 from healing.models.architectures import pythia_config
 from healing.stages.cells.attack import attack_cell
@@ -298,7 +299,10 @@ def test_the_plan_counts_what_a_run_measures(nano, corpus, monkeypatch):
     plain, calls = Probe.measure, []
     monkeypatch.setattr(Probe, "measure", lambda *a: (calls.append(1), plain(*a))[1])
     outcome_of(attack_cell(config))
-    (first, disk) = attack_plan(config, 10**9)
+    first, files, disk = attack_plan(config, 10**9)
+    assert first.endswith("256 tokens; a step sees 16"), "one catalyst's length"
+    named = [name for name in ("config.json", "metrics.jsonl", "spectra.json") if name in files]
+    assert len(named) == 3
     assert f"at most 5 steps, {len(calls)} measurements of 256 tokens" in first
     assert disk == "  disk: 4 GB for the checkpoint"
     assert "at most 0 steps, 2 measure" in attack_plan(replace(config, arm="none"), 1)[0]
@@ -309,10 +313,28 @@ def test_the_plan_of_several_healings():
     config = resolve_from_presets(
         HealConfig(**several, sham=True, save_healed=False, healing_steps=25)
     )
-    first, disk = heal_plan(config, 1)
+    first, files, disk = heal_plan(config, 1)
+    assert "checkpoints/" not in files
+    assert "checkpoints/" in heal_plan(replace(config, save_healed=True), 1)[1]
     assert first.startswith("plan: 2 healing run(s) per checkpoint and as many of the sham, each")
     assert "25 steps of 1,024 tokens (25,600), 5 measurements" in first
     assert disk == "  disk: no weights are kept"
+
+
+@pytest.mark.parametrize("config", [AttackConfig, HealConfig])
+def test_a_text_that_is_not_there_is_refused_before_anything_is_predicted(store, config):
+    with pytest.raises(CorpusError, match="no corpus '/nope'"):
+        dry_run(config(model="nano", corpus="/nope"))
+
+
+def test_in_a_pipe_a_dry_run_says_what_it_does(store, capfd):
+    dry_run(HealConfig(model="nano", arm="random_tokens", time_steps="false"))
+    said = capfd.readouterr().err
+    for phase in ("reading the model's configuration", "the attack without numbers",
+                  "healing without numbers"):  # fmt: skip
+        assert phase in said
+    dry_run(HealConfig(model="nano", arm="random_tokens", time_steps="false", verbosity="quiet"))
+    assert "without numbers" not in capfd.readouterr().err
 
 
 def test_dry_run_under_mlflow_run_logs_the_peak(store, monkeypatch):

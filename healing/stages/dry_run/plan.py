@@ -6,7 +6,11 @@ from __future__ import annotations
 
 from healing.config.attack import AttackConfig
 from healing.config.heal import HealConfig
+from healing.config.shared import RAW_DATA
+from healing.tracking.output_folder import output_folder
 
+FINE_TUNING = ("haep", "haep_oracle", "random_tokens", "random_text")
+"""Arms whose steps are gradient steps on one short sequence."""
 SEARCHING = ("haep", "haep_oracle")
 """Arms that search a catalyst."""
 
@@ -19,10 +23,11 @@ def attack_plan(config: AttackConfig, n_params: int) -> list[str]:
         n_params: Parameters of the model.
     """
     steps = {"none": 0, "reinitialised": 1}.get(config.arm, int(config.attack_steps))
+    seen = f"; a step sees {config.catalyst_length}" if config.arm in FINE_TUNING else ""
     lines = [
         f"plan: one attack ({config.arm}) of at most {steps:,} steps, "
         f"{measurements(steps, config.measurement_interval)} measurements of "
-        f"{int(config.probe_tokens):,} tokens"
+        f"{int(config.probe_tokens):,} tokens{seen}"
     ]
     if config.arm in SEARCHING:
         lines.append(
@@ -35,7 +40,12 @@ def attack_plan(config: AttackConfig, n_params: int) -> list[str]:
                 f"  curvature ranks: {1 + draws} Hessian products on {tokens:,} "
                 "tokens (about 3.5 gradients of these tokens for the first, 2.2 for each other)"
             )
-    return [*lines, f"  disk: {_gigabytes(n_params)} GB for the checkpoint"]
+    return [
+        *lines,
+        f"  files: {_place(config)}, with config.json, metrics.jsonl, attack_summary.json, "
+        "spectra.json, figures and checkpoints/",
+        f"  disk: {_gigabytes(n_params)} GB for the checkpoint",
+    ]
 
 
 def heal_plan(config: HealConfig, n_params: int) -> list[str]:
@@ -54,8 +64,15 @@ def heal_plan(config: HealConfig, n_params: int) -> list[str]:
         f"plan: {runs} healing run(s){per}{shams}, each of {steps:,} steps of {tokens:,} tokens "
         f"({steps * tokens:,}), {measurements(steps, config.measurement_interval)} measurements "
         f"of {int(config.probe_tokens):,} tokens",
+        f"  files: {_place(config)} a run, with config.json, metrics.jsonl, healing_summary.json, "
+        f"spectra.json, figures{' and checkpoints/' if config.save_healed else ''}",
         f"  disk: {disk if config.save_healed else 'no weights are kept'}",
     ]
+
+
+def _place(config: AttackConfig | HealConfig) -> str:
+    """Where the folders of runs are; their names hold a fingerprint that is not known yet."""
+    return f"a folder in {output_folder(config.output_dir) / RAW_DATA}"
 
 
 def healing_runs(config: HealConfig) -> int:

@@ -18,6 +18,7 @@ from healing.config.attack import AttackConfig
 from healing.config.heal import HealConfig
 from healing.config.options import AUTO
 from healing.config.presets import EMBEDDED, model_kind
+from healing.data.corpora import require_named
 from healing.errors import ConfigError
 from healing.models.architectures import architecture
 from healing.models.checkpoints import read_checkpoint
@@ -87,10 +88,13 @@ def predictions(
 
     Raises:
         ConfigError: Parameters contradict each other, or an arm or method is a plug-in's.
+        CorpusError: There is no such text; none is read.
         CheckpointError: What is to be healed cannot be read, or is of another model.
         ModelError: The model's configuration cannot be had.
     """
     console = console or Console("quiet")
+    if config.corpus != AUTO:
+        require_named(config.corpus)
     if isinstance(config, AttackConfig):
         _own_code(ARMS, config.arm)
         if needed := arm_needs(config.arm):
@@ -98,15 +102,15 @@ def predictions(
                 f"memory is not predicted for --arm {config.arm}, which needs the {needed[0]} of "
                 "another attack: it takes what --arm gaussian_noise takes"
             )
-        with console.waiting("reading the model's configuration"):
+        with console.doing("reading the model's configuration"):
             attack = resolve_from_model(config)
-        with console.waiting("the attack without numbers"):
+        with console.doing("the attack without numbers"):
             return {"attack": (attack, predict_attack(attack, *_place(attack)))}
     config, path = _what_is_healed(config)
-    with console.waiting("reading the model's configuration"):
+    with console.doing("reading the model's configuration"):
         healing = resolve_from_checkpoint(config, read_checkpoint(path) if path else None, path)
     found = {} if path else predictions(fresh_attack_config(healing), console)
-    with console.waiting("healing without numbers"):
+    with console.doing("healing without numbers"):
         return {**found, "heal": (healing, predict_healing(healing, *_place(healing)))}
 
 
@@ -160,12 +164,12 @@ def estimates(
         return f"no time is estimated: {why}"
     console, lines = Console(config.verbosity), []
     use_threads(first)
-    with console.waiting("loading the model"):
+    with console.doing("loading the model"):
         begin = time.perf_counter()
         loaded = load_for(first)
         loading = Cost("loading", 1, time.perf_counter() - begin)
     for name, stage in stages.items():
-        with console.waiting("timing one step of each kind"):
+        with console.doing("timing one step of each kind"):
             if isinstance(stage, AttackConfig):
                 costs = attack_costs(stage, loaded)
             else:

@@ -268,6 +268,14 @@ class Console:
         with bars.waiting(text):
             yield
 
+    @contextlib.contextmanager
+    def doing(self, text: str) -> Iterator[None]:
+        """The same, and in a pipe a line: part of a command that is silent for longer."""
+        if self._cell is None and self.verbosity != "quiet" and not is_terminal():
+            write_line(text, error=True)
+        with self.waiting(text):
+            yield
+
     def cells(self, total: int, title: str, unit: str) -> Cells:
         """Progress of many cells, which :meth:`within` consoles speak through."""
         return Cells(self.progress(title), total, unit)
