@@ -90,7 +90,7 @@ def test_attack_run_holds_trajectory_files_and_checkpoint(store):
     }  # fmt: skip
     assert raw["config"]["model"] == "nano"
     artifacts = {a.path for a in MlflowClient().list_artifacts(run_id, "plots")}
-    names = ("overview", "rank_collapse", "spectral_decay")
+    names = ("overview", "rank_by_block", "rank_collapse", "spectral_decay")
     assert artifacts == {f"plots/{name}.png" for name in names}
     assert MlflowClient().list_artifacts(run_id, "checkpoints")[0].path.endswith(CHECKPOINT_NAME)
 
