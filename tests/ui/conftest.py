@@ -218,6 +218,9 @@ def writing_to(folder: pathlib.Path, uri: str) -> Iterator[None]:
     before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(uri)
     with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patched:
+        # Made once for all: nothing has taken away what an earlier test left in the environment.
+        for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
+            patched.delenv(name, raising=False)
         # The command on a page is one for a checkout: this one.
         found = git_version.Checkout(commit="5a4f90c1" * 5)
         for module in ("attack", "healing_run.page", "summarize"):
