@@ -110,7 +110,8 @@ def _table(file: TextFile) -> Iterator[tuple[int, Any]]:
     delimiter = "\t" if file.ending.startswith(".tsv") else ","
     with opened(file, newline="") as stream:
         try:
-            yield from enumerate(csv.DictReader(stream, delimiter=delimiter), 1)
+            # Strict: a quote that is never closed would make one cell of all that follows it.
+            yield from enumerate(csv.DictReader(stream, delimiter=delimiter, strict=True), 1)
         except csv.Error as error:
             raise unreadable(file, error) from error
 

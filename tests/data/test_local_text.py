@@ -481,3 +481,18 @@ def test_wherever_pieces_end_paragraphs_are_those_of_the_whole(size):
         pieces = [text[i : i + size] for i in range(0, len(text), size)]
         expected = BLANK.split(text)
         assert list(_paragraphs(pieces)) == (expected if expected[-1] else expected[:-1]), text
+
+
+@pytest.mark.parametrize("ending", [".csv", ".tsv"])
+def test_a_quote_that_is_never_closed_is_no_text(tmp_path, ending):
+    rows = ["text", *(f'"note {i}"' for i in range(50))]
+    path = tmp_path / f"t{ending}"
+    path.write_text("\n".join(rows))
+    assert len(documents(path)) == 50
+    rows[20] = rows[20].removesuffix('"')
+    path.write_text("\n".join(rows))
+    with pytest.raises(CorpusError, match=r"could not be read as \.[ct]sv"):
+        documents(path)
+    rows[20] = 'say "hi" to them'  # quotes inside of a cell without any around it
+    path.write_text("\n".join(rows))
+    assert documents(path)[19] == 'say "hi" to them'
