@@ -12,7 +12,6 @@ or with what there is when ``--minutes`` are over.
 from __future__ import annotations
 
 import argparse
-import csv
 import multiprocessing
 import os
 import pathlib
@@ -24,6 +23,11 @@ from typing import Any
 Row = dict[str, Any]
 
 TABLES = pathlib.Path(__file__).parent / "tables"
+
+
+def _tell(text: str, begin: float) -> None:
+    """A line, with the seconds since ``time.monotonic()`` was that."""
+    print(f"{text} [{time.monotonic() - begin:.0f} s]", file=sys.stderr, flush=True)
 
 
 def _chain(
@@ -54,13 +58,11 @@ def _chain(
         rows += found
         estimates.write(path, rows)
         last = found[-1]
-        print(
+        _tell(
             f"{part} seed {seed} {last['arm']} ({last['healer']}): rank "
             f"{found[1]['effective_rank']} → {last['effective_rank']} of "
-            f"{found[0]['effective_rank']}, loss {last['loss']} "
-            f"[{time.monotonic() - begin:.0f} s]",
-            file=sys.stderr,
-            flush=True,
+            f"{found[0]['effective_rank']}, loss {last['loss']}",
+            begin,
         )
     return rows
 
@@ -99,25 +101,21 @@ def run(options: argparse.Namespace) -> None:
 
 def _varied(pretraining: int, folder: str, pretrained: str, other_text: str) -> list[Row]:
     """Checkpoints of one pretrained model, in a process of its own; rows are kept as they come."""
-    from findings import variation
+    from findings import estimates, variation
     from findings import variation_runs as runs
 
     model, begin = runs.pretrained(pretraining, pathlib.Path(pretrained)), time.monotonic()
     path = pathlib.Path(folder) / f".nano-{pretraining}.csv"
-    rows: list[Row] = []
-    if path.exists():
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
+    rows: list[Row] = estimates.read_rows(path, variation.COLUMNS) if path.exists() else []
     done = {int(row["attack_seed"]) for row in rows}
     for seed in sorted(set(runs.ATTACK_SEEDS) - done):
         rows += runs.unit_rows(model, pretraining, seed, other_text)
         variation.write(path, rows)
-        print(
+        last = rows[-1]
+        _tell(
             f"nano of pretraining seed {pretraining}, attack seed {seed}: rank "
-            f"{rows[-1]['collapsed_rank']} → {rows[-1]['healed_rank']} of "
-            f"{rows[-1]['healthy_rank']} [{time.monotonic() - begin:.0f} s]",
-            file=sys.stderr,
-            flush=True,
+            f"{last['collapsed_rank']} → {last['healed_rank']} of {last['healthy_rank']}",
+            begin,
         )
     return rows
 

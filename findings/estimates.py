@@ -24,6 +24,7 @@ from healing.statistics.verdicts import GroupVerdict, group_verdict, others_at_m
 
 HEALTHY = -1
 """Step of the healthy state's row."""
+ORDER = ("model", "arm", "seed", "healer", "step")
 MEASURES = {
     "effective_rank": "effective rank, mean over blocks",
     "last_block_rank": "effective rank, last block",
@@ -71,16 +72,16 @@ class Run:
         return max(self.states)
 
 
-def read_rows(path: pathlib.Path) -> list[dict[str, str]]:
+def read_rows(path: pathlib.Path, columns: Sequence[str] = COLUMNS) -> list[dict[str, str]]:
     """Rows of a table as they stand.
 
     Raises:
-        ValueError: It is no table of findings.
+        ValueError: It has other columns.
     """
     with path.open(encoding="utf-8", newline="") as file:
         rows = csv.DictReader(file)
-        if tuple(rows.fieldnames or ()) != COLUMNS:
-            raise ValueError(f"{path}: its columns are not {', '.join(COLUMNS)}")
+        if tuple(rows.fieldnames or ()) != tuple(columns):
+            raise ValueError(f"{path}: its columns are not {', '.join(columns)}")
         return list(rows)
 
 
@@ -99,12 +100,16 @@ def read(path: pathlib.Path) -> list[Run]:
     return [Run(*key, facts, states) for key, (facts, states) in found.items()]
 
 
-def write(path: pathlib.Path, rows: Iterable[Mapping[str, object]]) -> None:
-    """Rows as a table, sorted by run and step: the same rows give the same bytes."""
-    order = ("model", "arm", "seed", "healer", "step")
+def write(
+    path: pathlib.Path,
+    rows: Iterable[Mapping[str, object]],
+    columns: Sequence[str] = COLUMNS,
+    order: Sequence[str] = ORDER,
+) -> None:
+    """Rows as a table, sorted by some of its columns: the same rows give the same bytes."""
     listed = sorted(rows, key=lambda row: [_comparable(row[name]) for name in order])
     with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(listed)
 
@@ -113,6 +118,14 @@ def _comparable(value: object) -> tuple[int, object]:
     text = str(value)
     number = text.removeprefix("-").isdecimal()
     return (0, int(text)) if number else (1, text)
+
+
+def bounds(interval: Interval, digits: int = 0) -> str:
+    """``87 [83, 90]``; the mean alone where there are too few checkpoints."""
+    text = f"{interval.point:.{digits}f}"
+    if math.isnan(interval.low):
+        return text
+    return f"{text} [{interval.low:.{digits}f}, {interval.high:.{digits}f}]"
 
 
 @dataclass(frozen=True)

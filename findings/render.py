@@ -15,6 +15,7 @@ from findings.estimates import (
     MEASURES,
     Group,
     Run,
+    bounds,
     excess_loss,
     group,
     paired,
@@ -45,14 +46,6 @@ TREATMENT = "haep"
 FINE_TUNING = ("random_tokens", "random_text")
 """The controls of question 2."""
 MARGIN = 10.0
-
-
-def bounds(interval: Interval, digits: int = 0) -> str:
-    """``87 [83, 90]``; the mean alone where there are too few checkpoints."""
-    text = f"{interval.point:.{digits}f}"
-    if math.isnan(interval.low):
-        return text
-    return f"{text} [{interval.low:.{digits}f}, {interval.high:.{digits}f}]"
 
 
 def _count(own: Group) -> str:

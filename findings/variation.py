@@ -6,7 +6,6 @@ rank recovery.
 
 from __future__ import annotations
 
-import csv
 import math
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,7 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from healing.measurements.recovery import recovery_pct
+from findings.estimates import bounds, read_rows
+from findings.estimates import write as write_rows
+from healing.measurements.recovery import REVERSIBLE_ABOVE, recovery_pct
 from healing.statistics.intervals import Interval, t_interval
 from healing.statistics.variance_components import VarianceComponents, variance_components
 
@@ -22,6 +23,7 @@ COLUMNS = (
     "pretraining_seed", "attack_seed", "healing_text", "probe", "healthy_rank", "collapsed_rank",
     "healed_rank", "healthy_loss", "collapsed_loss", "healed_loss",
 )  # fmt: skip
+ORDER = ("healing_text", "pretraining_seed", "attack_seed", "probe")
 OWN_TEXT, OTHER_TEXT = "own", "other"
 """What a model is healed on: the text that it was trained on, or English articles (WikiText-2)."""
 PIECES = tuple(f"held-out {i}" for i in range(1, 6))
@@ -90,36 +92,21 @@ def read(path: pathlib.Path) -> Variation:
     """
     recovered: dict[str, dict[str, dict[Checkpoint, float]]] = {}
     loss: dict[str, dict[str, dict[Checkpoint, float]]] = {}
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = csv.DictReader(file)
-        if tuple(rows.fieldnames or ()) != COLUMNS:
-            raise ValueError(f"{path}: its columns are not {', '.join(COLUMNS)}")
-        for row in rows:
-            where = (row["healing_text"], row["probe"])
-            checkpoint = (int(row["pretraining_seed"]), int(row["attack_seed"]))
-            ranks = (float(row[f"{s}_rank"]) for s in ("healed", "collapsed", "healthy"))
-            for table, value in (
-                (recovered, recovery_pct(*ranks)),
-                (loss, float(row["healed_loss"]) - float(row["healthy_loss"])),
-            ):
-                table.setdefault(where[0], {}).setdefault(where[1], {})[checkpoint] = value
+    for row in read_rows(path, COLUMNS):
+        checkpoint = (int(row["pretraining_seed"]), int(row["attack_seed"]))
+        ranks = (float(row[f"{s}_rank"]) for s in ("healed", "collapsed", "healthy"))
+        for table, value in (
+            (recovered, recovery_pct(*ranks)),
+            (loss, float(row["healed_loss"]) - float(row["healthy_loss"])),
+        ):
+            by_probe = table.setdefault(row["healing_text"], {})
+            by_probe.setdefault(row["probe"], {})[checkpoint] = value
     return Variation(recovered, loss)
 
 
 def write(path: pathlib.Path, rows: Iterable[Mapping[str, object]]) -> None:
     """Rows as a table, sorted: the same rows give the same bytes."""
-    numbers = ("pretraining_seed", "attack_seed")
-    listed = sorted(
-        rows, key=lambda r: (r["healing_text"], *(int(str(r[n])) for n in numbers), r["probe"])
-    )
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(listed)
-
-
-def _bounds(interval: Interval) -> str:
-    return f"{interval.point:.1f} [{interval.low:.1f}, {interval.high:.1f}]"
+    write_rows(path, rows, COLUMNS, ORDER)
 
 
 def _spread(variance: float) -> str:
@@ -129,6 +116,19 @@ def _spread(variance: float) -> str:
 
 def _values(found: Mapping[Checkpoint, float], model: int) -> str:
     return ", ".join(f"{value:.0f}" for (own, _), value in found.items() if own == model)
+
+
+def _objection(found: Variation, over_models: Interval) -> str:
+    """What the protocol says would count against the main table."""
+    parts = found.pretraining()
+    larger = parts.between > parts.within or found.probe_error() ** 2 > parts.within
+    below = not over_models.low > REVERSIBLE_ABOVE
+    against = [
+        "what the intervals leave out is larger than what they hold" * larger,
+        f"over models {REVERSIBLE_ABOVE:.0f} % is not reached with certainty" * below,
+    ]
+    said = "; ".join(filter(None, against))
+    return f"Of what the protocol says would count against the table above: {said or 'nothing'}."
 
 
 def section(found: Variation) -> Iterator[str]:
@@ -153,26 +153,27 @@ def section(found: Variation) -> Iterator[str]:
         yield f"| {name} | {_values(own, model)} | {mean:.1f} |"
     yield ""
     by_model = [float(np.mean([v for (m, _), v in own.items() if m == model])) for model in models]
+    over_models = t_interval(by_model)
     yield (
-        f"Over pretrained models the mean recovery is {_bounds(t_interval(by_model))} % (t "
+        f"Over pretrained models the mean recovery is {bounds(over_models, 1)} % (t "
         f"interval over {len(models)} models). Standard deviations, points: between pretraining "
         f"seeds {_spread(parts.between)}, between attacks on one model {_spread(parts.within)}; "
         f"what a piece of held-out text of 4,096 tokens adds to all checkpoints alike "
-        f"{found.probe_error():.1f} ({pieces} pieces)."
+        f"{found.probe_error():.1f} ({pieces} pieces). {_objection(found, over_models)}"
     )
     yield ""
     yield "| against the protocol's probe and text | checkpoints | rank recovery, points [95 %] |"
     yield "|---|---|---|"
     for probe in found.probes[1:]:
         there = found.difference(probe)
-        yield f"| measured on: {probe} | {len(found.of(probe))} | {_bounds(there)} |"
+        yield f"| measured on: {probe} | {len(found.of(probe))} | {bounds(there, 1)} |"
     if OTHER_TEXT in found.recovered:
         healed = found.recovered[OTHER_TEXT]
         for probe, what in ((PRIMARY, ""), (OTHER_PROBE, ", measured on it too")):
             if probe in healed:
                 there = found.difference(probe, OTHER_TEXT)
                 count = len(healed[probe])
-                yield f"| healed on other text{what} | {count} | {_bounds(there)} |"
+                yield f"| healed on other text{what} | {count} | {bounds(there, 1)} |"
         loss = float(np.mean(list(found.loss[OTHER_TEXT][PRIMARY].values())))
         yield ""
         yield (

@@ -144,7 +144,7 @@ def test_the_committed_page_is_what_the_committed_tables_give(tmp_path):
         drawn = tmp_path / path.relative_to(ROOT)
         pixels, kept = (np.asarray(Image.open(p)) for p in (drawn, path))
         assert np.array_equal(pixels, kept), "`python -m findings render` was not run"
-        assert path.stat().st_size <= 120_000
+        assert path.stat().st_size <= 80_000
 
 
 @pytest.mark.slow
