@@ -84,10 +84,6 @@ def resumed(stage: str, config: Any, run_id: str) -> Any:
     return found_again(config_of_run(config, stage, run.params), run.tags)
 
 
-HEALED = "checkpoints/checkpoint_post_healing.pt"
-"""Where a healing run has its weights."""
-
-
 def found_again(config: C, tags: Mapping[str, str]) -> C:
     """The configuration, with the runs of the checkpoints that are gone: what a run fetched for
     itself went with its process.
@@ -96,10 +92,12 @@ def found_again(config: C, tags: Mapping[str, str]) -> C:
         config: Of the run that is gone on with.
         tags: Of that run: the runs that made its checkpoints.
     """
+    from healing.models.checkpoints import HEALED_NAME  # torch, which other commands do not need
+
     by_run = {
         "reference_checkpoint": ("reference_run_id", "{}"),
         "direction_checkpoint": ("direction_run_id", "{}"),
-        "start_checkpoint": ("start_checkpoint", f"runs:/{{}}/{HEALED}"),
+        "start_checkpoint": ("start_checkpoint", f"runs:/{{}}/checkpoints/{HEALED_NAME}"),
     }
     changes: dict[str, str] = {}
     for name, (field, form) in by_run.items():

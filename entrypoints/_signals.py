@@ -69,11 +69,8 @@ class Signals:
         woken.settimeout(_LOOK_SECONDS)
         while left > 0.0:
             since = time.monotonic()
-            try:
+            with contextlib.suppress(TimeoutError):
                 second = self._next(woken)
-            except TimeoutError:
-                second = 0
-            else:
                 if not second:
                     return
                 self._end_now(second, f"{signal.Signals(second).name}, the second signal")

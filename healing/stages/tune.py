@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pathlib
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -245,16 +244,11 @@ class Search:
         text = tuning_markdown(healer, trials, importances)
         write_text(folder / "tuning.md", text + "\n")
         write_text(folder / "trials.csv", trials_csv(trials))
-        # Those of a search that was made longer are there until the new ones are whole.
-        drawn, title = folder / ".plots", f"Healers of {self.config.label}, {self.config.arms}"
-        figures.history(drawn / "tuning_history.png", trials, title)
-        figures.slices(drawn / "tuning_slices.png", trials, title)
+        plots, title = folder / "plots", f"Healers of {self.config.label}, {self.config.arms}"
+        figures.history(plots / "tuning_history.png", trials, title)
+        figures.slices(plots / "tuning_slices.png", trials, title)
         if importances:
-            figures.importance(drawn / "tuning_importance.png", importances, title)
-        (folder / "plots").mkdir(exist_ok=True)
-        for path in drawn.glob("*.png"):
-            path.replace(folder / "plots" / path.name)
-        shutil.rmtree(drawn, ignore_errors=True)
+            figures.importance(plots / "tuning_importance.png", importances, title)
         self._log(healer, trials, importances, text)
         return Tuned(healer, tuple(trials), folder)
 
