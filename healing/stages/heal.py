@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -230,11 +230,7 @@ class HealStage(StageDefaults):
         tags = {name: s[name] for name in TAGGED if s[name]}
         if not math.isnan(s["nonfinite_step"]):
             tags["nonfinite_step"] = s["nonfinite_step"]
-        line = (
-            f"{self.title(found.cell)}: {run_outcome(s['verdict'], s['steps'])} (rank recovery "
-            f"{percent_text(s['rank_recovery_pct'])}, loss recovery "
-            f"{percent_text(s['loss_recovery_pct'])})"
-        )
+        line = f"{self.title(found.cell)}: {_came_back(s)}"
         # At step 0 the UI draws one number as a bar, at any other as a line of one point.
         points = [(0, numbers), *headlines(records, HEADLINES)]
         return Report(
@@ -247,6 +243,15 @@ class HealStage(StageDefaults):
             tables=tables(found, healed.tokenizer),
             models=_model(found, healed, folder),
         )
+
+
+def _came_back(s: Mapping[str, Any]) -> str:
+    """What a healing run's line says of its recovery, with the reason where it has none."""
+    loss = f"loss recovery {percent_text(s['loss_recovery_pct'])}"
+    if why := s["rank_undefined_reason"]:
+        return f"rank recovery undefined ({why}), {loss}"
+    rank = f"rank recovery {percent_text(s['rank_recovery_pct'])}"
+    return f"{run_outcome(s['verdict'], s['steps'])} ({rank}, {loss})"
 
 
 HEAL = HealStage()

@@ -1,9 +1,11 @@
-"""What a sweep says of its landscapes."""
+"""What a sweep says of its landscapes, and a healing of its recovery."""
 
 from __future__ import annotations
 
 import math
 
+from healing.measurements.recovery import Verdict
+from healing.stages import heal as heal_stage
 from healing.stages.sweep import CellResult, SweepCell, basin_sentences
 from healing.tracking.queries import RunView
 
@@ -36,3 +38,26 @@ def test_the_healthy_answer_stands_beside_the_collapsed_one():
         "(healthy: -0.023 to -0.02); climb on the straight path collapsed → healed 0 nats; "
         "cos(healing, −attack) 0.125."
     )
+
+
+def test_a_healings_line_says_why_its_recovery_is_undefined():
+    """Twice that it is, and nowhere why, helps nobody."""
+    s = {
+        "verdict": Verdict.UNDEFINED,
+        "steps": 40,
+        "rank_recovery_pct": math.nan,
+        "loss_recovery_pct": 101.93,
+        "rank_undefined_reason": "too little changed: --probe-tokens",
+    }
+    said = heal_stage._came_back(s)
+    assert said == (
+        "rank recovery undefined (too little changed: --probe-tokens), loss recovery 101.9 %"
+    )
+    defined = s | {
+        "verdict": Verdict.PARTIAL,
+        "rank_recovery_pct": 34.0,
+        "rank_undefined_reason": "",
+    }
+    said = heal_stage._came_back(defined)
+    assert "(rank recovery 34.0 %, loss recovery 101.9 %)" in said
+    assert "undefined" not in said
