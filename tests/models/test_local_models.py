@@ -400,6 +400,14 @@ def test_a_refusal_is_one_line_without_a_table_before_it(folder):
     assert "its weights lack" in line
 
 
+@pytest.mark.parametrize("preset", ["nano", ""])
+def test_loading_prints_nothing(preset, folder):
+    """In a process of its own, as above: libraries warn by loggers of theirs."""
+    code = f"from healing.models.loading import load_model; load_model({preset or str(folder)!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout + done.stderr == ""
+
+
 # ---- What trainers and other tools leave
 
 
