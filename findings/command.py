@@ -41,10 +41,10 @@ def _chain(
 ) -> list[dict[str, Any]]:
     """In a process of its own: rows go to a file as soon as they are there."""
     from findings import estimates
-    from findings.parts import PARTS
+    from findings.parts import ALL_PARTS
     from findings.runs import chain_rows
 
-    whole = PARTS[part]
+    whole = ALL_PARTS[part]
     chain, begin = whole.chains(seed)[number], time.monotonic()
     place_of_rows = pathlib.Path(folder)
     path = place_of_rows / f".{part}-{seed}-{chain[0].name}.csv"
@@ -70,9 +70,9 @@ def _chain(
 def run(options: argparse.Namespace) -> None:
     """All seeds of a part, ``--jobs`` at a time."""
     from findings import estimates
-    from findings.parts import PARTS
+    from findings.parts import ALL_PARTS
 
-    part, folder = PARTS[options.part], pathlib.Path(options.out)
+    part, folder = ALL_PARTS[options.part], pathlib.Path(options.out)
     folder.mkdir(parents=True, exist_ok=True)
     place = {"model": options.model or part.model}
     if options.device:

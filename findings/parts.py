@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 from findings.protocol import PRESET, STRONG, Arm, Part
 from healing.config.healer import INCLUDED
 
-# Selected on nano's seeds 100 and 101; the other models are not tuned for.
-_TUNED = json.loads((INCLUDED / "nano.json").read_text(encoding="utf-8"))["settings"]
+
+def _tuned(model: str) -> Mapping[str, Any]:
+    """Selected on HAEP states of seeds 100 and 101 of the model."""
+    found = json.loads((INCLUDED / f"{model}.json").read_text(encoding="utf-8"))
+    settings: Mapping[str, Any] = found["settings"]
+    return settings
+
 
 _SHAPE = {"healing_warmup": 0.1, "healing_decay": "linear", "gradient_clip": 1.0}
-"""That of the winner, for a model whose rate was chosen on its own."""
+"""That of nano's winner, for a model whose rate was chosen on its own."""
 
 # Stopped where the rank fell by 35 %, looked at after every step: equal collapse, whatever the arm.
 _ATTACK = {"measurement_interval": 1, "rayleigh_draws": 0}
@@ -30,7 +38,7 @@ PARTS: dict[str, Part] = {
             Arm("reinitialised", seeds=3),
         ),
         tuple(range(10)),
-        {STRONG: _TUNED, PRESET: {"healing_lr": 1e-3}},
+        {STRONG: _tuned("nano"), PRESET: {"healing_lr": 1e-3}},
         960,
         20,
         _ATTACK,
@@ -40,19 +48,19 @@ PARTS: dict[str, Part] = {
     "micro": Part(
         "micro",
         (
-            Arm("none", seeds=1),
+            Arm("none", seeds=3),
             Arm("haep"),
-            Arm("random_tokens"),
-            Arm("random_text"),
-            Arm("reinitialised", seeds=1),
+            Arm("random_tokens", seeds=10),
+            Arm("random_text", seeds=10),
+            replace(_LOW_RANK, seeds=10),
+            Arm("reinitialised", seeds=3),
         ),
-        tuple(range(5)),
-        {STRONG: _TUNED},
+        tuple(range(20)),
+        {STRONG: _tuned("micro")},
         480,
-        20,
+        10,
         _ATTACK,
         {"threads": 1},
-        "283ee32",
     ),
     "smollm2-135m": Part(
         "smollm2-135m",
@@ -72,7 +80,30 @@ PARTS: dict[str, Part] = {
     ),
 }
 
+REPLICATIONS: dict[str, Part] = {
+    "nano-replication": replace(
+        PARTS["nano"],
+        arms=(Arm("none", seeds=3), Arm("haep"), Arm("reinitialised", seeds=3)),
+        seeds=tuple(range(10, 30)),
+        commit="",
+    ),
+}
+"""Other seeds of a part whose result is known: its own verdict rests on these alone."""
+
+MECHANISM: dict[str, Part] = {
+    "nano-mechanism": replace(
+        PARTS["nano"],
+        arms=(Arm("haep_oracle", {"attack_steps": 200}, healed=False),),
+        commit="",
+    ),
+}
+"""The arm of HAEP's theory alone: how far it comes, in five times the default's steps."""
+
 
 def part_of(model: str) -> Part:
     """The part of a model, as the tables call it."""
     return next(part for part in PARTS.values() if part.model == model)
+
+
+ALL_PARTS = PARTS | REPLICATIONS | MECHANISM
+"""What ``python -m findings run`` takes."""

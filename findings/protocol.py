@@ -14,6 +14,8 @@ STRONG = "strong"
 """The healer whose results answer the question: the tuner's winner, frozen before."""
 SCRATCH_ARM = "reinitialised"
 """The untrained model: what learning from scratch makes of the same tokens."""
+ATTACK_ALONE = "attack alone"
+"""Stands where a healer would, of states that are not healed."""
 PRESET = "preset"
 """The model's default rate, constant: what somebody would use without tuning."""
 
@@ -28,6 +30,7 @@ class Arm:
         reference: Arm of the same seed that it is matched to; empty = none.
         seeds: How many of the part's seeds; 0 = all.
         healers: Which of the part's healers; empty = the strong one.
+        healed: Whether its states are healed; else the attack alone is run.
     """
 
     name: str
@@ -35,6 +38,7 @@ class Arm:
     reference: str = ""
     seeds: int = 0
     healers: tuple[str, ...] = ()
+    healed: bool = True
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,13 @@ What is said follows from rules of docs/protocol.md: another table can turn a se
 
 from __future__ import annotations
 
-import math
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 
 from scipy import stats
 
+from findings import mechanism as mechanisms
+from findings import replication, variation
 from findings.estimates import (
     MEASURES,
     Group,
@@ -22,15 +23,14 @@ from findings.estimates import (
     pairs_needed,
     read,
     sham_of,
-    share_bounds,
 )
 from findings.figure import draw, draw_first_screen
 from findings.parts import PARTS, part_of
 from findings.protocol import PRESET, SCRATCH_ARM, STRONG
-from findings.variation import section_of
+from findings.replication import Replication
+from findings.verdicts import counted, strict, verdict
 from healing.config.arm_tags import SHAM_ARM
-from healing.measurements.recovery import IRREVERSIBLE_BELOW, REVERSIBLE_ABOVE, Verdict
-from healing.reporting.verdict_sentences import OUTCOMES
+from healing.measurements.recovery import REVERSIBLE_ABOVE
 from healing.statistics.intervals import Interval, t_interval
 from healing.statistics.paired_tests import holm_adjust
 
@@ -46,46 +46,6 @@ TREATMENT = "haep"
 FINE_TUNING = ("random_tokens", "random_text")
 """The controls of question 2."""
 MARGIN = 10.0
-
-
-def _count(own: Group) -> str:
-    """How many lie above 70 %, and what that says of others."""
-    k = own.above()
-    low, high = share_bounds(k, own.n)
-    bound = f"at least {low:.0f} %" if k == own.n else f"{low:.0f} to {high:.0f} %"
-    return f"{k} of {own.n} ({bound})"
-
-
-def beats_scratch(own: Group, scratch: Group | None) -> bool | None:
-    """Whether every checkpoint has a lower loss than the best run from scratch at equal tokens."""
-    if scratch is None:
-        return None
-    best = min(run.states[own.step]["loss"] for run in scratch.runs)
-    return all(run.states[own.step]["loss"] < best for run in own.runs)
-
-
-def verdict(own: Group, scratch: Group | None) -> str:
-    """By the rule of the protocol: interval and count and knowledge together."""
-    found, k = own.interval(), own.above()
-    if math.isnan(found.low) or own.n < 5:
-        return "no verdict: too few checkpoints"
-    above = found.low > REVERSIBLE_ABOVE and share_bounds(k, own.n)[0] > 50
-    if above and beats_scratch(own, scratch) is not False:
-        return "heals"
-    low = sum(value < IRREVERSIBLE_BELOW for value in own.recoveries())
-    if found.high < IRREVERSIBLE_BELOW and share_bounds(low, own.n)[0] > 50:
-        return "does not heal within this budget"
-    return "no verdict: neither under 20 nor over 70 % with certainty"
-
-
-def strict(own: Group) -> str:
-    """The same by the rule that is wrong in at most 5 % of the regimes simulated."""
-    found = own.verdict()
-    if found.verdict in OUTCOMES:
-        return OUTCOMES[found.verdict]
-    if found.verdict is Verdict.TOO_FEW and found.n_needed:
-        return f"too few: takes {found.n_needed} that agree"
-    return "undecided"
 
 
 def _arms(runs: Sequence[Run], model: str) -> list[str]:
@@ -127,7 +87,7 @@ def _recovery_table(runs: Sequence[Run], models: Sequence[str]) -> Iterator[str]
             if own is None or arm == SHAM_ARM:
                 continue
             known = excess_loss(own, sham) if sham else None
-            shown = ["–", "–"] if arm == SCRATCH_ARM else [bounds(own.interval()), _count(own)]
+            shown = ["–", "–"] if arm == SCRATCH_ARM else [bounds(own.interval()), counted(own)]
             reference = f"{sham.mean('accuracy'):.1f}" if sham else "–"
             said = "yardstick" if arm == SCRATCH_ARM else verdict(own, scratch)
             yield (
@@ -279,7 +239,7 @@ def _beside(runs: Sequence[Run], model: str, own: Group) -> str:
     return f" HAEP minus its controls, points: {'; '.join(said)}." if said else ""
 
 
-def answer(runs: Sequence[Run], models: Sequence[str]) -> str:
+def answer(runs: Sequence[Run], models: Sequence[str], again: Sequence[Replication] = ()) -> str:
     """The answer in a few sentences, as README and findings begin."""
     said = []
     for model in models:
@@ -299,18 +259,28 @@ def answer(runs: Sequence[Run], models: Sequence[str]) -> str:
             f"**{model}**: rank recovery {bounds(own.interval())} % after {last:,} steps "
             f"({own.n} checkpoints, {own.above()} over 70 %){at_first}{loss}. By the protocol: "
             f"{verdict(own, group(runs, model, SCRATCH_ARM, STRONG, last))}; by the stricter rule of "
-            f"docs/method.md: {strict(own)}." + _beside(runs, model, own)
+            f"docs/method.md: {strict(own)}."
+            + replication.sentence(model, again)
+            + _beside(runs, model, own)
         )
     return "\n".join(f"* {sentence}" for sentence in said)
 
 
-def page(runs: Sequence[Run], models: Sequence[str], varied: Sequence[str] = ()) -> str:
+def page(
+    runs: Sequence[Run],
+    models: Sequence[str],
+    varied: Sequence[str] = (),
+    again: Sequence[Replication] = (),
+    mechanism: Sequence[str] = (),
+) -> str:
     """The whole document.
 
     Args:
         runs: Of all parts.
         models: In the protocol's order.
         varied: Lines on what the protocol holds fixed.
+        again: Replications that were run.
+        mechanism: Lines on what the attack's theory does alone.
     """
     distances = [(model, *distance_correlation(runs, model)) for model in models]
     apart = disagreeing(runs, models)
@@ -339,7 +309,7 @@ def page(runs: Sequence[Run], models: Sequence[str], varied: Sequence[str] = ())
         "",
         "Rank recovered by clean fine-tuning after HAEP, by the strongest healer that was tried:",
         "",
-        answer(runs, models),
+        answer(runs, models, again),
         "",
         measures,
         "",
@@ -362,6 +332,7 @@ def page(runs: Sequence[Run], models: Sequence[str], varied: Sequence[str] = ())
         "half of others do the same; the rule of [method.md](method.md) asks that the mean stay on its side though all others that the "
         "count allows did the opposite.",
         "",
+        *(replication.section(again) if again else ()),
         "## The verdict is the budget's and the healer's",
         "",
         *_budget_table(runs, models),
@@ -373,6 +344,7 @@ def page(runs: Sequence[Run], models: Sequence[str], varied: Sequence[str] = ())
         f"among HAEP and its fine-tuning controls alone {near}. Distance does not decide alone: outside the protocol, noise of "
         "rank 1 that reaches HAEP's rank moves the weights farther than HAEP and heals as well (LOG.md).",
         "",
+        *mechanism,
         "## By other measures",
         "",
         *_panel(runs, models),
@@ -432,7 +404,9 @@ def _conclusions(runs: Sequence[Run], models: Sequence[str]) -> Iterator[str]:
 BEGIN, END = "<!-- answer: written by make findings -->", "<!-- end -->"
 
 
-def readme_block(runs: Sequence[Run], models: Sequence[str]) -> str:
+def readme_block(
+    runs: Sequence[Run], models: Sequence[str], again: Sequence[Replication] = ()
+) -> str:
     """What README's first screen says between its two marks."""
     light, dark = (FIRST_SCREEN[dark].relative_to(ROOT).as_posix() for dark in (False, True))
     return "\n".join(
@@ -444,7 +418,7 @@ def readme_block(runs: Sequence[Run], models: Sequence[str]) -> str:
             'checkpoint, a thick one per arm; dashed at 20 and 70 %">',
             "</picture>",
             "",
-            answer(runs, models),
+            answer(runs, models, again),
             END,
         ]
     )
@@ -480,10 +454,13 @@ def render(
 ) -> None:
     """Write the page and its figure beside it, and README's block where README is named."""
     runs, models = load(folder)
-    page_path.write_text(page(runs, models, section_of(folder)), encoding="utf-8")
+    again = replication.read_all(folder)
+    varied = variation.section_of(folder)
+    text = page(runs, models, varied, again, mechanisms.section_of(folder, runs))
+    page_path.write_text(text, encoding="utf-8")
     draw(runs, models, page_path.with_name(FIGURE.name))
     if readme:
         for dark, path in FIRST_SCREEN.items():
             draw_first_screen(runs, models, readme.parent / path.relative_to(ROOT), dark=dark)
-        text = with_block(readme.read_text(encoding="utf-8"), readme_block(runs, models))
+        text = with_block(readme.read_text(encoding="utf-8"), readme_block(runs, models, again))
         readme.write_text(text, encoding="utf-8")

@@ -13,7 +13,7 @@ import time
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
-from findings.protocol import STRONG, Arm, Part
+from findings.protocol import ATTACK_ALONE, STRONG, Arm, Part
 from healing.attacks.base import AttackRecord
 from healing.config.arm_tags import SHAM_ARM
 from healing.config.attack import AttackConfig
@@ -96,7 +96,8 @@ def _healed(part: Part, healer: str, seed: int, checkpoint: str, **place: Any) -
 
 def _wanted(chain: Sequence[Arm], done: Collection[tuple[str, str]]) -> dict[Arm, list[str]]:
     """Arms → the healers left to run; an arm that another one needs may have none left."""
-    left = {a: [h for h in a.healers or (STRONG,) if (a.name, h) not in done] for a in chain}
+    healers = {a: a.healers or (STRONG if a.healed else ATTACK_ALONE,) for a in chain}
+    left = {a: [h for h in healers[a] if (a.name, h) not in done] for a in chain}
     needed = {arm.reference for arm in chain if left[arm]}
     return {arm: healers for arm, healers in left.items() if healers or arm.name in needed}
 
@@ -133,6 +134,9 @@ def chain_rows(
                 attacked = _attacked(part, arm, seed, reference, **place)
                 keep_collapsed(attacked, path)
                 checkpoint, record, own = str(path), attacked.last, attacked.fingerprint
+                if not arm.healed:
+                    yield list(_attack_rows(attacked, {**shared, "healer": ATTACK_ALONE}))
+                    continue
                 del attacked  # its model: the healing run loads one of its own
             for healer in healers:
                 if time.time() > deadline:
@@ -154,6 +158,13 @@ def _attack_facts(record: AttackRecord | None, fingerprint: str) -> Row:
         "attack_steps": record.step if record else 0,
         "attack_fingerprint": fingerprint,
     }
+
+
+def _attack_rows(outcome: AttackOutcome, facts: Row) -> Iterator[Row]:
+    """The healthy state as step −1 and the state after the attack as step 0."""
+    made = {**facts, "status": "ok", **_attack_facts(outcome.last, outcome.fingerprint)}
+    for step, measured in ((-1, outcome.healthy), (0, outcome.collapsed)):
+        yield {**made, "step": step, "tokens": 0, **_numbers(measured)}
 
 
 def _rows(outcome: HealOutcome, facts: Row) -> Iterator[Row]:

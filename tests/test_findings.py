@@ -15,10 +15,14 @@ from scipy import stats
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # like benchmarks, findings is no installed package
 
-from findings import command, estimates, render  # noqa: E402
+from findings import command, estimates, mechanism, render, replication, verdicts  # noqa: E402
 from findings.parts import PARTS  # noqa: E402
-from findings.protocol import SCRATCH_ARM, STRONG, Arm, Part  # noqa: E402
+from findings.protocol import ATTACK_ALONE, SCRATCH_ARM, STRONG, Arm, Part  # noqa: E402
 from findings.runs import COLUMNS, chain_rows  # noqa: E402
+from healing.config.attack import AttackConfig  # noqa: E402
+from healing.stages.cells.attack import attack_cell  # noqa: E402
+from healing.stages.cells.events import outcome_of  # noqa: E402
+from healing.stages.cells.inputs import resolve_from_model  # noqa: E402
 
 
 def row(**values: object) -> dict[str, object]:
@@ -100,7 +104,7 @@ def test_verdict_needs_rank_and_knowledge(tmp_path, rank, scratch_loss, said):
     runs = estimates.read(tmp_path / "t.csv")
     own = estimates.group(runs, "nano", "haep", STRONG, 60)
     scratch = estimates.group(runs, "nano", SCRATCH_ARM, STRONG, 60)
-    assert render.verdict(own, scratch).startswith(said)
+    assert verdicts.verdict(own, scratch).startswith(said)
 
 
 @pytest.mark.parametrize(("n", "said"), [(11, "too few: takes 12"), (12, "over 70 % recovered")])
@@ -113,7 +117,7 @@ def test_the_stricter_rule_asks_that_the_mean_stay_though_the_others_did_the_opp
         rows += trajectory(38.2 + 0.001 * seed, 4.0, seed=seed)
     estimates.write(tmp_path / "t.csv", rows)
     own = estimates.group(estimates.read(tmp_path / "t.csv"), "nano", "haep", STRONG, 60)
-    assert render.strict(own).startswith(said)
+    assert verdicts.strict(own).startswith(said)
     worst = own.interval().point * 0.05 ** (1 / n)
     assert (worst > 70.0) == (n == 12)
 
@@ -130,13 +134,37 @@ def test_a_page_is_written_from_its_table_alone_and_twice_alike(table, tmp_path)
     assert "HAEP minus its controls, points: random tokens 2.0 [" in text
 
 
+def test_a_replication_is_judged_by_its_own_checkpoints(table, tmp_path):
+    """Ten at 80 to 89 % have no verdict by the stricter rule; twelve at 91 % of their own have."""
+    rows = trajectory(39.0, 3.5, arm="none") + trajectory(38.0, 6.0, arm=SCRATCH_ARM)
+    for seed in range(10, 22):
+        rows += trajectory(38.2 + 0.001 * seed, 4.0 + 0.01 * seed, seed=seed)
+    for row_ in rows:
+        row_["step"] = PARTS["nano"].steps if row_["step"] == 60 else row_["step"]
+    estimates.write(table.parent / "nano-replication.csv", rows)
+    (tmp_path / "page").mkdir()
+    render.render(table.parent, tmp_path / "page" / "findings.md")
+    text = (tmp_path / "page" / "findings.md").read_text()
+    assert "By the protocol: heals; by the stricter rule of docs/method.md: too few" in text
+    said = "Again on 12 other seeds: 91 [91, 91] % (12 over 70 %); by the stricter rule: over 70 %"
+    assert said in text
+    (found,) = [line for line in text.splitlines() if line.startswith("| nano | 10–21 |")]
+    assert "| 91 [91, 91] | 12 of 12 (at least 78 %) | 91, 91 |" in found
+    assert pytest.approx(0.22, abs=0.005) == 1.0 - 0.05 ** (1 / 12)
+
+
 def test_the_committed_page_is_what_the_committed_tables_give(tmp_path):
     if not list(render.TABLES.glob("*.csv")):
         pytest.skip("no table is committed")
     render.render(page_path=tmp_path / "findings.md")
     assert (tmp_path / "findings.md").read_text() == render.PAGE.read_text()
     readme = (ROOT / "README.md").read_text()
-    assert render.with_block(readme, render.readme_block(*render.load())) == readme
+    assert (
+        render.with_block(
+            readme, render.readme_block(*render.load(), replication.read_all(render.TABLES))
+        )
+        == readme
+    )
     (tmp_path / "README.md").write_text(readme)
     (tmp_path / "docs" / "images").mkdir(parents=True)
     render.render(page_path=tmp_path / "findings.md", readme=tmp_path / "README.md")
@@ -168,6 +196,47 @@ def test_a_stopped_part_goes_on_and_equal_collapse_is_equal(tmp_path):
         healthy, collapsed = (float(rows[i]["effective_rank"]) for i in (0, 1))
         # The first step at which 35 % are gone: a little more than that, whatever the arm.
         assert 0.55 * healthy < collapsed <= 0.65 * healthy
+
+
+def test_an_attack_alone_is_kept_as_it_ends():
+    part = Part(
+        "nano",
+        (Arm("haep", healed=False),),
+        (7,),
+        {},
+        steps=4,
+        interval=2,
+        attack={"measurement_interval": 1, "rayleigh_draws": 0, "attack_steps": 3},
+    )
+    (found,) = chain_rows(part, part.chains(7)[0], 7, "nano", model="nano")
+    assert [(r["step"], r["attack_steps"], r["healer"]) for r in found] == [
+        (-1, 3, ATTACK_ALONE), (0, 3, ATTACK_ALONE)
+    ]  # fmt: skip
+    config = AttackConfig(model="nano", arm="haep", seed=7, **part.attack)
+    last = outcome_of(attack_cell(resolve_from_model(config))).last
+    assert float(found[1]["effective_rank"]) == pytest.approx(last.measurement.effective_rank)
+    done = {("haep", ATTACK_ALONE)}
+    assert not list(chain_rows(part, part.chains(7)[0], 7, "nano", done=done, model="nano"))
+
+
+@pytest.mark.parametrize(("ranks", "said"), [
+    ([34.0] * 10, "0 came there within 200 (0 to 26 % of others"),
+    ([25.9] * 5 + [26.1] * 5, "5 came there within 200 (22 to 78 % of others"),
+])  # fmt: skip
+def test_an_oracle_that_stays_above_is_counted(table, tmp_path, ranks, said):
+    rows = []
+    for seed, rank in enumerate(ranks):
+        facts = {"arm": "haep_oracle", "seed": seed, "attack_steps": 200, "healer": ATTACK_ALONE}
+        rows += trajectory(40.0, 3.0, **facts)[:2]
+        rows[-1]["effective_rank"] = rank + 0.01 * seed * (rank > 30)
+    estimates.write(table.parent / f"{mechanism.NAME}.csv", rows)
+    (text,) = [
+        line for line in mechanism.section_of(table.parent, estimates.read(table)) if said in line
+    ]
+    assert "HAEP took 3–3 steps to 35 %; of 10 oracle attacks" in text
+    lines = "\n".join(mechanism.section_of(table.parent, estimates.read(table)))
+    assert ("does not collapse this model as HAEP does" in lines) == (ranks[0] == 34.0)
+    assert ("does not decide" in lines) == (ranks[0] == 25.9)
 
 
 def test_what_is_matched_runs_with_its_reference():

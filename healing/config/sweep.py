@@ -30,6 +30,7 @@ from healing.registry import ARMS, DAMAGE_CONTROL, MATCHES
 
 SEEDS_OF, OTHER_SEEDS = {"nano": 5, "micro": 2}, 3
 """Checkpoints per arm by default: as many as a verdict needs where they cost little."""
+NO_HEALER = "none"
 MAX_SEEDS = 10_000
 """Seeds of one range."""
 
@@ -101,14 +102,19 @@ class SweepConfig(
     )
     healing_steps: int | str = option(
         AUTO,
-        "Fine-tuning steps per cell; auto = 60 for nano and micro, else 500; with --healer those "
-        "of its budget.",
+        "Fine-tuning steps per cell; auto = those of the healer's budget, without one 60 for nano "
+        "and micro, else 500.",
         minimum=0,
     )
     healing_lr: float | str = option(
         AUTO, "Healing learning rate; auto = by model.", minimum=0, exclusive_minimum=True
     )
-    healer: str = option("", f"{HEALER_HELP} Comma-separated, one for each model.")
+    healer: str = option(
+        AUTO,
+        f"{HEALER_HELP} Comma-separated, one for each model; none = the default rate of each, "
+        "constant; auto = for a model that has an included one that, unless a setting that it "
+        "decides is given, else none.",
+    )
     attack_steps: int | str = option(AUTO, "Attack budget; auto = by model.", minimum=0)
     corpus: str = option(AUTO, "Clean text (see attack --corpus); auto = by model.", required=True)
     workers: int | str = option(
@@ -160,8 +166,13 @@ class SweepConfig(
                 )
 
     def healer_list(self) -> tuple[str, ...]:
-        """Healers in the order given."""
-        return listed(self.healer, "--healer", empty=True)
+        """Healers in the order given; none for ``none`` and for ``auto``."""
+        healers = listed(self.healer, "--healer", empty=True)
+        if len(healers) > 1 and (alone := {AUTO, NO_HEALER} & set(healers)):
+            raise ConfigError(
+                f"--healer {self.healer} names {alone.pop()} beside others: give one of the two"
+            )
+        return () if healers in ((AUTO,), (NO_HEALER,)) else healers
 
     def match_of(self, arm: str) -> str:
         """What a damage control shares with the attack that it is matched to."""

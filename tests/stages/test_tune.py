@@ -34,13 +34,14 @@ from healing.stages.cells import trial as trial_module
 from healing.stages.cells.events import Begin, Record, outcome_of
 from healing.stages.cells.heal import heal_cell
 from healing.stages.cells.heal_outcome import HealCell
+from healing.stages.cells.sweep_plan import SweepCell
 from healing.stages.cells.trial import TrialCell, trial_cell
 from healing.stages.driver import Driver
 from healing.stages.heal import heal
-from healing.stages.sweep import sweep
+from healing.stages.sweep import heal_config, sweep
 from healing.stages.terminal.console import Console
 from healing.stages.tune import Selected, Tuned, healing_of, tune
-from healing.stages.tuning.healer_files import find_healer
+from healing.stages.tuning.healer_files import find_healer, healers_of
 from healing.stages.tuning.space import axes_of, default_values, grid_points, settings_of
 from healing.stages.tuning.study import Study
 from healing.statistics.healer_trials import COMPLETE, DIVERGED, PRUNED, Trial, best_so_far, winner
@@ -492,6 +493,40 @@ def test_an_included_healer_is_found_by_its_name_and_takes_whole_steps(name):
     applied = healer.applied(HealConfig(model=name, healer=name, healing_steps="auto"))
     tokens = applied.healing_steps * applied.batch_size * applied.sequence_length
     assert tokens == healer.token_budget
+
+
+@pytest.mark.parametrize(("given", "healed"), [
+    ({}, ["micro", "nano"]),
+    ({"healing_steps": 480}, ["micro", "nano"]),
+    ({"batch_size": 8, "healing_lr": 0.004494303097145379}, ["nano"]),  # its own: no contradiction
+    ({"batch_size": 4}, []),
+    ({"sequence_length": 64}, []),
+    ({"healing_lr": 1e-3}, []),
+    ({"healer": "none"}, []),
+    ({"healer": ""}, []),
+])  # fmt: skip
+def test_a_sweep_takes_included_healers_where_no_setting_says_otherwise(given, healed):
+    config = SweepConfig(models="nano,micro,70m", **given)
+    found = healers_of(config, LocalStore())
+    assert sorted(found) == healed
+    assert all(found[name] == (name, find_healer(name, LocalStore())) for name in healed)
+    cell = SweepCell("nano", "haep", 0)
+    settings = heal_config(config, cell, *found.get("nano", ("", None)))
+    assert (settings.healing_decay == "linear") == ("nano" in healed)
+    assert settings.healing_steps == given.get("healing_steps", 240 if "nano" in healed else 60)
+
+
+def test_an_included_healer_is_not_judged_on_seeds_that_selected_it():
+    with pytest.raises(ConfigError, match=r"seed 100 has selected --healer nano \(none: the defau"):
+        healers_of(SweepConfig(models="nano", seeds="0,100"), LocalStore())
+    healers_of(SweepConfig(models="nano", seeds="0,100", healer="none"), LocalStore())
+    healers_of(SweepConfig(models="70m", seeds="0,100"), LocalStore())
+
+
+@pytest.mark.parametrize("healer", ["nano,none", "auto,nano"])
+def test_no_healer_and_a_healer_are_not_both_named(healer):
+    with pytest.raises(ConfigError, match=r"names (none|auto) beside others"):
+        SweepConfig(healer=healer)
 
 
 def test_a_healer_that_is_nowhere_is_one_line(tmp_path):

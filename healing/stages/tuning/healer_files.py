@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
+from collections.abc import Iterable, Iterator, Mapping
 
 from healing.config.heal import HealConfig
 from healing.config.healer import HEALER_NAME, INCLUDED, Healer, included_healers
+from healing.config.options import AUTO
 from healing.config.paths import is_address, local_path
 from healing.config.presets import model_label
 from healing.config.sweep import SweepConfig
@@ -64,7 +67,8 @@ def with_healer(config: HealConfig, store: Store) -> tuple[HealConfig, Healer | 
 
 
 def healers_of(config: SweepConfig, store: Store) -> dict[str, tuple[str, Healer]]:
-    """Label of a model → its healer as it was named, and itself; empty where none is named.
+    """Label of a model → its healer as it was named, and itself; empty where none is named. For
+    ``auto`` models may have none.
 
     Raises:
         ConfigError: One cannot be had, two are for one model, a model has none or one has no model,
@@ -75,6 +79,8 @@ def healers_of(config: SweepConfig, store: Store) -> dict[str, tuple[str, Healer
         model_label(model, config.revision, config.deduped): own
         for model, own in config.seeds_by_model().items()
     }
+    if config.healer == AUTO:
+        return dict(_included(config, seeds, store))
     for source in config.healer_list():
         healer = find_healer(source, store)
         label = healer.model
@@ -90,3 +96,16 @@ def healers_of(config: SweepConfig, store: Store) -> dict[str, tuple[str, Healer
             "model out of --models"
         )
     return found
+
+
+def _included(
+    config: SweepConfig, seeds: Mapping[str, Iterable[int]], store: Store
+) -> Iterator[tuple[str, tuple[str, Healer]]]:
+    """The included healers of models, where no setting that they decide is given as another one."""
+    plain = {field.name: field.default for field in dataclasses.fields(config)}
+    for label in sorted(set(seeds) & set(included_healers())):
+        healer = find_healer(label, store)
+        decided = {name: value for name, value in healer.settings.items() if name in plain}
+        if all(getattr(config, n) in (value, plain[n]) for n, value in decided.items()):
+            healer.check_use(f"{label} (none: the default rate)", label, seeds[label])
+            yield label, (label, healer)
