@@ -111,9 +111,9 @@ class SweepConfig(
     )
     healer: str = option(
         AUTO,
-        f"{HEALER_HELP} Comma-separated, one for each model; none = the default rate of each, "
-        "constant; auto = for a model that has an included one that, unless a setting that it "
-        "decides is given, else none.",
+        f"{HEALER_HELP} Comma-separated, one for each model. none = the model's default rate, "
+        "constant; auto = the included one of each model that has one, unless a setting that it "
+        "decides (rate, batch size, window) is given; else none.",
     )
     attack_steps: int | str = option(AUTO, "Attack budget; auto = by model.", minimum=0)
     corpus: str = option(AUTO, "Clean text (see attack --corpus); auto = by model.", required=True)
