@@ -90,6 +90,7 @@ def _healed(part: Part, healer: str, seed: int, checkpoint: str, **place: Any) -
         **place,
     }
     config = resolve_from_checkpoint(HealConfig(seed=seed, **settings), None, checkpoint)
+    use_threads(config)  # a sham's chain attacks nothing before
     outcome, _ = outcome_of(heal_cell(HealCell(config, checkpoint)))
     return outcome
 

@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from scipy import stats
 
@@ -196,6 +197,19 @@ def test_a_stopped_part_goes_on_and_equal_collapse_is_equal(tmp_path):
         healthy, collapsed = (float(rows[i]["effective_rank"]) for i in (0, 1))
         # The first step at which 35 % are gone: a little more than that, whatever the arm.
         assert 0.55 * healthy < collapsed <= 0.65 * healthy
+
+
+def test_a_sham_takes_the_threads_of_its_part():
+    """No attack comes before it in its process that would have set them."""
+    part = Part("nano", (Arm("none"),), (7,), {STRONG: {}}, 2, 2, shared={"threads": 1})
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        (found,) = chain_rows(part, part.chains(7)[0], 7, "nano", model="nano")
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+    assert [r["step"] for r in found] == [-1, 0, 2]
 
 
 def test_an_attack_alone_is_kept_as_it_ends():
