@@ -88,6 +88,8 @@ class Process:
         if self.space != here.space:
             by_clock = not self.boot_id and abs(self.boot - here.boot) > SAME_BOOT
             return False if by_clock else None
+        if self.pid <= 0:
+            return None  # no process at all: a record that somebody made up
         try:
             if psutil.Process(self.pid).status() == psutil.STATUS_ZOMBIE:
                 return False  # ended; nobody asked how
