@@ -33,6 +33,7 @@ from healing.tracking.sending.sender import BLOCKING_SECONDS, Sender
 from healing.tracking.sending.store_errors import (
     UNREACHED,
     deleted,
+    may_be_freed,
     one_line,
     restore_experiment,
     shown,
@@ -225,8 +226,8 @@ def _deleted(request: Request, place: Mapping[str, str]) -> TrackingError:
 
 
 def _may_come_back(uri: str, error: OutageError) -> bool:
-    """A server may; a file is there or not, unless another program has it."""
-    return not uri.startswith(("sqlite:", "file:", "/", ".")) or "locked" in str(error)
+    """A server may; a file is there or not, unless another program has it or its disk is full."""
+    return not uri.startswith(("sqlite:", "file:", "/", ".")) or may_be_freed(error)
 
 
 @contextlib.contextmanager

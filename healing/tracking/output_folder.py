@@ -43,13 +43,24 @@ def run_folder(output_dir: str, place: str, name: str) -> pathlib.Path:
 
     Raises:
         ConfigError: The name is more than one path component.
+        OutputError: It, or a folder between it and the output folder, is a link.
     """
     if name in ("", ".", "..") or set(name) & set("/\\\0"):
         raise ConfigError(
             f"{name!r} cannot be the name of a run's folder: what it is made of (arm, model) has "
             "to be plain names"
         )
-    return output_folder(output_dir) / place / name
+    output = output_folder(output_dir)
+    folder = output / place / name
+    for path in (folder, *folder.parents):
+        if path == output:
+            break
+        if path.is_symlink():
+            raise OutputError(
+                f"{path} is a link, and nothing is written or removed where it leads: remove it, "
+                "or give the folder that it leads to as --output-dir"
+            )
+    return folder
 
 
 def _existing(path: pathlib.Path) -> pathlib.Path:

@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass
 import filelock
 import psutil
 
+from healing.tracking.run_files import read_small, write_new
+
 SAME_START = 1.0
 """Seconds within which two times of a process' start are the same, where a clock tells them."""
 SAME_BOOT = 60.0
@@ -86,6 +88,8 @@ class Process:
         if self.space != here.space:
             by_clock = not self.boot_id and abs(self.boot - here.boot) > SAME_BOOT
             return False if by_clock else None
+        if self.pid <= 0:
+            return None  # no process at all: a record that somebody made up
         try:
             if psutil.Process(self.pid).status() == psutil.STATUS_ZOMBIE:
                 return False  # ended; nobody asked how
@@ -144,7 +148,7 @@ def this_process() -> Process:
 def owner_of(folder: pathlib.Path) -> Process | None:
     """Who has a run's folder, or had it last."""
     try:
-        return Process.read(_owner_file(folder).read_text()[:10_000])
+        return Process.read(read_small(_owner_file(folder)))
     except (OSError, UnicodeDecodeError):
         return None
 
@@ -198,7 +202,7 @@ def only_owner(folder: pathlib.Path, waiting: Callable[[str], None]) -> Iterator
                 lock.acquire(timeout=POLL_SECONDS)
                 break
     try:
-        _owner_file(folder).write_text(this_process().text())
+        write_new(_owner_file(folder), this_process().text())
         yield
     finally:
         _owner_file(folder).unlink(missing_ok=True)

@@ -1,13 +1,76 @@
-"""Files of a run: written whole, JSON without invented numbers."""
+"""Files of a run: written whole, JSON without invented numbers.
+
+Others may write into the folders too, or made them: a link there leads to somebody else's file, and
+a pipe makes who opens it wait for ever. So small files are read where they are files, and what is
+written is a new one in the place of whatever has its name.
+"""
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import math
+import os
 import pathlib
 import shutil
+import stat
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+MAX_SMALL = 10_000
+"""Characters that are read of a small file."""
+
+
+def is_plain(path: pathlib.Path) -> bool:
+    """Whether there is a file of its own, and no link, pipe, device or folder."""
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except (OSError, ValueError):
+        return False
+
+
+def read_small(path: pathlib.Path) -> str:
+    """The beginning of a text, some thousand characters.
+
+    Raises:
+        OSError: It cannot be read, or is no file.
+        UnicodeDecodeError: It is no text.
+    """
+    if not is_plain(path):
+        raise OSError(errno.EINVAL, "no file", str(path))
+    with path.open(encoding="utf-8") as stream:
+        return stream.read(MAX_SMALL)
+
+
+def new_file(path: pathlib.Path) -> io.BufferedWriter:
+    """A file that is made in the place of what has its name.
+
+    Raises:
+        OSError: It cannot be made; a folder has its name.
+    """
+    path.unlink(missing_ok=True)
+    return path.open("xb")
+
+
+def write_new(path: pathlib.Path, text: str) -> None:
+    """Write a text as :func:`new_file`.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    with new_file(path) as stream:
+        stream.write(text.encode())
+
+
+def refuse_link(path: pathlib.Path) -> None:
+    """Refuse a name that leads elsewhere.
+
+    Raises:
+        OSError: It is a link.
+    """
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, "a link: remove it", os.fspath(path))
 
 
 def plain(value: Any) -> Any:
@@ -35,7 +98,7 @@ def write_json(path: pathlib.Path, value: Any) -> pathlib.Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(path.suffix + ".partial")
     try:
-        partial.write_text(json.dumps(plain(value), indent=2, allow_nan=False) + "\n")
+        write_new(partial, json.dumps(plain(value), indent=2, allow_nan=False) + "\n")
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -48,7 +111,7 @@ def write_text(path: pathlib.Path, text: str) -> None:
     """
     partial = path.with_suffix(path.suffix + ".partial")
     try:
-        partial.write_text(text, encoding="utf-8")
+        write_new(partial, text)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -93,14 +156,14 @@ def _discard(folder: pathlib.Path, whole: pathlib.Path) -> None:
 def mark_finished(folder: pathlib.Path, run_id: str) -> None:
     """Everything of a run is in its folder."""
     partial = folder / f"{RECORD}.partial"
-    partial.write_text(run_id)
+    write_new(partial, run_id)
     partial.replace(folder / RECORD)
 
 
 def _run_of(folder: pathlib.Path) -> str:
     """Whose results are in a folder; empty where it is not whole, or older than the record."""
     try:
-        return (folder / RECORD).read_text()[:100]
+        return read_small(folder / RECORD)[:100]
     except (OSError, UnicodeDecodeError):
         return ""
 

@@ -14,6 +14,7 @@ import io
 import os
 import pathlib
 import pickle
+import re
 import shutil
 import threading
 import time
@@ -26,6 +27,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from healing.tracking.output_folder import with_room
+from healing.tracking.run_files import is_plain, new_file, refuse_link
 
 _READING = threading.Lock()
 _UNREADABLE = (OSError, RuntimeError, pickle.UnpicklingError, ValueError, TypeError, AttributeError)
@@ -126,6 +128,16 @@ def _digest(path: pathlib.Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()[:32]
 
 
+_STATE = re.compile(r"\d{9}-[0-9a-f]{32}\.pt", re.ASCII)
+
+
+def _states(place: pathlib.Path) -> list[pathlib.Path]:
+    """The files of states in their folder, the oldest first; nothing else that may be there."""
+    if place.is_symlink() or not place.is_dir():
+        return []
+    return sorted(p for p in place.iterdir() if _STATE.fullmatch(p.name) and is_plain(p))
+
+
 class FileSnapshots:
     """Snapshots as files beside the folders of their runs.
 
@@ -147,7 +159,7 @@ class FileSnapshots:
         Warns:
             UserWarning: One is damaged, and the one before is taken.
         """
-        for path in sorted(self.place(folder).glob("*-*.pt"), reverse=True):
+        for path in reversed(_states(self.place(folder))):
             kept = self._read(path)
             if kept is None:
                 warnings.warn(f"{path} is damaged and is not gone on from", stacklevel=2)
@@ -173,7 +185,8 @@ class FileSnapshots:
         partial = place / "partial"
         try:
             place.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as stream:
+            refuse_link(place)
+            with new_file(partial) as stream:
                 hashed = _Hashing(stream)
                 torch.save(kept, cast("IO[bytes]", hashed))
                 stream.flush()
@@ -184,16 +197,16 @@ class FileSnapshots:
             reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
             raise OSError(f"{place}: {with_room(reason, place, needed)}") from error
         finally:
-            partial.unlink(missing_ok=True)
+            if not place.is_symlink():
+                partial.unlink(missing_ok=True)
         sync_folder(place)
-        for old in sorted(place.glob("*-*.pt"))[:-STATES_KEPT]:
+        for old in _states(place)[:-STATES_KEPT]:
             old.unlink(missing_ok=True)
 
     @staticmethod
     def _next(place: pathlib.Path) -> int:
         """Number of a new state: of several at one step, the newest has the highest."""
-        numbers = (path.stem.partition("-")[0] for path in place.glob("*-*.pt"))
-        return 1 + max((int(number) for number in numbers if number.isdecimal()), default=0)
+        return 1 + max((int(path.stem.partition("-")[0]) for path in _states(place)), default=0)
 
     def drop(self, folder: pathlib.Path) -> None:
         """Remove all of them."""

@@ -5,13 +5,13 @@ A stage asks a :class:`Store` for runs and never sees an MLflow type.
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
+import functools
 import pathlib
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, Protocol, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 from healing.errors import OutageError
 from healing.tracking import open_runs, queries
@@ -174,18 +174,11 @@ class MlflowStore:
         """
         gone = self._sender.away if self._sender is not None else None
         if not self._is_away:
-            # Not by a pool's `with`, which would wait for the thread after all.
-            pool = concurrent.futures.ThreadPoolExecutor(1)
+            keeps = self._sender is not None and self._sender.keeps
             try:
-                return pool.submit(question).result(
-                    READING_SECONDS if self._sender is not None and self._sender.keeps else None
-                )
+                return _answer(question, READING_SECONDS if keeps else None)
             except OutageError as error:
                 gone = error
-            except concurrent.futures.TimeoutError:
-                gone = OutageError("the tracking store gives no answer")
-            finally:
-                pool.shutdown(wait=False)
         return otherwise(gone or OutageError("the tracking store gives no answer"))
 
     def _told(self) -> list[RunLogger]:
@@ -290,6 +283,36 @@ class MlflowStore:
         if self._is_away or not run.experiment_id:
             return ""
         return links.absolute(links.run_page(run.experiment_id, run.run_id))
+
+
+def _answer(question: Callable[[], T], seconds: float | None) -> T:
+    """Ask in a thread that is left where there is no answer in time: the end of the process does
+    not wait for it, as it would for one of a pool.
+
+    Raises:
+        OutageError: There is none.
+        TrackingError: The store refuses.
+    """
+    answers: list[Callable[[], T]] = []
+
+    def ask() -> None:
+        try:
+            found = question()
+        except BaseException as error:  # noqa: BLE001 (raised where it was asked)
+            answers.append(functools.partial(_raised, error))
+        else:
+            answers.append(lambda: found)
+
+    thread = threading.Thread(target=ask, name="question", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not answers:
+        raise OutageError("the tracking store gives no answer")
+    return answers[0]()
+
+
+def _raised(error: BaseException) -> NoReturn:
+    raise error
 
 
 def _view(run: RunLogger) -> RunView:

@@ -7,21 +7,25 @@ import errno
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 
+import mlflow
 import pytest
 import torch
 from matplotlib.figure import Figure
 from mlflow.tracking import MlflowClient
 
-from healing.errors import OutputError
+from healing.errors import OutageError, OutputError
 from healing.progress import Stop
 from healing.stages.driver import Driver
 from healing.stages.terminal.console import Console
 from healing.tracking import snapshots
 from healing.tracking.run_files import JsonLines
-from healing.tracking.sending.outbox import Outbox, Request
+from healing.tracking.sending import sender
+from healing.tracking.sending.left_behind import deliver
+from healing.tracking.sending.outbox import PLACE, Outbox, Request
 from tests.stages.test_resume import CutAt, a_store, attacked, files, histories
 
 pytestmark = pytest.mark.slow
@@ -104,6 +108,16 @@ def driven(said: list[str] | None = None) -> tuple[Driver, CutAt]:
 
 def attack_at(place: pathlib.Path, driver: Driver) -> None:
     attacked(place, "random_tokens", driver)
+
+
+def fill(file: pathlib.Path) -> None:
+    """To the last byte."""
+    with contextlib.suppress(OSError), file.open("wb", buffering=0) as stream:
+        while stream.write(bytes(4096)):
+            pass
+    with contextlib.suppress(OSError), file.open("ab", buffering=0) as stream:
+        while stream.write(b"0"):
+            pass
 
 
 def runs() -> list:
@@ -217,3 +231,55 @@ def test_a_real_disk_that_is_full_from_a_step_on(store, whole, step: int) -> Non
         assert (run.info.status, run.data.tags["failure"]) == ("FAILED", str(refused.value))
         filling.file.unlink()
         goes_on_to_the_same(place / "out", whole)
+
+
+STORE_FULL = {
+    "from a step on": {2: True},
+    "for some steps": {2: True, 4: False},
+    "from the start": {0: True},
+}
+
+
+@pytest.mark.parametrize("kind", STORE_FULL)
+def test_a_store_on_a_disk_that_is_full_is_away(store, whole, monkeypatch, caplog, kind) -> None:
+    """Of a database and its files: training goes on, and all of it arrives once there is room."""
+    at, append = STORE_FULL[kind], JsonLines.append
+    place, said = store / "small", list[str]()
+    filler = place / "filler"
+
+    def set_to(full: bool | None) -> None:
+        if full is not None:
+            fill(filler) if full else filler.unlink()
+
+    def appended(self: JsonLines, record: dict) -> None:
+        set_to(at.get(record["step"] or None))
+        append(self, record)
+
+    monkeypatch.setattr(JsonLines, "append", appended)
+    monkeypatch.setattr("healing.tracking.run_logger.FLUSH_SECONDS", 0.0)
+    monkeypatch.setattr(sender, "LONGEST_PAUSE", 1.0)
+    with small_disk(place, "24m"), a_store(store / "full.db"):
+        shutil.copy(store / "mlflow.db", place / "mlflow.db")
+        mlflow.set_tracking_uri(f"sqlite:///{place}/mlflow.db")
+        MlflowClient().create_experiment("llm-healing", str(place / "artifacts"))
+        set_to(at.get(0))
+        driver, _ = driven(said)
+        if False in at.values():
+            monkeypatch.setattr(sender, "PATIENCE", 60.0)
+            attack_at(store / "out", driver)
+        else:
+            with pytest.raises(OutageError, match=r"is full.*entrypoints\.sync"):
+                attack_at(store / "out", driver)
+            filler.unlink()
+            (sent,) = deliver(store / "out")
+            assert not sent.error
+        assert not (store / "out" / PLACE).exists()
+        assert (files(store / "out", "_attack_"), histories()) == whole
+        (run,) = runs()
+        assert run.info.status == "FINISHED"
+        stored = {path.name for path in place.rglob("artifacts/**/*") if path.is_file()}
+        assert stored >= {"checkpoint_post_treatment.pt", "metrics.jsonl", "config.json"}
+    (away,) = [line for line in said if "is away" in line]
+    assert "SQL" not in away
+    assert "\n" not in away
+    assert not [record for record in caplog.records if record.exc_info]

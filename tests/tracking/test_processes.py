@@ -100,6 +100,13 @@ def test_of_other_machines_and_number_spaces_nothing_is_known(other):
         assert (unknown.is_here, unknown.is_gone) == (False, False)
 
 
+@pytest.mark.parametrize("pid", [-5, 0, -(2**70), 2**70, 2**31])
+def test_a_number_that_no_process_has_is_nobodys_who_is_here(pid):
+    owner = Process.read(replace(this_process(), pid=pid).text())
+    assert owner is not None
+    assert not owner.is_here
+
+
 def test_records_without_boot_and_ticks_are_told_by_the_clock(other):
     """As versions before these fields wrote them."""
     _process, said = other

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import pathlib
+import sqlite3
 
 import mlflow
 import pytest
 import requests
 import sqlalchemy.exc
 from mlflow.exceptions import MlflowException, RestException
-from mlflow.protos.databricks_pb2 import PERMISSION_DENIED, UNAUTHENTICATED
+from mlflow.protos.databricks_pb2 import (
+    PERMISSION_DENIED,
+    TEMPORARILY_UNAVAILABLE,
+    UNAUTHENTICATED,
+)
+from mlflow.store.tracking.file_store import FileStore
 from mlflow.tracking import MlflowClient
 
 from entrypoints import _cli
 from healing.errors import OutageError, TrackingError
 from healing.tracking import open_runs, queries
-from healing.tracking.sending.outbox import Request
+from healing.tracking.sending.outbox import PLACE, Request
 from healing.tracking.sending.sender import Sender
 from healing.tracking.sending.store_errors import (
     asked,
@@ -24,6 +30,7 @@ from healing.tracking.sending.store_errors import (
     is_away,
     one_line,
     outage,
+    require_address,
     short,
     shown,
     stored,
@@ -65,6 +72,24 @@ def of_botocore(name: str, **values: str) -> Exception:
     return error
 
 
+FULL = "database or disk is full"
+
+
+def raised_by(make) -> Exception:
+    try:
+        make()
+    except MlflowException as error:
+        return error
+    raise AssertionError
+
+
+def of_mlflow(error: Exception) -> Exception:
+    """As MLflow passes a database's error on."""
+    found = MlflowException(str(error), error_code=TEMPORARILY_UNAVAILABLE)
+    found.__cause__ = error
+    return found
+
+
 MLFLOW, AWS = "MLFLOW_TRACKING_USERNAME", "AWS_ACCESS_KEY_ID"
 KINDS = {
     "no such user": (lambda: answer(401, "You are not authenticated."), 401, True, MLFLOW),
@@ -89,6 +114,15 @@ KINDS = {
     "S3: nobody": (lambda: of_botocore("NoCredentialsError"), None, True, AWS),
     "S3: away": (
         lambda: of_botocore("EndpointConnectionError", endpoint_url="http://h"), None, True, "",
+    ),
+    "a folder": (lambda: raised_by(FileStore), 400, False, "migrate-filestore"),
+    "database: full disk": (
+        lambda: of_mlflow(
+            sqlalchemy.exc.OperationalError(
+                "INSERT INTO tags", {"key": "phase"}, sqlite3.OperationalError(FULL)
+            )
+        ),
+        503, True, "",
     ),
     "database: away": (
         lambda: sqlalchemy.exc.OperationalError("select 1", {}, Exception("refused")), None, True,
@@ -241,3 +275,68 @@ def test_a_databases_password_is_in_no_command_line(monkeypatch) -> None:
     ((command, environment),) = seen
     assert "secret" not in " ".join(command)
     assert environment["MLFLOW_BACKEND_STORE_URI"] == "postgresql://me:secret@h/db"
+
+
+def test_of_a_database_the_line_has_what_it_said_alone() -> None:
+    """Neither the statement nor its values, and what to do about a full disk."""
+    error = KINDS["database: full disk"][0]()
+    for where in (stored("tags of run r"), asked(lambda why: f"asked: {why}")):
+        with pytest.raises(OutageError) as caught, where:
+            raise error
+        assert FULL in str(caught.value)
+        assert "INSERT" not in str(caught.value)
+        assert "phase" not in str(caught.value)
+    with pytest.raises(OutageError, match=r"free some of the disk"), stored("tags of run r"):
+        raise error
+
+
+def test_mlflow_prints_no_traceback_beside_the_line(store, caplog) -> None:
+    """It would, of every statement that a database does not take."""
+    client = MlflowClient()
+    run = client.create_run(client.create_experiment("e")).info.run_id
+    with sqlite3.connect(store / "mlflow.db") as other:
+        other.execute("drop table tags")
+    other.close()
+    with pytest.raises(OutageError), stored("a tag"):
+        client.set_tag(run, "a", "b")
+    assert not caplog.records
+    with pytest.raises(MlflowException):
+        client.set_tag(run, "a", "b")
+    assert "Traceback" in caplog.text  # who uses MLflow beside is left alone
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "sqlite://", "sqlite:///:memory:", "sqlite:///{0}", "sqlite:///{0}/text/mlflow.db",
+        "sqlite:///{0}/text", "sqlite:///{0}/\udcff.db", "http://[::1", "http://h:99999",
+        "http://h:0", "http://h:x", "http://", "http:///x", "http://a b", "http://a\x1b[31mb/",
+        "http://" + "a" * 5000, "https://a..b", "http://h\n", "http://\u2100.example",
+    ],
+)  # fmt: skip
+def test_an_address_that_can_be_no_stores_is_refused_at_once(store, monkeypatch, uri) -> None:
+    """MLflow would try some of them for minutes, keep nothing at others, and fail at the rest with
+    errors of the libraries below.
+    """
+    (store / "text").write_text("no database\n" * 100)
+    before = {path: path.read_bytes() for path in store.iterdir() if path.is_file()}
+    mlflow.set_tracking_uri(uri.format(store))
+    for question in (lambda: queries.get_run("r"), lambda: queries.search("1", "")):
+        with pytest.raises(TrackingError, match=r"^MLflow store .*MLFLOW_TRACKING_URI") as caught:
+            question()
+        assert not isinstance(caught.value, OutageError)
+        assert "\n" not in str(caught.value)
+    run = open_runs.start("n", {"stage": "t"}, keep=store / "out" / PLACE)
+    with pytest.raises(TrackingError, match=r"^MLflow store .*MLFLOW_TRACKING_URI"), run:
+        pytest.fail("no run begins")
+    assert {path: path.read_bytes() for path in store.iterdir() if path.is_file()} == before
+
+
+def test_addresses_of_stores_are_let_through(store) -> None:
+    for uri in (
+        f"sqlite:///{store}/mlflow.db", f"sqlite:///{store}/new/deeper.db", "sqlite:///relative.db",
+        "http://localhost:5000", "https://u:p%40w@h.example:1/x/", "http://[::1]:5000",
+        "http://b\u00fccher.example", "postgresql://u@h/db", "databricks",
+    ):  # fmt: skip
+        mlflow.set_tracking_uri(uri)
+        require_address()

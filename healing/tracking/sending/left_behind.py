@@ -20,6 +20,7 @@ from healing.tracking.sending.outbox import (
     refused_text,
 )
 from healing.tracking.sending.requests import CREATE, END, JOIN, NAMING, WITH_FILE, Messenger, batch
+from healing.tracking.sending.shapes import unusable
 from healing.tracking.sending.store_errors import one_line, short, store_address
 
 GOES_ON_SECONDS = 30.0
@@ -147,7 +148,8 @@ def _is_taken(outbox: Outbox, messenger: Messenger, number: int, request: Reques
         OSError: The outbox cannot be written.
     """
     try:
-        _patiently(messenger, request, _file_of(outbox, number, request))
+        file = None if unusable(request, None) else _file_of(outbox, number, request)
+        _patiently(messenger, request, file)
     except OutageError:
         raise
     except (TrackingError, ValueError, KeyError, TypeError) as error:

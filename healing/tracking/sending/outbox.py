@@ -5,7 +5,6 @@ sent later, from this machine or another.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -21,6 +20,7 @@ import filelock
 import psutil
 
 from healing.tracking.processes import this_process
+from healing.tracking.run_files import is_plain, refuse_link
 
 PLACE = ".outbox"
 """Folder below an output folder that holds one folder per process with something to send."""
@@ -107,8 +107,7 @@ class Outbox:
         """The folder, with its owner, who has the lock before the folder counts as an outbox. Who
         sent the last of the others may remove the folder of them all meanwhile.
         """
-        if self.folder.parent.is_symlink():
-            raise OSError(errno.ELOOP, "a link: remove it", str(self.folder.parent))
+        refuse_link(self.folder.parent)
         for last in (False, False, True):
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -333,7 +332,7 @@ def _is_outbox(path: pathlib.Path) -> bool:
     except FileNotFoundError:  # another process sent it meanwhile
         return False
     known = all(entry.name in _ENTRIES and not entry.is_symlink() for entry in entries)
-    kinds = all(entry.is_dir() == (entry.name in _FOLDERS) for entry in entries)
+    kinds = all(e.is_dir() if e.name in _FOLDERS else is_plain(e) for e in entries)
     begun = {entry.name for entry in entries} & {_ABOUT, _REQUESTS}
     return known and kinds and (bool(begun) or not _is_being_made(path))
 

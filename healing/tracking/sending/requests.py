@@ -32,6 +32,7 @@ from healing.tracking.page_text import resolved, whole_lines
 from healing.tracking.sending.logged_models import MODEL, MODEL_FILE, MODELS, LoggedModels
 from healing.tracking.sending.outbox import Request
 from healing.tracking.sending.repeats import once
+from healing.tracking.sending.shapes import unusable
 from healing.tracking.sending.store_errors import (
     asked,
     is_away,
@@ -125,13 +126,16 @@ class Messenger:
             TrackingError: The store refuses it.
             OutageError: The store is away.
         """
+        if problem := unusable(request, file):
+            raise TrackingError(
+                f"{request.kind[:40]} of run {request.run[:64]} cannot be stored: {problem}"
+            )
         with once():
             self._carry_out(request, file, again=again)
 
     def _carry_out(self, request: Request, file: pathlib.Path | None, *, again: bool) -> None:
-        if self._made is None:  # which makes the tables of a new database
-            with stored("the first request"), _one_at_a_time():
-                self._made = MlflowClient()
+        with stored("the first request"):
+            self._open()
         run, content = self.run_id(request.run), request.content
         restore = f"runs restore --run-id {run}"
         if file is not None and not file.is_file():
@@ -185,7 +189,14 @@ class Messenger:
             OutageError: It is away.
         """
         with asked(lambda why: f"{store_address()} does not answer as MLflow's stores do ({why})"):
+            self._open()
             self._client.search_experiments(max_results=1)
+
+    def _open(self) -> None:
+        """Reach the store, which makes the tables of a new database."""
+        if self._made is None:
+            with _one_at_a_time():
+                self._made = MlflowClient()
 
     @contextlib.contextmanager
     def _noting(self, request: Request) -> Iterator[None]:

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import json
+import logging
+import os
+import pathlib
 import re
+import sqlite3
+import urllib.parse
 from collections.abc import Callable, Iterator
 
 import mlflow
@@ -94,10 +100,21 @@ def http_status(error: BaseException) -> int | None:
 
 
 def reason(error: BaseException) -> str:
-    """What a store said: of a server's answer only status and text."""
+    """What a store said: of a server's answer only status and text, of a database's only that."""
+    if own := _database_error(error):
+        return one_line(own)[:300]
     answered = _ANSWERED.search(str(error))
     said = f"{answered[1]}: {' '.join(answered[2].split())}" if answered else one_line(error)
     return said[:300]
+
+
+def _database_error(error: BaseException) -> BaseException | None:
+    """What the database itself raised: around it stand the statement and its values."""
+    for known in (error, error.__cause__):
+        own = getattr(known, "orig", None)
+        if known is not None and _library(known) == "sqlalchemy" and own is not None:
+            return own if isinstance(own, BaseException) else None
+    return None
 
 
 PACKAGES = {
@@ -119,6 +136,11 @@ def cure(error: BaseException) -> str:
             "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or AWS_PROFILE) to those of a user "
             "who may write there, and MLFLOW_S3_ENDPOINT_URL where the store is not Amazon's"
         )
+    if "mlflow migrate-filestore" in str(error):
+        return (
+            "set MLFLOW_TRACKING_URI to a database, as sqlite:///mlflow.db; `mlflow "
+            "migrate-filestore` moves the runs of a folder there"
+        )
     if http_status(error) not in DENIED:
         return ""
     if "Host header" in str(error):
@@ -132,6 +154,116 @@ def cure(error: BaseException) -> str:
 
 NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"}
 """Of botocore: it has nobody to ask as."""
+
+
+FREED = ("is locked", "disk is full", "No space left", "quota exceeded")
+"""What is said of a database, or of files, that take nothing now and may later."""
+
+
+def may_be_freed(error: BaseException) -> bool:
+    """Whether a store that is a file is there, and another program has it or its disk is full."""
+    return any(said in str(error) for said in FREED)
+
+
+def _todo(error: BaseException) -> str:
+    """What is to be done where :func:`cure` knows nothing better."""
+    if may_be_freed(error) and "is locked" not in str(error):
+        return "make that store writable: free some of the disk that it lies on"
+    return "make that store reachable and writable, or set MLFLOW_TRACKING_URI to another"
+
+
+_IN_MEMORY = (None, "", ":memory:")
+_HOST = re.compile(r"[\w.:%-]+")
+
+
+def _unusable(uri: str) -> tuple[str, str]:
+    """Why no store can be at an address, and what to do; empty where there may be one. MLflow goes
+    on trying for minutes to open a file that is none.
+    """
+    if not uri.isprintable():
+        return "it holds characters that no address has", "set MLFLOW_TRACKING_URI to another"
+    if uri.startswith("sqlite:"):
+        try:
+            database = make_url(uri).database
+        except (ArgumentError, ValueError):
+            return "", ""
+        if database in _IN_MEMORY or database is None:
+            problem = "it is in memory alone, and gone with this process"
+            return problem, "set MLFLOW_TRACKING_URI to a file, as sqlite:///mlflow.db"
+        return _no_database(database), "set MLFLOW_TRACKING_URI to another file"
+    if not uri.startswith(("http:", "https:")):
+        return "", ""
+    todo = "set MLFLOW_TRACKING_URI to http://HOST:PORT"
+    try:
+        parts = urllib.parse.urlsplit(uri)
+        port, host = parts.port, parts.hostname or ""
+        host.encode("idna")
+    except ValueError as error:
+        return " ".join(str(error).split())[:100], todo
+    return ("", "") if _HOST.fullmatch(host) and port != 0 else ("it names no host or port", todo)
+
+
+def _no_database(path: str) -> str:
+    """Why a file can be no database of SQLite; empty where it is one, or can become one."""
+    try:
+        if not os.path.lexists(path):
+            above = next(p for p in pathlib.Path(path).absolute().parents if p.exists())
+            is_open = above.is_dir() and os.access(above, os.W_OK)
+            return "" if is_open else f"{above} is no folder that can be written"
+        with contextlib.closing(sqlite3.connect(path, timeout=0.0)) as database:
+            database.execute("pragma schema_version")
+    except sqlite3.OperationalError as error:
+        return "" if "unable to open" not in str(error) else "it cannot be opened as a file"
+    except (sqlite3.Error, OSError, ValueError) as error:
+        return " ".join(str(error).split())[:100]
+    return ""
+
+
+_FOUND_GOOD: set[str] = set()
+
+
+def require_address() -> None:
+    """Refuse an address that MLflow would fail at in its own way, or keep nothing at.
+
+    Raises:
+        TrackingError: The store's is one.
+    """
+    uri = mlflow.get_tracking_uri()
+    if uri in _FOUND_GOOD:
+        return
+    problem, todo = _unusable(uri)
+    if problem:
+        place = " ".join(shown(uri)[:200].split())
+        text = f"MLflow store {place} cannot be used ({problem}): {todo}"
+        raise TrackingError(text, problem, todo)
+    _FOUND_GOOD.add(uri)
+
+
+_TOLD = contextvars.ContextVar("_TOLD", default=False)
+
+
+def _not_told(record: logging.LogRecord) -> bool:
+    """Whether MLflow has something to say that this program does not say in one line."""
+    return not (_TOLD.get() and record.exc_info)
+
+
+# It prints the traceback of every statement that a database does not take, before it raises it.
+logging.getLogger("mlflow.store.db.utils").addFilter(_not_told)
+
+
+@contextlib.contextmanager
+def _told_in_one_line() -> Iterator[None]:
+    """What fails in the block is raised here; MLflow need not print it beside.
+
+    Raises:
+        TrackingError: The store's address cannot be one.
+    """
+    require_address()
+    token = _TOLD.set(True)
+    try:
+        yield
+    finally:
+        _TOLD.reset(token)
 
 
 def outage(text: str, error: BaseException) -> TrackingError:
@@ -160,11 +292,12 @@ def asked(what: Callable[[str], str]) -> Iterator[None]:
         TrackingError: The line; where the user has to do something first, that.
     """
     try:
-        yield
+        with _told_in_one_line():
+            yield
     except Exception as error:
         if not is_of_a_store(error):
             raise
-        text = what(one_line(error)[:300])
+        text = what(reason(error))
         if todo := cure(error):
             text = f"MLflow store {store_address()} cannot be asked ({reason(error)}): {todo}"
         raise outage(text, error) from error
@@ -211,7 +344,8 @@ def stored(what: str, restore: str = "") -> Iterator[None]:
             :class:`OutageError` where the store may take it later.
     """
     try:
-        yield
+        with _told_in_one_line():
+            yield
     except Exception as error:
         if not is_of_a_store(error):
             raise
@@ -220,9 +354,7 @@ def stored(what: str, restore: str = "") -> Iterator[None]:
                 f"{what} could not be stored, since what it belongs to {deleted(restore)}, and "
                 "start again; the files written so far stay in the run's local folder"
             ) from error
-        todo = cure(error) or (
-            "make that store reachable and writable, or set MLFLOW_TRACKING_URI to another"
-        )
+        todo = cure(error) or _todo(error)
         raise outage(
             f"{what} could not be stored in {store_address()} ({reason(error)}): {todo}, and "
             "start again; the files written so far stay in the run's local folder",
