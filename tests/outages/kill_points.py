@@ -24,7 +24,9 @@ from typing import Any
 import mlflow
 import torch
 from click.testing import CliRunner
+from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
+from mlflow.utils.file_utils import local_file_uri_to_path
 
 from entrypoints.attack import main as attack
 from entrypoints.heal import main as heal
@@ -32,7 +34,7 @@ from entrypoints.summarize import main as summarize
 from healing.tracking import snapshots
 from healing.tracking.sending.outbox import PLACE
 from healing.tracking.sending.requests import Messenger
-from tests.stages.test_resume import files, histories, without
+from tests.stages.test_resume import content, files, histories, without
 
 SMALL = (
     "--model nano --sequence-length 64 --probe-tokens 512 --batch-size 2 --measurement-interval 2 "
@@ -48,6 +50,10 @@ COMMANDS: dict[str, tuple[Any, str]] = {
 }
 WATCHED = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.truncate")
 HIDDEN = (".state", ".previous", ".dropped")
+OWN_TAGS = (
+    "mlflow.", "local_run_id", "process", "resumed_", "seconds", "checkpoint",
+)  # fmt: skip
+"""Tags that differ from one run to its repetition: ids, times, paths, who ran it."""
 CHUNKS = 60
 """A state is written in some hundred pieces: the process is killed amid every so many of them."""
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
@@ -147,15 +153,29 @@ def left(place: pathlib.Path) -> dict[str, Any]:
     output = place / "experiments" / "results"
     client = MlflowClient()
     runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    runs.sort(key=lambda run: run.info.start_time)
     summaries = [(p.name, p.read_text()) for p in output.glob("summaries/*/summary.csv")]
     return {
         "files": without({k: repr(v) for k, v in files(output, "seed0").items()}),
         "summaries": summaries[-1:],
         "histories": histories(),
-        "running": [r.info.run_id for r in runs if r.info.status == "RUNNING"],
+        "others": [r.info.status for r in runs if r.info.status not in ("FINISHED", "KILLED")],
         "finished": sum(r.info.status == "FINISHED" for r in runs),
+        **of_the_store([r for r in runs if r.info.status == "FINISHED"][-1]),
         "hidden": sorted(p.name for p in output.rglob(".*") if p.suffix in HIDDEN)
         + [PLACE] * (output / PLACE).exists(),
+    }
+
+
+def of_the_store(run: Run) -> dict[str, Any]:
+    """What the store has of a run: files, parameters, tags."""
+    root = pathlib.Path(local_file_uri_to_path(run.info.artifact_uri))
+    stored = {p.relative_to(root).as_posix(): p for p in sorted(root.rglob("*")) if p.is_file()}
+    names = {name for name in run.data.tags if not name.startswith(OWN_TAGS)}
+    return {
+        "stored": {name: repr(content(path)) for name, path in stored.items()},
+        "params": dict(run.data.params),
+        "tags": {name: run.data.tags[name] for name in sorted(names)},
     }
 
 
