@@ -11,12 +11,15 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import replace
 
+import filelock
+import mlflow
 import psutil
 import pytest
 from mlflow.tracking import MlflowClient
 
 from healing.tracking import open_runs, queries
 from healing.tracking.processes import Process, this_process
+from healing.tracking.sending import requests
 from tests.conftest import ROOT
 
 ASKING = (
@@ -144,3 +147,21 @@ def test_the_runs_of_who_left_a_state_are_closed_by_who_goes_on(store, other, ch
         assert f"ended without ending it, run {own.run_id} goes on" in why
         assert changes.get("host", "") in why
     assert queries.close_gone_on_with("0" * 32, "x") == []
+
+
+def test_a_lock_of_another_user_holds_nobody_up(monkeypatch, tmp_path):
+    """Who opened the same database before may be somebody else, with the lock's file of theirs."""
+    monkeypatch.setattr(mlflow, "get_tracking_uri", lambda: f"sqlite:///{tmp_path}/m.db")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with requests._one_at_a_time():
+        (lock,) = tmp_path.iterdir()
+        with pytest.raises(filelock.Timeout):
+            filelock.FileLock(lock, timeout=0).acquire()
+    filelock.FileLock(lock, timeout=0).acquire().lock.release()
+
+    def not_mine(*_, **__):
+        raise PermissionError(13, "Permission denied", str(lock))
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", not_mine)
+    with requests._one_at_a_time():
+        pass

@@ -11,6 +11,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import filelock
@@ -66,7 +67,11 @@ def _one_at_a_time() -> Iterator[None]:
         yield
         return
     name = f"llm-healing-{hashlib.sha256(uri.encode()).hexdigest()[:16]}.lock"
-    with filelock.FileLock(pathlib.Path(tempfile.gettempdir()) / name, timeout=OPENING_SECONDS):
+    lock = filelock.FileLock(pathlib.Path(tempfile.gettempdir()) / name, timeout=OPENING_SECONDS)
+    held: AbstractContextManager[Any] = contextlib.nullcontext()
+    with contextlib.suppress(PermissionError):  # another user's, who opened the same database
+        held = lock.acquire()
+    with held:
         yield
 
 
