@@ -21,12 +21,13 @@ os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
 
 from entrypoints import _signals
-from entrypoints._help import examples, grouped
+from entrypoints._help import HELP, LISTS, examples, grouped, with_lists_apart
 from entrypoints._resume import resumed
 from entrypoints._stages import STAGES, EntryPoint
 from healing.config.options import AUTO, choices_of, fields_of, flag_name, help_of
 from healing.errors import ConfigError, HealingError, OutageError
 from healing.progress import Stop, Stopped
+from healing.registry import ARMS
 from healing.stages.terminal.console import Console
 from healing.stages.terminal.lines import visible, write_line
 
@@ -40,15 +41,22 @@ class GroupedCommand(click.Command):
     """A command whose options are shown in groups, the most used first."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """A section per group."""
-        records = {
-            str(parameter.name): record
-            for parameter in self.get_params(ctx)
-            if (record := parameter.get_help_record(ctx))
-        }
+        """A section per group, then the lists that options choose from."""
+        records, named = {}, set[str]()
+        for parameter in self.get_params(ctx):
+            if record := parameter.get_help_record(ctx):
+                flags, text = record
+                text, titles = with_lists_apart(text)
+                own = "--help" in parameter.opts  # its name is click's affair
+                records[HELP if own else str(parameter.name)] = (flags, text)
+                named |= titles
         for title, names in grouped(records):
             with formatter.section(title):
                 formatter.write_dl([records[name] for name in names])
+        for title, known in LISTS.items():
+            if title in named:
+                with formatter.section(title):
+                    formatter.write_dl([(facts.name, facts.help) for facts in known.all_facts()])
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Examples, a line each."""
@@ -89,11 +97,13 @@ def options_of(config_class: type) -> Callable[[Callable[..., Any]], Callable[..
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         for field, kind, may_be_auto in reversed(list(fields_of(config_class))):
             # --sham alone means --sham true.
+            choices = choices_of(field)
             flag: dict[str, Any] = {"is_flag": False, "flag_value": True} if kind is bool else {}
             function = click.option(
                 flag_name(field.name),
                 field.name,
-                type=_click_type(kind, may_be_auto, choices_of(field)),
+                type=_click_type(kind, may_be_auto, choices),
+                metavar="ARM" if choices == ARMS.names() else None,
                 default=field.default,
                 show_default=field.default != "",
                 help=help_of(field),

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from healing.registry import ARMS, MEASUREMENTS
+
+LISTS = {"Arms": ARMS, "Extra measurements": MEASUREMENTS}
+"""Title → what has a list of its own below the options: as part of an option's text it would be a
+wall of words."""
 GROUPS = {
     "What to run": """models model arms arm seeds seed folder experiment filter legacy
         collapsed_checkpoint attack_run_id checkpoint_dir heal_run_id healed_checkpoint healer
-        reference_run_id reference_checkpoint direction_run_id direction_checkpoint
+        reference_checkpoint reference_run_id direction_checkpoint direction_run_id
         start_checkpoint match noise_match sham basin num_runs runs_per_checkpoint""",
     "How long": """attack_steps healing_steps healing_lr attack_lr learning_rate
         target_rank_reduction tokens_per_parameter trials token_budget batch_size sequence_length
@@ -22,6 +27,7 @@ GROUPS = {
 }
 """Title → options in the order in which they are shown; what stands nowhere is a detail."""
 DETAILS = "Details of the method"
+HELP = "help"
 
 _RUN = "python -m entrypoints"
 EXAMPLES = {
@@ -55,17 +61,33 @@ def examples(name: str) -> str:
     return "\n".join(f"{_RUN}.{text}" for text in EXAMPLES.get(name, ()))
 
 
+def with_lists_apart(text: str) -> tuple[str, set[str]]:
+    """An option's text without the lists in it, and their titles.
+
+    Args:
+        text: As :func:`healing.config.options.help_of` gives it.
+    """
+    titles = {title for title, known in LISTS.items() if known.describe() in text}
+    for title in titles:
+        text = text.replace(f"{LISTS[title].describe()}.", f"See {title} below.")
+    return text, titles
+
+
 def grouped(names: Collection[str]) -> list[tuple[str, list[str]]]:
     """Group by group the options that a command has, every one once.
 
     Args:
-        names: Of its options, in the order in which they were declared.
+        names: Of its options, in the order in which they were declared; ``--help`` ends
+            the last group.
     """
-    left = [name for name in names if name != "help"]
+    left = [name for name in names if name != HELP]
     found = []
     for title, wanted in GROUPS.items():
         here = [name for name in wanted.split() if name in left]
         left = [name for name in left if name not in here]
         found.append((title, here))
-    found.append((DETAILS, [*left, *(name for name in names if name == "help")]))
-    return [(title, here) for title, here in found if here]
+    found.append((DETAILS, left))
+    found = [(title, here) for title, here in found if here]
+    if HELP in names:
+        found[-1][1].append(HELP)
+    return found

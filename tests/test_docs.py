@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pathlib
 import re
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -46,3 +48,15 @@ def test_every_page_is_in_the_list_of_the_site():
     listed = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
     names = [name for entry in listed for name in entry.values()]
     assert sorted(names) == sorted(page.name for page in (ROOT / "docs").glob("*.md"))
+
+
+def test_the_site_is_made_without_a_warning(tmp_path):
+    """A warning ends it: a page that no list names, a link or heading that is not there."""
+    pytest.importorskip("mkdocs", reason="pip install 'llm-healing[dev]'")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert made.returncode == 0, made.stderr
+    assert "WARNING" not in made.stderr
+    for page in (ROOT / "docs").glob("*.md"):
+        name = "index.html" if page.stem == "index" else f"{page.stem}/index.html"
+        assert "</html>" in (tmp_path / name).read_text(encoding="utf-8"), page.name

@@ -214,6 +214,18 @@ class SweepConfig(
                 raise ConfigError(f"--seeds names one entry twice: {self.seeds}")
         return found
 
+    def seeds_text(self) -> str:
+        """The seeds in words that a person reads: as given; of ``auto`` those of each model."""
+        if self.seeds != AUTO:
+            return self.seeds
+        found: dict[str, list[str]] = {}
+        for name, own in self.seeds_by_model().items():
+            span = f"{own[0]}-{own[-1]}" if len(own) > 1 else str(own[0])
+            found.setdefault(span, []).append(name)
+        if len(found) == 1:
+            return next(iter(found))
+        return ", ".join(f"{span} ({' and '.join(names)})" for span, names in found.items())
+
 
 def _range(text: str, whole: str) -> range:
     """One seed, or those from a first to a last."""

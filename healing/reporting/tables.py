@@ -45,7 +45,7 @@ from healing.reporting.verdict_sentences import (
 from healing.statistics.checkpoint_estimates import HalfTimes
 from healing.statistics.fits.asymptotes import FLAT_GAIN, MIN_MEASUREMENTS
 from healing.statistics.group import GroupSummary
-from healing.statistics.heal_runs import SHAM_ENDPOINTS
+from healing.statistics.heal_runs import SHAM_ENDPOINTS, UNIGRAM
 from healing.statistics.paired_tests import PRIMARY_ENDPOINTS
 from healing.statistics.summary import Summary
 from healing.statistics.verdicts import GroupVerdict
@@ -82,9 +82,18 @@ class Table:
     note: str
 
 
+_SHAM_NAMES = {e: f"{e.partition('_')[0]} against the sham" for e in SHAM_ENDPOINTS}
+_NAMES = {
+    **_SHAM_NAMES,
+    UNIGRAM: "loss of the unigram model",
+    "ppl_improvement_pct": "perplexity",
+}
+
+
 def endpoint_name(endpoint: str) -> str:
-    """``rank_recovery_pct`` → ``rank``, ``ppl_improvement_pct`` → ``ppl improvement``."""
-    return endpoint.removesuffix("_pct").replace("_recovery", "").replace("_", " ")
+    """What a column calls an endpoint: ``rank_recovery_pct`` → ``rank``."""
+    plain = endpoint.removesuffix("_pct").replace("_recovery", "").replace("_", " ")
+    return _NAMES.get(endpoint, plain)
 
 
 def _row(group: GroupSummary, summary: Summary, *cells: str) -> tuple[str, ...]:
@@ -168,7 +177,7 @@ def sham_table(summary: Summary) -> Table:
 
 
 def _against_sham(endpoint: str) -> str:
-    return f"{endpoint_name(endpoint).removesuffix(' sham')} recovery against the sham"
+    return endpoint_name(endpoint).replace(" against", " recovery against")
 
 
 def bootstrap_table(summary: Summary) -> Table:

@@ -10,7 +10,6 @@ import torch
 
 from healing.config.arm_tags import arm_label
 from healing.config.basin import BasinConfig
-from healing.config.fingerprint import as_params
 from healing.config.paths import local_path
 from healing.errors import CheckpointError, TrackingError
 from healing.models.checkpoints import CHECKPOINT_NAME, HEALED_NAME, read_checkpoint
@@ -23,7 +22,14 @@ from healing.stages.cells.basin_outcome import BasinCell, BasinOutcome
 from healing.stages.cells.events import Record
 from healing.stages.cells.inputs import device_kind, use_threads
 from healing.stages.driver import Driver
-from healing.stages.stage import Report, StageDefaults, Tools, checkpoint_file, run_of
+from healing.stages.stage import (
+    Report,
+    StageDefaults,
+    Tools,
+    checkpoint_file,
+    run_of,
+    settled,
+)
 from healing.stages.terminal.console import Console
 from healing.tracking.git_version import checkout
 from healing.tracking.queries import RunView
@@ -274,7 +280,7 @@ class BasinStage(StageDefaults):
 
     def params(self, cell: BasinCell) -> dict[str, Any]:
         """The configuration, with the arm."""
-        return {**as_params(cell.config), "arm": cell.arm}
+        return {**settled(cell.config), "arm": cell.arm}
 
     def output_dir(self, cell: BasinCell) -> str:
         """As configured."""

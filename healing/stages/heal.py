@@ -52,6 +52,7 @@ from healing.stages.stage import (
     model_of,
     pictures_of,
     points_of,
+    settled,
 )
 from healing.stages.terminal.console import Console
 from healing.stages.tuning.healer_files import with_healer
@@ -181,7 +182,7 @@ class HealStage(StageDefaults):
 
     def params(self, cell: HealCell) -> dict[str, Any]:
         """The configuration, with the arm that was healed."""
-        return {**as_params(cell.config), "arm": _arm_of(cell), "replicate": cell.replicate}
+        return {**settled(cell.config), "arm": _arm_of(cell), "replicate": cell.replicate}
 
     def output_dir(self, cell: HealCell) -> str:
         """As configured."""

@@ -12,6 +12,7 @@ import torch
 
 from healing import progress
 from healing.config.fingerprint import as_params
+from healing.config.options import AUTO, fields_of
 from healing.config.paths import is_address, local_path
 from healing.config.shared import RAW_DATA
 from healing.errors import TrackingError
@@ -30,6 +31,16 @@ from healing.tracking.store import Store
 
 C = TypeVar("C")
 R = TypeVar("R")
+
+
+def settled(config: Any) -> dict[str, Any]:
+    """The fields of a resolved configuration that say what was used: those that nothing replaced,
+    being another stage's or known only to the machine, still have their default ``auto``, and a
+    parameter that is not there stands for its default. What the machine chose is ``used.…``.
+    """
+    defaults = {field.name: field.default for field, _, _ in fields_of(config)}
+    values = as_params(config).items()
+    return {name: v for name, v in values if v != AUTO or defaults[name] != AUTO}
 
 
 @dataclass(frozen=True)
@@ -174,7 +185,7 @@ class StageDefaults:
 
     def params(self, config: Any) -> Mapping[str, Any]:
         """The configuration's fields."""
-        return as_params(config)
+        return settled(config)
 
     def output_dir(self, config: Any) -> str:
         """As configured."""

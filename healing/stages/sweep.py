@@ -315,7 +315,7 @@ def _describe(
     landscape = [f"- {line}" for line in basin_sentences(results)]
     options = run_page.settings(config, device=resolve_device(config.device).type)
     return run_page.page(
-        f"Models {config.models}; arms {config.arms}; seeds {config.seeds}. "
+        f"Models {config.models}; arms {config.arms}; seeds {config.seeds_text()}. "
         f"{len(results)} cells{again}.",
         run_id,
         [],
@@ -342,7 +342,7 @@ def sweep(config: SweepConfig, driver: Driver | None = None) -> Summary:
     """
     driver = driver or Driver(Console(config.verbosity))
     console = driver.console
-    name = f"{config.models} x {config.arms} x seeds {config.seeds}"
+    name = f"{config.models} x {config.arms} x seeds {config.seeds_text()}"
     with driver.process(name, {"stage": "main"}, config.output_dir, view=True) as run:
         if config.system_metrics:
             run.system_metrics()

@@ -229,3 +229,16 @@ def test_shared_fields_are_declared_once():
     root = pathlib.Path(__file__).parents[2] / "healing" / "config"
     users = [p.name for p in sorted(root.glob("*.py")) if "verbosity: str" in p.read_text()]
     assert users == ["shared.py"]
+
+
+@pytest.mark.parametrize(
+    ("models", "seeds", "said"),
+    [
+        ("nano,micro", "auto", "0-4 (nano), 0-1 (micro)"),
+        ("70m,160m", "auto", "0-2"),
+        ("nano,70m,160m", "auto", "0-4 (nano), 0-2 (70m and 160m)"),
+        ("nano,micro", "0-2,nano=7", "0-2,nano=7"),
+    ],
+)
+def test_the_seeds_of_a_sweep_are_said_as_numbers(models, seeds, said):
+    assert SweepConfig(models=models, seeds=seeds).seeds_text() == said

@@ -18,7 +18,7 @@ import pytest
 from click.testing import CliRunner
 
 from entrypoints import __main__ as commands
-from entrypoints._help import EXAMPLES, GROUPS
+from entrypoints._help import EXAMPLES, GROUPS, LISTS
 from entrypoints._mlproject import render
 from entrypoints._stages import STAGES
 from healing.config.attack import AttackConfig
@@ -26,6 +26,7 @@ from healing.config.heal import HealConfig
 from healing.config.options import fields_of
 from healing.config.sweep import SweepConfig
 from healing.errors import ModelError, TrackingError
+from healing.registry import ARMS
 from healing.stages.terminal import downloads
 from healing.tracking.ui import server
 from tests.conftest import ROOT
@@ -78,7 +79,11 @@ def test_options_are_in_groups_each_once(name):
     assert sorted(shown) == sorted({*wanted, "help"})
     titles = re.findall(r"^(\S.*):$", output, re.MULTILINE)
     assert titles[0] == "What to run" or name in ("pretrain",)
-    assert titles[-2:] == ["Details of the method", "Examples"]
+    lists = [title for title in LISTS if title in titles]
+    assert titles[-len(lists) - 1 :] == [*lists, "Examples"]
+    last = re.findall(r"^  --([a-z-]+)", output, re.MULTILINE)[-1]
+    assert last == "help"
+    assert not re.search(r":\n  --help", output)  # no group for itself
 
 
 def test_the_most_used_option_comes_first():
@@ -89,10 +94,27 @@ def test_the_most_used_option_comes_first():
     assert len(names) == len(set(names))
 
 
-def test_each_arm_has_its_clause_where_arms_are_chosen():
-    for name in ("attack", "heal", "main"):
-        text = " ".join(invoke(name, "--help").output.split())
-        assert "random_tokens: The same fine-tuning on one sequence of random tokens" in text
+def test_each_arm_has_its_clause_in_a_list_where_arms_are_chosen():
+    for name, option in (("attack", "arm"), ("heal", "arm"), ("main", "arms"), ("main", "ray-of")):
+        output = invoke(name, "--help").output
+        shown, _, listed = output.partition("\nArms:\n")
+        assert re.search(rf"^  --{option} (ARM|TEXT) ", shown, re.MULTILINE), (name, option)
+        for facts in ARMS.all_facts():
+            assert facts.help not in " ".join(shown.split())  # not in an option's text
+            entry = rf"^  {facts.name} +{re.escape(facts.help[:40])}"
+            assert re.search(entry, listed, re.MULTILINE), (name, facts.name)
+
+
+def test_no_line_of_a_help_is_wider_than_a_terminal():
+    for name in STAGES:
+        for line in invoke(name, "--help").output.partition("Examples:")[0].splitlines():
+            assert len(line) <= 80, (name, line)
+
+
+def test_what_means_the_same_stands_below_what_it_is_the_same_as():
+    shown = re.findall(r"^  --([a-z-]+)", options_shown("attack"), re.MULTILINE)
+    for option in ("reference", "direction"):
+        assert shown.index(f"{option}-checkpoint") + 1 == shown.index(f"{option}-run-id")
 
 
 @pytest.mark.parametrize("text", [t for texts in EXAMPLES.values() for t in texts])

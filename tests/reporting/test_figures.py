@@ -127,6 +127,31 @@ def test_direct_labels_do_not_overlap(tmp_path, kept, which, figure_style):
         assert all(a.y1 <= b.y0 + 0.5 for a, b in pairwise(boxes))
 
 
+def test_arms_are_called_as_in_the_tables(tmp_path, kept):
+    """Where lines end, in rows and in notes: one spelling, never a shortened one."""
+    summary = realistic(("nano",))
+    labels = {group.label for group in summary.groups}
+    for which in ("mean_recovery", "half_recovery", "recovery_against_parameters"):
+        draw(which, tmp_path / which, summary)
+        texts = [t.get_text() for t in kept[-1].axes[0].texts if t.get_gid() != "zones"]
+        named = {re.sub(r" \(n = \d+\)|: undefined", "", text) for text in texts}
+        assert named, which
+        assert named <= labels, which
+
+
+def test_leaders_begin_at_their_own_names(tmp_path, kept):
+    """From the middle of a name they would cross its neighbours, where lines end at one height."""
+    draw("half_recovery", tmp_path / "f", realistic(("nano",)))
+    fig = kept[-1]
+    fig.canvas.draw()
+    renderer = fig.canvas.get_renderer()
+    found = [t for ax in fig.axes for t in ax.texts if getattr(t, "arrow_patch", None)]
+    assert len(found) > 3
+    for text in found:
+        line = text.arrow_patch.get_window_extent(renderer)
+        assert line.x1 <= text.get_window_extent(renderer).x0 + 1
+
+
 def test_curves_show_the_numbers_of_the_summary(tmp_path, kept, summary):
     draw("mean_recovery", tmp_path / "f", summary)
     band = next(g for g in summary.groups if g.arm == "haep").bands["rank_recovery_pct"]
@@ -146,7 +171,7 @@ def test_several_settings_of_a_size_are_not_joined(tmp_path, kept):
               if (arm_style(arm)[0], "-") in curves}  # fmt: skip
     assert joined == set(summary.slopes) == {"haep", "gaussian_noise"}
     assert (arm_style("random_text")[0], "None") in curves
-    assert "not joined (several settings of a size): text" in [t.get_text() for t in ax.texts]
+    assert "not joined (several settings of a size): clean text" in [t.get_text() for t in ax.texts]
 
 
 def test_half_recovery_is_one_minus_kaplan_meier(tmp_path, kept, summary):

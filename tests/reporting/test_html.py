@@ -13,7 +13,9 @@ import pytest
 
 from healing.reporting.cautions import CAUSES, all_notes, cause_of, caution_table
 from healing.reporting.html import embed
+from healing.reporting.tables import endpoint_name
 from healing.stages.summarize import write_summary
+from healing.statistics.heal_runs import ENDPOINTS
 from healing.statistics.intervals import DegenerateDataWarning
 from tests.summaries import NASTY, degenerate, eventful, nasty, realistic
 
@@ -107,7 +109,8 @@ def test_the_contents_lead_to_every_section_and_nowhere_else(tmp_path):
     ids = [a["id"] for tag, a in page.elements if tag == "section"]
     targets = [a["href"] for tag, a in page.elements if tag == "a"]
     assert len(set(ids)) == len(ids)
-    assert targets == [f"#{i}" for i in ids if i != "verdict"]
+    assert targets == [f"#{i}" for i in ids]
+    assert ids[:2] == ["verdict", "contrasts-said"]  # the answer and its comparison come first
 
 
 def test_cards_say_what_was_asked_found_and_rested_on(tmp_path):
@@ -130,6 +133,17 @@ def test_warnings_are_behind_a_fold_in_plain_words(tmp_path):
     for where, note in all_notes(summary):
         (row,) = (row for row in rows if row[0] == cause_of(note))
         assert where in row[2].split("; ")
+    of_which = {name for row in rows for name in row[1].split(", ")}
+    assert {"rank", "loss"} <= of_which <= {*map(endpoint_name, ENDPOINTS), "–"}
+    places = {place for row in rows for place in row[2].split("; ")}
+    assert not [place for place in places if place.endswith(("against text", "against tokens"))]
+
+
+def test_numbers_are_called_what_they_are():
+    assert [endpoint_name(name) for name in ENDPOINTS] == [
+        "rank", "loss", "perplexity", "rank against the sham", "loss against the sham",
+        "loss of the unigram model",
+    ]  # fmt: skip
 
 
 def test_every_warning_of_the_statistics_has_plain_words():

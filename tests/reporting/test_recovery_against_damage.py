@@ -88,7 +88,8 @@ def test_the_figure_shows_every_checkpoint_in_its_arms_style(tmp_path, kept) -> 
             own = [p for p in regression.points if p.arm == arm]
             wanted = [getattr(p, name) for p in own], [p.recovery for p in own]
             assert drawn[arm_style(arm)] == wanted
-    assert {t.get_text() for t in fig.axes[1].texts} == {"HAEP", "tokens"}
+    assert {t.get_text() for t in fig.axes[1].texts} == {"HAEP", "random tokens"}
+    assert fig.axes[1].get_title(loc="left") == "dotted: healthy; grey: 20–70 %, in part"
     assert "log scale" in fig.axes[2].get_xlabel()
     assert "log scale" in fig.axes[3].get_xlabel()
 

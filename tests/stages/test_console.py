@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import pathlib
 import re
 import sys
@@ -82,6 +83,26 @@ def test_a_bar_moves_by_parts_of_a_step_and_shows_whole_ones(terminal, monkeypat
         assert terminal.shows("sweep:  38%|")  # 1.5 of 4
         assert terminal.shows(" 1/4 [")
         assert terminal.shows("nano haep, singular bases 3/9")
+
+
+def test_a_terminal_that_does_not_know_its_width_shows_the_bar_too(monkeypatch):
+    """As a pseudo-terminal is made: of 0 columns, until somebody gives it a size."""
+    ours, theirs = os.openpty()
+    monkeypatch.delenv("COLUMNS", raising=False)
+    with open(theirs, "w") as end:
+        assert os.get_terminal_size(theirs).columns == 0
+        monkeypatch.setattr(sys, "stderr", end)
+        with contextlib.closing(Console("normal").progress("sweep")) as bar:
+            bar.begin(4, "cell")
+            bar.step(1)
+    shown = b""
+    with contextlib.suppress(OSError):  # how the other end's closing is said
+        while part := os.read(ours, 65536):
+            shown += part
+    os.close(ours)
+    lines = re.split(r"[\r\n]+", shown.decode())
+    (drawn,) = {len(line) for line in lines if line.startswith("sweep:  25%|")}
+    assert 60 < drawn < 80
 
 
 def test_waiting_shows_a_clock_and_leaves_nothing(terminal, monkeypatch):

@@ -133,7 +133,7 @@ def test_two_treatments_are_each_compared_with_the_noise_matched_to_them():
             runs += [attacked, matched]
     found = summarize_runs(runs, 0.95, np.random.default_rng(0))
     assert not found.gaps
-    keys = ["nano, HAEP against noise", "nano, weight pruning against noise"]
+    keys = ["nano, HAEP against Gaussian noise", "nano, weight pruning against Gaussian noise"]
     assert [c.pair.title for c in found.contrasts] == keys
     points = [c.comparison.endpoints[0].superiority.interval.point for c in found.contrasts]
     # Limits scatter with a standard deviation of 4 per checkpoint, 2.8 per mean difference.

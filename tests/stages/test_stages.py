@@ -13,7 +13,9 @@ import pytest
 import torch
 from mlflow.tracking import MlflowClient
 
+from entrypoints._resume import config_of_run
 from healing.config.attack import AttackConfig
+from healing.config.fingerprint import as_params
 from healing.config.heal import HealConfig
 from healing.config.resolve import resolve_from_presets
 from healing.config.summarize import SummarizeConfig
@@ -35,6 +37,7 @@ from healing.stages.cells.heal import (
 from healing.stages.cells.heal_outcome import HealCell
 from healing.stages.driver import Driver
 from healing.stages.heal import heal
+from healing.stages.stage import settled
 from healing.stages.summarize import summarize
 from healing.stages.summarize_inputs import read_runs
 from healing.stages.sweep import plan, sweep, worker_count
@@ -749,3 +752,16 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing_else(store, check
 
 def test_loaded_model_is_healthy_whatever_ran_before(store, checkpoint):
     assert load_model("nano").digest == load_model("nano").digest
+
+
+def test_a_parameter_of_a_run_is_never_auto():
+    """What nothing replaced is another stage's or the machine's; what was chosen is there."""
+    resolved = resolve_from_presets(HealConfig(model="nano", arm="haep"))
+    before, kept = as_params(resolved), settled(resolved)
+    assert before["attack_steps"] == before["device"] == "auto"
+    assert "auto" not in kept.values()
+    assert kept == {name: value for name, value in before.items() if value != "auto"}
+    asked = replace(resolved, healing_steps="auto")  # its default is a number
+    assert settled(asked)["healing_steps"] == "auto"
+    again = config_of_run(HealConfig(), "heal", {f"heal.{k}": str(v) for k, v in kept.items()})
+    assert again == replace(resolved, resume_run_id="")

@@ -113,7 +113,7 @@ def test_an_undetermined_log_rank_is_nan_with_its_named_warning():
     assert math.isnan(found.statistic)
     assert "rank undefined (3 and 3 checkpoints with a time)" in markdown(summary)
     assert (
-        "nano, HAEP against noise",
+        "nano, HAEP against Gaussian noise",
         "AllCensoredWarning: log-rank: every time is censored (rank_recovery_pct)",
     ) in summary.notes
     assert any("AllCensoredWarning: log-rank" in note for _, note in all_notes(summary))

@@ -81,7 +81,7 @@ def _label(contrast: Contrast, found: Sequence[Contrast]) -> str:
     pair = contrast.pair
     several = len({c.pair.treatment.arm for c in found}) > 1
     own = f"{safe_text(pair.treatment.label, 9)} − " if several else ""
-    return f"{safe_text(pair.model, 9)}  {own}{safe_text(pair.control.label, 12 if own else 18)}"
+    return f"{safe_text(pair.model, 9)}  {own}{safe_text(pair.control.label, 18)}"
 
 
 def _write_heading(ax: Axes, text: str, y: float) -> None:

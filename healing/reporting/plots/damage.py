@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
-from healing.config.arm_tags import arm_short
 from healing.reporting.plots.style import (
     PAGE,
+    SMALL,
+    ZONES,
     arm_style,
     direct_labels,
     paper_figure,
@@ -50,6 +51,8 @@ def recovery_against_damage(path: pathlib.Path, found: Mapping[str, DamageRegres
                 if column:
                     direct_labels(ax, ends)
             axes[2 * row].set_title(safe_text(model), loc="left")
+        # Over the axes: no place inside is free of points.
+        axes[1].set_title(ZONES, loc="left", fontsize=SMALL, color="#555555", gid="zones")
 
 
 def _draw_arm(
@@ -68,9 +71,8 @@ def _draw_arm(
         markeredgewidth=0.8,
         alpha=0.75,
     )
-    short = arm_short(own[0].arm, label.partition(" #")[0])
-    mark = label.partition(" #")[2]
-    text = safe_text(short, 12) if not mark else f"{safe_text(short, 8)} #{safe_text(mark, 4)}"
+    arm, _, mark = label.partition(" #")
+    text = safe_text(arm, 18) + (f" #{safe_text(mark, 4)}" if mark else "")
     return sum(recoveries) / len(recoveries), text, colour
 
 

@@ -34,6 +34,10 @@ LOSS = "loss_recovery_pct"
 GREY = "#555555"
 
 
+AT_LINES = 18
+"""Characters of a name at the end of a line: what is longer leaves the axes no room."""
+
+
 def _groups_by_model(groups: Sequence[GroupSummary]) -> dict[str, list[GroupSummary]]:
     ordered: dict[str, list[GroupSummary]] = {}
     for group in groups:
@@ -42,14 +46,21 @@ def _groups_by_model(groups: Sequence[GroupSummary]) -> dict[str, list[GroupSumm
 
 
 def _settings_label(
-    group: GroupSummary, groups: Sequence[GroupSummary], short: bool = False
+    group: GroupSummary, groups: Sequence[GroupSummary], room: int = 22, short: bool = False
 ) -> str:
+    """An arm's name, as tables spell it; with a mark where it was run with several settings.
+
+    Args:
+        group: To be named.
+        groups: All that are drawn.
+        room: Characters of the name at most.
+        short: The arm's shortest name instead, in a figure as narrow as a column of a paper.
+    """
     twins = [g for g in groups if (g.model, g.arm) == (group.model, group.arm)]
-    name = arm_short(group.arm, group.label) if short else group.label
-    if len(twins) == 1:
-        return safe_text(name, 12 if short else 22)
-    mark = safe_text(f"#{group.settings[: 4 if short else 6]}")
-    return f"{safe_text(name, 8 if short else 22)} {mark}"
+    mark = f" {safe_text(f'#{group.settings[:4]}')}" if len(twins) > 1 else ""
+    if short:
+        return safe_text(arm_short(group.arm, group.label), 8 if mark else 12) + mark
+    return safe_text(group.label, room) + mark
 
 
 def _model_title(members: Sequence[GroupSummary]) -> str:
@@ -91,7 +102,7 @@ def mean_recovery(path: pathlib.Path, groups: Sequence[GroupSummary], width: flo
             for column, endpoint in enumerate(PRIMARY_ENDPOINTS):
                 ax = axes[2 * row + column]
                 verdict_zones(ax, explained=row == column == 0 and width >= PAGE)
-                ends = [_draw_band(ax, g, endpoint, groups) for g in members]
+                ends = [_draw_band(ax, g, endpoint, groups, width < PAGE) for g in members]
                 if endpoint == LOSS:
                     _draw_what_loss_is_read_beside(ax, members, named=row == 0 and width >= PAGE)
                 ax.set(ylabel=LABELS[endpoint], ylim=_visible_range(members, endpoint))
@@ -139,11 +150,14 @@ def _visible_range(groups: Sequence[GroupSummary], endpoint: str) -> tuple[float
 
 
 def _draw_band(
-    ax: Axes, group: GroupSummary, endpoint: str, groups: Sequence[GroupSummary]
+    ax: Axes, group: GroupSummary, endpoint: str, groups: Sequence[GroupSummary], narrow: bool
 ) -> tuple[float, str, str] | None:
     """Draw a group's mean and band; where the line ends, its name and colour."""
     colour, marker = arm_style(group.arm)
-    band, name = group.bands[endpoint], _settings_label(group, groups, short=True)
+    band, name = (
+        group.bands[endpoint],
+        _settings_label(group, groups, 8 if narrow else AT_LINES, short=narrow),
+    )
     points = [i.point for i in band.intervals]
     finite = [p for p in points if math.isfinite(p)]
     if not finite:
@@ -269,7 +283,7 @@ def _groups_of_known_size(groups: Sequence[GroupSummary], arm: str) -> list[Grou
 
 def _short_name(groups: Sequence[GroupSummary], arm: str) -> str:
     label = next(g.label for g in groups if g.arm == arm)
-    return safe_text(arm_short(arm, label), 12)
+    return safe_text(label, AT_LINES)
 
 
 def _draw_sizes(
@@ -318,7 +332,7 @@ def _draw_survival(
     ax: Axes, group: GroupSummary, endpoint: str, groups: Sequence[GroupSummary], number: int
 ) -> tuple[float, str, str] | None:
     colour, _ = arm_style(group.arm)
-    name = _settings_label(group, groups, short=True)
+    name = _settings_label(group, groups, AT_LINES)
     times = [h for h in group.half_times[endpoint].times if math.isfinite(h.time)]
     if not times:
         _note(ax, f"{name}: undefined", colour)

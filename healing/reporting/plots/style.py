@@ -262,7 +262,15 @@ def direct_labels(ax: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
             fontsize=SMALL,
             color=text_colour(colour),
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.9, "shrinkA": 1, "shrinkB": 0},
+            # From the name's own left edge: from its middle it would cross its neighbours.
+            arrowprops={
+                "arrowstyle": "-",
+                "color": colour,
+                "lw": 0.9,
+                "shrinkA": 1,
+                "shrinkB": 0,
+                "relpos": (0.0, 0.5),
+            },
         )
 
 

@@ -5,6 +5,7 @@ takes.
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import threading
 import time
@@ -18,6 +19,9 @@ from healing.stages.terminal.lines import visible
 
 REDRAW_SECONDS = 0.2
 TICK_SECONDS = 1.0
+UNKNOWN_SIZE = (80, 24)
+"""Columns and rows of a terminal that does not know its own (``script``, a serial line, a
+pseudo-terminal that nobody gave a size): tqdm would draw nothing on it."""
 BESIDE_TITLE = 44
 """Columns that a bar leaves for what is beside its title."""
 
@@ -44,6 +48,14 @@ def cut(text: str, columns: int) -> str:
     return text if len(text) <= columns else f"{text[: columns - 1]}…"
 
 
+def size(terminal: Any) -> tuple[int, int]:
+    """Columns and rows that may be drawn on: one less than there are."""
+    columns = rows = 0
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        columns, rows = os.get_terminal_size(terminal.fileno())
+    return (columns or UNKNOWN_SIZE[0]) - 1, (rows or UNKNOWN_SIZE[1]) - 1
+
+
 class _Line(tqdm):  # type: ignore[type-arg]
     """A line of a terminal: its text gives way to what is beside it.
 
@@ -60,11 +72,16 @@ class _Line(tqdm):  # type: ignore[type-arg]
     whole = 0
     paced_from: tuple[float, float] | None = None
 
+    def __init__(self, file: Any, **settings: Any) -> None:
+        columns, rows = size(file)
+        super().__init__(file=file, ncols=columns, nrows=rows, **settings)
+
     @property
     def format_dict(self) -> dict[str, Any]:
         """As tqdm's, with what the formats below name."""
+        self.ncols, self.nrows = size(self.fp)  # it may have changed
         known = super().format_dict
-        room = (known["ncols"] or 80) - 1 - self.beside
+        room = known["ncols"] - 1 - self.beside
         rate = None
         if self.paced_from is not None:
             begun, first = self.paced_from
@@ -143,11 +160,11 @@ class Bar:
     def __init__(self, title: str) -> None:
         self._note, self._drawn, self._open = "", 0.0, True
         self._ending = contextlib.ExitStack()
-        place = {"file": self._ending.enter_context(_terminal()), "dynamic_ncols": True}
+        place = self._ending.enter_context(_terminal())
         # No bar and no time left before the number of steps is known.
-        self._bar = _Line(desc=title, bar_format="{desc} [{elapsed}]", **place)
+        self._bar = _Line(desc=title, bar_format="{desc} [{elapsed}]", file=place)
         self._bar.beside = BESIDE_TITLE
-        self._line = _Phase(bar_format="  {desc}", leave=False, **place)
+        self._line = _Phase(bar_format="  {desc}", leave=False, file=place)
         self._ticker = _Ticker(self._redraw)
 
     def _redraw(self) -> None:
@@ -209,8 +226,7 @@ class Bar:
 def waiting(text: str) -> Iterator[None]:
     """A line with a clock, which is gone afterwards."""
     with _terminal() as terminal:
-        place = {"file": terminal, "dynamic_ncols": True}
-        line = _Line(desc=text, bar_format="{desc} [{elapsed}]", leave=False, **place)
+        line = _Line(desc=text, bar_format="{desc} [{elapsed}]", leave=False, file=terminal)
         ticker = _Ticker(line.refresh)
         try:
             yield

@@ -77,8 +77,8 @@ class Pair:
 
     @property
     def title(self) -> str:
-        """``nano, HAEP against noise``."""
-        return f"{self.model}, {self.treatment.label} against {self.short}"
+        """``nano, HAEP against random tokens``."""
+        return f"{self.model}, {self.treatment.label} against {self.control.label}"
 
 
 @dataclass(frozen=True)
