@@ -33,6 +33,7 @@ from healing.tracking.sending.sender import BLOCKING_SECONDS, Sender
 from healing.tracking.sending.store_errors import (
     UNREACHED,
     deleted,
+    is_refused_by_name,
     may_be_freed,
     one_line,
     restore_experiment,
@@ -198,6 +199,12 @@ def _opened(
                 f"MLFLOW_EXPERIMENT_ID is {place['id']}, which {shown(uri)} does not have (another "
                 "store's?): unset it, or set it to one of `mlflow experiments search`"
             ) from error
+        if is_refused_by_name(error):
+            raise TrackingError(
+                f"{_asked_for(request, place)} cannot be used with {shown(uri)} ({error.reason}): "
+                "unset it, or set it to what is there (`mlflow experiments search`, `mlflow runs "
+                "list`)"
+            ) from error
         said = error.reason if error.cure else one_line(error)[:300]
         todo = error.cure or "check MLFLOW_TRACKING_URI"
         raise type(error)(
@@ -211,6 +218,14 @@ def _opened(
     logger = RunLogger(run_id, experiment, sender, name, {**given, **tags}, is_local=is_local)
     logger.told.params |= params
     return logger
+
+
+def _asked_for(request: Request, place: Mapping[str, str]) -> str:
+    """The variable that says where a run goes, as it is set."""
+    if request.kind == JOIN:
+        return f"MLFLOW_RUN_ID={request.run[:40]!r}"
+    key = "id" if "id" in place else "name"
+    return f"MLFLOW_EXPERIMENT_{key.upper()}={place[key][:40]!r}"
 
 
 def _deleted(request: Request, place: Mapping[str, str]) -> TrackingError:

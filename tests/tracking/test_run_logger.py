@@ -171,6 +171,22 @@ def test_errors_name_what_is_missing(store):
         queries.download(f"runs:/{run.run_id}/none.json")
 
 
+@pytest.mark.parametrize(("variable", "value", "said"), [
+    ("MLFLOW_RUN_ID", "zzz", "Run with id=zzz not found"),
+    ("MLFLOW_EXPERIMENT_ID", "abc", "Invalid experiment ID 'abc'"),
+    ("MLFLOW_EXPERIMENT_NAME", "a" * 600, "exceeds the maximum length of 500"),
+])  # fmt: skip
+def test_what_no_store_has_is_not_the_store_s_fault(store, monkeypatch, variable, value, said):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(TrackingError) as raised, open_runs.start("a", {"stage": "attack"}):
+        pass
+    message = str(raised.value)
+    assert message.startswith(f"{variable}='{value[:40]}' cannot be used with sqlite:")
+    assert said in message
+    assert "unset it, or set it to what is there" in message
+    assert "reachable" not in message
+
+
 def test_unusable_store(store, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     mlflow.set_tracking_uri("http://127.0.0.1:9")

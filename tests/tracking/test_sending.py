@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import resource
+import shutil
 import subprocess
 import sys
 import threading
@@ -271,6 +272,40 @@ def test_what_does_not_arrive_is_on_disk_with_its_files_as_they_were(tmp_path) -
     assert [r.kind for r in requests] == ["batch", "artifact", "batch"]
     assert sent == 1
     assert box.file_of(1, requests[1].content["path"]).read_text() == "as it was"
+
+
+@pytest.mark.parametrize("has_outbox", [True, False])
+@pytest.mark.parametrize("under_way", [True, False])
+def test_a_file_that_is_gone_when_its_turn_comes_is_sent(
+    tmp_path, monkeypatch, has_outbox, under_way
+) -> None:
+    """Of a temporary folder, while the store is slow: by the file itself, or by what is before."""
+    reached, may_go_on = threading.Event(), threading.Event()
+
+    class Slow(Store):
+        def __call__(self, request, file, *, again) -> None:
+            if (file is not None) == under_way and not reached.is_set():
+                reached.set()
+                assert may_go_on.wait(60)
+            if file is not None and not file.is_file():
+                raise TrackingError(f"there is no {file}")
+            super().__call__(request, file, again=again)
+
+    monkeypatch.setattr(sending, "BLOCKING_SECONDS", 0.2)
+    store = Slow()
+    outbox = Outbox.of_this_process(tmp_path / PLACE, "s") if has_outbox else None
+    sender = Sender(store, outbox)
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    (folder / "values.json").write_text("whole")
+    if not under_way:
+        sender.put(request(0))
+    sender.put(Request("r", "artifact", {"path": "x"}), folder / "values.json")
+    assert reached.wait(60)
+    shutil.rmtree(folder)
+    may_go_on.set()
+    sender.close()
+    assert store.got[-1] == ("r", "whole")
 
 
 def test_weights_are_kept_without_a_copy_and_as_they_were(tmp_path) -> None:

@@ -18,6 +18,7 @@ from healing.tracking.sending.store_errors import short
 from healing.tracking.sending.waiting import (
     CarryOut,
     Waiting,
+    keep,
     unheard_text,
     unwritten_text,
     waits_text,
@@ -198,19 +199,9 @@ class Sender:
         return None
 
     def _keep(self, waiting: Waiting) -> None:
-        """Keep a file that waits: where it lies, a later run may write another."""
-        if self._outbox is None or waiting.file is None or waiting.kept or waiting.number is None:
-            return
-        try:
-            self._outbox.keep(waiting.number, waiting.file)
-        except FileNotFoundError:  # the store will say so
-            return
-        except OSError as error:
-            raise OutputError(
-                f"{waiting.file} could not be kept for later in {self._outbox.folder} "
-                f"({error.strerror or error}): free some of its disk"
-            ) from error
-        waiting.kept = True
+        """Keep a file that waits: where it lies, a later run may write another, or nothing be."""
+        if waiting.file is not None and waiting.kept is None:
+            keep(waiting, self._outbox, self.scratch)
 
     def _is_heard(self, waiting: Waiting, patience: float | None, *, outlasts: bool) -> bool:
         """Wait until the request is over, the store is away, or it took too long; whether it is
@@ -278,7 +269,8 @@ class Sender:
         lost = unwritten_text(self._outbox, full) if full is not None else ""
         for waiting in pending:
             try:
-                self._keep(waiting)
+                if self._outbox is not None:
+                    self._keep(waiting)
             except OutputError as error:
                 lost = lost or str(error)
         if self._outbox is not None:
@@ -359,10 +351,7 @@ class Sender:
     def _try(self, waiting: Waiting) -> TrackingError | None:
         """Carry a request out; what is wrong with it or the store."""
         again, waiting.tried = waiting.tried, True
-        file = waiting.file
-        number = waiting.number
-        if waiting.kept and self._outbox is not None and file is not None and number is not None:
-            file = self._outbox.kept_file(number, file)
+        file = waiting.kept or waiting.file
         if file is None:  # a file takes its time
             self._asked = self._clock()
         try:
@@ -371,7 +360,8 @@ class Sender:
             # Who is not let in at first has no store; later it may be a matter of time.
             return error.refusal() if error.denied and not self._answered else error
         except TrackingError as error:
-            return error
+            # It may have been kept, and be gone from where it lay, while it was on its way.
+            return self._try(waiting) if file != (waiting.kept or waiting.file) else error
         finally:
             self._asked = None
         self._answered = True

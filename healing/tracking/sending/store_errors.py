@@ -156,6 +156,13 @@ NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFo
 """Of botocore: it has nobody to ask as."""
 
 
+def is_refused_by_name(error: TrackingError) -> bool:
+    """Whether a store is there and has no experiment or run of a name or id, or takes none such."""
+    cause = error.__cause__
+    codes = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST")
+    return isinstance(cause, MlflowException) and cause.error_code in codes
+
+
 FREED = ("is locked", "disk is full", "No space left", "quota exceeded")
 """What is said of a database, or of files, that take nothing now and may later."""
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import pathlib
+import shutil
+import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from healing.errors import TrackingError
+from healing.errors import OutputError, TrackingError
 from healing.tracking.output_folder import with_room
 from healing.tracking.sending.outbox import Outbox, Request, refused_text
 from healing.tracking.sending.store_errors import short
@@ -39,7 +41,7 @@ class Waiting:
         number: In the outbox; ``None`` = it is in memory alone.
         file: Of an artifact.
         tried: Whether it may have arrived.
-        kept: Whether the outbox has the file.
+        kept: The file's copy, once the request had to wait.
         awaited: Whether somebody waits for its answer, and hears of a refusal.
         error: Why the store refused it.
         over: Set when it was sent or refused.
@@ -49,10 +51,39 @@ class Waiting:
     number: int | None
     file: pathlib.Path | None
     tried: bool = False
-    kept: bool = False
+    kept: pathlib.Path | None = None
     awaited: bool = True
     error: TrackingError | None = None
     over: threading.Event = field(default_factory=threading.Event)
+
+
+def keep(waiting: Waiting, outbox: Outbox | None, scratch: Callable[[], pathlib.Path]) -> None:
+    """Copy the file of a request that has to wait.
+
+    Args:
+        waiting: The request.
+        outbox: Takes the copy.
+        scratch: Makes the folder that does, of a process that keeps nothing on disk.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
+    assert waiting.file is not None, "a request with a file"
+    place = outbox.folder if outbox is not None else scratch()
+    try:
+        if outbox is None:
+            folder = pathlib.Path(tempfile.mkdtemp(dir=place))
+            waiting.kept = pathlib.Path(shutil.copy2(waiting.file, folder))
+        elif waiting.number is not None:
+            outbox.keep(waiting.number, waiting.file)
+            waiting.kept = outbox.kept_file(waiting.number, waiting.file)
+    except FileNotFoundError:  # the store will say so
+        return
+    except OSError as error:
+        raise OutputError(
+            f"{waiting.file} could not be kept for later in {place} ({error.strerror or error}): "
+            "free some of its disk"
+        ) from error
 
 
 def unwritten_text(outbox: Outbox | None, error: OSError) -> str:
