@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from healing.config.arm_tags import arm_role, arms_of
 from healing.config.fingerprint import as_params
 from healing.config.summarize import SummarizeConfig
-from healing.config.sweep import SweepConfig
+from healing.config.sweep import RAY, SweepConfig
 from healing.errors import SweepError
 from healing.models.loading import resolve_device
 from healing.registry import DAMAGE_CONTROL, TREATMENT
@@ -16,6 +16,7 @@ from healing.reporting import run_page
 from healing.reporting.markdown import markdown
 from healing.stages.driver import Driver
 from healing.stages.launching.chain import CellResult, chains_of
+from healing.stages.launching.launcher import Launcher
 from healing.stages.launching.threads import ThreadLauncher
 from healing.stages.summarize import OVERVIEW, show_summary, summarized
 from healing.stages.terminal.console import Console
@@ -107,6 +108,16 @@ def _describe(
     )
 
 
+def launcher_of(config: SweepConfig) -> Launcher:
+    """The one that is asked for."""
+    if config.launcher != RAY:
+        return ThreadLauncher(config)
+    # With it comes what predicts memory, which no other sweep needs.
+    from healing.stages.launching.ray_launcher import RayLauncher
+
+    return RayLauncher(config)
+
+
 def sweep(config: SweepConfig, driver: Driver | None = None) -> Summary:
     """Run the whole experiment and summarize it.
 
@@ -132,7 +143,7 @@ def sweep(config: SweepConfig, driver: Driver | None = None) -> Summary:
                     "tensor)"
                 )
         chains = chains_of(config, healers_of(config, driver.store))
-        results = ThreadLauncher(config).run(chains, driver, run)
+        results = launcher_of(config).run(chains, driver, run)
         views = [r.view for r in results if r.view is not None]
         failures = [r.failure for r in results if r.failure]
         if not views:
