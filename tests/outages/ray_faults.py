@@ -40,10 +40,10 @@ def happen(run: str) -> None:
     for part, fault in faults.items():
         marker = place / part
         if part in run and not marker.exists():
+            wait_for_a_stored_state(run)
             if fault == KILL:
                 marker.write_text(str(os.getpid()))
                 os.kill(os.getpid(), signal.SIGKILL)
-            wait_for_a_stored_state(run)
             import ray
 
             marker.write_text(ray.get_runtime_context().get_node_id())

@@ -238,5 +238,3 @@ def test_a_sweep_that_is_stopped_ends_every_run(store, cluster) -> None:
     experiment = computed()[0].info.experiment_id
     (parent,) = client.search_runs([experiment], "tags.stage = 'main'")
     assert parent.info.status == "KILLED"
-    stopped = [r for r in computed() if r.data.tags.get("stopped_by") == "SIGINT"]
-    assert all(r.data.tags.get("kept_state") for r in stopped if "fingerprint" in r.data.tags)

@@ -15,7 +15,7 @@ from healing.stages.launching import ray_launcher, shares
 from healing.stages.launching.board import Board, Ended, Now
 from healing.stages.launching.chain import CellResult, chains_of, run_chain
 from healing.stages.launching.ray_cluster import connected
-from healing.stages.launching.ray_launcher import RayLauncher
+from healing.stages.launching.ray_launcher import RayLauncher, lacking
 from healing.stages.launching.ray_worker import died_text, scratch_of
 from healing.stages.launching.shares import Machine, Share, share_of, shares_of
 from healing.stages.launching.threads import ThreadLauncher
@@ -128,10 +128,11 @@ def test_memory_is_predicted_once_for_a_model(monkeypatch):
     assert str(found[0]) == "1 CPU(s), 1.00 GB"
 
 
-def test_what_no_machine_has_is_refused():
-    with pytest.raises(ConfigError, match=r"a cell takes 16 CPU\(s\), and no machine"):
-        ray_launcher._require_room([Share(16, 0.0, 0)], [ONE, SMALL])
-    ray_launcher._require_room([Share(8, 0.0, 0)], [ONE, SMALL])
+def test_what_no_machine_has_is_said():
+    assert "a cell takes 16 CPU(s), and no machine" in lacking([Share(16, 0.0, 0)], [ONE, SMALL])
+    assert "1 CPU(s), 1 GPU(s)" in lacking([Share(1, 0.0, 0), Share(1, 1.0, 0)], [ONE])
+    assert "2.00 GB" in lacking([Share(1, 0.0, 2 * 10**9)], [replace(ONE, memory=1e9)])
+    assert lacking([Share(8, 0.0, 0)], [ONE, SMALL]) == ""
 
 
 def test_a_store_in_a_file_is_not_for_several_machines(monkeypatch, store):

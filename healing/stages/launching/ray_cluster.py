@@ -98,6 +98,7 @@ def machines(ray: Any) -> list[Machine]:
             str(node["NodeManagerAddress"]),
             float(node["Resources"].get("CPU", 0.0)),
             float(node["Resources"].get("GPU", 0.0)),
+            float(node["Resources"].get("memory", 0.0)),
         )
         for node in alive
     ]

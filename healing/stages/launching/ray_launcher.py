@@ -17,7 +17,7 @@ from typing import Any
 
 from healing.config.options import AUTO
 from healing.config.sweep import SweepConfig
-from healing.errors import ConfigError, HealingError
+from healing.errors import ConfigError, HealingError, TrackingError
 from healing.progress import Stopped
 from healing.stages.driver import Driver
 from healing.stages.launching.board import Board, Seen
@@ -73,7 +73,10 @@ class RayLauncher:
             _require_store_of_all(there)
             with driver.console.doing("predicting the memory of a cell"):
                 shares = shares_of(chains, there)
-            _require_room(shares, there)
+            if wanting := lacking(shares, there):
+                if not self._config.ray_address:
+                    raise ConfigError(f"{wanting}: lower --worker-cpus, -gpus or -memory")
+                driver.console.say(f"note: {wanting}; it is waited for until one is added")
             driver.console.say(
                 f"ray: {len(there)} node(s) with {sum(m.cpus for m in there):g} CPUs and "
                 f"{sum(m.gpus for m in there):g} GPUs; a cell takes {shares[0]}"
@@ -112,14 +115,12 @@ def _require_store_of_all(there: Sequence[Machine]) -> None:
         )
 
 
-def _require_room(shares: Sequence[Share], there: Sequence[Machine]) -> None:
-    """Refuse what no machine has: Ray would wait for one that has it, for ever."""
+def lacking(shares: Sequence[Share], there: Sequence[Machine]) -> str:
+    """What no machine of the cluster has, in words; empty where there is nothing."""
     for share in shares:
-        if not any(m.cpus >= share.cpus and m.gpus >= share.gpus for m in there):
-            raise ConfigError(
-                f"a cell takes {share}, and no machine of the cluster has as much: lower "
-                "--worker-cpus or --worker-gpus"
-            )
+        if not any(machine.has(share) for machine in there):
+            return f"a cell takes {share}, and no machine of the cluster has as much"
+    return ""
 
 
 class _Tasks:
@@ -176,9 +177,11 @@ class _Tasks:
                 self._end(board)
             raise
         finally:
-            ray.kill(board)
+            with self._unless_gone():
+                ray.kill(board)
             left = "its worker is gone, and ended without ending it"
-            close_runs_below(above.experiment_id, above.run_id, left)
+            with contextlib.suppress(TrackingError):  # a store that is away: the next sweep does it
+                close_runs_below(above.experiment_id, above.run_id, left)
         found = [result for n in range(len(self._tasks)) for result in self._results[n]]
         return [_of_this_sweep(result, above.run_id) for result in found]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,11 +26,18 @@ class Machine:
         address: Of the machine.
         cpus: That may be asked for.
         gpus: Likewise.
+        memory: Likewise, bytes.
     """
 
     address: str
     cpus: float
     gpus: float
+    memory: float = math.inf
+
+    def has(self, share: Share) -> bool:
+        """Whether it is large enough."""
+        enough = self.cpus >= share.cpus and self.gpus >= share.gpus
+        return enough and self.memory >= share.memory
 
 
 @dataclass(frozen=True)
