@@ -29,6 +29,9 @@ from healing.stages.sweep import sweep
 from healing.tracking.run_files import plain, read_jsonl
 from tests.outages.ray_faults import FOLDER, KILL, STEP, WAIT
 
+# Read when Ray is imported: who does not have this run's token can do nothing with its cluster.
+os.environ.setdefault("RAY_AUTH_MODE", "token")
+os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'llm-healing[ray]'")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 ROOT = pathlib.Path(__file__).parents[2]
@@ -64,8 +67,7 @@ def cluster(faults: pathlib.Path) -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
     own = {FOLDER: str(faults), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
-           "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token",
-           "RAY_AUTH_TOKEN": secrets.token_hex(32)}  # fmt: skip
+           "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         for name, value in own.items():
             patch.setenv(name, value)

@@ -158,7 +158,7 @@ def test_a_stored_state_that_was_changed_is_not_gone_on_from(store, cut):
     with pytest.warns(UserWarning, match="is damaged and is not gone on from"):
         assert snapshots(cut).load(store / "two/run", "f1") is None
     MlflowClient().set_tag(cut, STATE, "../../secret.pt")
-    assert snapshots(cut).load(store / "two/run", "f1") is None
+    assert snapshots(cut).load(store / "three/run", "f1") is None
 
 
 def test_a_store_that_takes_no_state_costs_no_run(store, cut, monkeypatch):

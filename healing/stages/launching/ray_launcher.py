@@ -71,7 +71,9 @@ class RayLauncher:
         with connected(self._config.ray_address) as ray:
             there = machines(ray)
             _require_store_of_all(there)
-            with driver.console.doing("predicting the memory of a cell"):
+            predicted = self._config.worker_memory == AUTO
+            doing = driver.console.doing("predicting the memory of a cell")
+            with doing if predicted else contextlib.nullcontext():
                 shares = shares_of(chains, there)
             if wanting := lacking(shares, there):
                 if not self._config.ray_address:
