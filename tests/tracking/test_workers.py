@@ -147,6 +147,18 @@ def test_a_state_is_gone_on_from_on_another_machine(store, cut):
     assert not FileSnapshots.place(there).exists()
 
 
+def test_states_of_the_run_that_was_cut_go_when_the_next_is_over(store, cut):
+    """It went on from this machine's disk; the store had the same state."""
+    folder = store / "one/raw/run"
+    states = snapshots(cut)
+    states.save(folder, kept(cut, 2))
+    states.close(60.0)
+    again = snapshots(cut)
+    assert again.load(folder, "f1").step == 2
+    again.drop(folder)
+    assert names(cut) == []
+
+
 def test_a_stored_state_that_was_changed_is_not_gone_on_from(store, cut):
     states = snapshots(cut)
     states.save(store / "one/run", kept(cut, 2))

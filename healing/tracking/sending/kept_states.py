@@ -52,16 +52,18 @@ class StoredSnapshots:
         """The one with the most steps, of this disk or of the store; only a better one is fetched.
         Its bytes are checked as those of this disk are.
         """
-        here = self._own.load(folder, fingerprint)
+        here, known = self._own.load(folder, fingerprint), self._runs.setdefault(folder, set())
+        if here is not None:
+            known.add(here.run_id)
         try:
             found = self._stored(fingerprint)
+            known |= {found.run_id} if found else set()
             if found is None or (here is not None and here.step >= _step(found)):
                 return here
             self._fetch(found, folder)
         except TrackingError as error:
             self._say(f"warning: the state of another machine cannot be had: {error}")
             return here
-        self._runs.setdefault(folder, set()).add(found.run_id)
         return self._own.load(folder, fingerprint)
 
     def _stored(self, fingerprint: str) -> RunView | None:
