@@ -26,8 +26,8 @@ from healing.config.summarize import SummarizeConfig
 from healing.config.sweep import SweepConfig
 from healing.errors import ConfigError
 from healing.registry import ARMS, METHODS
+from healing.results import AttackResult, HealResult, LandscapeResult, SummaryResult
 from healing.stages.driver import Driver
-from healing.stages.results import AttackResult, HealResult, LandscapeResult, SummaryResult
 from healing.stages.stage import Done
 from healing.stages.terminal.console import Console
 from healing.tracking.local_store import LocalStore

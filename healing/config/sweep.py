@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from healing.config.arm_tags import arm_matches, arm_needs, arm_role
 from healing.config.attack import NOISE_RANK_HELP
-from healing.config.options import AUTO, MAX_SEED, listed, option, seed_number
+from healing.config.options import (
+    AUTO,
+    MAX_SEED,
+    Options,
+    flag_name,
+    listed,
+    option,
+    seed_number,
+)
 from healing.config.presets import MODELS_HELP, canonical_model, check_source
 from healing.config.shared import (
     BLANK_LINES,
@@ -34,10 +42,89 @@ NO_HEALER = "none"
 MAX_SEEDS = 10_000
 """Seeds of one range."""
 
+LOCAL, RAY = LAUNCHERS = ("local", "ray")
+"""Where the cells of a sweep are run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchOptions(Options):
+    """Where cells are run, and what each may take there."""
+
+    launcher: str = option(
+        LOCAL,
+        "Where cells are run: in threads of this process (local), or on the machines of a Ray "
+        "cluster (ray; docs/cluster.md).",
+        choices=LAUNCHERS,
+        determines=False,
+    )
+    ray_address: str = option(
+        "",
+        "launcher ray: auto = the cluster of this machine, HOST:PORT, or ray://HOST:PORT; empty = "
+        "one is started here, and ends with the command.",
+        determines=False,
+    )
+    worker_cpus: int | str = option(
+        AUTO,
+        "launcher ray: CPUs of a cell; auto = 1 for nano and micro and on an accelerator, else all "
+        "of the smallest machine.",
+        minimum=1,
+        maximum=1024,
+        determines=False,
+    )
+    worker_gpus: float | str = option(
+        AUTO,
+        "launcher ray: GPUs of a cell, or a part of one (0.25); auto = 1 where the cluster has any "
+        "and --device is not cpu.",
+        minimum=0,
+        maximum=1,
+        determines=False,
+    )
+    worker_memory: float | str = option(
+        AUTO,
+        "launcher ray: memory of a cell in GB; auto = as predicted (see --dry-run of attack and "
+        "heal) on the CPU, else not asked for; 0 = not asked for.",
+        minimum=0,
+        maximum=2**20,
+        determines=False,
+    )
+    worker_dir: str = option(
+        "",
+        "launcher ray: folder of every machine in which cells keep files while they compute; "
+        "empty = the system's temporary folder.",
+        determines=False,
+    )
+    retries: int = option(
+        2,
+        "launcher ray: so often a cell is tried again whose worker or machine died.",
+        minimum=0,
+        maximum=100,
+        determines=False,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.launcher == RAY:
+            return
+        for name in ("ray_address", "worker_dir"):
+            if given := getattr(self, name):
+                raise ConfigError(
+                    f"{flag_name(name)} {given} is for --launcher ray: add it, or leave this out"
+                )
+
+
+LAUNCHING = tuple(field.name for field in fields(LaunchOptions))
+"""Fields of the above."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SweepConfig(
-    TrainingOptions, DeviceOptions, CacheOptions, OutputOptions, SavingOptions, TextLoggingOptions
+    TrainingOptions,
+    DeviceOptions,
+    CacheOptions,
+    OutputOptions,
+    SavingOptions,
+    TextLoggingOptions,
+    LaunchOptions,
 ):
     """Models x arms x seeds: attack and heal each, then summarize."""
 
@@ -47,6 +134,7 @@ class SweepConfig(
         "sequence_length",
         "measurement_interval",
         "workers",
+        *LAUNCHING,
         "device",
         "cache_dir",
         "output_dir",
@@ -119,8 +207,8 @@ class SweepConfig(
     corpus: str = option(AUTO, "Clean text (see attack --corpus); auto = by model.", required=True)
     workers: int | str = option(
         AUTO,
-        "Cells run at a time, in threads; auto = one per CPU core (at most 4) for nano and micro "
-        "on the CPU, else 1.",
+        "Cells run at a time; auto = one per CPU core (at most 4) for nano and micro on the CPU, "
+        "else 1; with --launcher ray as many as the cluster holds.",
         minimum=1,
         maximum=256,
     )
@@ -130,6 +218,11 @@ class SweepConfig(
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.launcher == RAY and self.device.startswith("cuda:"):
+            raise ConfigError(
+                f"--device {self.device} with --launcher ray: Ray chooses the GPU of each cell; "
+                "give cuda"
+            )
         self._check_controls()
         self.seeds_by_model()
         self.healer_list()

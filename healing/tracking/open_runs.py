@@ -13,6 +13,7 @@ import pathlib
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import mlflow
@@ -280,6 +281,49 @@ def child(
     logger = RunLogger(run_id, parent.experiment, sender, name, texts, is_local=run_id == local)
     with _ended(logger, end_ms):
         yield logger
+
+
+@dataclass(frozen=True)
+class Above:
+    """A run that another process has: what is needed to make children of it.
+
+    Attributes:
+        run_id: MLflow's id.
+        experiment_id: MLflow's id.
+        name: Shown in the UI.
+        tags: That its children share: who ran what.
+    """
+
+    run_id: str
+    experiment_id: str
+    name: str
+    tags: Mapping[str, str]
+
+    @classmethod
+    def of(cls, run: OpenRun) -> Above | None:
+        """A run of this process; ``None`` where the store does not have it."""
+        if not isinstance(run, RunLogger) or run.is_local or not run.experiment_id:
+            return None
+        return cls(run.run_id, run.experiment_id, run.told.name, origin(run.told.tags))
+
+
+@contextlib.contextmanager
+def below(
+    above: Above, *, keep: pathlib.Path, say: Callable[[str], None] = lambda text: None
+) -> Iterator[RunLogger]:
+    """A run that another process has open, to make children of it here: it is neither begun nor
+    ended.
+
+    Args:
+        above: The run.
+        keep: As of :func:`start`.
+        say: As of :func:`start`.
+
+    Raises:
+        OutageError: At the end: the store did not come back.
+    """
+    with _sending(keep, say) as (_, sender):
+        yield RunLogger(above.run_id, {"id": above.experiment_id}, sender, above.name, above.tags)
 
 
 def mark_failed(reason: str) -> None:

@@ -13,8 +13,9 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, NoReturn, Protocol, TypeVar
 
-from healing.errors import OutageError
+from healing.errors import OutageError, TrackingError
 from healing.tracking import open_runs, queries
+from healing.tracking.open_runs import Above
 from healing.tracking.queries import RunView
 from healing.tracking.run import Run
 from healing.tracking.run_logger import RunLogger
@@ -105,10 +106,20 @@ class MlflowStore:
 
     Args:
         experiment: Where the outermost run goes; empty = where MLflow puts it by itself.
+        tags: Of every child, beside its own.
+        finished: Fingerprint → finished run, as another process found them; what is not among them
+            is looked for.
     """
 
-    def __init__(self, experiment: str = "") -> None:
+    def __init__(
+        self,
+        experiment: str = "",
+        *,
+        tags: Mapping[str, Any] | None = None,
+        finished: Mapping[str, str] | None = None,
+    ) -> None:
         self._experiment = experiment
+        self.tags, self._finished = dict(tags or {}), finished or {}
         self._sender: Sender | None = None
         self._left: Background | None = None
         self._own: dict[str, RunLogger] = {}
@@ -136,18 +147,38 @@ class MlflowStore:
         """
         keep = output / PLACE if output else None
         opened = open_runs.start(name, tags, experiment=self._experiment, keep=keep, say=say)
-        with opened as run:
-            self._sender = run.sender
-            self._remember(run)
-            if output is None or run.sender.is_away:
-                yield run
-                return
-            self._left = Background(output, say)
-            self._left.wait(BLOCKING_SECONDS)
-            try:
-                yield run
-            finally:
-                self._left.end()
+        with opened as run, self._beside(run, output, say):
+            yield run
+
+    @contextlib.contextmanager
+    def below(
+        self, above: Above, output: pathlib.Path, say: Callable[[str], None]
+    ) -> Iterator[Run]:
+        """As :func:`healing.tracking.open_runs.below`, in an output folder of its own; otherwise as
+        :meth:`start`.
+        """
+        with (
+            open_runs.below(above, keep=output / PLACE, say=say) as run,
+            self._beside(run, output, say),
+        ):
+            yield run
+
+    @contextlib.contextmanager
+    def _beside(
+        self, run: RunLogger, output: pathlib.Path | None, say: Callable[[str], None]
+    ) -> Iterator[None]:
+        """What was left in the output folder is sent beside the block."""
+        self._sender = run.sender
+        self._remember(run)
+        if output is None or run.sender.is_away:
+            yield
+            return
+        self._left = Background(output, say)
+        self._left.wait(BLOCKING_SECONDS)
+        try:
+            yield
+        finally:
+            self._left.end()
 
     def catch_up(self) -> None:
         """Wait until what earlier processes left is in the store, as long as that goes on."""
@@ -164,7 +195,8 @@ class MlflowStore:
     @contextlib.contextmanager
     def child(self, parent: Run, name: str, tags: Mapping[str, Any]) -> Iterator[Run]:
         """As :func:`healing.tracking.open_runs.child`; the parent's id is a tag too."""
-        with open_runs.child(parent, name, {**tags, queries.PARENT: parent.run_id}) as run:
+        tags = {**tags, **self.tags, queries.PARENT: parent.run_id}
+        with open_runs.child(parent, name, tags) as run:
             self._remember(run)
             yield run
 
@@ -199,6 +231,9 @@ class MlflowStore:
         own = [run for run in own if below is None or run.tags.get(queries.PARENT) in below]
         if own or not experiment_id:
             return own[-1] if own else None
+        if below is None and fingerprint in self._finished:
+            with contextlib.suppress(TrackingError):  # deleted since
+                return self.get_run(self._finished[fingerprint])
         self._is_caught_up(fingerprint)
         return self._ask(
             lambda: queries.find_finished(experiment_id, fingerprint, below), lambda error: None

@@ -76,9 +76,10 @@ MAY_IMPORT = {
     "predecessor": {
         *GROUND, "config", "measurements", "statistics", "tracking", "reporting", "stages",
     },
+    "results": {"errors", "models", "statistics", "tracking", "reporting"},
     "api": {
         *GROUND, "config", "data", "models", "measurements", "statistics", "tracking", "reporting",
-        "stages",
+        "stages", "results",
     },
 }  # fmt: skip
 # Where a library may stand; others may stand anywhere. click belongs to the entry points.
@@ -90,6 +91,7 @@ ONLY_IN = {
     "peft": ("training.methods", "models"),
     "tqdm": ("stages",),
     "optuna": ("stages.tuning",),
+    "ray": ("stages.launching",),
     "datasets": ("data",),
     "huggingface_hub": ("data", "models"),
     "scipy": ("curvature", "statistics", "reporting.plots", "predecessor"),

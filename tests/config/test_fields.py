@@ -33,7 +33,8 @@ ANSWERS = {
     "main": "models revision deduped arms seeds noise_match noise_rank control_draws ray_of sham "
     "basin healing_steps healing_lr healer attack_steps corpus tokenizer text_column split_rule "
     "batch_size sequence_length "
-    "measurement_interval workers -device -cache_dir -output_dir -verbosity "
+    "measurement_interval workers -launcher -ray_address -worker_cpus -worker_gpus -worker_memory "
+    "-worker_dir -retries -device -cache_dir -output_dir -verbosity "
     "-checkpoint_interval -checkpoint_minutes -resume_run_id -log_layers -log_images -log_text "
     "-log_model -register_as -system_metrics",
     "attack": "model revision deduped tokenizer corpus max_documents text_column split_rule ~seed "

@@ -46,7 +46,8 @@ from healing.stages.cells.events import outcome_of
 from healing.stages.cells.heal import attacked_settings, heal_cell, resolve_from_checkpoint
 from healing.stages.cells.heal_outcome import HealCell
 from healing.stages.cells.inputs import load_inputs, resolve_from_model
-from healing.stages.sweep import attack_config, heal_config, plan
+from healing.stages.cells.sweep_plan import plan
+from healing.stages.launching.chain import attack_config, heal_config
 
 COMMON = {"vocab_size": 2060, "bos_token_id": 0, "eos_token_id": 0}  # 12 rows beyond the tokenizer
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,

@@ -21,10 +21,10 @@ from healing.reporting.plots.style import UNKNOWN, arm_style
 from healing.stages.attack import attack
 from healing.stages.cells.attack import attack_fingerprint
 from healing.stages.cells.inputs import resolve_from_model
+from healing.stages.cells.sweep_plan import plan
 from healing.stages.dry_run.stage import predictions
 from healing.stages.heal import heal
 from healing.stages.summarize import summarize
-from healing.stages.sweep import plan
 from healing.statistics.summary import summarize_runs
 from tests.conftest import ROOT, forget_plug_ins
 from tests.summaries import simulated_run

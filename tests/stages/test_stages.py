@@ -35,12 +35,14 @@ from healing.stages.cells.heal import (
     settings_of,
 )
 from healing.stages.cells.heal_outcome import HealCell
+from healing.stages.cells.sweep_plan import plan
 from healing.stages.driver import Driver
 from healing.stages.heal import heal
+from healing.stages.launching.launcher import worker_count
 from healing.stages.stage import settled
 from healing.stages.summarize import summarize
 from healing.stages.summarize_inputs import read_runs
-from healing.stages.sweep import plan, sweep, worker_count
+from healing.stages.sweep import sweep
 from healing.stages.terminal.console import Console
 from healing.tracking import queries
 from healing.tracking.run_files import JsonLines, plain, read_jsonl

@@ -6,7 +6,9 @@ import math
 
 from healing.measurements.recovery import Verdict
 from healing.stages import heal as heal_stage
-from healing.stages.sweep import CellResult, SweepCell, basin_sentences
+from healing.stages.cells.sweep_plan import SweepCell
+from healing.stages.launching.chain import CellResult
+from healing.stages.sweep import basin_sentences
 from healing.tracking.queries import RunView
 
 

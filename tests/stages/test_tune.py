@@ -38,7 +38,8 @@ from healing.stages.cells.sweep_plan import SweepCell
 from healing.stages.cells.trial import TrialCell, trial_cell
 from healing.stages.driver import Driver
 from healing.stages.heal import heal
-from healing.stages.sweep import heal_config, sweep
+from healing.stages.launching.chain import heal_config
+from healing.stages.sweep import sweep
 from healing.stages.terminal.console import Console
 from healing.stages.tune import Selected, Tuned, healing_of, tune
 from healing.stages.tuning.healer_files import find_healer, healers_of

@@ -154,15 +154,22 @@ class Cells:
             self._shown.part(sum(self._under_way.values()), text)
 
 
+class Hears(Protocol):
+    """Is told how far a cell is."""
+
+    def tell(self, cell: CellProgress, share: float, text: str) -> None:
+        """So much of it is done (1 = all), and this is being done."""
+
+
 class CellProgress:
     """One of several cells: its runs, one after the other, speak through the bar of all.
 
     Args:
-        cells: All of them.
+        cells: All of them, or whoever hears it for them.
         runs: Of this cell, as far as is known before.
     """
 
-    def __init__(self, cells: Cells, runs: int) -> None:
+    def __init__(self, cells: Hears, runs: int) -> None:
         self._cells, self._runs, self._over = cells, runs, 0
         self._share = 0.0
 

@@ -1,0 +1,110 @@
+"""What the workers of a sweep say of their cells, for the command that waits for them, and what the
+command says to them: an actor's content, without Ray.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+Place = tuple[int, int]
+"""Number of a chain, and of a cell in it."""
+
+
+@dataclass(frozen=True)
+class Now:
+    """What a worker is doing.
+
+    Attributes:
+        cell: Number of the cell in its chain.
+        runs: Of the cell.
+        share: Of the cell that is done, from 0 to 1.
+        text: Its run with phase and step.
+    """
+
+    cell: int
+    runs: int
+    share: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A cell that is over.
+
+    Attributes:
+        chain: Number of its chain.
+        title: Of the cell.
+        failure: Why it failed; empty where it did not.
+        verdict: Of its healing; empty where it failed.
+    """
+
+    chain: int
+    title: str
+    failure: str
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What is new.
+
+    Attributes:
+        now: Chain → what its worker is doing.
+        ended: Cells that ended since the last look.
+        died: Chain → how many of its workers died so far, where any did.
+    """
+
+    now: dict[int, Now] = field(default_factory=dict)
+    ended: list[Ended] = field(default_factory=list)
+    died: dict[int, int] = field(default_factory=dict)
+
+
+class Board:
+    """Counts tries, and holds the last word of every worker."""
+
+    def __init__(self) -> None:
+        self._entered: Counter[int] = Counter()
+        self._tries: Counter[Place] = Counter()
+        self._over: set[Place] = set()
+        self._now: dict[int, Now] = {}
+        self._ended: list[Ended] = []
+        self._signum: int | None = None
+
+    def enters(self, chain: int) -> int:
+        """A worker takes a chain up; how many did so, this one included."""
+        self._entered[chain] += 1
+        return self._entered[chain]
+
+    def begins(self, place: Place, now: Now) -> int:
+        """A cell begins; the number of this try. One that was over before is found again, and is
+        not tried.
+        """
+        self._now[place[0]] = now
+        self._tries[place] += place not in self._over
+        return self._tries[place]
+
+    def tell(self, chain: int, now: Now) -> int | None:
+        """How far a cell is; the answer is the signal by which it is to end, if it is."""
+        self._now[chain] = now
+        return self._signum
+
+    def ended(self, place: Place, ended: Ended) -> None:
+        """A cell is over; said once, however often it is found again."""
+        if place not in self._over:
+            self._over.add(place)
+            self._ended.append(ended)
+
+    def leaves(self, chain: int) -> None:
+        """A worker is through with a chain."""
+        self._now.pop(chain, None)
+
+    def read(self) -> Seen:
+        """What is new; cells that ended are told once."""
+        ended, self._ended = self._ended, []
+        died = {chain: n - 1 for chain, n in self._entered.items() if n > 1}
+        return Seen(dict(self._now), ended, died)
+
+    def stop(self, signum: int) -> None:
+        """Every worker is to end at its next safe point."""
+        self._signum = signum

@@ -1,0 +1,273 @@
+"""One chain of a sweep in a worker of a Ray cluster.
+
+A worker shares no disk with anybody: it has a folder of its own, and what it needs is in its
+arguments or in the tracking store. Only descriptions travel as arguments and results, no tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import platform
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from healing import __version__
+from healing.config.fingerprint import fingerprint
+from healing.errors import ConfigError, HealingError, OutputError
+from healing.models.loading import resolve_device
+from healing.progress import Stop, Stopped
+from healing.stages.cells.code_digest import code_digest
+from healing.stages.cells.state_classes import STATE_CLASSES
+from healing.stages.cells.sweep_plan import SweepCell
+from healing.stages.driver import Driver
+from healing.stages.launching.board import Ended, Now
+from healing.stages.launching.chain import CellResult, Chain, run_chain
+from healing.stages.terminal.console import CellProgress, Console
+from healing.tracking.open_runs import Above
+from healing.tracking.processes import only_owner
+from healing.tracking.sending.kept_states import StoredSnapshots
+from healing.tracking.sending.outbox import PLACE
+from healing.tracking.sending.workers import TASK, close_runs_of_task, use_store
+from healing.tracking.snapshots import FileSnapshots
+from healing.tracking.store import MlflowStore
+
+TELL_SECONDS = 1.0
+"""Between two words of a worker to the command; a stop is heard of as often."""
+STORING_SECONDS = 15.0
+"""For the last states, which are on their way to the store when a worker ends."""
+_CELLS = tuple(f"healing.stages.cells.{name}" for name in ("attack", "heal", "basin"))
+
+
+def code_here() -> str:
+    """What has to be the same on every machine, or cells would have other fingerprints."""
+    return fingerprint(__version__, platform.python_version_tuple()[:2], code_digest(*_CELLS))
+
+
+@dataclass(frozen=True)
+class Task:
+    """One chain, and what a worker on another machine needs to run it.
+
+    Attributes:
+        number: Of the chain in its sweep.
+        chain: Everything that decides its runs.
+        above: Run of the command.
+        store: As of :func:`healing.tracking.sending.workers.settings_of_store`.
+        folder: Of the command: paths are relative to it, where the machine has it.
+        code: Of the command, as of :func:`code_here`.
+        memory: Bytes that were asked for it; 0 = none.
+    """
+
+    number: int
+    chain: Chain
+    above: Above
+    store: Mapping[str, str]
+    folder: str
+    code: str
+    memory: int = 0
+
+
+@dataclass(frozen=True)
+class _Here:
+    """Where a task runs.
+
+    Attributes:
+        machine: Its name.
+        node: Ray's id of it.
+        task: Ray's id of the task, the same at every try.
+    """
+
+    machine: str
+    node: str
+    task: str
+
+    def tags(self) -> dict[str, str]:
+        """Of every run that is made here."""
+        return {"node": self.machine, "ray_node_id": self.node, TASK: self.task}
+
+
+def _here() -> _Here:
+    import ray
+
+    context = ray.get_runtime_context()
+    return _Here(platform.node(), context.get_node_id(), str(context.get_task_id()))
+
+
+def scratch_of(worker_dir: str, node: str) -> pathlib.Path:
+    """The folder of one machine's workers; another node on the same machine has another.
+
+    Raises:
+        OutputError: It cannot be made, or is another user's.
+    """
+    own = f"llm-healing-{os.getuid()}"
+    root = pathlib.Path(worker_dir).expanduser() if worker_dir else None
+    place = (root or pathlib.Path(tempfile.gettempdir()) / own) / node[:12]
+    try:
+        place.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if place.parent.stat().st_uid != os.getuid() and not worker_dir:
+            raise PermissionError("it belongs to another user")
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OutputError(
+            f"--worker-dir: {place} on {platform.node()} cannot be used ({reason}): name a folder "
+            "that can be written on every machine"
+        ) from error
+    return place
+
+
+class _Watch:
+    """Tells the board of one chain's cells, from a thread of its own, and hears a stop there.
+
+    Args:
+        board: Of the sweep, an actor.
+        task: That is run.
+        store: Whose children have the number of the try as a tag.
+        stop: Set where the command says so.
+    """
+
+    def __init__(self, board: Any, task: Task, store: MlflowStore, stop: Stop) -> None:
+        self._board, self._task, self._store, self._stop = board, task, store, stop
+        self._now = Now(-1, 1, 0.0, task.chain.title)
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="tells the board", daemon=True)
+
+    def __enter__(self) -> _Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the sweep ends."""
+        return self._stop.is_set()
+
+    def begins(self, cell: SweepCell, runs: int) -> CellProgress:
+        """The board counts the tries of a cell: a worker that dies in it takes the chain along,
+        which Ray runs again.
+
+        Raises:
+            HealingError: It was tried often enough.
+        """
+        self._now = Now(self._now.cell + 1, runs, 0.0, cell.title)
+        place = (self._task.number, self._now.cell)
+        tries = self._asked(lambda: self._board.begins.remote(place, self._now), 1)
+        most = 1 + self._task.chain.config.retries
+        if tries > most:
+            raise HealingError(died_text(most, self._task.memory))
+        self._store.tags["try"] = str(tries)
+        self._tell()
+        return CellProgress(self, runs)
+
+    def tell(self, cell: CellProgress, share: float, text: str) -> None:
+        """What goes to the board next."""
+        self._now = Now(self._now.cell, self._now.runs, share, text)
+
+    def ended(self, result: CellResult) -> None:
+        """The cell is over, whatever becomes of its chain."""
+        verdict = result.view.tags.get("verdict", "") if result.view else ""
+        ended = Ended(self._task.number, result.cell.title, result.failure, verdict)
+        place = (self._task.number, self._now.cell)
+        self._asked(lambda: self._board.ended.remote(place, ended), None)
+
+    def _asked(self, call: Callable[[], Any], otherwise: Any) -> Any:
+        """The board's answer; it is on the command's machine, and a command that is gone ends its
+        workers too.
+        """
+        import ray
+
+        try:
+            return ray.get(call())
+        except ray.exceptions.RayError:
+            return otherwise
+
+    def _tell(self) -> None:
+        number, now = self._task.number, self._now
+        signum = self._asked(lambda: self._board.tell.remote(number, now), None)
+        if signum is not None:
+            self._stop.signum = signum
+            self._stop.set()
+
+    def _follow(self) -> None:
+        while not self._ended.wait(TELL_SECONDS):
+            self._tell()
+
+
+def died_text(tries: int, memory: int) -> str:
+    """Why a cell is given up whose worker died every time."""
+    asked = f"; it was given {memory / 1e9:.2f} GB" if memory else ""
+    return (
+        f"its worker died in each of {tries} tries{asked}: killed for want of memory, perhaps "
+        "(--worker-memory), or its machine was taken away (--retries)"
+    )
+
+
+@contextlib.contextmanager
+def _own_folder(task: Task, here: _Here) -> Iterator[pathlib.Path]:
+    """The chain's folder on this machine, for the block alone; what a try before left is in it."""
+    place = scratch_of(task.chain.config.worker_dir, here.node) / task.chain.name()
+    with only_owner(place, lambda text: None):
+        yield place
+
+
+def work(task: Task, finished: Mapping[str, str], board: Any) -> list[CellResult] | None:
+    """Run one chain; ``None`` where it was told to stop.
+
+    Args:
+        task: The chain and its command.
+        finished: Fingerprint → finished run, when the sweep began.
+        board: Of the sweep, an actor.
+
+    Raises:
+        HealingError: Nothing can be run here at all, or the store did not come back.
+    """
+    use_store(task.store)
+    with contextlib.suppress(OSError):  # another machine, which needs none of its files
+        os.chdir(task.folder)
+    here = _here()
+    if code_here() != task.code:
+        raise ConfigError(
+            f"{here.machine} runs other code than this command, or other versions of Python, torch "
+            "or transformers: install the same on every machine"
+        )
+    import ray
+
+    if ray.get(board.enters.remote(task.number)) > 1:
+        again = "its worker died, and the cell is tried again"
+        close_runs_of_task(task.above.experiment_id, here.task, again)
+    with _own_folder(task, here) as folder:
+        results = _run(task, finished, board, here, folder)
+        # What was stopped goes on from it; what the store did not take waits in it.
+        if results is not None and not (folder / PLACE).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+    ray.get(board.leaves.remote(task.number))
+    return results
+
+
+def _run(
+    task: Task, finished: Mapping[str, str], board: Any, here: _Here, folder: pathlib.Path
+) -> list[CellResult] | None:
+    stop, console = Stop(), Console("quiet")
+    chain = task.chain.below(str(folder), verbosity="quiet")
+    tags = here.tags() | {"device": resolve_device(chain.config.device).type}
+    store = MlflowStore(tags=tags, finished=finished)
+    with (
+        store.below(task.above, folder, console.say) as run,
+        _Watch(board, task, store, stop) as watch,
+    ):
+        states = StoredSnapshots(FileSnapshots(STATE_CLASSES), task.above.experiment_id)
+        driver = Driver(console, store, stop=stop, snapshots=states)
+        try:
+            results = run_chain(chain, driver, run, watch)
+        except Stopped:
+            return None
+        finally:
+            states.close(STORING_SECONDS)
+    return None if stop.is_set() else results

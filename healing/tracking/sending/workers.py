@@ -1,0 +1,92 @@
+"""What a command and its workers on other machines share through the store: which runs are
+finished, how to reach it, and the ends of runs whose worker died.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Mapping
+
+import mlflow
+from mlflow.entities import RunTag
+from mlflow.tracking import MlflowClient
+
+from healing.errors import TrackingError
+from healing.tracking.queries import PARENT, RunView, get_run, search
+from healing.tracking.sending.store_errors import stored
+
+TASK = "ray_task_id"
+"""Tag of a run that a worker made: the task that it is of, the same at every try."""
+RUN_ID = "MLFLOW_RUN_ID"
+"""Of the command's own run: no worker's."""
+
+
+def settings_of_store() -> dict[str, str]:
+    """The environment variables with which a process on another machine reaches this one's store.
+
+    They may hold a login: for the workers alone, not to be shown or logged.
+    """
+    found = {k: v for k, v in os.environ.items() if k.startswith("MLFLOW_") and k != RUN_ID}
+    return found | {"MLFLOW_TRACKING_URI": _whole(mlflow.get_tracking_uri())}
+
+
+def _whole(uri: str) -> str:
+    """The address of a database file from every folder of the machine."""
+    scheme, slashes, path = uri.partition(":///")
+    if scheme == "sqlite" and slashes and not path.startswith("/"):
+        return f"{scheme}:///{pathlib.Path(path).absolute()}"
+    return uri
+
+
+def use_store(settings: Mapping[str, str]) -> None:
+    """Reach the store that another process named; for a worker, which has no other."""
+    os.environ.update(settings)
+    mlflow.set_tracking_uri(settings["MLFLOW_TRACKING_URI"])
+
+
+def is_file_of_one_machine() -> bool:
+    """Whether the store is a file, which other machines do not reach."""
+    return mlflow.get_tracking_uri().startswith("sqlite:")
+
+
+def finished_runs(experiment_id: str) -> dict[str, str]:
+    """Fingerprint → newest finished run with it, by one question about all runs."""
+    found = search(experiment_id, "attributes.status = 'FINISHED'")
+    return {r.tags["fingerprint"]: r.run_id for r in found if "fingerprint" in r.tags}
+
+
+def close_runs_of_task(experiment_id: str, task: str, why: str) -> int:
+    """End as KILLED what a task that is over left RUNNING; how many runs that were."""
+    return _close(search(experiment_id, f"{_RUNNING} and tags.{TASK} = '{task}'"), why)
+
+
+def close_runs_below(experiment_id: str, run_id: str, why: str) -> int:
+    """End as KILLED what workers left RUNNING below a run, none of which is there any more."""
+    return _close(search(experiment_id, f"{_RUNNING} and tags.{PARENT} = '{run_id}'"), why)
+
+
+def close_orphans(experiment_id: str) -> int:
+    """End as KILLED the workers' runs whose command is over: with it went its tasks."""
+    running = [run for run in search(experiment_id, _RUNNING) if TASK in run.tags]
+    over = {p: _is_over(p) for p in {run.tags.get(PARENT, "") for run in running}}
+    left = [run for run in running if over[run.tags.get(PARENT, "")]]
+    return _close(left, "its worker ended with the command, without ending it")
+
+
+_RUNNING = "attributes.status = 'RUNNING'"
+
+
+def _is_over(run_id: str) -> bool:
+    try:
+        return get_run(run_id).status != "RUNNING"
+    except TrackingError:
+        return False  # nothing is known of it
+
+
+def _close(runs: list[RunView], why: str) -> int:
+    for run in runs:
+        with stored(f"the end of run {run.run_id}"):
+            MlflowClient().log_batch(run.run_id, tags=[RunTag("failure", why)])
+            MlflowClient().set_terminated(run.run_id, "KILLED")
+    return len(runs)

@@ -1,0 +1,242 @@
+"""A sweep on a cluster: the results of threads, whatever dies meanwhile.
+
+One cluster of Ray for all tests: a head that computes nothing and three nodes of one CPU on this
+machine, each with a folder of its own for its workers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import mlflow
+import pytest
+from mlflow.tracking import MlflowClient
+
+from healing.config.sweep import SweepConfig
+from healing.models.checkpoints import read_checkpoint
+from healing.stages.sweep import sweep
+from healing.tracking.run_files import plain, read_jsonl
+from tests.outages.ray_faults import FOLDER, KILL, STEP, WAIT
+
+# Read when Ray is imported: who does not have this run's token can do nothing with its cluster.
+os.environ.setdefault("RAY_AUTH_MODE", "token")
+os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'llm-healing[ray]'")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
+ROOT = pathlib.Path(__file__).parents[2]
+STEPS = 8
+
+
+def settings(output: pathlib.Path, **changes: Any) -> SweepConfig:
+    values = {"models": "nano", "arms": "haep,gaussian_noise", "seeds": "0,1", "attack_steps": 3,
+              "healing_steps": STEPS, "batch_size": 2, "sequence_length": 64, "workers": 1,
+              "measurement_interval": 2, "noise_match": "norm", "verbosity": "quiet",
+              "checkpoint_interval": 2, "output_dir": str(output)}  # fmt: skip
+    return SweepConfig(**(values | changes))
+
+
+def on_ray(folder: pathlib.Path, **changes: Any) -> SweepConfig:
+    values = {"launcher": "ray", "worker_memory": 0, "workers": "auto", "device": "cpu",
+              "worker_dir": str(folder / "workers")}  # fmt: skip
+    return settings(folder / "output", **(values | changes))
+
+
+@pytest.fixture(scope="module")
+def faults(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """Folder that says which workers die; none at first."""
+    folder = tmp_path_factory.mktemp("faults")
+    (folder / "faults.json").write_text("{}")
+    os.mkfifo(folder / "pipe")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cluster(faults: pathlib.Path) -> Iterator[Any]:
+    """Three nodes; this process is connected, so that its workers have the faults installed."""
+    from ray.cluster_utils import Cluster
+
+    own = {FOLDER: str(faults), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
+           "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in own.items():
+            patch.setenv(name, value)
+        small = {"include_dashboard": False, "object_store_memory": 80 * 2**20}
+        found = Cluster(initialize_head=True, head_node_args={**small, "num_cpus": 0})
+        try:
+            for _ in range(3):
+                found.add_node(num_cpus=1, object_store_memory=80 * 2**20)
+            hook = {"worker_process_setup_hook": "tests.outages.ray_faults.install"}
+            ray.init(address=found.address, namespace="llm-healing", runtime_env=hook,
+                     log_to_driver=False, logging_level="ERROR")  # fmt: skip
+            yield found
+        finally:
+            ray.shutdown()
+            found.shutdown()
+
+
+@pytest.fixture(scope="module")
+def expected(
+    tmp_path_factory: pytest.TempPathFactory, empty_database: pathlib.Path
+) -> dict[tuple[str, ...], Any]:
+    """What the same sweep leaves in threads."""
+    folder = tmp_path_factory.mktemp("threads")
+    shutil.copy(empty_database, folder / "mlflow.db")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        uri = f"sqlite:///{folder}/mlflow.db"
+        patch.setenv("MLFLOW_TRACKING_URI", uri)
+        mlflow.set_tracking_uri(uri)
+        sweep(settings(folder / "output"))
+        return results()
+
+
+def computed() -> list[Any]:
+    """All runs of attacks and healings, whatever became of them."""
+    client = MlflowClient()
+    experiments = [e.experiment_id for e in client.search_experiments()]
+    found = client.search_runs(experiments, max_results=1000)
+    return [run for run in found if run.data.tags["stage"] in ("attack", "heal")]
+
+
+def results() -> dict[tuple[str, ...], Any]:
+    """Stage, arm and seed → every number that a finished run left: points in the store, the file of
+    its records, the digest of its weights. Nothing of it is there twice.
+    """
+    found: dict[tuple[str, ...], Any] = {}
+    client = MlflowClient()
+    for run in (r for r in computed() if r.info.status == "FINISHED"):
+        tags, run_id = run.data.tags, run.info.run_id
+        key = (tags["stage"], tags["arm"], run.data.params["seed"])
+        assert key not in found, "a cell is there twice"
+        history = {
+            name: [(m.step, repr(m.value)) for m in client.get_metric_history(run_id, name)]
+            for name in run.data.metrics
+            if not name.startswith(("seconds", "tokens_per"))
+        }
+        records = read_jsonl(pathlib.Path(client.download_artifacts(run_id, "metrics.jsonl")))
+        rows = [
+            {k: v for k, v in row.items() if not k.startswith(("seconds", "tokens_per"))}
+            for row in records
+        ]
+        weights = [f.path for f in client.list_artifacts(run_id, "checkpoints")]
+        digests = [read_checkpoint(pathlib.Path(client.download_artifacts(run_id, path))).digest
+                   for path in weights]  # fmt: skip
+        found[key] = (tags["fingerprint"], history, plain(rows), digests)
+    return found
+
+
+def test_a_sweep_on_a_cluster_leaves_what_threads_leave(store, cluster, expected) -> None:
+    summary = sweep(on_ray(store))
+    assert {g.arm for g in summary.groups} == {"haep", "gaussian_noise", "none"}
+    found = results()
+    assert set(found) == set(expected)
+    assert len(found) == 10  # of two seeds: the sham, two attacks, two healings of them
+    for key, result in expected.items():
+        assert found[key] == result, key
+    runs = computed()
+    assert {run.data.tags["try"] for run in runs} == {"1"}
+    assert {run.data.tags["device"] for run in runs} == {"cpu"}
+    nodes = {run.data.tags["ray_node_id"] for run in runs}
+    assert nodes <= {node.node_id for node in cluster.worker_nodes}
+    tasks = {run.data.params["seed"]: run.data.tags["ray_task_id"] for run in runs}
+    assert len(set(tasks.values())) == 2
+    # A folder for every node, with nothing left in it, no state in the store, and no file of a run
+    # on this side.
+    left = store / "workers"
+    assert {path.name for path in left.iterdir()} == {node[:12] for node in nodes}
+    assert [p for p in left.rglob("*") if p.is_file() and p.suffix not in (".lock", "")] == []
+    assert not any(run.data.tags.get("kept_state") for run in runs)
+    assert not (store / "output/priority5_healing/raw_data").exists()
+    # The same again computes nothing.
+    sweep(on_ray(store))
+    assert len(computed()) == len(runs)
+    (again, _) = MlflowClient().search_runs(
+        [runs[0].info.experiment_id], "tags.stage = 'main'", order_by=["attributes.start_time DESC"]
+    )
+    assert again.data.tags["reused_runs"] == "6"
+
+
+def test_workers_and_machines_that_die_lose_nothing(store, cluster, faults, expected) -> None:
+    """One worker is killed amid its healing, the machine of another is taken away, and another
+    machine is added.
+    """
+    (faults / "faults.json").write_text(
+        json.dumps({"haep_seed0_run01": KILL, "haep_seed1_run01": WAIT})
+    )
+    removed: list[str] = []
+
+    def take_away() -> None:
+        with (faults / "pipe").open() as pipe:  # until a worker says that it waits
+            pipe.read()
+        lost = (faults / "haep_seed1_run01").read_text()
+        (node,) = (node for node in cluster.worker_nodes if node.node_id == lost)
+        cluster.remove_node(node, allow_graceful=False)
+        removed.append(lost)
+        cluster.add_node(wait=False, num_cpus=1, object_store_memory=80 * 2**20)
+
+    taking = threading.Thread(target=take_away, daemon=True)
+    taking.start()
+    try:
+        sweep(on_ray(store))
+    finally:
+        (faults / "faults.json").write_text("{}")
+    taking.join(60)
+    assert removed, "no machine was taken away"
+    assert results() == expected
+    runs = computed()
+    assert {run.info.status for run in runs} == {"FINISHED", "KILLED"}
+    killed = [run for run in runs if run.info.status == "KILLED"]
+    assert sorted(run.data.params["seed"] for run in killed) == ["0", "1"]
+    for cut in killed:
+        seed = cut.data.params["seed"]
+        (again,) = (
+            run.data.tags
+            for run in runs
+            if run.data.tags.get("resumed_from") == cut.info.run_id
+        )  # fmt: skip
+        assert again["try"] == "2"
+        assert again["ray_task_id"] == cut.data.tags["ray_task_id"]
+        assert 2 <= int(again["resumed_at_step"]) <= STEP, f"seed {seed} began anew"
+        if seed == "1":
+            assert cut.data.tags["ray_node_id"] == removed[0]
+            assert again["ray_node_id"] != removed[0]
+
+
+def command(folder: pathlib.Path, address: str) -> subprocess.Popen[str]:
+    arguments = ["--models=nano", "--arms=none,random_tokens", "--seeds=0-3", "--attack-steps=2",
+                 "--healing-steps=400", "--batch-size=2", "--sequence-length=64", "--launcher=ray",
+                 "--measurement-interval=10", f"--output-dir={folder}/output", "--worker-memory=0",
+                 f"--worker-dir={folder}/workers", f"--ray-address={address}"]  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, "-m", "entrypoints.main", *arguments], text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+
+
+def test_a_sweep_that_is_stopped_ends_every_run(store, cluster) -> None:
+    process = command(store, cluster.address)
+    end = time.monotonic() + 300
+    while not any(run.info.status == "RUNNING" for run in computed()):
+        assert time.monotonic() < end
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 128 + signal.SIGINT, said
+    assert {run.info.status for run in computed()} <= {"KILLED", "FINISHED"}
+    client = MlflowClient()
+    experiment = computed()[0].info.experiment_id
+    (parent,) = client.search_runs([experiment], "tags.stage = 'main'")
+    assert parent.info.status == "KILLED"

@@ -1,0 +1,197 @@
+"""Chains of a sweep as descriptions, what they ask of a cluster, and the board of their workers."""
+
+from __future__ import annotations
+
+import pickle
+import sys
+from dataclasses import replace
+
+import pytest
+
+from healing.config.sweep import SweepConfig
+from healing.errors import ConfigError, HealingError
+from healing.stages.driver import Driver
+from healing.stages.launching import ray_launcher, shares
+from healing.stages.launching.board import Board, Ended, Now
+from healing.stages.launching.chain import CellResult, chains_of, run_chain
+from healing.stages.launching.ray_cluster import connected
+from healing.stages.launching.ray_launcher import RayLauncher, lacking
+from healing.stages.launching.ray_worker import died_text, scratch_of
+from healing.stages.launching.shares import Machine, Share, share_of, shares_of
+from healing.stages.launching.threads import ThreadLauncher
+from healing.stages.sweep import launcher_of
+from healing.stages.terminal.console import CellProgress, Console
+from healing.tracking.local_store import LocalStore
+
+
+def config(**changes) -> SweepConfig:
+    return SweepConfig(**({"models": "nano", "arms": "haep,none", "seeds": "0-1"} | changes))
+
+
+def test_a_chain_is_a_description_that_travels():
+    first, second = chains_of(config(), {})
+    assert pickle.loads(pickle.dumps(first)) == first
+    assert [c.arm for c in first.cells] == ["none", "haep"]
+    assert (first.title, second.title) == ("nano seed 0", "nano seed 1")
+    assert [first.runs(cell) for cell in first.cells] == [1, 2]
+    assert [replace(first, config=config(basin=True)).runs(c) for c in first.cells] == [1, 3]
+
+
+def test_a_chain_keeps_its_name_where_its_work_is_the_same():
+    name = chains_of(config(), {})[1].name()
+    same = config(seeds="1,5", workers=3, output_dir="elsewhere", launcher="ray", device="cpu")
+    assert chains_of(same, {})[0].name() == name
+    for other in ({"healing_steps": 7}, {"arms": "haep"}, {"batch_size": 3}, {"sham": False}):
+        assert chains_of(config(seeds="1", **other), {})[0].name() != name or other == {
+            "arms": "haep"  # the sham is there in any case
+        }
+
+
+def test_whoever_asks_for_it_gets_the_cluster():
+    assert isinstance(launcher_of(config()), ThreadLauncher)
+    assert isinstance(launcher_of(config(launcher="ray")), RayLauncher)
+    with pytest.raises(ConfigError, match="--ray-address auto is for --launcher ray"):
+        config(ray_address="auto")
+    with pytest.raises(ConfigError, match="Ray chooses the GPU of each cell; give cuda"):
+        config(launcher="ray", device="cuda:1")
+
+
+class Followed:
+    """A watch that refuses one arm."""
+
+    def __init__(self, refused: str) -> None:
+        self.refused, self.results, self.is_over = refused, list[CellResult](), False
+
+    def begins(self, cell, runs):
+        if cell.arm == self.refused:
+            raise HealingError("tried often enough")
+        self.is_over = True  # as where the sweep is stopped
+        return CellProgress(self, runs)
+
+    def tell(self, cell, share, text):
+        """Nobody looks."""
+
+    def ended(self, result):
+        self.results.append(result)
+
+
+def test_a_cell_that_is_not_to_be_tried_fails_and_the_others_go_on(tmp_path):
+    settings = config(arms="none,random_tokens", healing_steps=1, batch_size=2, sequence_length=64,
+                      seeds="0", attack_steps=1, output_dir=str(tmp_path))  # fmt: skip
+    (chain,) = chains_of(settings, {})
+    driver, watch = Driver(Console("quiet"), LocalStore()), Followed("none")
+    with driver.process("sweep", {"stage": "main"}, settings.output_dir) as run:
+        results = run_chain(chain, driver, run, watch)
+    assert results == watch.results
+    assert results[0].failure == "nano none seed 0: tried often enough"
+    assert results[1].view is not None
+    assert results[1].view.tags["arm"] == "random_tokens"
+
+
+ONE = Machine("10.0.0.1", 8.0, 0.0)
+SMALL = Machine("10.0.0.2", 4.0, 0.0)
+GPUS = Machine("10.0.0.3", 32.0, 4.0)
+HEAD = Machine("10.0.0.4", 0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "there", "expected"),
+    [
+        ({}, [ONE], Share(1, 0.0, 700)),  # nano computes on one thread
+        ({"models": "70m"}, [ONE, SMALL, HEAD], Share(4, 0.0, 700)),
+        ({"models": "70m"}, [ONE, GPUS], Share(1, 1.0, 0)),  # of a GPU Ray knows no bytes
+        ({"models": "70m", "device": "cpu"}, [ONE, GPUS], Share(8, 0.0, 700)),
+        ({"models": "70m", "device": "cuda"}, [ONE], Share(1, 1.0, 0)),
+        ({"worker_gpus": 0.25, "worker_cpus": 2, "worker_memory": 3.0}, [GPUS],
+         Share(2, 0.25, 3 * 10**9)),
+        ({"worker_memory": 0}, [ONE], Share(1, 0.0, 0)),
+    ],
+)  # fmt: skip
+def test_what_a_cell_takes(monkeypatch, changes, there, expected):
+    monkeypatch.setattr(shares, "predicted_peak", lambda chain: 700)
+    chain = chains_of(config(launcher="ray", **changes), {})[0]
+    assert share_of(chain, there) == expected
+
+
+def test_memory_is_predicted_once_for_a_model(monkeypatch):
+    asked = []
+
+    def predicted(chain):
+        asked.append(chain.title)
+        return len(asked) * 10**9
+
+    monkeypatch.setattr(shares, "predicted_peak", predicted)
+    chains = chains_of(config(launcher="ray", models="nano,micro", seeds="0-2"), {})
+    found = shares_of(chains, [ONE])
+    assert asked == ["micro seed 0", "nano seed 0"]
+    assert [share.memory for share in found] == [10**9] * 3 + [2 * 10**9] * 3
+    assert str(found[0]) == "1 CPU(s), 1.00 GB"
+
+
+def test_what_no_machine_has_is_said():
+    assert "a cell takes 16 CPU(s), and no machine" in lacking([Share(16, 0.0, 0)], [ONE, SMALL])
+    assert "1 CPU(s), 1 GPU(s)" in lacking([Share(1, 0.0, 0), Share(1, 1.0, 0)], [ONE])
+    assert "2.00 GB" in lacking([Share(1, 0.0, 2 * 10**9)], [replace(ONE, memory=1e9)])
+    assert lacking([Share(8, 0.0, 0)], [ONE, SMALL]) == ""
+
+
+def test_a_store_in_a_file_is_not_for_several_machines(monkeypatch, store):
+    ray_launcher._require_store_of_all([ONE, ONE])
+    with pytest.raises(ConfigError, match="a file of this one: start a server"):
+        ray_launcher._require_store_of_all([ONE, SMALL])
+    monkeypatch.setattr(ray_launcher, "is_file_of_one_machine", lambda: False)
+    ray_launcher._require_store_of_all([ONE, SMALL])
+
+
+def test_what_is_missing_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with (
+        pytest.raises(ConfigError, match=r"needs Ray: pip install 'llm-healing\[ray\]'"),
+        connected(""),
+    ):
+        pass
+    driver = Driver(Console("quiet"), LocalStore())
+    with (
+        driver.process("sweep", {"stage": "main"}) as run,
+        pytest.raises(ConfigError, match="needs a tracking store that is there"),
+    ):
+        RayLauncher(config(launcher="ray")).run([], driver, run)
+
+
+def test_a_board_counts_the_tries_of_the_cell_that_its_worker_died_in():
+    board, now = Board(), Now(0, 2, 0.5, "heal 3/60")
+    assert board.enters(4) == 1
+    assert board.begins((4, 0), now) == 1
+    board.ended((4, 0), Ended(4, "first", "", "partial"))
+    assert board.begins((4, 1), now) == 1
+    assert board.enters(4) == 2  # the worker died in the second cell
+    assert board.begins((4, 0), now) == 1  # found again
+    board.ended((4, 0), Ended(4, "first", "", "partial"))
+    assert board.begins((4, 1), now) == 2
+    seen = board.read()
+    assert seen.ended == [Ended(4, "first", "", "partial")]
+    assert (seen.died, seen.now) == ({4: 1}, {4: now})
+    board.leaves(4)
+    assert (board.read().ended, board.read().now) == ([], {})
+
+
+def test_a_board_hands_on_a_stop():
+    board, now = Board(), Now(0, 1, 0.0, "")
+    assert board.tell(0, now) is None
+    board.stop(15)
+    assert board.tell(0, now) == 15
+
+
+def test_why_a_cell_is_given_up_names_the_memory_that_it_had():
+    assert died_text(3, 0).startswith("its worker died in each of 3 tries: killed for want")
+    assert "in each of 3 tries; it was given 1.50 GB: killed" in died_text(3, 1_500_000_000)
+
+
+def test_nodes_of_one_machine_have_folders_of_their_own(tmp_path):
+    first, second = (scratch_of(str(tmp_path), node * 20) for node in "ab")
+    assert first.is_dir()
+    assert second.is_dir()
+    assert first != second
+    (tmp_path / "file").write_text("")
+    with pytest.raises(HealingError, match=r"--worker-dir: .* cannot be used"):
+        scratch_of(str(tmp_path / "file"), "c" * 20)
