@@ -26,7 +26,9 @@ def killed(folder: pathlib.Path, command: str, first: int, every: int) -> tuple[
     return found[0]["points"], found[1:]
 
 
-@pytest.mark.parametrize(("command", "first", "every"), [("heal", 4, 17), ("attack", 9, 23)])
+@pytest.mark.parametrize(
+    ("command", "first", "every"), [("heal", 4, 29), ("attack", 9, 37), ("summarize", 7, 53)]
+)
 def test_killed_anywhere_and_run_again_a_command_leaves_what_it_would_have(
     tmp_path, empty_database, command, first, every
 ) -> None:
