@@ -260,7 +260,7 @@ class SweepConfig(
 
     def healer_list(self) -> tuple[str, ...]:
         """Healers in the order given; none for ``none`` and for ``auto``."""
-        healers = listed(self.healer, "--healer", empty=True)
+        healers = listed(self.healer, "--healer")
         if len(healers) > 1 and (alone := {AUTO, NO_HEALER} & set(healers)):
             raise ConfigError(
                 f"--healer {self.healer} names {alone.pop()} beside others: give one of the two"

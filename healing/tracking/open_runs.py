@@ -209,7 +209,9 @@ def _opened(
         said = error.reason if error.cure else one_line(error)[:300]
         todo = error.cure or "check MLFLOW_TRACKING_URI"
         raise type(error)(
-            f"MLflow store {shown(uri)} cannot be used ({said}): {todo}", said, error.cure
+            f"MLflow store {' '.join(shown(uri).split())} cannot be used ({said}): {todo}",
+            said,
+            error.cure,
         ) from error
     known = messenger.experiment_id(request.run)
     experiment = {"id": known} if known else place

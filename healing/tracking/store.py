@@ -6,12 +6,12 @@ A stage asks a :class:`Store` for runs and never sees an MLflow type.
 from __future__ import annotations
 
 import contextlib
-import functools
+import multiprocessing.pool
 import pathlib
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, NoReturn, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from healing.errors import OutageError, TrackingError
 from healing.tracking import open_runs, queries
@@ -322,32 +322,17 @@ class MlflowStore:
 
 def _answer(question: Callable[[], T], seconds: float | None) -> T:
     """Ask in a thread that is left where there is no answer in time: the end of the process does
-    not wait for it, as it would for one of a pool.
+    not wait for it, as it would for one of an executor.
 
     Raises:
         OutageError: There is none.
         TrackingError: The store refuses.
     """
-    answers: list[Callable[[], T]] = []
-
-    def ask() -> None:
+    with multiprocessing.pool.ThreadPool(1) as pool:
         try:
-            found = question()
-        except BaseException as error:  # noqa: BLE001 (raised where it was asked)
-            answers.append(functools.partial(_raised, error))
-        else:
-            answers.append(lambda: found)
-
-    thread = threading.Thread(target=ask, name="question", daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if not answers:
-        raise OutageError("the tracking store gives no answer")
-    return answers[0]()
-
-
-def _raised(error: BaseException) -> NoReturn:
-    raise error
+            return pool.apply_async(question).get(seconds)
+        except multiprocessing.TimeoutError:
+            raise OutageError("the tracking store gives no answer") from None
 
 
 def _view(run: RunLogger) -> RunView:

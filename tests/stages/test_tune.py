@@ -504,7 +504,6 @@ def test_an_included_healer_is_found_by_its_name_and_takes_whole_steps(name):
     ({"sequence_length": 64}, []),
     ({"healing_lr": 1e-3}, []),
     ({"healer": "none"}, []),
-    ({"healer": ""}, []),
 ])  # fmt: skip
 def test_a_sweep_takes_included_healers_where_no_setting_says_otherwise(given, healed):
     config = SweepConfig(models="nano,micro,70m", **given)
