@@ -279,7 +279,7 @@ def test_a_store_on_a_disk_that_is_full_is_away(store, whole, monkeypatch, caplo
         assert run.info.status == "FINISHED"
         stored = {path.name for path in place.rglob("artifacts/**/*") if path.is_file()}
         assert stored >= {"checkpoint_post_treatment.pt", "metrics.jsonl", "config.json"}
-    (away,) = [line for line in said if "is away" in line]
-    assert "SQL" not in away
-    assert "\n" not in away
+    away = [line for line in said if "is away" in line]  # again, if room came back for a moment
+    assert away
+    assert not [line for line in away if "SQL" in line or "\n" in line]
     assert not [record for record in caplog.records if record.exc_info]
