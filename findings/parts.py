@@ -60,6 +60,7 @@ PARTS: dict[str, Part] = {
         10,
         _ATTACK,
         {"threads": 1},
+        "f9f1d48",
     ),
     "smollm2-135m": Part(
         "smollm2-135m",
@@ -84,7 +85,7 @@ REPLICATIONS: dict[str, Part] = {
         PARTS["nano"],
         arms=(Arm("none", seeds=3), Arm("haep"), Arm("reinitialised", seeds=3)),
         seeds=tuple(range(10, 30)),
-        commit="",
+        commit="f9f1d48",
     ),
 }
 """Other seeds of a part whose result is known: its own verdict rests on these alone."""
@@ -93,7 +94,7 @@ MECHANISM: dict[str, Part] = {
     "nano-mechanism": replace(
         PARTS["nano"],
         arms=(Arm("haep_oracle", {"attack_steps": 200}, healed=False),),
-        commit="",
+        commit="9bb5341",
     ),
 }
 """The arm of HAEP's theory alone: how far it comes, in five times the default's steps."""
