@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 
 from findings.estimates import Group, Run, bounds, group, read, share_bounds
 from findings.parts import MECHANISM
-from findings.protocol import ATTACK_ALONE, STRONG
+from findings.protocol import ATTACK_ALONE, STRONG, TREATMENT
 from healing.config.attack import AttackConfig
 from healing.statistics.intervals import t_interval
 
-ORACLE, TREATMENT = "haep_oracle", "haep"
+ORACLE = "haep_oracle"
 NAME = "nano-mechanism"
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from healing.config.arm_tags import arm_label
 
+TREATMENT = "haep"
 STRONG = "strong"
 """The healer whose results answer the question: the tuner's winner, frozen before."""
 SCRATCH_ARM = "reinitialised"

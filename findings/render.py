@@ -10,8 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from scipy import stats
 
-from findings import mechanism as mechanisms
-from findings import replication, variation
+from findings import mechanism, replication, variation
 from findings.estimates import (
     MEASURES,
     Group,
@@ -26,7 +25,7 @@ from findings.estimates import (
 )
 from findings.figure import draw, draw_first_screen
 from findings.parts import PARTS, part_of
-from findings.protocol import PRESET, SCRATCH_ARM, STRONG
+from findings.protocol import PRESET, SCRATCH_ARM, STRONG, TREATMENT
 from findings.replication import Replication
 from findings.verdicts import counted, strict, verdict
 from healing.config.arm_tags import SHAM_ARM
@@ -42,7 +41,6 @@ FIRST_SCREEN = {
     True: ROOT / "docs/images/recovery_dark.png",
 }
 """Dark → README's picture."""
-TREATMENT = "haep"
 FINE_TUNING = ("random_tokens", "random_text")
 """The controls of question 2."""
 MARGIN = 10.0
@@ -271,7 +269,7 @@ def page(
     models: Sequence[str],
     varied: Sequence[str] = (),
     again: Sequence[Replication] = (),
-    mechanism: Sequence[str] = (),
+    theory: Sequence[str] = (),
 ) -> str:
     """The whole document.
 
@@ -280,7 +278,7 @@ def page(
         models: In the protocol's order.
         varied: Lines on what the protocol holds fixed.
         again: Replications that were run.
-        mechanism: Lines on what the attack's theory does alone.
+        theory: Lines on what the attack's theory does alone.
     """
     distances = [(model, *distance_correlation(runs, model)) for model in models]
     apart = disagreeing(runs, models)
@@ -344,7 +342,7 @@ def page(
         f"among HAEP and its fine-tuning controls alone {near}. Distance does not decide alone: outside the protocol, noise of "
         "rank 1 that reaches HAEP's rank moves the weights farther than HAEP and heals as well (LOG.md).",
         "",
-        *mechanism,
+        *theory,
         "## By other measures",
         "",
         *_panel(runs, models),
@@ -456,7 +454,7 @@ def render(
     runs, models = load(folder)
     again = replication.read_all(folder)
     varied = variation.section_of(folder)
-    text = page(runs, models, varied, again, mechanisms.section_of(folder, runs))
+    text = page(runs, models, varied, again, mechanism.section_of(folder, runs))
     page_path.write_text(text, encoding="utf-8")
     draw(runs, models, page_path.with_name(FIGURE.name))
     if readme:

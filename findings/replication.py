@@ -8,10 +8,8 @@ from dataclasses import dataclass
 
 from findings.estimates import Group, bounds, excess_loss, group, read, sham_of
 from findings.parts import REPLICATIONS
-from findings.protocol import SCRATCH_ARM, STRONG, Part
+from findings.protocol import SCRATCH_ARM, STRONG, TREATMENT, Part
 from findings.verdicts import counted, strict, verdict
-
-TREATMENT = "haep"
 
 
 @dataclass(frozen=True)
