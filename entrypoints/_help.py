@@ -16,7 +16,7 @@ GROUPS = {
         start_checkpoint match noise_match sham basin num_runs runs_per_checkpoint""",
     "How long": """attack_steps healing_steps healing_lr attack_lr learning_rate
         target_rank_reduction tokens_per_parameter trials token_budget batch_size sequence_length
-        measurement_interval""",
+        measurement_interval trajectory_interval""",
     "Text and model": """corpus text_column split_rule tokenizer max_documents revision deduped
         vocab_size probe_tokens measurements""",
     "Results and progress": """output_dir cache_dir verbosity resume_run_id checkpoint_interval

@@ -98,18 +98,19 @@ class Diagnosable(Protocol):
 
 
 def diagnosed(
-    arm: Diagnosable, config: AttackConfig, number: int, *, last: bool
+    arm: Diagnosable, config: AttackConfig, number: int | None, *, last: bool
 ) -> dict[str, float]:
     """Diagnostics of one record, with their baselines where it is their turn.
 
     Args:
         arm: At the weights of the record.
         config: Says how often baselines are taken.
-        number: Of the record, from 0.
+        number: Of the record among those that decide, from 0; ``None`` = it decides nothing.
         last: Whether the attack ends with it.
     """
     interval = config.baseline_interval
-    compared = last or number == 0 or (interval > 0 and number % interval == 0)
+    own_turn = number is not None and interval > 0 and number % interval == 0
+    compared = last or number == 0 or own_turn
     return {**arm.diagnostics(), **(arm.baselines_now() if compared else {})}
 
 
@@ -128,7 +129,9 @@ def run_attack(
     and records follow.
 
     The attack ends with its budget, when the effective rank on the probe fell by
-    ``target_rank_reduction`` (arms that stop early), or at the first step that is not finite.
+    ``target_rank_reduction`` (arms that stop early), or at the first step that is not finite. The
+    rank decides at every ``measurement_interval``-th step alone: further records, one every
+    ``trajectory_interval`` steps, are looked at by readers only, and no result depends on them.
 
     Args:
         loaded: The healthy model; changed in place.
@@ -169,22 +172,29 @@ def run_attack(
 
     target = healthy.effective_rank * (1.0 - config.target_rank_reduction)
     for step in phase("attack", range(done + 1, total + 1), total, begin=done):
-        watched = step % config.measurement_interval == 0 or step == total
-        outcome = arm.advance(optimizer, step, total, watched=watched)
-        if outcome.finite and not watched:
+        decides = _due(step, config.measurement_interval) or step == total
+        shown = decides or _due(step, int(config.trajectory_interval))
+        outcome = arm.advance(optimizer, step, total, watched=shown)
+        decides = decides or not outcome.finite
+        if not (shown or decides):
             yield safe(step, over=False)
             continue
         with during("measurement"):
             measurement = probe.measure(model)
-            measured += 1
-            reached = arm.stops_early and measurement.effective_rank <= target
+            measured += decides
+            reached = decides and arm.stops_early and measurement.effective_rank <= target
             last = reached or not outcome.finite or step == total
-            numbers = diagnosed(arm, config, measured, last=last)
+            numbers = diagnosed(arm, config, measured if decides else None, last=last)
             moved = change.relative(model)
         yield AttackRecord(step, measurement, outcome, moved, numbers)
         yield safe(step, over=last)
         if last:
             return
+
+
+def _due(step: int, interval: int) -> bool:
+    """Whether a step is one of every so many; none is of every 0."""
+    return interval > 0 and step % interval == 0
 
 
 def _state(

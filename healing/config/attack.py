@@ -29,6 +29,11 @@ RANK_AND_LOSS = "rank+loss"
 NOISE_RANK_HELP = "low_rank_noise: rank of the noise in every matrix."
 _OWN = {"noise_rank": 1, "noise_draw": 0}
 """Options that only some arms take (``OPTIONS`` in their files), and their defaults."""
+TRAJECTORY_HELP = (
+    "Optimiser steps between the points of the attack's curve: measurements beside those of "
+    "--measurement-interval, which alone decide when the attack ends; 0 = none, auto = 1 for nano "
+    "and micro, else 5."
+)
 SUBSPACES = ("singular", "hessian")
 BY_ARM, ALWAYS, NEVER = ALIGNMENT_CHOICES = ("by_arm", "always", "never")
 
@@ -71,6 +76,7 @@ class AttackConfig(BaseConfig, SavingOptions, LoggingOptions, DryRunOptions):
         maximum=1,
         exclusive_minimum=True,
     )
+    trajectory_interval: int | str = option(AUTO, TRAJECTORY_HELP, minimum=0, determines=False)
     catalyst_length: int = option(
         16, "Tokens of the sequence the attack trains on.", minimum=8, maximum=2048
     )
@@ -112,8 +118,8 @@ class AttackConfig(BaseConfig, SavingOptions, LoggingOptions, DryRunOptions):
     )
     baseline_interval: int = option(
         0,
-        "Measurements between those of the alignment's baselines (random tokens, clean text); 0 = "
-        "at the first and the last one.",
+        "Measurements of --measurement-interval between those of the alignment's baselines (random "
+        "tokens, clean text); 0 = at the first and the last one.",
         minimum=0,
         separates=False,
         later=True,

@@ -48,6 +48,7 @@ OF_THE_ATTACK = (
     "attack_lr",
     "target_rank_reduction",
     "catalyst_length",
+    "trajectory_interval",
 )
 """Options of the fresh attack, by the names that they have there; ``auto`` is the attack's own
 default, so that what is given can be told from what is not. They are no part of a fingerprint: the
@@ -131,6 +132,7 @@ class HealConfig(BaseConfig, SavingOptions, TextLoggingOptions, DryRunOptions):
     attack_lr: float | str = _of_the_attack("attack_lr")
     target_rank_reduction: float | str = _of_the_attack("target_rank_reduction")
     catalyst_length: int | str = _of_the_attack("catalyst_length")
+    trajectory_interval: int | str = _of_the_attack("trajectory_interval")
     healing_steps: int | str = option(
         DEFAULT_STEPS,
         "Fine-tuning steps on clean text; auto = as many as the --healer was selected with, "

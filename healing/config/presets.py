@@ -32,6 +32,8 @@ class Preset:
         curvature_tokens: Tokens of a Hessian product. It costs as many gradients of them whatever
             the model, so that a large one is asked less: an eighth of the time with both.
         rayleigh_draws: Hessian products along random directions.
+        trajectory_interval: Attack steps between the points of its curve. A measurement of a large
+            model takes longer than many attack steps.
     """
 
     source: str
@@ -46,11 +48,12 @@ class Preset:
     threads: int
     curvature_tokens: int
     rayleigh_draws: int
+    trajectory_interval: int
 
 
 def _pretrained_preset(source: str, probe_tokens: int | str) -> Preset:
     """A model trained elsewhere: Pythia's rates."""
-    return Preset(source, "pile", probe_tokens, 8, 1e-3, 1e-1, 100, 1e-4, 500, 0, 256, 8)
+    return Preset(source, "pile", probe_tokens, 8, 1e-3, 1e-1, 100, 1e-4, 500, 0, 256, 8, 5)
 
 
 PROBE_TOKENS_AT_LEAST = 4096
@@ -73,8 +76,8 @@ def probe_tokens_for(hidden: int, sequence_length: int, rows_per_dimension: int 
 
 
 _EMBEDDED = {
-    "nano": Preset("embedded", "stdlib", 4096, 8, 2e-2, 0.2, 40, 1e-3, 60, 1, 1024, 16),
-    "micro": Preset("embedded", "stdlib", 4096, 8, 2e-2, 0.2, 40, 1e-3, 60, 1, 1024, 16),
+    "nano": Preset("embedded", "stdlib", 4096, 8, 2e-2, 0.2, 40, 1e-3, 60, 1, 1024, 16, 1),
+    "micro": Preset("embedded", "stdlib", 4096, 8, 2e-2, 0.2, 40, 1e-3, 60, 1, 1024, 16, 1),
 }
 PYTHIA_HIDDEN = {
     "70m": 512,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from healing.config.arm_tags import arm_matches, arm_needs, arm_role
-from healing.config.attack import NOISE_RANK_HELP
+from healing.config.attack import NOISE_RANK_HELP, TRAJECTORY_HELP
 from healing.config.options import (
     AUTO,
     MAX_SEED,
@@ -204,6 +204,7 @@ class SweepConfig(
         "decides (rate, batch size, window) is given; else none.",
     )
     attack_steps: int | str = option(AUTO, "Attack budget; auto = by model.", minimum=0)
+    trajectory_interval: int | str = option(AUTO, TRAJECTORY_HELP, minimum=0, determines=False)
     corpus: str = option(AUTO, "Clean text (see attack --corpus); auto = by model.", required=True)
     workers: int | str = option(
         AUTO,

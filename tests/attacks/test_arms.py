@@ -225,7 +225,7 @@ def test_token_gradient_leaves_attention_as_it_was(nano):
 def settings(arm: str, **changes) -> AttackConfig:
     values = {"search_steps": 1, "search_candidates": 2, "baseline_draws": 3, "attack_steps": 4,
               "measurement_interval": 2, "sequence_length": 64, "batch_size": 4,
-              "rayleigh_draws": 0}  # fmt: skip
+              "rayleigh_draws": 0, "trajectory_interval": 0}  # fmt: skip
     return resolve_from_presets(AttackConfig(model="nano", arm=arm, **(values | changes)))
 
 
@@ -279,6 +279,48 @@ def test_baselines_in_between_are_an_option(nano, corpus, small_probe):
                       target_rank_reduction=1.0, baseline_interval=4)  # fmt: skip
     records, _, _ = run(nano, corpus, small_probe, config)
     assert [r.step for r in records if alignment_metrics(r) >= BASELINES] == [0, 4, 6]
+
+
+CURVED = {"haep": {}, "random_text": {"warmup_steps": 2}, "gaussian_noise": {},
+          "spectral": {"attack_lr": 0.003, "attack_optimizer": "sgd"}}  # fmt: skip
+
+
+@pytest.mark.parametrize("arm", CURVED)
+def test_points_of_the_curve_change_no_result(corpus, small_probe, arm):
+    """Rank and loss, to the last bit of the weights, with and without the points in between."""
+    found = {}
+    for every in (0, 1, 2):
+        loaded = load_model("nano")
+        config = settings(arm, attack_steps=7, measurement_interval=3, baseline_interval=2,
+                          target_rank_reduction=1.0, trajectory_interval=every,
+                          **CURVED[arm])  # fmt: skip
+        records, _, _ = run(loaded, corpus, small_probe, config)
+        found[every] = records, state_digest(loaded.model.state_dict())
+    steps = {every: [r.step for r in records] for every, (records, _) in found.items()}
+    assert steps == {0: [0, 3, 6, 7], 1: [*range(8)], 2: [0, 2, 3, 4, 6, 7]}
+    (plain, weights), *others = found.values()
+    for records, digest in others:
+        assert digest == weights
+        same = [r for r in records if r.step in steps[0]]
+        assert [(r.metrics(), r.outcome) for r in same] == [(r.metrics(), r.outcome) for r in plain]
+
+
+def test_a_point_of_the_curve_ends_no_attack(corpus, small_probe):
+    """The rank is below the target at the third step already, and is asked for at the fourth."""
+    changes = {"attack_steps": 12, "measurement_interval": 4, "attack_lr": 0.05}
+    whole = settings("random_tokens", **changes, trajectory_interval=1, target_rank_reduction=1.0)
+    records, _, _ = run(load_model("nano"), corpus, small_probe, whole)
+    ranks = [r.measurement.effective_rank for r in records]
+    share = 1.0 - 1.001 * max(ranks[3:5]) / ranks[0]
+    assert share > 0.05
+    for every, steps in ((0, [0, 4]), (1, [0, 1, 2, 3, 4])):
+        config = settings("random_tokens", **changes, trajectory_interval=every,
+                          target_rank_reduction=share)  # fmt: skip
+        records, _, _ = run(load_model("nano"), corpus, small_probe, config)
+        assert [r.step for r in records] == steps
+        # As the last one it has the baselines; those in between have ρ alone.
+        assert alignment_metrics(records[-1]) == BASELINES | OWN | KAPPA
+        assert all(alignment_metrics(r) == OWN | KAPPA for r in records[1:-1])
 
 
 @pytest.mark.parametrize("arm", ["spectral", "gaussian_noise", "none"])

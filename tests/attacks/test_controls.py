@@ -167,7 +167,7 @@ def test_a_frame_is_uniform_and_not_of_one_sign():
 
 def settings(arm: str, **changes) -> AttackConfig:
     values = {"baseline_draws": 3, "attack_steps": 4, "measurement_interval": 2,
-              "sequence_length": 64, "batch_size": 4}  # fmt: skip
+              "trajectory_interval": 0, "sequence_length": 64, "batch_size": 4}  # fmt: skip
     return resolve_from_presets(AttackConfig(model="nano", arm=arm, **(values | changes)))
 
 

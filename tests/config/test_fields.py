@@ -31,8 +31,8 @@ from healing.stages.healing_run.inputs import fresh_attack_config
 # summary; "~name" determines numbers, but runs that differ in it are pooled; "-name" does neither.
 ANSWERS = {
     "main": "models revision deduped arms seeds noise_match noise_rank control_draws ray_of sham "
-    "basin healing_steps healing_lr healer attack_steps corpus tokenizer text_column split_rule "
-    "batch_size sequence_length "
+    "basin healing_steps healing_lr healer attack_steps "
+    "-trajectory_interval corpus tokenizer text_column split_rule batch_size sequence_length "
     "measurement_interval workers -launcher -ray_address -worker_cpus -worker_gpus -worker_memory "
     "-worker_dir -retries -device -cache_dir -output_dir -verbosity "
     "-checkpoint_interval -checkpoint_minutes -resume_run_id -log_layers -log_images -log_text "
@@ -40,8 +40,9 @@ ANSWERS = {
     "attack": "model revision deduped tokenizer corpus max_documents text_column split_rule ~seed "
     "batch_size sequence_length probe_tokens measurement_interval ~measurements threads "
     "-device -cache_dir -output_dir -verbosity arm attack_steps attack_optimizer attack_lr "
-    "warmup_steps target_rank_reduction catalyst_length search_steps search_candidates "
-    "baseline_draws subspace subspace_energy hessian_directions ~alignment ~baseline_interval "
+    "warmup_steps target_rank_reduction -trajectory_interval catalyst_length "
+    "search_steps search_candidates baseline_draws subspace subspace_energy hessian_directions "
+    "~alignment ~baseline_interval "
     "curvature_tokens rayleigh_draws -reference_checkpoint -reference_run_id match noise_scale "
     "noise_rank ~noise_draw -direction_checkpoint -direction_run_id -start_checkpoint "
     "-checkpoint_interval -checkpoint_minutes -resume_run_id -log_layers -log_images "
@@ -51,8 +52,8 @@ ANSWERS = {
     "-device -cache_dir -output_dir -verbosity ~collapsed_checkpoint -attack_run_id "
     "-checkpoint_dir "
     "-runs_per_checkpoint -num_runs ~arm -attack_steps -attack_optimizer -attack_lr "
-    "-target_rank_reduction -catalyst_length healing_steps healing_lr healing_optimizer "
-    "healing_momentum healing_warmup healing_decay "
+    "-target_rank_reduction -catalyst_length -trajectory_interval "
+    "healing_steps healing_lr healing_optimizer healing_momentum healing_warmup healing_decay "
     "healing_method lora_rank lora_alpha sham gradient_checkpointing gradient_clip reset_norms "
     "-healer -save_healed precision precision_mode "
     "-checkpoint_interval -checkpoint_minutes -resume_run_id -log_layers -log_images -log_text "
@@ -119,7 +120,7 @@ def test_a_fingerprint_holds_what_determines(config, name, same):
 
 GIVEN: dict[str, Any] = {
     "attack_steps": 3, "attack_optimizer": "sgd", "attack_lr": 0.5, "target_rank_reduction": 0.9,
-    "catalyst_length": 32,
+    "catalyst_length": 32, "trajectory_interval": 5,
 }  # fmt: skip
 
 
@@ -139,6 +140,11 @@ def test_what_heal_takes_for_its_fresh_attack_reaches_it_and_nothing_else(name):
     assert getattr(resolve_from_presets(config), name) == GIVEN[name]
 
 
+def test_a_curve_has_fewer_points_where_a_measurement_is_dear():
+    found = {m: resolve_from_presets(AttackConfig(model=m)) for m in ("nano", "micro", "1b")}
+    assert {m: c.trajectory_interval for m, c in found.items()} == {"nano": 1, "micro": 1, "1b": 5}
+
+
 @pytest.mark.parametrize("source", ["collapsed_checkpoint", "attack_run_id", "checkpoint_dir"])
 @pytest.mark.parametrize("name", GIVEN)
 def test_a_fresh_attacks_option_beside_a_stored_state_is_refused(name, source):
@@ -149,7 +155,8 @@ def test_a_fresh_attacks_option_beside_a_stored_state_is_refused(name, source):
 
 def test_heal_checks_the_ranges_of_its_fresh_attack():
     for name, wrong in {"attack_steps": -1, "catalyst_length": 7, "attack_optimizer": "lion",
-                        "target_rank_reduction": 1.5, "attack_lr": 0.0}.items():  # fmt: skip
+                        "target_rank_reduction": 1.5, "attack_lr": 0.0,
+                        "trajectory_interval": -1}.items():  # fmt: skip
         flag = "--" + name.replace("_", "-")
         with pytest.raises(ConfigError, match=f"{flag} must be"):
             HealConfig(**{name: wrong})
@@ -176,6 +183,7 @@ def test_entries_of_a_checkpoint_that_separate_no_runs():
         "start_checkpoint", "start_digest", "start_run_id",
         "checkpoint_interval", "checkpoint_minutes", "resume_run_id", "time_steps",
         "log_layers", "log_images", "log_model", "register_as", "system_metrics",
+        "trajectory_interval",
     }  # fmt: skip
     # What is named beside the fields is a field of no attack: else it would have two answers.
     assert not set(LINEAGE) & set(ordered_names(AttackConfig))

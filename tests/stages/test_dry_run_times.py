@@ -12,6 +12,7 @@ from healing.config.heal import HealConfig
 from healing.config.resolve import resolve_from_presets
 from healing.models.loading import load_model
 from healing.stages.dry_run import stage, timing
+from healing.stages.dry_run.plan import attack_measurements
 from healing.stages.dry_run.timing import Cost, attack_costs, duration, healing_costs, in_words
 
 
@@ -46,6 +47,7 @@ def two_seconds_each(monkeypatch):
 
 
 SMALL = {"model": "nano", "probe_tokens": 640, "sequence_length": 64, "batch_size": 2}
+NO_CURVE = {"trajectory_interval": 0}
 
 
 def as_table(costs: list[Cost]) -> dict[str, tuple[int, float]]:
@@ -55,8 +57,8 @@ def as_table(costs: list[Cost]) -> dict[str, tuple[int, float]]:
 @pytest.mark.parametrize("arm", ["haep", "haep_oracle", "spectral", "gaussian_noise", "none",
                                  "reinitialised"])  # fmt: skip
 def test_an_attacks_costs_are_those_of_its_plan(arm, two_seconds_each):
-    config = AttackConfig(**SMALL, arm=arm, attack_steps=25, search_steps=5, search_candidates=4,
-        baseline_draws=10, rayleigh_draws=3, curvature_tokens=128)  # fmt: skip
+    config = AttackConfig(**SMALL, **NO_CURVE, arm=arm, attack_steps=25, search_steps=5,
+        search_candidates=4, baseline_draws=10, rayleigh_draws=3, curvature_tokens=128)  # fmt: skip
     costs = as_table(attack_costs(resolve_from_presets(config), load_model("nano")))
     steps = {"none": 0, "reinitialised": 1}.get(arm, 25)
     # Every 10 steps and at the last one; both ends have standard errors.
@@ -75,12 +77,32 @@ def test_an_attacks_costs_are_those_of_its_plan(arm, two_seconds_each):
 
 
 def test_noise_whose_alignment_is_asked_for_pays_for_the_bases(two_seconds_each):
-    config = AttackConfig(**SMALL, arm="gaussian_noise", alignment="always", attack_steps=40,
-                          baseline_interval=2)  # fmt: skip
+    config = AttackConfig(**SMALL, **NO_CURVE, arm="gaussian_noise", alignment="always",
+                          attack_steps=40, baseline_interval=2)  # fmt: skip
     costs = as_table(attack_costs(resolve_from_presets(config), load_model("nano")))
     assert costs["bases"] == (1, 4 * 4 * 2.0)
-    # Records 0 to 4; baselines at 0, 2 and 4.
+    # Records 0 to 4 and their baselines at 0, 2 and 4.
     assert costs["diagnostics"] == (1, 2.0 * 5 + 2.0 * 3)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 6, 25, 30])
+@pytest.mark.parametrize(("deciding", "shown"), [(10, 0), (10, 1), (10, 2), (4, 6), (5, 5), (3, 7)])
+def test_measurements_of_a_curve_are_counted_as_the_loop_takes_them(steps, deciding, shown):
+    config = AttackConfig(model="nano", measurement_interval=deciding, trajectory_interval=shown)
+    taken = {n for n in range(1, steps + 1) if n % deciding == 0 or n == steps}
+    taken |= {n for n in range(1, steps + 1) if shown and n % shown == 0}
+    assert attack_measurements(steps, config) == 2 + len(taken)
+
+
+def test_the_points_of_a_curve_are_paid_for(two_seconds_each):
+    """25 steps: every second and the last, of which 10 and 20 decide with it; baselines are taken
+    at the ends and at every second of those four that decide (0, 10, 20, 25).
+    """
+    config = AttackConfig(**SMALL, arm="random_tokens", attack_steps=25, trajectory_interval=2,
+                          baseline_interval=2)  # fmt: skip
+    costs = as_table(attack_costs(resolve_from_presets(config), load_model("nano")))
+    assert costs["measurements"] == (13, 2.0)
+    assert costs["diagnostics"] == (1, 2.0 * 14 + 2.0 * 3)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ alone.
 
 from __future__ import annotations
 
+import math
+
 from healing.config.attack import AttackConfig
 from healing.config.heal import HealConfig
 from healing.config.shared import RAW_DATA
@@ -26,7 +28,7 @@ def attack_plan(config: AttackConfig, n_params: int) -> list[str]:
     seen = f"; a step sees {config.catalyst_length}" if config.arm in FINE_TUNING else ""
     lines = [
         f"plan: one attack ({config.arm}) of at most {steps:,} steps, "
-        f"{measurements(steps, config.measurement_interval)} measurements of "
+        f"{attack_measurements(steps, config)} measurements of "
         f"{int(config.probe_tokens):,} tokens{seen}"
     ]
     if config.arm in SEARCHING:
@@ -90,6 +92,22 @@ def measurements(steps: int, interval: int) -> int:
     model before healing), and one every interval and at the last step.
     """
     return 2 + steps // interval + bool(steps % interval)
+
+
+def attack_measurements(steps: int, config: AttackConfig) -> int:
+    """The same of an attack, with those of its curve.
+
+    Args:
+        steps: At most taken.
+        config: Resolved.
+    """
+    deciding = measurements(steps, config.measurement_interval) - 2
+    every, shown = config.measurement_interval, int(config.trajectory_interval)
+    if not shown:
+        return 2 + deciding
+    both = steps // math.lcm(every, shown)
+    also_last = bool(steps % shown == 0 and steps % every)
+    return 2 + deciding + steps // shown - both - also_last
 
 
 def _gigabytes(n_params: int) -> str:

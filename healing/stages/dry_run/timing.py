@@ -32,7 +32,13 @@ from healing.models.blocks import block_matrices, next_token_loss
 from healing.models.loading import LoadedModel
 from healing.randomness import named_generator
 from healing.registry import ARMS
-from healing.stages.dry_run.plan import SEARCHING, healing_runs, measurements, with_shams
+from healing.stages.dry_run.plan import (
+    SEARCHING,
+    attack_measurements,
+    healing_runs,
+    measurements,
+    with_shams,
+)
 from healing.training.healing_loop import adapted
 from healing.training.optimizers import make_optimizer
 from healing.training.precision import Precision
@@ -221,13 +227,14 @@ def _steps(config: AttackConfig, loaded: LoadedModel, arm: Arm) -> list[Cost]:
     if total:
         step()
         each = seconds_of(step, loaded.device)
-    plain = measurements(total, config.measurement_interval) - 2
+    deciding = measurements(total, config.measurement_interval) - 2
+    plain = attack_measurements(total, config) - 2
     diagnoses, comparisons = (
         seconds_of(diagnose, loaded.device) for diagnose in (arm.diagnostics, arm.baselines_now)
     )
     # What is asked for at every record, and is nothing for most arms.
     asked = Cost("records", plain + 1, diagnoses)
-    compared = Cost("baselines", _comparisons(plain + 1, config.baseline_interval), comparisons)
+    compared = Cost("baselines", _comparisons(deciding + 1, config.baseline_interval), comparisons)
     return [
         Cost("steps", total, each),
         *_measurements(config, loaded, plain, 1),

@@ -80,6 +80,7 @@ def attack_config(
             arm=cell.arm,
             seed=cell.seed,
             attack_steps=config.attack_steps,
+            trajectory_interval=config.trajectory_interval,
             reference_checkpoint=reference,
             direction_checkpoint=direction,
             match=config.match_of(cell.arm) if reference else "norm",
