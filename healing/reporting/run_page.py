@@ -128,7 +128,8 @@ def run_link(run_id: str) -> str:
 
 def search_link(tag: str, value: str) -> str:
     """Address of the runs that carry a tag's value."""
-    return f"runs:?tags.{tag} = '{value}'" if value else ""
+    name = f"`{tag}`" if "." in tag else tag
+    return f"runs:?tags.{name} = '{value}'" if value else ""
 
 
 PART_OF = ["Part of [the run above](runs:/parent).", ""]

@@ -15,6 +15,7 @@ from healing.config.heal import HealConfig
 from healing.config.options import AUTO
 from healing.config.shared import SAVING
 from healing.errors import CheckpointError, HealingError, TrackingError
+from healing.measurements.diagnosis import NONE
 from healing.measurements.recovery import State
 from healing.models.checkpoints import (
     HEALED_KIND,
@@ -157,7 +158,7 @@ TAGGED = (
     "control_origin",
     "control_module",
 )
-"""Entries of the summary that are tags too, where they are not empty."""
+"""Entries of the summary that are tags too, where they say something."""
 
 
 class HealStage(StageDefaults):
@@ -228,7 +229,7 @@ class HealStage(StageDefaults):
             _save_healed(found, healed, folder, run_id)
         s = found.summary()
         numbers = {f"summary/{k}": v for k, v in s.items() if isinstance(v, (int, float))}
-        tags = {name: s[name] for name in TAGGED if s[name]}
+        tags = {name: s[name] for name in TAGGED if s[name] not in ("", NONE)}
         if not math.isnan(s["nonfinite_step"]):
             tags["nonfinite_step"] = s["nonfinite_step"]
         line = f"{self.title(found.cell)}: {_came_back(s)}"

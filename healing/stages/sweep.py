@@ -98,7 +98,7 @@ def _describe(
             "Then",
             [
                 ("the summary: report, tables, figures", run_page.run_link(summary_id)),
-                ("all runs of this sweep", run_page.search_link("parent", run_id)),
+                ("all runs of this sweep", run_page.search_link("mlflow.parentRunId", run_id)),
             ],
         ),
         [markdown(summary)],

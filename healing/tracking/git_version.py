@@ -8,10 +8,15 @@ import pathlib
 import platform
 import re
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT
 
 from healing.tracking.sending.store_errors import LOGIN
 
+COMMIT, DIRTY = "git_commit", "git_dirty"
+"""Tags."""
 LIBRARIES = ("torch", "transformers", "mlflow")
 """Libraries whose versions decide what a number is, or how it is kept."""
 # Not file://: `mlflow run` takes that for a folder and checks the commit out inside it (3.17.2).
@@ -68,13 +73,18 @@ def checkout() -> Checkout:
     )
 
 
-@functools.cache
-def code_version() -> dict[str, str]:
-    """Commit of the code and whether it has uncommitted changes ({} outside a checkout)."""
+def code_version(known: Mapping[str, str]) -> dict[str, str]:
+    """Tags with the commit of the code, unless MLflow names the same, and with uncommitted changes
+    where there are any ({} outside a checkout).
+
+    MLflow names the repository of the script that was started, which may be another.
+
+    Args:
+        known: Tags of the run.
+    """
     found = checkout()
-    if not found.commit:
-        return {}
-    return {"git_commit": found.commit, "git_dirty": str(found.is_dirty).lower()}
+    own = {} if found.commit in ("", known.get(MLFLOW_GIT_COMMIT)) else {COMMIT: found.commit}
+    return {**own, **({DIRTY: "true"} if found.is_dirty else {})}
 
 
 @functools.cache

@@ -121,8 +121,7 @@ class LocalStore:
     @contextlib.contextmanager
     def child(self, parent: Run, name: str, tags: Mapping[str, Any]) -> Iterator[Run]:
         """A run that knows its parent."""
-        lineage = {"mlflow.parentRunId": parent.run_id, PARENT: parent.run_id}
-        with self.start(name, {**tags, **lineage}) as run:
+        with self.start(name, {**tags, PARENT: parent.run_id}) as run:
             yield run
 
     def _views(self) -> list[RunView]:

@@ -157,16 +157,18 @@ def start(
     by_id = "" if experiment else os.environ.get("MLFLOW_EXPERIMENT_ID", "")
     named = experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME", DEFAULT_EXPERIMENT)
     place = {"id": by_id} if by_id else {"name": named}
-    own = said({**tags, **code_version(), **environment(), **_own_process()})
+    own = said({**tags, **environment(), **_own_process()})
     with _sending(keep, say) as (messenger, sender):
         if given:
             logger = _opened(messenger, sender, Request(given, JOIN), place, name, own)
         else:
             local, all_tags = uuid.uuid4().hex, resolve_tags(own)
+            all_tags |= code_version(all_tags)
             request = create(local, place, name, all_tags, now_ms())
             logger = _opened(messenger, sender, request, place, name, all_tags)
         with _ended(logger):
             if given:
+                own |= code_version(logger.told.tags)
                 logger.tags({"mlflow.runName": name, **own})  # `mlflow run` names it at random
             yield logger
 
@@ -273,7 +275,8 @@ def child(
     own = {**environment(), **_own_process()} if end_ms is None else {}
     by_whom = origin(parent.told.tags) or resolve_tags()
     system = {"mlflow.parentRunId": parent.run_id, **by_whom}
-    texts = said({**system, **tags, **code_version(), **own})
+    texts = said({**system, **tags, **own})
+    texts |= code_version(texts)
     local, sender = uuid.uuid4().hex, parent.sender
     request = create(
         local, parent.experiment, name, texts, now_ms() if start_ms is None else start_ms

@@ -4,7 +4,12 @@ A description is written with ``runs:/RUN`` (a page), ``runs:/RUN/path.png`` (a 
 ``runs:?FILTER`` (all runs of the experiment that match). The UI opens none of these. Its pages are
 hash routes, and only a ``workflowType`` inside the hash leaves the mode that hides runs; files are
 served by ``get-artifact``. All are written relative to the page, so that they hold for every
-address of the server. (Read in a browser with MLflow 3.17.2.)
+address of the server.
+
+A page lists every tag in the order of their making, but those whose names begin with ``mlflow.``.
+What commands look up in other runs and no reader asks for is stored under such a name, so that arm,
+verdict and versions stand alone in the first screen. Everywhere else in this program tags have
+their plain names; runs of before have them in the store too. (Read in a browser, MLflow 3.17.2.)
 """
 
 from __future__ import annotations
@@ -21,12 +26,40 @@ ORIGIN = re.compile(r"mlflow\.(user|source\..+|project\.entryPoint|git\..+)")
 MODE = "workflowType=machine_learning"
 PARENT = "runs:/parent"
 """Stands for the page of the run above; a line with it is left out where there is none."""
+HIDDEN = "mlflow.llm_healing."
+"""Beginning of the stored names of :data:`UNSHOWN`."""
+UNSHOWN = frozenset((
+    "arm_label", "attack_seed", "checkpoint", "checkpoint_id", "healer", "healer_budget_tokens",
+    "healer_selection", "healers_tried", "local_run_id", "model_source", "process",
+    "reference_checkpoint_id", "replicate", "settings",
+))  # fmt: skip
+"""Tags for code, not for readers: what of them a reader may ask for is a parameter of the run, in
+its description or in its ``config.json``."""
 _TARGET = re.compile(r"(?P<image>!?)\[(?P<text>[^]\n]*)\]\(runs:(?P<target>[^)\n]+)\)")
 
 
 def said(tags: Mapping[str, Any]) -> dict[str, str]:
     """Tags as text, without those that say nothing."""
     return {name: str(value) for name, value in tags.items() if str(value)}
+
+
+def stored_name(name: str) -> str:
+    """A tag's name in the store."""
+    return HIDDEN + name if name in UNSHOWN else name
+
+
+def plain_tags(stored: Mapping[str, str]) -> dict[str, str]:
+    """Tags of the store under their plain names; one that has its plain name there already (of
+    a run of before, or set by a person) counts.
+    """
+    hidden = {k.removeprefix(HIDDEN): v for k, v in stored.items() if k.startswith(HIDDEN)}
+    shown = {k: v for k, v in stored.items() if not k.startswith(HIDDEN)}
+    return {**hidden, **shown}
+
+
+def has_tag(name: str, value: str) -> tuple[str, ...]:
+    """Filters, the first for runs of today, of which any that matches finds a run by a tag."""
+    return tuple(f"tags.`{n}` = '{value}'" for n in dict.fromkeys((stored_name(name), name)))
 
 
 def origin(tags: Mapping[str, str]) -> dict[str, str]:

@@ -18,10 +18,12 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.tracking import MlflowClient
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from healing.errors import OutageError, TrackingError
 from healing.tracking.metric_history import finite
 from healing.tracking.open_runs import DEFAULT_EXPERIMENT, PROCESS
+from healing.tracking.page_text import has_tag, plain_tags
 from healing.tracking.processes import Process
 from healing.tracking.run_logger import RunLogger
 from healing.tracking.sending.logged_models import MADE_BY, model_of_version
@@ -68,7 +70,7 @@ def _view(run: Run) -> RunView:
         run.info.status,
         run.info.experiment_id,
         dict(run.data.params),
-        dict(run.data.tags),
+        plain_tags(run.data.tags),
         {key: finite(value) for key, value in run.data.metrics.items()},
     )
 
@@ -202,10 +204,10 @@ def _found(run_id: str) -> Run:
         if http_status(error) != NOT_FOUND or not re.fullmatch(r"[0-9a-f]{32}", run_id):
             raise
         everywhere = [e.experiment_id for e in client.search_experiments()]
-        named = client.search_runs(everywhere, f"tags.{LOCAL_ID} = '{run_id}'", max_results=1)
-        if not named:
-            raise
-        return named[0]
+        for wanted in has_tag(LOCAL_ID, run_id):
+            if named := client.search_runs(everywhere, wanted, max_results=1):
+                return named[0]
+        raise
 
 
 MODELS = "models:/"
@@ -275,8 +277,8 @@ def check_registry(name: str) -> None:
         raise TrackingError(f"--register-as {name!r} is the name of a prompt there: name another")
 
 
-PARENT = "parent"
-"""Tag of a child: the id of the run above, as its process knew it."""
+PARENT = MLFLOW_PARENT_RUN_ID
+"""Tag of a child: the id of the run above."""
 
 
 def find_finished(
@@ -325,7 +327,7 @@ def since_finished(parents: Sequence[RunView], settings: Mapping[str, str]) -> l
 
 def children(parent: RunLogger) -> list[RunView]:
     """The runs nested directly below a run."""
-    return search(parent.experiment_id, f"tags.`mlflow.parentRunId` = '{parent.run_id}'")
+    return search(parent.experiment_id, f"tags.`{PARENT}` = '{parent.run_id}'")
 
 
 def download(uri: str, folder: str | None = None) -> pathlib.Path:

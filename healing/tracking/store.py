@@ -194,9 +194,8 @@ class MlflowStore:
 
     @contextlib.contextmanager
     def child(self, parent: Run, name: str, tags: Mapping[str, Any]) -> Iterator[Run]:
-        """As :func:`healing.tracking.open_runs.child`; the parent's id is a tag too."""
-        tags = {**tags, **self.tags, queries.PARENT: parent.run_id}
-        with open_runs.child(parent, name, tags) as run:
+        """As :func:`healing.tracking.open_runs.child`."""
+        with open_runs.child(parent, name, {**tags, **self.tags}) as run:
             self._remember(run)
             yield run
 

@@ -28,6 +28,7 @@ from click.testing import CliRunner
 from mlflow.tracking import MlflowClient
 
 from healing.tracking.git_version import Checkout
+from healing.tracking.page_text import plain_tags
 from healing.tracking.run_files import RECORD
 
 STORED = pathlib.Path(__file__).parent / "nano.json"
@@ -226,7 +227,7 @@ class Store:
         """One run."""
         tags = {
             k: v
-            for k, v in sorted(run.data.tags.items())
+            for k, v in sorted(plain_tags(run.data.tags).items())
             if k in KEPT_TAGS or not k.startswith(("mlflow.", "git_", PHASE, PROCESS, LOCAL_ID))
         }
         inputs = [

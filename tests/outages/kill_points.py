@@ -32,6 +32,7 @@ from entrypoints.attack import main as attack
 from entrypoints.heal import main as heal
 from entrypoints.summarize import main as summarize
 from healing.tracking import snapshots
+from healing.tracking.page_text import plain_tags
 from healing.tracking.sending.outbox import PLACE
 from healing.tracking.sending.requests import Messenger
 from tests.stages.test_resume import content, files, histories, without
@@ -171,11 +172,12 @@ def of_the_store(run: Run) -> dict[str, Any]:
     """What the store has of a run: files, parameters, tags."""
     root = pathlib.Path(local_file_uri_to_path(run.info.artifact_uri))
     stored = {p.relative_to(root).as_posix(): p for p in sorted(root.rglob("*")) if p.is_file()}
-    names = {name for name in run.data.tags if not name.startswith(OWN_TAGS)}
+    tags = plain_tags(run.data.tags)
+    names = {name for name in tags if not name.startswith(OWN_TAGS)}
     return {
         "stored": {name: repr(content(path)) for name, path in stored.items()},
         "params": dict(run.data.params),
-        "tags": {name: run.data.tags[name] for name in sorted(names)},
+        "tags": {name: tags[name] for name in sorted(names)},
     }
 
 

@@ -31,6 +31,7 @@ from healing.stages.driver import Driver
 from healing.stages.heal import heal
 from healing.stages.sweep import sweep
 from healing.stages.terminal.console import Console
+from healing.tracking.page_text import plain_tags
 from healing.tracking.run_files import JsonLines, read_jsonl
 from healing.tracking.sending import sender
 from healing.tracking.sending.outbox import PLACE
@@ -350,4 +351,4 @@ def test_a_sweep_whose_server_goes_is_whole_on_disk_and_after_sync(
     assert len(parents - {None}) == 1
     assert parents - {None} <= ids, "the children are below the run as the store calls it"
     made = {r.data.tags["attack_run_id"] for r in runs if r.data.tags.get("attack_run_id")}
-    assert made <= ids | {r.data.tags["local_run_id"] for r in runs}
+    assert made <= ids | {plain_tags(r.data.tags)["local_run_id"] for r in runs}

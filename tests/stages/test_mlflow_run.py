@@ -103,7 +103,7 @@ def test_a_healing_is_repeated_from_the_address_and_commit_on_its_page(repositor
     given = " ".join(f"-P {name}={value}" for name, value in OPTIONS.items())
     shell(f"mlflow run {address} -v {commit} --env-manager local -e heal {given}")
     (first,) = healings()
-    assert first.data.tags["git_commit"] == commit
+    assert first.data.tags["mlflow.source.git.commit"] == commit
     note = first.data.tags["mlflow.note.content"]
     found = re.search(r"```bash\n(.+?)\n```", note, re.DOTALL)
     assert found is not None

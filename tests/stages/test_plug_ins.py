@@ -26,6 +26,7 @@ from healing.stages.dry_run.stage import predictions
 from healing.stages.heal import heal
 from healing.stages.summarize import summarize
 from healing.statistics.summary import summarize_runs
+from healing.tracking.page_text import plain_tags
 from tests.conftest import ROOT, forget_plug_ins
 from tests.summaries import simulated_run
 
@@ -48,7 +49,7 @@ def test_a_plug_in_arm_is_attacked_healed_summarized_and_still_known_when_it_is_
     for weight in state.values():
         if weight.ndim == 2:  # more than half only where weights tie
             assert 0.5 <= float((weight == 0).double().mean()) < 0.501
-    tags = MlflowClient().get_run(run_id).data.tags
+    tags = plain_tags(MlflowClient().get_run(run_id).data.tags)
     assert (tags["arm"], tags["arm_role"], tags["arm_label"]) == (
         "pruning", "treatment", "weight pruning",
     )  # fmt: skip

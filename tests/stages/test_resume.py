@@ -30,6 +30,7 @@ from healing.stages.heal import heal
 from healing.stages.pretrain import pretrain
 from healing.stages.terminal.console import Console, Silence
 from healing.tracking import queries
+from healing.tracking.page_text import plain_tags
 from healing.tracking.run_files import read_json, read_jsonl
 from healing.tracking.snapshots import FileSnapshots, Kept
 
@@ -239,9 +240,9 @@ def children() -> list[tuple[str, str, str]]:
         experiments, "tags.stage = 'heal'", order_by=["attributes.start_time ASC"]
     )
     return [
-        (r.data.tags["replicate"], r.info.status, r.data.tags["mlflow.parentRunId"])
+        (plain_tags(r.data.tags)["replicate"], r.info.status, r.data.tags["mlflow.parentRunId"])
         for r in runs
-        if "replicate" in r.data.tags
+        if "replicate" in plain_tags(r.data.tags)
     ]
 
 

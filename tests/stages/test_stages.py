@@ -45,6 +45,7 @@ from healing.stages.summarize_inputs import read_runs
 from healing.stages.sweep import sweep
 from healing.stages.terminal.console import Console
 from healing.tracking import queries
+from healing.tracking.page_text import plain_tags
 from healing.tracking.run_files import JsonLines, plain, read_jsonl
 from healing.training.trainer import Trainer
 from tests.rewritten import rewritten
@@ -216,7 +217,7 @@ def test_directory_scan_makes_a_child_per_checkpoint_and_replicate(store):
     assert (len(parents), len(children)) == (1, 4)
     parent_id = parents[0].info.run_id
     assert {r.data.tags["mlflow.parentRunId"] for r in children} == {parent_id}
-    assert len({r.data.tags["checkpoint_id"] for r in children}) == 2
+    assert len({plain_tags(r.data.tags)["checkpoint_id"] for r in children}) == 2
     first, second = outcomes[0], outcomes[1]
     assert first.records[-1].measurement.loss != second.records[-1].measurement.loss
 
@@ -691,7 +692,7 @@ def test_replicates_that_finished_before_are_left_out_of_what_goes_on(store, che
     assert parent.info.status == "FINISHED"
     assert parent.data.tags["mlflow.note.content"] == "2 of 2 healing runs done."
     finished = client.search_runs([experiment], "tags.stage = 'heal' and tags.replicate != ''")
-    assert sorted(run.data.tags["replicate"] for run in finished) == ["0", "1"]
+    assert sorted(plain_tags(run.data.tags)["replicate"] for run in finished) == ["0", "1"]
 
 
 def test_summary_of_a_query_with_a_failed_run(store, checkpoint):

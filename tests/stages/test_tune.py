@@ -203,7 +203,7 @@ def test_a_hopeless_healer_is_ended_early_and_marked(tmp_path, stubbed):
     through = [t for t in found.trials if t.state == COMPLETE]
     assert {t.facts["tokens"] for t in through} == {2 * 40 * 1024}
     assert min(t.loss for t in pruned) > found.healer.loss
-    parents = {store.get_run(t.facts["run_id"]).tags["parent"] for t in found.trials}
+    parents = {store.get_run(t.facts["run_id"]).tags["mlflow.parentRunId"] for t in found.trials}
     (parent,) = (store.get_run(p) for p in parents)
     assert (parent.tags["stage"], parent.tags["healer"]) == ("tune", found.healer.digest)
     assert parent.metrics["summary/gain_nats"] == pytest.approx(

@@ -14,6 +14,8 @@ from mlflow.tracking import MlflowClient
 from healing.tracking import git_version, open_runs
 from healing.tracking.journal import Journal
 from healing.tracking.page_text import resolved
+from healing.tracking.processes import Process
+from healing.tracking.queries import get_run
 from healing.tracking.run_files import read_jsonl
 
 A, B = "a" * 32, "b" * 32
@@ -114,6 +116,45 @@ def test_versions_are_tags_of_every_run_but_of_what_ran_elsewhere(store):
         tags = MlflowClient().get_run(made.run_id).data.tags
         assert (tags["python"], tags["torch"]) == (platform.python_version(), torch.__version__)
     assert "torch" not in MlflowClient().get_run(imported.run_id).data.tags
+
+
+def test_tags_for_code_alone_have_names_that_no_page_shows(store):
+    given = {"stage": "heal", "settings": "abc", "replicate": "0", "arm": "haep"}
+    with open_runs.start("a", {"stage": "main"}) as run, open_runs.child(run, "b", given) as child:
+        child.tags({"checkpoint_id": "1234", "verdict": "partial"})
+    tags = MlflowClient().get_run(child.run_id).data.tags
+    shown = [name for name in tags if not name.startswith("mlflow.")]
+    # In the order in which a page lists them; versions of libraries between the two.
+    assert (shown[:2], shown[-1]) == (["stage", "arm"], "verdict")
+    assert not {"settings", "replicate", "checkpoint_id", "process", "local_run_id"} & set(shown)
+    read = get_run(child.run_id).tags
+    assert (read["settings"], read["replicate"], read["checkpoint_id"]) == ("abc", "0", "1234")
+    assert Process.read(read["process"]).is_here
+    assert get_run(read["local_run_id"]).run_id == child.run_id
+
+
+def test_tags_of_before_are_read_under_their_names(store):
+    client = MlflowClient()
+    tags = {"settings": "old", "mlflow.llm_healing.settings": "new", "local_run_id": "c" * 32}
+    made = client.create_run(client.create_experiment("e"), tags=tags).info.run_id
+    assert get_run(made).tags["settings"] == "old"  # what a person sets counts
+    assert get_run("c" * 32).run_id == made
+
+
+@pytest.mark.parametrize(
+    ("mlflows", "dirty", "expected"),
+    [
+        ("c" * 40, False, {}),
+        ("c" * 40, True, {"git_dirty": "true"}),
+        ("", False, {"git_commit": "c" * 40}),
+        ("d" * 40, True, {"git_commit": "c" * 40, "git_dirty": "true"}),
+    ],
+)
+def test_the_commit_is_a_tag_where_mlflow_names_another(monkeypatch, mlflows, dirty, expected):
+    found = git_version.Checkout(commit="c" * 40, is_dirty=dirty)
+    monkeypatch.setattr(git_version, "checkout", lambda: found)
+    known = {"mlflow.source.git.commit": mlflows} if mlflows else {}
+    assert git_version.code_version(known) == expected
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from mlflow.tracking import MlflowClient
 from entrypoints.sync import main as sync
 from healing.errors import OutageError, TrackingError
 from healing.tracking import open_runs
+from healing.tracking.page_text import has_tag
 from healing.tracking.sending import sender
 from healing.tracking.sending.outbox import PLACE, Request
 from healing.tracking.sending.requests import (
@@ -63,7 +64,7 @@ def synced(output: pathlib.Path, *options: str) -> Result:
 def made(experiment: str = "x"):
     client = MlflowClient()
     found = client.get_experiment_by_name(experiment)
-    (run,) = client.search_runs([found.experiment_id], f"tags.{LOCAL_ID} = '{OWN}'")
+    (run,) = client.search_runs([found.experiment_id], has_tag(LOCAL_ID, OWN)[0])
     files = [f.path for f in client.list_artifacts(run.info.run_id)]
     return run, files
 

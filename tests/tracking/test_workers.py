@@ -10,6 +10,7 @@ from mlflow.tracking import MlflowClient
 
 from healing.errors import TrackingError
 from healing.tracking.open_runs import Above
+from healing.tracking.queries import PARENT
 from healing.tracking.sending import kept_states
 from healing.tracking.sending.kept_states import STATE, STEP, StoredSnapshots
 from healing.tracking.sending.workers import (
@@ -67,7 +68,7 @@ def test_finished_runs_that_were_handed_over_are_not_looked_for(store, monkeypat
 def left_running(parent: str, task: str) -> str:
     client = MlflowClient()
     experiment = client.get_run(parent).info.experiment_id
-    tags = {"parent": parent, TASK: task} if task else {"parent": parent}
+    tags = {PARENT: parent, TASK: task} if task else {PARENT: parent}
     return str(client.create_run(experiment, tags=tags).info.run_id)
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import pathlib
+import re
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
 from mlflow.tracking import MlflowClient
 
+from healing.measurements.recovery import verdict_of
 from healing.tracking.run_files import read_jsonl
 from healing.tracking.ui import experiment_page
 from healing.tracking.ui.views import SPECTRA
@@ -75,6 +77,14 @@ def test_a_page_opens_with_its_sentence_and_its_figure(page, made):
     assert sentence.bounding_box()["y"] < 300
     page.wait_for_function(f"({WIDTHS})().length > 0")
     assert page.evaluate(WIDTHS) == [690]
+    # Tags, beside it: few, each with a value, the verdict in the first screen.
+    box = page.get_by_text(verdict_of(0.0)).first.bounding_box()
+    assert box["y"] + box["height"] < 900
+    tags = dict(re.findall(r"(?m)^(\w+)\n: (.+)$", page.locator("body").inner_text()))
+    assert tags["verdict"] == verdict_of(0.0)
+    assert {"stage", "arm", "model", "python", "status"} <= tags.keys()
+    assert not {"checkpoint", "parent", "process", "settings", "local_run_id"} & tags.keys()
+    assert len(tags) <= 20
     page.get_by_text("Show more").first.click()
     page.get_by_text("Repeat this run").wait_for()
     page.wait_for_timeout(300)

@@ -29,7 +29,7 @@ from mlflow.tracking.multimedia import compress_image_size
 from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_IMAGES
 
 from healing.errors import OutageError, TrackingError
-from healing.tracking.page_text import resolved, whole_lines
+from healing.tracking.page_text import has_tag, plain_tags, resolved, stored_name, whole_lines
 from healing.tracking.sending.logged_models import MODEL, MODEL_FILE, MODELS, LoggedModels
 from healing.tracking.sending.outbox import Request
 from healing.tracking.sending.repeats import once
@@ -156,7 +156,7 @@ class Messenger:
                 found = self._client.get_run(run)
                 self._client.update_run(run, status="RUNNING")
             self._experiments[run] = found.info.experiment_id
-            self.joined[run] = dict(found.data.params), dict(found.data.tags)
+            self.joined[run] = dict(found.data.params), plain_tags(found.data.tags)
         elif request.kind == BATCH:
             with stored(f"{content['what']} of run {run}", restore):
                 self._batch(run, content)
@@ -239,7 +239,7 @@ class Messenger:
         with stored(f"run {content['name']!r}"), _one_at_a_time():
             experiment = self._experiment(content["experiment"])
         restore = f"experiments restore --experiment-id {experiment}"
-        tags = {key: self._named(value) for key, value in content["tags"].items()}
+        tags = {stored_name(k): self._named(v) for k, v in content["tags"].items()}
         with stored(f"run {content['name']!r}", restore):
             run_id = self._made_before(experiment, request.run) if again else ""
             if not run_id:
@@ -247,7 +247,7 @@ class Messenger:
                     experiment,
                     start_time=content["start"],
                     run_name=content["name"],
-                    tags={**tags, LOCAL_ID: request.run},
+                    tags={**tags, stored_name(LOCAL_ID): request.run},
                 )
                 run_id = made.info.run_id
         self.known[request.run] = run_id
@@ -255,11 +255,12 @@ class Messenger:
 
     def _made_before(self, experiment: str, local_id: str) -> str:
         """The run that a request made whose answer was lost; empty where there is none."""
-        wanted = f"tags.{LOCAL_ID} = '{local_id}'"
         # A deleted one too: it is not to be made again beside it.
         every = ViewType.ALL
-        found = self._client.search_runs([experiment], wanted, every, max_results=1)
-        return str(found[0].info.run_id) if found else ""
+        for wanted in has_tag(LOCAL_ID, local_id):
+            if found := self._client.search_runs([experiment], wanted, every, max_results=1):
+                return str(found[0].info.run_id)
+        return ""
 
     def _experiment(self, named: Mapping[str, str]) -> str:
         """The id of an experiment, which is made where there is none of the name."""
@@ -281,7 +282,7 @@ class Messenger:
     def _batch(self, run: str, content: Mapping[str, Any]) -> None:
         metrics = [Metric(*point) for point in content["metrics"]]
         params = {k: self._named(v) for k, v in content["params"].items()}
-        tags = [RunTag(k, self._named(v)) for k, v in content["tags"].items()]
+        tags = [RunTag(stored_name(k), self._named(v)) for k, v in content["tags"].items()]
         self._log(run, metrics, [Param(k, v) for k, v in params.items()], tags)
 
     def _log(

@@ -63,7 +63,7 @@ def close_runs_of_task(experiment_id: str, task: str, why: str) -> int:
 
 def close_runs_below(experiment_id: str, run_id: str, why: str) -> int:
     """End as KILLED what workers left RUNNING below a run, none of which is there any more."""
-    return _close(search(experiment_id, f"{_RUNNING} and tags.{PARENT} = '{run_id}'"), why)
+    return _close(search(experiment_id, f"{_RUNNING} and tags.`{PARENT}` = '{run_id}'"), why)
 
 
 def close_orphans(experiment_id: str) -> int:
