@@ -9,7 +9,7 @@ from healing.reporting.contrasts import TITLE, comparison_gaps, lead_sentences, 
 from healing.reporting.damage_regression import TITLE as DAMAGE_TITLE
 from healing.reporting.damage_regression import damage_sentences
 from healing.reporting.escaping import markdown as escape
-from healing.reporting.phrases import headline_groups, interval_text
+from healing.reporting.phrases import RANK, count_text, group_name, headline_groups, interval_text
 from healing.reporting.tables import Table, main_table, secondary_tables
 from healing.reporting.verdict_context import (
     context_sentences,
@@ -18,7 +18,7 @@ from healing.reporting.verdict_context import (
     multiplicity_sentence,
     unjudged_note,
 )
-from healing.reporting.verdict_sentences import verdict_heading, verdict_reason
+from healing.reporting.verdict_sentences import verdict_claim, verdict_heading, verdict_reason
 from healing.statistics.heal_runs import HealRun
 from healing.statistics.summary import Summary
 
@@ -26,6 +26,8 @@ RUNNING_NOTE = (
     "The store does not say that these have ended: they are still running, or were killed so hard "
     "that nothing could be stored any more (MLflow keeps such a run RUNNING). They are not counted."
 )
+MOST_IN_OPENING = 3
+"""Lines that a folded description shows, with the head of the figure."""
 REPEATS_NOTE = (
     "Equal fingerprint: equal configuration, weights, texts and code. The newest finished run of "
     "each counts, the others are no replicates."
@@ -51,6 +53,21 @@ def _listing(title: str, runs: Sequence[tuple[HealRun, str]], note: str = "") ->
         return []
     lines = _bullets(f"{r.name} ({r.run_id}){': ' if why else ''}{why}" for r, why in runs)
     return [f"## {title} ({len(runs)})", "", *([note, ""] if note else []), *lines, ""]
+
+
+def opening(summary: Summary) -> str:
+    """What came out of the first groups that the question is about, a line each: what a run's page
+    begins with.
+    """
+    groups = headline_groups(summary)
+    lines = [
+        f"**{escape(group_name(g, summary.groups))}**: {escape(verdict_claim(g))}; rank recovery "
+        f"{escape(interval_text(g.intervals[RANK]))} %."
+        for g in groups[:MOST_IN_OPENING]
+    ]
+    if more := len(groups) - len(lines):
+        lines.append(f"{count_text(more, 'more group')} below.")
+    return "\n\n".join(lines)
 
 
 def markdown(summary: Summary) -> str:

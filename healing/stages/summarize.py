@@ -191,15 +191,16 @@ def _drawn(summary: Summary) -> list[GroupSummary]:
 
 
 def description(summary: Summary, run_id: str = "", repeat: Sequence[str] = ()) -> str:
-    """``summary.md``, after its main figure, as far as whole lines of it fit in a tag of MLflow.
+    """What came out, the main figure, and ``summary.md`` as far as whole lines fit in a tag.
 
     Args:
         summary: To describe.
         run_id: Of the run that holds the figure; empty = none does.
         repeat: Lines on how to summarize again.
     """
+    first = f"{report.opening(summary)}\n\n" if summary.groups else ""
     image = f"![mean recovery](runs:/{run_id}/{OVERVIEW})\n\n" if run_id else ""
-    text = image + "".join(f"{line}\n" for line in repeat) + report.markdown(summary)
+    text = first + image + "".join(f"{line}\n" for line in repeat) + report.markdown(summary)
     # The address grows where the store makes it one that the UI opens.
     return whole_lines(text, "`summary.md`", spare=200)
 

@@ -13,7 +13,7 @@ from healing.errors import SweepError
 from healing.models.loading import resolve_device
 from healing.registry import DAMAGE_CONTROL, TREATMENT
 from healing.reporting import run_page
-from healing.reporting.markdown import markdown
+from healing.reporting.markdown import markdown, opening
 from healing.stages.driver import Driver
 from healing.stages.launching.chain import CellResult, chains_of
 from healing.stages.launching.launcher import Launcher
@@ -88,11 +88,14 @@ def _describe(
     again = f" ({reused} of them finished earlier and not run again)" if reused else ""
     landscape = [f"- {line}" for line in basin_sentences(results)]
     options = run_page.settings(config, device=resolve_device(config.device).type)
-    return run_page.page(
+    cells = (
         f"Models {config.models}; arms {config.arms}; seeds {config.seeds_text()}. "
-        f"{len(results)} cells{again}.",
+        f"{len(results)} cells{again}."
+    )
+    return run_page.page(
+        opening(summary) if summary.groups else cells,
         run_id,
-        [],
+        [cells] if summary.groups else [],
         run_page.repeat("main", options, checkout()),
         run_page.links(
             "Then",

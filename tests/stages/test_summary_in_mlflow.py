@@ -8,6 +8,8 @@ import pytest
 from mlflow.tracking import MlflowClient
 from PIL import Image
 
+from healing.config.sweep import SweepConfig
+from healing.stages import sweep
 from healing.stages.summarize import (
     MAIN_FIGURES,
     OVERVIEW,
@@ -71,14 +73,30 @@ def test_a_run_holds_the_table_and_the_figures(store):
     assert [m.step for m in history] == [1000, 4000]
 
 
-def test_a_described_summary_begins_with_its_figure_and_fits(store):
+def test_a_described_summary_begins_with_what_came_out_and_its_figure_and_fits(store):
     long = pool([make_run(v, seed=i, settings=f"{i}") for i, v in enumerate([10.0, 50.0] * 20)])
     with open_runs.start("summary", {}) as run:
         run.describe(description(long, run.run_id))
     note = client_note(run.run_id)
-    assert note.startswith("![mean recovery](get-artifact?path=overview.png&run_uuid=")
+    first, *others = note.split("\n\n")
+    assert first.startswith("**nano, HAEP")
+    assert first.endswith(" rank recovery 10.0 [no interval] %.")
+    assert others[2] == "37 more groups below."
+    assert others[3].startswith("![mean recovery](get-artifact?path=overview.png&run_uuid=")
     assert note.count("The rest is in") == 1
     assert len(note) <= 8000
+
+
+def test_a_sweeps_page_begins_with_what_came_out():
+    runs = [make_run(v, seed=i) for i, v in enumerate([90.0, 91.0, 92.0])]
+    config = SweepConfig(models="nano", arms="haep", seeds="0-2")
+    page = sweep._describe(config, pool(runs), [], "a" * 32, "b" * 32)
+    first, figure, rest = page.split("\n\n", 2)
+    # Student t with two degrees of freedom: 91 ± 4.303 / √3.
+    assert first.startswith("**nano, HAEP**: 3 of 3 checkpoints over 70 %")
+    assert first.endswith("; rank recovery 91.0 [88.5, 93.5] %.")
+    assert figure.startswith("![mean recovery by arm")
+    assert rest.startswith("Models nano; arms haep; seeds 0-2. 0 cells.")
 
 
 def client_note(run_id: str) -> str:

@@ -40,7 +40,8 @@ def pages(client: MlflowClient, experiment: str) -> dict[str, str]:
         if tag.startswith("mlflow.sharedViewState."):
             key, view = tag.rpartition(".")[2], json.loads(value)["name"]
             name = f"view_{view.replace(' ', '_')}"
-            query = f"viewStateShareKey={key}&compareRunsMode=CHART&{MODE}"
+            charts = "" if view == "Table" else "compareRunsMode=CHART&"
+            query = f"viewStateShareKey={key}&{charts}{MODE}"
             wanted[name] = f"{home}/runs?{query}"
     for stage in STAGES:
         asked = f"tags.stage = '{stage}' and attributes.status = 'FINISHED'"
