@@ -25,7 +25,9 @@ from healing.config.resolve import resolve_from_presets
 from healing.config.sweep import SweepConfig
 from healing.errors import ConfigError
 from healing.stages.cells.heal_outcome import HealCell
+from healing.stages.cells.sweep_plan import SweepCell
 from healing.stages.healing_run.inputs import fresh_attack_config
+from healing.stages.launching.chain import attack_config
 
 # Stage → every field, each with its answer: "name" determines numbers and separates runs in a
 # summary; "~name" determines numbers, but runs that differ in it are pooled; "-name" does neither.
@@ -143,6 +145,12 @@ def test_what_heal_takes_for_its_fresh_attack_reaches_it_and_nothing_else(name):
 def test_a_curve_has_fewer_points_where_a_measurement_is_dear():
     found = {m: resolve_from_presets(AttackConfig(model=m)) for m in ("nano", "micro", "1b")}
     assert {m: c.trajectory_interval for m, c in found.items()} == {"nano": 1, "micro": 1, "1b": 5}
+
+
+@pytest.mark.parametrize(("given", "reached"), [("auto", 1), (7, 7), (0, 0)])
+def test_the_points_of_a_curve_that_main_is_given_reach_its_attacks(given, reached):
+    sweep = SweepConfig(models="nano", trajectory_interval=given)
+    assert attack_config(sweep, SweepCell("nano", "haep", 0), "").trajectory_interval == reached
 
 
 @pytest.mark.parametrize("source", ["collapsed_checkpoint", "attack_run_id", "checkpoint_dir"])

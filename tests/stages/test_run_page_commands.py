@@ -155,7 +155,7 @@ def test_the_map_of_an_attack_is_what_its_blocks_measured(store):
         [r.metrics()[f"layers/effective_rank_{block:02d}"] for block in range(4)]
         for r in outcome.records
     ]
-    assert [r.step for r in outcome.records] == [0, 4]
+    assert [r.step for r in outcome.records] == [0, 1, 2, 3, 4]
     expected = [[now / first for now, first in zip(r, logged[0], strict=True)] for r in logged]
     assert outcome.rank_shares().tolist() == [pytest.approx(r) for r in expected]
     assert outcome.rank_shares()[1].max() < 1.0
