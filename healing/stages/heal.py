@@ -229,7 +229,9 @@ class HealStage(StageDefaults):
             _save_healed(found, healed, folder, run_id)
         s = found.summary()
         numbers = {f"summary/{k}": v for k, v in s.items() if isinstance(v, (int, float))}
-        tags = {name: s[name] for name in TAGGED if s[name] not in ("", NONE)}
+        tags = {name: s[name] for name in TAGGED if s[name]}
+        if tags.get("nonfinite_origin") == NONE:
+            del tags["nonfinite_origin"]
         if not math.isnan(s["nonfinite_step"]):
             tags["nonfinite_step"] = s["nonfinite_step"]
         line = f"{self.title(found.cell)}: {_came_back(s)}"
