@@ -582,7 +582,7 @@ def test_controls_of_a_sweep_are_matched_and_numbered(store):
     assert healed[0]["checkpoint_id"] != healed[1]["checkpoint_id"]
     reference = plain_tags(by["heal", "haep", ""].tags)["checkpoint_id"]
     assert {t["reference_checkpoint_id"] for t in healed} == {reference}
-    ray = by["heal", "ray", "0"].tags
+    ray = plain_tags(by["heal", "ray", "0"].tags)
     assert (ray["direction_arm"], ray["reference_checkpoint_id"]) == ("random_text", reference)
     text = by["attack", "random_text", ""].tags
     assert by["attack", "ray", "0"].tags["direction_run_id"] != ""
