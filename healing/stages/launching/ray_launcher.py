@@ -259,7 +259,7 @@ class _Tasks:
         for chain, now in seen.now.items():
             if chain in self._results:
                 continue
-            place = (chain, now.cell)
+            place = (chain, max(0, now.cell))  # before its first it has none
             shown = self._shown.setdefault(place, self._cells.cell(now.runs))
             self._cells.tell(shown, now.share, f"{counts}; {now.text}")
 
