@@ -41,6 +41,11 @@ ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 8
 NODE = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
 
+SAME = ["--arms=haep,gaussian_noise", "--seeds=0-2", "--attack-steps=3", "--noise-match=norm",
+        f"--healing-steps={STEPS}", "--measurement-interval=2",
+        "--checkpoint-interval=2"]  # fmt: skip
+"""Of a command: the sweep of :func:`settings`."""
+
 
 def settings(output: pathlib.Path, **changes: Any) -> SweepConfig:
     values = {"models": "nano", "arms": "haep,gaussian_noise", "seeds": "0-2", "attack_steps": 3,
@@ -62,6 +67,18 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("faults")
     (folder / "faults.json").write_text("{}")
     return folder
+
+
+@contextlib.contextmanager
+def happening(faults: pathlib.Path, wanted: dict[str, dict[str, str]]) -> Iterator[None]:
+    """Workers have these faults in the block, once each, whatever happened to others before."""
+    for left in faults.iterdir():
+        left.unlink()
+    (faults / "faults.json").write_text(json.dumps(wanted))
+    try:
+        yield
+    finally:
+        (faults / "faults.json").write_text("{}")
 
 
 @pytest.fixture(scope="module")
@@ -175,29 +192,22 @@ def test_workers_and_machines_that_die_lose_nothing(store, cluster, faults, expe
     that was lost with it goes on where another machine was added: the two that are left are busy.
     """
     kill_at, hold_at = str(STEPS - 2), str(STEPS)
-    (faults / "faults.json").write_text(
-        json.dumps(
-            {
-                "haep_seed0_run01": {kill_at: KILL, hold_at: HOLD},
-                "haep_seed1_run01": {kill_at: WAIT},
-                "haep_seed2_run01": {hold_at: HOLD},
-            }
-        )
-    )
+    wanted = {
+        "haep_seed0_run01": {kill_at: KILL, hold_at: HOLD},
+        "haep_seed1_run01": {kill_at: WAIT},
+        "haep_seed2_run01": {hold_at: HOLD},
+    }
     waiting = faults / f"haep_seed1_run01-{kill_at}"
-    try:
-        with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            done = pool.submit(sweep, on_ray(store))
-            while not waiting.exists() and not done.done():
-                time.sleep(0.2)
-            removed = waiting.read_text() if waiting.exists() else pytest.fail(str(done.result()))
-            (node,) = (node for node in cluster.worker_nodes if node.node_id == removed)
-            cluster.remove_node(node, allow_graceful=False)
-            added = cluster.add_node(**NODE).node_id
-            (faults / ADDED).write_text(added)
-            done.result()
-    finally:
-        (faults / "faults.json").write_text("{}")
+    with happening(faults, wanted), concurrent.futures.ThreadPoolExecutor(1) as pool:
+        done = pool.submit(sweep, on_ray(store))
+        while not waiting.exists() and not done.done():
+            time.sleep(0.2)
+        removed = waiting.read_text() if waiting.exists() else pytest.fail(str(done.result()))
+        (node,) = (node for node in cluster.worker_nodes if node.node_id == removed)
+        cluster.remove_node(node, allow_graceful=False)
+        added = cluster.add_node(**NODE).node_id
+        (faults / ADDED).write_text(added)
+        done.result()
     assert results() == expected
     runs = computed()
     assert {run.info.status for run in runs} == {"FINISHED", "KILLED"}
@@ -232,12 +242,8 @@ def test_workers_need_nothing_but_a_server(
         monkeypatch.setenv(variable, value)
     one = {key: result for key, result in expected.items() if key[2] == "1"}
     with running(name, store / "server", monkeypatch):
-        (faults / "faults.json").write_text(json.dumps({"haep_seed1_run01": {"6": LOSE}}))
-        try:
+        with happening(faults, {"haep_seed1_run01": {"6": LOSE}}):
             sweep(on_ray(store, seeds="1"))
-        finally:
-            (faults / "faults.json").write_text("{}")
-            (faults / "haep_seed1_run01-6").unlink()
         assert results() == one
         (again,) = (r.data.tags for r in computed() if r.data.tags.get("resumed_from"))
         assert 2 <= int(again["resumed_at_step"]) <= 6
@@ -248,13 +254,10 @@ def test_two_commands_at_once_compute_nothing_twice(store, cluster, expected) ->
     and finds.
     """
     homes = [store / name for name in ("one", "other")]
-    asked = ["--arms=haep,gaussian_noise", "--seeds=0-2", "--attack-steps=3", "--noise-match=norm",
-             f"--healing-steps={STEPS}", "--measurement-interval=2",
-             "--checkpoint-interval=2"]  # fmt: skip
     with contextlib.ExitStack() as ending:
         for home in homes:
             home.mkdir()
-        both = [command(home, cluster.address, asked) for home in homes]
+        both = [command(home, cluster.address, SAME) for home in homes]
         for process in both:
             ending.callback(process.kill)
         said = [process.communicate(timeout=300)[0] for process in both]
@@ -277,6 +280,25 @@ def command(folder: pathlib.Path, address: str, asked: list[str]) -> subprocess.
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
+
+
+def test_a_command_that_is_killed_is_gone_on_with(store, cluster, expected) -> None:
+    """Nobody ends what it left; the same command does, and does nothing again that was finished."""
+    process, left = command(store, cluster.address, SAME), []
+    while {"RUNNING", "FINISHED"} - {run.info.status for run in left}:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.2)
+        left = computed()
+    process.kill()
+    process.communicate()
+    again = command(store, cluster.address, SAME)
+    said = again.communicate(timeout=300)[0]
+    assert again.returncode == 0, said
+    assert results() == expected
+    runs = {run.info.run_id: run for run in computed()}
+    assert {run.info.status for run in runs.values()} == {"FINISHED", "KILLED"}
+    finished = [run.info.run_id for run in left if run.info.status == "FINISHED"]
+    assert {runs[run_id].info.status for run_id in finished} == {"FINISHED"}
 
 
 def test_a_sweep_that_is_stopped_ends_every_run(store, cluster) -> None:

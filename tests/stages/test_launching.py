@@ -177,6 +177,8 @@ def test_a_board_counts_the_tries_of_the_cell_that_its_worker_died_in():
     assert seen.ended == [Ended(4, "first", "", "partial")]
     assert (seen.died, seen.now) == ({4: 1}, {4: now})
     board.leaves(4)
+    board.say("a warning")
+    assert [board.read().said for _ in range(2)] == [["a warning"], []]
     assert (board.read().ended, board.read().now) == ([], {})
 
 

@@ -3,8 +3,8 @@ without Ray, and what a worker does with it.
 
 Two commands may want the same cell at the same moment, on machines that share no disk. Whoever
 claims it first computes it; the other waits, and then finds a finished run, or the state that was
-left. A claim is a lease: a worker that dies gives nothing back, and another must not wait for it
-for ever.
+left. A claim is a lease: a worker that dies with its command gives nothing back, and others must
+not wait for it for ever.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ class ClaimedCells:
     Args:
         ask: Calls a method of the cluster's :class:`Claims`: name, key and holder; ``None`` where
             there is no answer. What cannot be claimed is computed, at worst twice.
-        holder: Name of this worker, no other's, as others read it.
+        holder: Name of what this worker does, as others read it: no other worker's, but that of its
+            next try.
         scope: In which a fingerprint stands for one run: the experiment.
     """
 

@@ -246,6 +246,8 @@ class _Tasks:
                 title = self._tasks[chain].chain.title
                 self._driver.console.say(f"{title}: its worker died, and it is run again")
         self._died = seen.died
+        for text in seen.said:
+            self._driver.console.say(text)
         for ended in seen.ended:
             self._failed += bool(ended.failure)
             places = [place for place in self._shown if place[0] == ended.chain]

@@ -10,7 +10,6 @@ import contextlib
 import os
 import pathlib
 import platform
-import secrets
 import shutil
 import tempfile
 import threading
@@ -180,6 +179,10 @@ class _Watch:
         place = (self._task.number, self._now.cell)
         self._asked(lambda: self._board.ended.remote(place, ended), None)
 
+    def say(self, text: str) -> None:
+        """A warning, which the command shows: nobody reads what is written here."""
+        self._asked(lambda: self._board.say.remote(f"{self._now.text}: {text}"), None)
+
     def _asked(self, call: Callable[[], Any], otherwise: Any) -> Any:
         """The board's answer; it is on the command's machine, and a command that is gone ends its
         workers too.
@@ -204,7 +207,9 @@ class _Watch:
 
 
 def _claims(here: _Here, task: Task) -> ClaimedCells:
-    """Of this try of a chain; all commands of the cluster share the actor, which outlives each."""
+    """Of a chain: its next try has what a worker that died held. All commands of the cluster share
+    the actor, which outlives each.
+    """
     import ray
 
     name = f"claims-{task.code[:16]}"  # other code has other fingerprints
@@ -218,8 +223,7 @@ def _claims(here: _Here, task: Task) -> ClaimedCells:
         except (ray.exceptions.RayError, ValueError):  # the latter of two that make it at once
             return None
 
-    holder = f"a worker on {here.machine} ({secrets.token_hex(4)})"
-    return ClaimedCells(ask, holder, task.above.experiment_id)
+    return ClaimedCells(ask, f"Ray's task {here.task}", task.above.experiment_id)
 
 
 def died_text(tries: int, memory: int) -> str:
@@ -297,7 +301,8 @@ def _run(
         store.below(task.above, folder, console.say) as run,
         _Watch(board, task, store, stop) as watch,
     ):
-        states = StoredSnapshots(FileSnapshots(STATE_CLASSES), task.above.experiment_id)
+        own = FileSnapshots(STATE_CLASSES)
+        states = StoredSnapshots(own, task.above.experiment_id, watch.say)
         alone = _claims(here, task)
         driver = Driver(console, store, stop=stop, snapshots=states, alone=alone)
         try:
