@@ -12,7 +12,8 @@ import copy
 import functools
 import pathlib
 import time
-from collections.abc import Collection, Hashable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -46,6 +47,8 @@ C = TypeVar("C")
 R = TypeVar("R")
 
 
+Alone = Callable[[str, Callable[[str], None]], AbstractContextManager[None]]
+"""Has the cell of a fingerprint alone for a block; calls a function while it waits for that."""
 DONE = "done"
 """Phase of a run that ended well."""
 
@@ -61,6 +64,8 @@ class Driver:
         again: Whether a finished run of the same fingerprint is taken for every child, as where a
             run that was cut goes on.
         clock: Tells the seconds of phases.
+        alone: Keeps others off a cell who share no folder with this process; ``None`` = there are
+            none.
     """
 
     def __init__(
@@ -72,10 +77,11 @@ class Driver:
         snapshots: Snapshots | None = None,
         again: bool = False,
         clock: Clock = time.monotonic,
+        alone: Alone | None = None,
     ) -> None:
         self.console, self.store = console, store or MlflowStore()
         self.stop, self.clock = stop or Stop(), clock
-        self.snapshots, self.again = snapshots, again
+        self.snapshots, self.again, self.alone = snapshots, again, alone
         self._known: dict[Hashable, Done] = {}
         self._begun: dict[pathlib.Path, str] = {}
 
@@ -204,7 +210,7 @@ class Driver:
                 below = None
             if found := self._finished(own, begin, folder, below):
                 return found
-            with self._alone(folder):
+            with self._alone(folder, begin.fingerprint):
                 # Another may have done the same meanwhile.
                 if found := self._finished(own, begin, folder, below):
                     return found
@@ -264,8 +270,8 @@ class Driver:
                     settle(folder, run_id)
 
     @contextlib.contextmanager
-    def _alone(self, folder: pathlib.Path) -> Iterator[None]:
-        """Nobody else writes a run's folder meanwhile."""
+    def _alone(self, folder: pathlib.Path, fingerprint: str) -> Iterator[None]:
+        """Nobody else writes a run's folder, or computes the same elsewhere, meanwhile."""
         told: set[str] = set()
 
         def waiting(text: str) -> None:
@@ -277,6 +283,8 @@ class Driver:
         with contextlib.ExitStack() as ending:
             with writing(folder):
                 ending.enter_context(only_owner(folder, waiting))
+            if self.alone is not None:
+                ending.enter_context(self.alone(fingerprint, waiting))
             yield
 
     def _announce(

@@ -1,7 +1,9 @@
 """Faults of a cluster's workers, installed in each by Ray's set-up hook: at the record of a step a
-worker kills itself, or says where it is and waits until its machine is taken away.
+worker kills itself, with its disk or without, or says where it is and waits until its machine is
+taken away, or holds its machine until another has come.
 
-``faults.json`` in the folder that ``RAY_FAULTS`` names: part of the name of a run's folder → fault.
+``faults.json`` in the folder that ``RAY_FAULTS`` names: part of the name of a run's folder → step
+→ fault.
 """
 
 from __future__ import annotations
@@ -9,14 +11,16 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import shutil
 import signal
 import threading
 from collections.abc import Mapping
 from typing import Any
 
 FOLDER = "RAY_FAULTS"
-STEP = 6
-KILL, WAIT = "kill", "wait"
+KILL, LOSE, WAIT, HOLD = "kill", "lose", "wait", "hold"
+ADDED = "added"
+"""File with the id of the machine that came."""
 
 
 def install() -> None:
@@ -27,37 +31,54 @@ def install() -> None:
 
     def appended(self: JsonLines, record: Mapping[str, Any]) -> None:
         append(self, record)
-        if self.path.name == "metrics.jsonl" and record["step"] == STEP:
-            happen(self.path.parent.name)
+        if self.path.name == "metrics.jsonl":
+            happen(self.path.parent, str(record["step"]))
 
     JsonLines.append = appended  # type: ignore[method-assign]
 
 
-def happen(run: str) -> None:
-    """The fault of this run, if it has one that did not happen yet."""
+def happen(folder: pathlib.Path, step: str) -> None:
+    """The fault of this run and step, if it has one that did not happen yet."""
+    run = folder.name
     place = pathlib.Path(os.environ[FOLDER])
-    faults = json.loads((place / "faults.json").read_text())
-    for part, fault in faults.items():
-        marker = place / part
-        if part in run and not marker.exists():
-            wait_for_a_stored_state(run)
-            if fault == KILL:
-                marker.write_text(str(os.getpid()))
-                os.kill(os.getpid(), signal.SIGKILL)
-            import ray
+    for part, faults in json.loads((place / "faults.json").read_text()).items():
+        marker = place / f"{part}-{step}"
+        if part not in run or step not in faults or marker.exists():
+            continue
+        if faults[step] == HOLD:
+            wait_for_a_run_on(place / ADDED)
+            continue
+        wait_for_a_stored_state(run)
+        if faults[step] in (KILL, LOSE):
+            if faults[step] == LOSE:
+                shutil.rmtree(folder.parent)
+            marker.write_text(str(os.getpid()))
+            os.kill(os.getpid(), signal.SIGKILL)
+        import ray
 
-            marker.write_text(ray.get_runtime_context().get_node_id())
-            with (place / "pipe").open("w") as pipe:  # until somebody reads
-                pipe.write(part)
-            threading.Event().wait()  # until the machine is gone
+        partial = marker.with_suffix(".partial")
+        partial.write_text(ray.get_runtime_context().get_node_id())
+        partial.replace(marker)
+        threading.Event().wait()  # until the machine is gone
 
 
 def wait_for_a_stored_state(run: str) -> None:
     """What was saved is on its way to the store, which is no fault of this test's."""
+    own = run.rpartition("_")[2]  # a fingerprint's beginning
+    _wait_for(f"tags.kept_state != '' and tags.fingerprint LIKE '{own}%'")
+
+
+def wait_for_a_run_on(added: pathlib.Path) -> None:
+    """A machine that came is of use."""
+    while not added.exists():
+        threading.Event().wait(0.2)
+    _wait_for(f"tags.ray_node_id = '{added.read_text()}'")
+
+
+def _wait_for(wanted: str) -> None:
     from mlflow.tracking import MlflowClient
 
-    client, own = MlflowClient(), run.rpartition("_")[2]  # a fingerprint's beginning
+    client = MlflowClient()
     experiments = [e.experiment_id for e in client.search_experiments()]
-    wanted = f"tags.kept_state != '' and tags.fingerprint LIKE '{own}%'"
     while not client.search_runs(experiments, wanted):
         threading.Event().wait(0.2)

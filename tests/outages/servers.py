@@ -79,6 +79,8 @@ class Server:
         environment = {
             **os.environ,
             "MLFLOW_DISABLE_TELEMETRY": "true",
+            # Eight processes beside the server, for judges and the like, that nobody asks here.
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
             "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{self.folder}/mlflow.db",
             **self._environment,
         }

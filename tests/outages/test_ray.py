@@ -6,6 +6,8 @@ machine, each with a folder of its own for its workers.
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import json
 import os
 import pathlib
@@ -14,7 +16,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -27,7 +28,9 @@ from healing.config.sweep import SweepConfig
 from healing.models.checkpoints import read_checkpoint
 from healing.stages.sweep import sweep
 from healing.tracking.run_files import plain, read_jsonl
-from tests.outages.ray_faults import FOLDER, KILL, STEP, WAIT
+from tests.outages.ray_faults import ADDED, FOLDER, HOLD, KILL, LOSE, WAIT
+from tests.servers.backends import S3_LOGIN
+from tests.servers.test_servers import running
 
 # Read when Ray is imported: who does not have this run's token can do nothing with its cluster.
 os.environ.setdefault("RAY_AUTH_MODE", "token")
@@ -36,10 +39,16 @@ ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'llm-
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 8
+NODE = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
+
+SAME = ["--arms=haep,gaussian_noise", "--seeds=0-2", "--attack-steps=3", "--noise-match=norm",
+        f"--healing-steps={STEPS}", "--measurement-interval=2",
+        "--checkpoint-interval=2"]  # fmt: skip
+"""Of a command: the sweep of :func:`settings`."""
 
 
 def settings(output: pathlib.Path, **changes: Any) -> SweepConfig:
-    values = {"models": "nano", "arms": "haep,gaussian_noise", "seeds": "0,1", "attack_steps": 3,
+    values = {"models": "nano", "arms": "haep,gaussian_noise", "seeds": "0-2", "attack_steps": 3,
               "healing_steps": STEPS, "batch_size": 2, "sequence_length": 64, "workers": 1,
               "measurement_interval": 2, "noise_match": "norm", "verbosity": "quiet",
               "checkpoint_interval": 2, "output_dir": str(output)}  # fmt: skip
@@ -57,8 +66,19 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """Folder that says which workers die; none at first."""
     folder = tmp_path_factory.mktemp("faults")
     (folder / "faults.json").write_text("{}")
-    os.mkfifo(folder / "pipe")
     return folder
+
+
+@contextlib.contextmanager
+def happening(faults: pathlib.Path, wanted: dict[str, dict[str, str]]) -> Iterator[None]:
+    """Workers have these faults in the block, once each, whatever happened to others before."""
+    for left in faults.iterdir():
+        left.unlink()
+    (faults / "faults.json").write_text(json.dumps(wanted))
+    try:
+        yield
+    finally:
+        (faults / "faults.json").write_text("{}")
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +87,7 @@ def cluster(faults: pathlib.Path) -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
     own = {FOLDER: str(faults), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
-           "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}  # fmt: skip
+           "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", **S3_LOGIN}  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         for name, value in own.items():
             patch.setenv(name, value)
@@ -75,7 +95,7 @@ def cluster(faults: pathlib.Path) -> Iterator[Any]:
         found = Cluster(initialize_head=True, head_node_args={**small, "num_cpus": 0})
         try:
             for _ in range(3):
-                found.add_node(num_cpus=1, object_store_memory=80 * 2**20)
+                found.add_node(**NODE)
             hook = {"worker_process_setup_hook": "tests.outages.ray_faults.install"}
             ray.init(address=found.address, namespace="llm-healing", runtime_env=hook,
                      log_to_driver=False, logging_level="ERROR")  # fmt: skip
@@ -141,7 +161,7 @@ def test_a_sweep_on_a_cluster_leaves_what_threads_leave(store, cluster, expected
     assert {g.arm for g in summary.groups} == {"haep", "gaussian_noise", "none"}
     found = results()
     assert set(found) == set(expected)
-    assert len(found) == 10  # of two seeds: the sham, two attacks, two healings of them
+    assert len(found) == 15  # of three seeds: the sham, two attacks, two healings of them
     for key, result in expected.items():
         assert found[key] == result, key
     runs = computed()
@@ -150,7 +170,7 @@ def test_a_sweep_on_a_cluster_leaves_what_threads_leave(store, cluster, expected
     nodes = {run.data.tags["ray_node_id"] for run in runs}
     assert nodes <= {node.node_id for node in cluster.worker_nodes}
     tasks = {run.data.params["seed"]: run.data.tags["ray_task_id"] for run in runs}
-    assert len(set(tasks.values())) == 2
+    assert len(set(tasks.values())) == 3
     # A folder for every node, with nothing left in it, no state in the store, and no file of a run
     # on this side.
     left = store / "workers"
@@ -164,40 +184,36 @@ def test_a_sweep_on_a_cluster_leaves_what_threads_leave(store, cluster, expected
     (again, _) = MlflowClient().search_runs(
         [runs[0].info.experiment_id], "tags.stage = 'main'", order_by=["attributes.start_time DESC"]
     )
-    assert again.data.tags["reused_runs"] == "6"
+    assert again.data.tags["reused_runs"] == "9"
 
 
 def test_workers_and_machines_that_die_lose_nothing(store, cluster, faults, expected) -> None:
-    """One worker is killed amid its healing, the machine of another is taken away, and another
-    machine is added.
+    """One worker is killed amid its healing, the machine of another is taken away, and the chain
+    that was lost with it goes on where another machine was added: the two that are left are busy.
     """
-    (faults / "faults.json").write_text(
-        json.dumps({"haep_seed0_run01": KILL, "haep_seed1_run01": WAIT})
-    )
-    removed: list[str] = []
-
-    def take_away() -> None:
-        with (faults / "pipe").open() as pipe:  # until a worker says that it waits
-            pipe.read()
-        lost = (faults / "haep_seed1_run01").read_text()
-        (node,) = (node for node in cluster.worker_nodes if node.node_id == lost)
+    kill_at, hold_at = str(STEPS - 2), str(STEPS)
+    wanted = {
+        "haep_seed0_run01": {kill_at: KILL, hold_at: HOLD},
+        "haep_seed1_run01": {kill_at: WAIT},
+        "haep_seed2_run01": {hold_at: HOLD},
+    }
+    waiting = faults / f"haep_seed1_run01-{kill_at}"
+    with happening(faults, wanted), concurrent.futures.ThreadPoolExecutor(1) as pool:
+        done = pool.submit(sweep, on_ray(store))
+        while not waiting.exists() and not done.done():
+            time.sleep(0.2)
+        removed = waiting.read_text() if waiting.exists() else pytest.fail(str(done.result()))
+        (node,) = (node for node in cluster.worker_nodes if node.node_id == removed)
         cluster.remove_node(node, allow_graceful=False)
-        removed.append(lost)
-        cluster.add_node(wait=False, num_cpus=1, object_store_memory=80 * 2**20)
-
-    taking = threading.Thread(target=take_away, daemon=True)
-    taking.start()
-    try:
-        sweep(on_ray(store))
-    finally:
-        (faults / "faults.json").write_text("{}")
-    taking.join(60)
-    assert removed, "no machine was taken away"
+        added = cluster.add_node(**NODE).node_id
+        (faults / ADDED).write_text(added)
+        done.result()
     assert results() == expected
     runs = computed()
     assert {run.info.status for run in runs} == {"FINISHED", "KILLED"}
     killed = [run for run in runs if run.info.status == "KILLED"]
     assert sorted(run.data.params["seed"] for run in killed) == ["0", "1"]
+    resumed_on = {}
     for cut in killed:
         seed = cut.data.params["seed"]
         (again,) = (
@@ -207,26 +223,88 @@ def test_workers_and_machines_that_die_lose_nothing(store, cluster, faults, expe
         )  # fmt: skip
         assert again["try"] == "2"
         assert again["ray_task_id"] == cut.data.tags["ray_task_id"]
-        assert 2 <= int(again["resumed_at_step"]) <= STEP, f"seed {seed} began anew"
+        assert 2 <= int(again["resumed_at_step"]) <= STEPS - 2, f"seed {seed} began anew"
+        resumed_on[seed] = again["ray_node_id"]
         if seed == "1":
-            assert cut.data.tags["ray_node_id"] == removed[0]
-            assert again["ray_node_id"] != removed[0]
+            assert cut.data.tags["ray_node_id"] == removed
+    assert removed not in resumed_on.values()
+    assert added in resumed_on.values()
 
 
-def command(folder: pathlib.Path, address: str) -> subprocess.Popen[str]:
-    arguments = ["--models=nano", "--arms=none,random_tokens", "--seeds=0-3", "--attack-steps=2",
-                 "--healing-steps=400", "--batch-size=2", "--sequence-length=64", "--launcher=ray",
-                 "--measurement-interval=10", f"--output-dir={folder}/output", "--worker-memory=0",
+@pytest.mark.parametrize("name", ["team", "S3"])
+def test_workers_need_nothing_but_a_server(
+    store, cluster, faults, expected, monkeypatch, name
+) -> None:
+    """PostgreSQL, users, and S3 behind the server; S3 that workers write to themselves. A worker is
+    killed, and what it had on its disk is lost: its state comes back from the server.
+    """
+    for variable, value in S3_LOGIN.items():
+        monkeypatch.setenv(variable, value)
+    one = {key: result for key, result in expected.items() if key[2] == "1"}
+    with running(name, store / "server", monkeypatch):
+        with happening(faults, {"haep_seed1_run01": {"6": LOSE}}):
+            sweep(on_ray(store, seeds="1"))
+        assert results() == one
+        (again,) = (r.data.tags for r in computed() if r.data.tags.get("resumed_from"))
+        assert 2 <= int(again["resumed_at_step"]) <= 6
+
+
+def test_two_commands_at_once_compute_nothing_twice(store, cluster, expected) -> None:
+    """Neither knows of the other, and they share no folder: what one computes the other waits for,
+    and finds.
+    """
+    homes = [store / name for name in ("one", "other")]
+    with contextlib.ExitStack() as ending:
+        for home in homes:
+            home.mkdir()
+        both = [command(home, cluster.address, SAME) for home in homes]
+        for process in both:
+            ending.callback(process.kill)
+        said = [process.communicate(timeout=300)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert results() == expected
+    assert len(computed()) == len(expected), "a cell was begun twice"
+    (experiment,) = {run.info.experiment_id for run in computed()}
+    parents = MlflowClient().search_runs([experiment], "tags.stage = 'main'")
+    assert len({run.data.tags["parent"] for run in computed()}) in (1, 2)
+    assert sum(int(run.data.tags["reused_runs"]) for run in parents) == 9
+
+
+def command(folder: pathlib.Path, address: str, asked: list[str]) -> subprocess.Popen[str]:
+    """``main`` on the cluster, as a process of its own."""
+    arguments = ["--models=nano", "--batch-size=2", "--sequence-length=64", "--launcher=ray",
+                 f"--output-dir={folder}/output", "--worker-memory=0", "--device=cpu",
                  f"--worker-dir={folder}/workers", f"--ray-address={address}"]  # fmt: skip
     return subprocess.Popen(
-        [sys.executable, "-m", "entrypoints.main", *arguments], text=True,
+        [sys.executable, "-m", "entrypoints.main", *arguments, *asked], text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
 
 
+def test_a_command_that_is_killed_is_gone_on_with(store, cluster, expected) -> None:
+    """Nobody ends what it left; the same command does, and does nothing again that was finished."""
+    process, left = command(store, cluster.address, SAME), []
+    while {"RUNNING", "FINISHED"} - {run.info.status for run in left}:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.2)
+        left = computed()
+    process.kill()
+    process.communicate()
+    again = command(store, cluster.address, SAME)
+    said = again.communicate(timeout=300)[0]
+    assert again.returncode == 0, said
+    assert results() == expected
+    runs = {run.info.run_id: run for run in computed()}
+    assert {run.info.status for run in runs.values()} == {"FINISHED", "KILLED"}
+    finished = [run.info.run_id for run in left if run.info.status == "FINISHED"]
+    assert {runs[run_id].info.status for run_id in finished} == {"FINISHED"}
+
+
 def test_a_sweep_that_is_stopped_ends_every_run(store, cluster) -> None:
-    process = command(store, cluster.address)
+    asked = ["--arms=none,random_tokens", "--seeds=0-3", "--attack-steps=2",
+             "--healing-steps=400", "--measurement-interval=10"]  # fmt: skip
+    process = command(store, cluster.address, asked)
     end = time.monotonic() + 300
     while not any(run.info.status == "RUNNING" for run in computed()):
         assert time.monotonic() < end

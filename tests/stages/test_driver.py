@@ -209,6 +209,27 @@ def test_what_another_finished_between_the_look_and_the_lock_is_not_done_again(
     assert store.get_run(done.run_id).status == "FINISHED"
 
 
+def test_what_another_finished_elsewhere_while_its_cell_was_claimed_is_not_done_again(tmp_path):
+    """Two machines share no folder, and so no lock of one."""
+    store, other, late, asked = LocalStore(), Toy(), Toy(), []
+
+    @contextlib.contextmanager
+    def claimed(fingerprint, waiting):
+        asked.append(fingerprint)
+        elsewhere = Config(str(tmp_path / "elsewhere"))
+        with driver(store).process("other", {"stage": "toy"}) as parent:
+            driver(store).run_cell(other, elsewhere, parent=parent, reuse=True)
+        waiting("waiting for another")
+        yield
+
+    with driver(store).process("late", {"stage": "toy"}) as parent:
+        own = driver(store, alone=claimed)
+        done = own.run_cell(late, Config(str(tmp_path)), parent=parent, reuse=True)
+    assert asked == ["f6"]
+    assert (other.computed, late.computed) == ([1, 2, 3, 4, 5, 6], [])
+    assert done.reused
+
+
 def test_what_comes_first_is_a_child_and_run_once(tmp_path):
     d, stage = driver(), Toy()
     with d.process("process", {}) as own:

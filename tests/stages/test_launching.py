@@ -1,19 +1,24 @@
-"""Chains of a sweep as descriptions, what they ask of a cluster, and the board of their workers."""
+"""Chains of a sweep as descriptions, what they ask of a cluster, the board of their workers, and
+their claims.
+"""
 
 from __future__ import annotations
 
 import pickle
 import sys
+import threading
 from dataclasses import replace
 
 import pytest
 
 from healing.config.sweep import SweepConfig
 from healing.errors import ConfigError, HealingError
+from healing.progress import Stopped
 from healing.stages.driver import Driver
-from healing.stages.launching import ray_launcher, shares
+from healing.stages.launching import claims, ray_launcher, shares
 from healing.stages.launching.board import Board, Ended, Now
 from healing.stages.launching.chain import CellResult, chains_of, run_chain
+from healing.stages.launching.claims import LEASE_SECONDS, ClaimedCells, Claims
 from healing.stages.launching.ray_cluster import connected
 from healing.stages.launching.ray_launcher import RayLauncher, lacking
 from healing.stages.launching.ray_worker import died_text, scratch_of
@@ -172,6 +177,8 @@ def test_a_board_counts_the_tries_of_the_cell_that_its_worker_died_in():
     assert seen.ended == [Ended(4, "first", "", "partial")]
     assert (seen.died, seen.now) == ({4: 1}, {4: now})
     board.leaves(4)
+    board.say("a warning")
+    assert [board.read().said for _ in range(2)] == [["a warning"], []]
     assert (board.read().ended, board.read().now) == ([], {})
 
 
@@ -195,3 +202,90 @@ def test_nodes_of_one_machine_have_folders_of_their_own(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(HealingError, match=r"--worker-dir: .* cannot be used"):
         scratch_of(str(tmp_path / "file"), "c" * 20)
+
+
+def test_a_claim_is_one_holders_until_it_is_given_back_or_its_lease_is_over():
+    now = [100.0]
+    held = Claims(lambda: now[0])
+    assert held.take("cell", "a") == "a"
+    assert held.take("cell", "b") == "a"
+    assert held.take("another", "b") == "b"
+    now[0] += LEASE_SECONDS - 1
+    assert held.take("cell", "a") == "a"  # its holder is there
+    now[0] += LEASE_SECONDS - 1
+    assert held.take("cell", "b") == "a"
+    now[0] += 1
+    assert held.take("cell", "b") == "b"  # nothing was heard of a for a lease
+    assert held.take("cell", "a") == "b"
+    held.give_back("cell", "a")  # comes back late
+    assert held.take("cell", "a") == "b"
+    held.give_back("cell", "b")
+    assert held.take("cell", "a") == "a"
+
+
+def asked_of(held: Claims):
+    return lambda method, key, holder: getattr(held, method)(key, holder)
+
+
+def test_who_comes_second_waits_and_is_told_for_whom(monkeypatch):
+    monkeypatch.setattr(claims, "LOOK_SECONDS", 0)
+    held, told, order = Claims(), [], []
+    first, second = (ClaimedCells(asked_of(held), name, "7") for name in ("first", "second"))
+    inside = first("f", pytest.fail)
+    inside.__enter__()
+
+    def waiting(text: str) -> None:
+        told.append(text)
+        if len(told) == 3:
+            order.append("first is through")
+            inside.__exit__(None, None, None)
+
+    with second("f", waiting):
+        order.append("second begins")
+    assert told == ["waiting for first, which computes the same"] * 3
+    assert order == ["first is through", "second begins"]
+    assert held.take("7/f", "anybody") == "anybody"  # given back
+
+
+def test_claims_are_of_one_experiment_and_cell(monkeypatch):
+    held = Claims()
+    with ClaimedCells(asked_of(held), "a", "1")("f", pytest.fail):
+        with ClaimedCells(asked_of(held), "b", "2")("f", pytest.fail):
+            pass
+        with ClaimedCells(asked_of(held), "b", "1")("g", pytest.fail):
+            pass
+
+
+def test_a_claim_is_renewed_while_the_cell_is_computed(monkeypatch):
+    monkeypatch.setattr(claims, "RENEW_SECONDS", 0.001)
+    words, renewed = [], threading.Event()
+
+    def ask(method: str, key: str, holder: str) -> str:
+        words.append(method)
+        if words.count("take") == 5:
+            renewed.set()
+        return holder
+
+    with ClaimedCells(ask, "a", "1")("f", pytest.fail):
+        assert renewed.wait(60)
+    assert words[-1] == "give_back"
+    assert not any(t.name == "renews a claim" for t in threading.enumerate())
+
+
+def test_who_is_told_to_stop_while_it_waits_claims_nothing(monkeypatch):
+    monkeypatch.setattr(claims, "LOOK_SECONDS", 0)
+    held = Claims()
+    held.take("1/f", "a")
+
+    def waiting(text: str) -> None:
+        raise Stopped(15)
+
+    with pytest.raises(Stopped), ClaimedCells(asked_of(held), "b", "1")("f", waiting):
+        pytest.fail("it is another's")
+    held.give_back("1/f", "a")
+    assert held.take("1/f", "c") == "c"
+
+
+def test_without_an_answer_a_cell_is_computed():
+    with ClaimedCells(lambda *_: None, "a", "1")("f", pytest.fail):
+        pass

@@ -53,11 +53,13 @@ class Seen:
         now: Chain → what its worker is doing.
         ended: Cells that ended since the last look.
         died: Chain → how many of its workers died so far, where any did.
+        said: Warnings since the last look.
     """
 
     now: dict[int, Now] = field(default_factory=dict)
     ended: list[Ended] = field(default_factory=list)
     died: dict[int, int] = field(default_factory=dict)
+    said: list[str] = field(default_factory=list)
 
 
 class Board:
@@ -69,6 +71,7 @@ class Board:
         self._over: set[Place] = set()
         self._now: dict[int, Now] = {}
         self._ended: list[Ended] = []
+        self._said: list[str] = []
         self._signum: int | None = None
 
     def enters(self, chain: int) -> int:
@@ -95,15 +98,20 @@ class Board:
             self._over.add(place)
             self._ended.append(ended)
 
+    def say(self, text: str) -> None:
+        """A warning."""
+        self._said.append(text)
+
     def leaves(self, chain: int) -> None:
         """A worker is through with a chain."""
         self._now.pop(chain, None)
 
     def read(self) -> Seen:
-        """What is new; cells that ended are told once."""
+        """What is new; cells that ended, and warnings, are told once."""
         ended, self._ended = self._ended, []
+        said, self._said = self._said, []
         died = {chain: n - 1 for chain, n in self._entered.items() if n > 1}
-        return Seen(dict(self._now), ended, died)
+        return Seen(dict(self._now), ended, died, said)
 
     def stop(self, signum: int) -> None:
         """Every worker is to end at its next safe point."""

@@ -246,6 +246,8 @@ class _Tasks:
                 title = self._tasks[chain].chain.title
                 self._driver.console.say(f"{title}: its worker died, and it is run again")
         self._died = seen.died
+        for text in seen.said:
+            self._driver.console.say(text)
         for ended in seen.ended:
             self._failed += bool(ended.failure)
             places = [place for place in self._shown if place[0] == ended.chain]
@@ -259,7 +261,7 @@ class _Tasks:
         for chain, now in seen.now.items():
             if chain in self._results:
                 continue
-            place = (chain, now.cell)
+            place = (chain, max(0, now.cell))  # before its first it has none
             shown = self._shown.setdefault(place, self._cells.cell(now.runs))
             self._cells.tell(shown, now.share, f"{counts}; {now.text}")
 

@@ -28,6 +28,8 @@ from healing.stages.cells.sweep_plan import SweepCell
 from healing.stages.driver import Driver
 from healing.stages.launching.board import Ended, Now
 from healing.stages.launching.chain import CellResult, Chain, run_chain
+from healing.stages.launching.claims import ClaimedCells, Claims
+from healing.stages.launching.ray_cluster import NAMESPACE
 from healing.stages.terminal.console import CellProgress, Console
 from healing.tracking.open_runs import Above
 from healing.tracking.processes import only_owner
@@ -177,6 +179,10 @@ class _Watch:
         place = (self._task.number, self._now.cell)
         self._asked(lambda: self._board.ended.remote(place, ended), None)
 
+    def say(self, text: str) -> None:
+        """A warning, which the command shows: nobody reads what is written here."""
+        self._asked(lambda: self._board.say.remote(f"{self._now.text}: {text}"), None)
+
     def _asked(self, call: Callable[[], Any], otherwise: Any) -> Any:
         """The board's answer; it is on the command's machine, and a command that is gone ends its
         workers too.
@@ -200,6 +206,26 @@ class _Watch:
             self._tell()
 
 
+def _claims(here: _Here, task: Task) -> ClaimedCells:
+    """Of a chain: its next try has what a worker that died held. All commands of the cluster share
+    the actor, which outlives each.
+    """
+    import ray
+
+    name = f"claims-{task.code[:16]}"  # other code has other fingerprints
+    kept = {"lifetime": "detached", "max_restarts": -1, "num_cpus": 0}
+    options = {"name": name, "namespace": NAMESPACE, "get_if_exists": True, **kept}
+
+    def ask(method: str, key: str, holder: str) -> Any:
+        try:
+            actor = ray.remote(Claims).options(**options).remote()
+            return ray.get(getattr(actor, method).remote(key, holder))
+        except (ray.exceptions.RayError, ValueError):  # the latter of two that make it at once
+            return None
+
+    return ClaimedCells(ask, f"Ray's task {here.task}", task.above.experiment_id)
+
+
 def died_text(tries: int, memory: int) -> str:
     """Why a cell is given up whose worker died every time."""
     asked = f"; it was given {memory / 1e9:.2f} GB" if memory else ""
@@ -210,10 +236,22 @@ def died_text(tries: int, memory: int) -> str:
 
 
 @contextlib.contextmanager
-def _own_folder(task: Task, here: _Here) -> Iterator[pathlib.Path]:
-    """The chain's folder on this machine, for the block alone; what a try before left is in it."""
+def _own_folder(task: Task, here: _Here, board: Any) -> Iterator[pathlib.Path]:
+    """The chain's folder on this machine, for the block alone; what a try before left is in it.
+
+    Raises:
+        Stopped: The sweep ends while another command has it.
+    """
+    import ray
+
+    def waiting(text: str) -> None:
+        now = Now(0, 1, 0.0, f"{task.chain.title}: {text}")
+        signum = ray.get(board.tell.remote(task.number, now))
+        if signum is not None:
+            raise Stopped(signum)
+
     place = scratch_of(task.chain.config.worker_dir, here.node) / task.chain.name()
-    with only_owner(place, lambda text: None):
+    with only_owner(place, waiting):
         yield place
 
 
@@ -242,7 +280,8 @@ def work(task: Task, finished: Mapping[str, str], board: Any) -> list[CellResult
     if ray.get(board.enters.remote(task.number)) > 1:
         again = "its worker died, and the cell is tried again"
         close_runs_of_task(task.above.experiment_id, here.task, again)
-    with _own_folder(task, here) as folder:
+    results = None
+    with contextlib.suppress(Stopped), _own_folder(task, here, board) as folder:
         results = _run(task, finished, board, here, folder)
         # What was stopped goes on from it; what the store did not take waits in it.
         if results is not None and not (folder / PLACE).exists():
@@ -262,8 +301,10 @@ def _run(
         store.below(task.above, folder, console.say) as run,
         _Watch(board, task, store, stop) as watch,
     ):
-        states = StoredSnapshots(FileSnapshots(STATE_CLASSES), task.above.experiment_id)
-        driver = Driver(console, store, stop=stop, snapshots=states)
+        own = FileSnapshots(STATE_CLASSES)
+        states = StoredSnapshots(own, task.above.experiment_id, watch.say)
+        alone = _claims(here, task)
+        driver = Driver(console, store, stop=stop, snapshots=states, alone=alone)
         try:
             results = run_chain(chain, driver, run, watch)
         except Stopped:
