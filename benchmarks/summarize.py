@@ -21,6 +21,7 @@ import argparse
 import base64
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import math

@@ -40,8 +40,8 @@ class PageSize:
 
 
 SERVER, DATABASE = PageSize(), PageSize(1000, 250_000)
-"""With a server between, and without. SQLite reads all points of a metric, of whatever run, for every
-question (3.17.2: it prefers the primary key's index), so that questions are few."""
+"""With a server between, and without. SQLite reads all points of a metric, of whatever run, for
+every question (3.17.2: it prefers the primary key's index), so that questions are few."""
 
 
 @dataclass(frozen=True)
