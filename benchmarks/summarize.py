@@ -278,14 +278,19 @@ def in_fresh_process(way: str, uri: str, folder: pathlib.Path) -> dict[str, obje
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def serve(folder: pathlib.Path) -> tuple[subprocess.Popen[bytes], str]:
+def serve(
+    folder: pathlib.Path, database: str = "", workers: int = 1
+) -> tuple[subprocess.Popen[bytes], str]:
+    """A tracking server and its address; its files, and without another database that too, are in
+    the folder.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     server = subprocess.Popen(
         [sys.executable, "-m", "mlflow", "server", "--backend-store-uri",
-         f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", f"{folder}/artifacts",
-         "--workers", "1", "--port", str(port)],
+         database or f"sqlite:///{folder}/mlflow.db", "--artifacts-destination",
+         f"{folder}/artifacts", "--workers", str(workers), "--port", str(port)],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=folder,
         env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true",
              "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
