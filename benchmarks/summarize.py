@@ -10,16 +10,21 @@ each: finding the runs, reading them, pooling them, drawing and storing the summ
 * ``tag``: the trajectory as one compressed tag, found with the run.
 
     python -m benchmarks.summarize [--runs 1000] [--rounds 3] [--ways bulk,artifact,threads,tag]
+        [--stores sqlite,http]
+
+Ten thousand runs take 3 GB of disk for each store.
 """
 
 from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import hashlib
 import itertools
 import json
 import logging
+import math
 import os
 import pathlib
 import resource
@@ -34,23 +39,30 @@ import time
 import urllib.request
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 import numpy as np
+import torch
+from mlflow.tracking import MlflowClient
 
-from benchmarks.table import at_most, save, show
+from benchmarks.stopwatch import Stopwatch
+from benchmarks.table import Row, at_most, save, show
 from healing.config.summarize import SummarizeConfig
+from healing.stages import summarize as stage
 from healing.stages import summarize_inputs
-from healing.stages.summarize import find_runs, summarize
-from healing.statistics.heal_runs import ENDPOINTS
-from healing.statistics.summary import summarize_runs
-from healing.tracking import queries, run_logger
+from healing.statistics.heal_runs import ENDPOINTS, HealRun
+from healing.tracking import queries
 from healing.tracking.metric_history import Trajectory
 
 METRICS = (
     "effective_rank", "perplexity", "loss", "train_loss", "grad_norm", "nonfinite_tokens",
     "tokens_per_second", "rank_recovery_pct", "loss_recovery_pct", "ppl_improvement_pct",
 )  # fmt: skip
-TARGET_SECONDS, TARGET_MEGABYTES = {"sqlite": 20, "http": 60}, 1000
+TARGETS = {
+    1000: {"sqlite": (20, 1000), "http": (60, 1000)},
+    10_000: {"sqlite": (90, 2000), "http": (90, 2000)},
+}
+"""Runs → store → seconds and megabytes."""
 POINTS, INTERVAL = 51, 10
 MODELS = {"nano": 309_792, "micro": 1_317_632}
 ARMS = ("haep", "gaussian_noise", "spectral", "random_tokens", "random_text")
@@ -82,41 +94,80 @@ def tags_of(number: int) -> dict[str, str]:
     }  # fmt: skip
 
 
+PARAMS, TAGS, LATEST = 52, 48, 74
+"""That a healing run of nano with the default settings has."""
+
+
 def make_store(folder: pathlib.Path, count: int) -> None:
-    """Runs through MLflow's client, their points in one SQL insert each."""
+    """The first run through MLflow's client; the others are its rows again, with their own tags,
+    parameters and points.
+    """
     rng = np.random.default_rng(0)
     os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
-    client = run_logger.MlflowClient()
+    client = MlflowClient()
     experiment = client.create_experiment("bench", artifact_location=f"{folder}/artifacts")
-    points, latest = [], []
-    for number in range(count):
-        tags = tags_of(number)
-        run = client.create_run(experiment, tags=tags, run_name=f"heal {number}").info
-        values = trajectory(rng)
-        params = {f"heal.option_{i}": str(i) for i in range(25)}
-        params |= {"n_params": str(MODELS[tags["model"]]), "model": tags["model"]}
-        client.log_batch(run.run_id, params=[run_logger.Param(k, v) for k, v in params.items()])
-        rows = []
-        for i, row in enumerate(values.tolist()):
-            step, moment = i * INTERVAL, 1_700_000_000_000 + 1000 * i
-            points += [
-                (k, v, moment, step, 0, run.run_id) for k, v in zip(METRICS, row, strict=True)
-            ]
-            rows.append(json.dumps({"step": step, **dict(zip(METRICS, row, strict=True))}))
-        last = dict(zip(METRICS, values[-1].tolist(), strict=True))
-        last |= {f"summary/{i}": float(i) for i in range(18)}
-        last["summary/steps"] = float(step)
-        latest += [(k, v, moment, step, 0, run.run_id) for k, v in last.items()]
-        own = folder / "artifacts" / run.run_id / "artifacts"
-        own.mkdir(parents=True)
-        (own / "metrics.jsonl").write_text("\n".join(rows) + "\n")
-        client.set_terminated(run.run_id)
+    first = client.create_run(experiment, run_name="heal 0").info.run_id
+    client.set_terminated(first)
     database = sqlite3.connect(folder / "mlflow.db")
-    columns = "key, value, timestamp, step, is_nan, run_uuid"
-    for name, rows in (("metrics", points), ("latest_metrics", latest)):
-        database.executemany(f"INSERT INTO {name} ({columns}) VALUES (?, ?, ?, ?, ?, ?)", rows)
+    database.row_factory = sqlite3.Row
+    run = dict(database.execute("SELECT * FROM runs").fetchone())
+    for start in range(0, count, 500):
+        rows: dict[str, list[dict[str, object]]] = {name: [] for name in TABLES}
+        for number in range(start, min(start + 500, count)):
+            run_id = f"{number:032x}"
+            own = {
+                "run_uuid": run_id,
+                "name": f"heal {number}",
+                "start_time": run["start_time"] + number,
+                "artifact_uri": f"{folder}/artifacts/{run_id}/artifacts",
+            }
+            rows["runs"].append({**run, **own})
+            _add_run(rows, folder, run_id, number, trajectory(rng))
+        for name, found in rows.items():
+            columns = list(found[0])
+            places = ", ".join("?" * len(columns))
+            database.executemany(
+                f"INSERT INTO {name} ({', '.join(columns)}) VALUES ({places})",
+                [tuple(row.values()) for row in found],
+            )
+        database.commit()
+    database.execute("DELETE FROM tags WHERE run_uuid = ?", (first,))
+    database.execute("DELETE FROM runs WHERE run_uuid = ?", (first,))
     database.commit()
     database.close()
+
+
+TABLES = ("runs", "tags", "params", "metrics", "latest_metrics")
+
+
+def _add_run(
+    rows: dict[str, list[dict[str, object]]],
+    folder: pathlib.Path,
+    run_id: str,
+    number: int,
+    values: np.ndarray,
+) -> None:
+    """One run's rows, and its file of records."""
+    tags = tags_of(number)
+    tags |= {f"other_{i}": f"value {i} of run {number}" for i in range(TAGS - len(tags))}
+    params = {"n_params": str(MODELS[tags["model"]]), "model": tags["model"]}
+    params |= {f"heal.option_{i}": str(i) for i in range(PARAMS - len(params))}
+    for name, found in (("tags", tags), ("params", params)):
+        rows[name] += [{"key": k, "value": v, "run_uuid": run_id} for k, v in found.items()]
+    lines = []
+    point: dict[str, object] = {"is_nan": 0, "run_uuid": run_id}
+    for i, row in enumerate(values.tolist()):
+        step, moment = i * INTERVAL, 1_700_000_000_000 + 1000 * i
+        own = dict(zip(METRICS, row, strict=True))
+        point |= {"timestamp": moment, "step": step}
+        rows["metrics"] += [{"key": k, "value": v, **point} for k, v in own.items()]
+        lines.append(json.dumps({"step": step, **own}))
+    last = own | {"summary/steps": float(step)}
+    last |= {f"summary/{i}": float(i) for i in range(LATEST - len(last))}
+    rows["latest_metrics"] += [{"key": k, "value": v, **point} for k, v in last.items()]
+    place = folder / "artifacts" / run_id / "artifacts"
+    place.mkdir(parents=True)
+    (place / "metrics.jsonl").write_text("\n".join(lines) + "\n")
 
 
 def served_copy(folder: pathlib.Path, copy: pathlib.Path) -> None:
@@ -161,7 +212,7 @@ def from_tag(view: queries.RunView) -> Trajectory:
     return Trajectory(tuple(columns[0]), values)
 
 
-def read(way: str, views: list[queries.RunView]) -> list[summarize_inputs.HealRun]:
+def read(way: str, views: list[queries.RunView]) -> list[HealRun]:
     if way == "bulk":
         return summarize_inputs.read_runs(views, lambda text: sys.exit(f"not in bulk: {text}"))
     if way == "threads":
@@ -184,26 +235,33 @@ def peak_megabytes() -> float:
 
 
 def measure(way: str) -> dict[str, object]:
-    """Seconds of each step, in this process."""
+    """Seconds of each step, in this process: of the whole stage, or without its figures where it
+    reads in another way than it does.
+    """
     logging.getLogger("mlflow").setLevel(logging.ERROR)
     config = SummarizeConfig(
         experiment="bench", verbosity="quiet", output_dir=tempfile.mkdtemp(dir=".")
     )
-    marks, busy = [time.perf_counter()], time.process_time()
-    views = find_runs(config)
-    marks.append(time.perf_counter())
-    runs = read(way, views)
-    marks.append(time.perf_counter())
-    summarize_runs(runs, 0.95, np.random.default_rng(0))
-    marks.append(time.perf_counter())
-    busy = time.process_time() - busy
-    peak, whole = peak_megabytes(), float("nan")
-    if way == "bulk":
-        os.environ["MLFLOW_EXPERIMENT_NAME"] = "summaries"
-        summarize(config)
-        whole, peak = time.perf_counter() - marks[-1], peak_megabytes()
+    runs: list[HealRun] = []
+
+    def kept(views: list[queries.RunView], *_: object) -> list[HealRun]:
+        runs.extend(read(way, views))
+        return list(runs)
+
+    steps = {name: (stage, name) for name in ("find_runs", "read_runs", "summarize_runs")}
+    watch = Stopwatch(torch.device("cpu"))
+    begin, started = time.perf_counter(), time.process_time()
+    with mock.patch.object(stage, "read_runs", kept), watch.on(steps):
+        if way == "bulk":
+            os.environ["MLFLOW_EXPERIMENT_NAME"] = "summaries"
+            stage.summarize(config)
+        else:
+            found = stage.read_runs(stage.find_runs(config))
+            stage.summarize_runs(found, config.confidence, np.random.default_rng(0))
+    whole = time.perf_counter() - begin if way == "bulk" else float("nan")
+    busy, peak = time.process_time() - started, peak_megabytes()
     digest = hashlib.sha256(repr([(r.name, r.steps, dict(r.trajectory)) for r in runs]).encode())
-    find, took, pool = (b - a for a, b in itertools.pairwise(marks))
+    find, took, pool = (watch.seconds[name] for name in steps)
     return {"runs": len(runs), "find": find, "read": took, "pool": pool, "cpu": busy,
             "whole": whole, "peak": peak, "digest": digest.hexdigest()[:12]}  # fmt: skip
 
@@ -220,14 +278,19 @@ def in_fresh_process(way: str, uri: str, folder: pathlib.Path) -> dict[str, obje
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def serve(folder: pathlib.Path) -> tuple[subprocess.Popen[bytes], str]:
+def serve(
+    folder: pathlib.Path, database: str = "", workers: int = 1
+) -> tuple[subprocess.Popen[bytes], str]:
+    """A tracking server and its address; its files, and without another database that too, are in
+    the folder.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     server = subprocess.Popen(
         [sys.executable, "-m", "mlflow", "server", "--backend-store-uri",
-         f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", f"{folder}/artifacts",
-         "--workers", "1", "--port", str(port)],
+         database or f"sqlite:///{folder}/mlflow.db", "--artifacts-destination",
+         f"{folder}/artifacts", "--workers", str(workers), "--port", str(port)],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=folder,
         env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true",
              "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
@@ -269,6 +332,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--ways", default="bulk,artifact,threads,tag")
+    parser.add_argument("--stores", default="sqlite,http")
     parser.add_argument("--json", default="")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -276,52 +340,46 @@ def main() -> None:
         print(json.dumps(measure(arguments.measure)))
         return
     results: dict[tuple[str, str], list[dict[str, object]]] = {}
+    stores, ways = arguments.stores.split(","), arguments.ways.split(",")
     with tempfile.TemporaryDirectory() as name:
         root = pathlib.Path(name)
         begin = time.perf_counter()
         (root / "direct").mkdir()
         make_store(root / "direct", arguments.runs)
-        served_copy(root / "direct", root / "served")
-        shutil.copytree(root / "direct", root / "tagged")
-        add_tags(root / "tagged")
-        shutil.copytree(root / "served", root / "served_tagged")
-        add_tags(root / "served_tagged")
+        if "tag" in ways:
+            shutil.copytree(root / "direct", root / "direct_tagged")
+            add_tags(root / "direct_tagged")
+        if "http" in stores:
+            for folder in list(root.iterdir()):
+                served_copy(folder, root / folder.name.replace("direct", "served"))
         print(f"store of {arguments.runs} runs made in {time.perf_counter() - begin:.0f} s")
-        for way in arguments.ways.split(","):
-            folder = root / ("tagged" if way == "tag" else "direct")
-            served = root / ("served_tagged" if way == "tag" else "served")
-            server, uri = serve(served)
-            try:
-                for _ in range(arguments.rounds):
-                    for store, address in (
-                        ("sqlite", f"sqlite:///{folder}/mlflow.db"), ("http", uri)
-                    ):  # fmt: skip
-                        found = in_fresh_process(way, address, folder)
-                        results.setdefault((store, way), []).append(found)
-                        print(f"{store} {way} load {os.getloadavg()[0]:.1f}: {found}", flush=True)
-            finally:
-                server.terminate()
-                server.wait()
+        for way in ways:
+            tagged = "_tagged" if way == "tag" else ""
+            direct = root / f"direct{tagged}"
+            with contextlib.ExitStack() as ending:
+                addresses = {"sqlite": f"sqlite:///{direct}/mlflow.db"}
+                if "http" in stores:
+                    server, addresses["http"] = serve(root / f"served{tagged}")
+                    ending.callback(server.wait)
+                    ending.callback(server.terminate)
+                for _, store in itertools.product(range(arguments.rounds), stores):
+                    found = in_fresh_process(way, addresses[store], direct)
+                    results.setdefault((store, way), []).append(found)
+                    print(f"{store} {way} load {os.getloadavg()[0]:.1f}: {found}", flush=True)
     assert len({r["digest"] for rounds in results.values() for r in rounds}) == 1
     print(f"\nAll ways give the same {arguments.runs} runs. Load at the end: {os.getloadavg()}\n")
     print(table(results))
-    rows = [
-        at_most(
-            f"{arguments.runs} runs: find, read, pool from {store} ({way})",
-            [r["find"] + r["read"] + r["pool"] for r in rounds],
-            "s",
-            TARGET_SECONDS[store],
+    rows = []
+    for (store, way), rounds in results.items():
+        what = f"{arguments.runs} runs, {{}} from {store} ({way})"
+        steps = [r["find"] + r["read"] + r["pool"] for r in rounds]
+        seconds, megabytes = TARGETS.get(arguments.runs, {}).get(store, (math.inf, math.inf))
+        rows.append(at_most(what.format("find, read, pool"), steps, "s", seconds))
+        if way == "bulk":
+            rows.append(Row(what.format("whole stage"), tuple(r["whole"] for r in rounds), "s"))
+        rows.append(
+            at_most(what.format("peak memory"), [r["peak"] for r in rounds], "MB", megabytes)
         )
-        for (store, way), rounds in results.items()
-    ] + [
-        at_most(
-            f"{arguments.runs} runs: peak memory from {store} ({way})",
-            [r["peak"] for r in rounds],
-            "MB",
-            TARGET_MEGABYTES,
-        )
-        for (store, way), rounds in results.items()
-    ]
     show("summarize", rows)
     save(arguments.json, rows)
 

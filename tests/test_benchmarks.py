@@ -353,3 +353,34 @@ def test_memory_is_judged_by_the_median_of_its_rounds():
     assert three.met is True
     assert compared("70m", "full", 2e9, [2.6e9, 1e9, 2.7e9]).met is False
     assert compared("70m", "full", 2e9, [1.5e9, 1e9, 2e9]).met is False
+
+
+def test_growth_is_of_seconds_per_cell():
+    from benchmarks.sweeps import rows_of
+
+    one = {"cells": 100.0, "first": 10.0, "again": 1.0, "summary": 2.0, "peak": 700.0}
+    many = one | {"cells": 1000.0, "first": 160.0, "again": 14.0}
+    rows = {row.what: row for row in rows_of("sqlite", [one, many])}
+    assert rows["sqlite, 1000 cells, run"].values == pytest.approx((160.0,))
+    first = rows["sqlite, first: growth a cell, 100 to 1000 cells"]
+    again = rows["sqlite, again: growth a cell, 100 to 1000 cells"]
+    assert (first.values, first.met) == (pytest.approx((1.6,)), False)
+    assert (again.values, again.met) == (pytest.approx((1.4,)), True)
+
+
+def test_the_runs_that_are_summarized_are_read_whole(tmp_path, monkeypatch):
+    from benchmarks.summarize import LATEST, PARAMS, POINTS, TAGS, make_store
+    from healing.config.summarize import SummarizeConfig
+    from healing.stages.summarize import find_runs
+    from healing.stages.summarize_inputs import read_runs
+
+    make_store(tmp_path, 12)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    views = find_runs(SummarizeConfig(experiment="bench"))
+    assert len(views) == 12
+    assert (len(views[0].params), len(views[0].metrics)) == (PARAMS, LATEST)
+    assert len(views[0].tags) == TAGS
+    notes: list[str] = []
+    runs = read_runs(views, notes.append)
+    assert notes == []
+    assert {(run.finished, len(run.steps)) for run in runs} == {(True, POINTS)}

@@ -259,7 +259,7 @@ class Driver:
         if found is None:
             return None
         self._settle_if_free(folder, found.run_id)  # a repetition may have been killed
-        return Done(found.run_id, folder)
+        return Done(found.run_id, folder, view=found)
 
     @staticmethod
     def _settle_if_free(folder: pathlib.Path, run_id: str) -> None:

@@ -78,11 +78,13 @@ class Done:
         run_id: Of its run, or of the finished one that was found.
         folder: Its local folder; of a run that was found it may be gone, or another's.
         report: ``None`` where it was found.
+        view: Of the run that was found, as it was then.
     """
 
     run_id: str
     folder: pathlib.Path
     report: Report | None = None
+    view: RunView | None = None
 
     def file(self, name: str, store: Store) -> pathlib.Path:
         """Local path of one of its files: where it was written while that folder is this run's,

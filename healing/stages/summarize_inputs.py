@@ -6,12 +6,10 @@ store, or points that were lost) is read from its own ``metrics.jsonl``, one dow
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import itertools
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from healing.config.arm_tags import arm_label, arm_role
@@ -20,7 +18,7 @@ from healing.measurements.diagnosis import NONFINITE_STEPS, OK, UNTRAINED
 from healing.measurements.recovery import PANEL, panel_metric
 from healing.statistics.heal_runs import ENDPOINTS, SHAM_ENDPOINTS, HealRun
 from healing.tracking import metric_history
-from healing.tracking.metric_history import Point, Trajectory, trajectories
+from healing.tracking.metric_history import Trajectory, trajectories
 from healing.tracking.queries import RunView
 from healing.tracking.run_files import read_jsonl
 from healing.tracking.store import MlflowStore, Store
@@ -65,25 +63,6 @@ def from_artifact(view: RunView, store: Store) -> Trajectory:
     return Trajectory(steps, values)
 
 
-@contextlib.contextmanager
-def collection_paused() -> Iterator[None]:
-    """No cyclic garbage collection in the block: among a page's many new objects it finds nothing,
-    and takes half of the time.
-    """
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
-
-
-def _page(run_ids: Sequence[str], metric: str) -> list[Point]:
-    with collection_paused():
-        return metric_history.metric_page(run_ids, metric)
-
-
 def from_history(views: Sequence[RunView]) -> dict[str, Trajectory]:
     """Trajectories by run id, in bulk, of the runs whose logged history is whole.
 
@@ -91,7 +70,9 @@ def from_history(views: Sequence[RunView]) -> dict[str, Trajectory]:
         TrackingError: The store has no bulk history.
     """
     ids = [view.run_id for view in views]
-    found = trajectories(_page, ids, ENDPOINTS, also=(STEP_METRIC,))
+    found = trajectories(
+        metric_history.metric_page, ids, ENDPOINTS, (STEP_METRIC,), metric_history.page_size()
+    )
     last = {view.run_id: view.metrics.get("summary/steps") for view in views}
     return {i: t for i, t in found.items() if t.steps[0] == 0 and last[i] in (None, t.steps[-1])}
 

@@ -154,8 +154,9 @@ def verdicts_by_budget(
         return ()
     chosen = {min(steps, key=lambda s: abs(s - f * steps[-1])) for f in FRACTIONS}
     per_step, points = tokens_per_step(runs), []
+    known = set(map(id, followed))  # to compare runs is to compare all their numbers
     for step in sorted(chosen):
-        values = [values_at(r, endpoint, [step])[0] if r in followed else math.nan for r in runs]
+        values = [values_at(r, endpoint, [step])[0] if id(r) in known else math.nan for r in runs]
         verdict = verdict_of_values(runs, values, endpoint, confidence)
         points.append(BudgetPoint(step, step * per_step, verdict))
     return tuple(points)

@@ -217,9 +217,12 @@ def checkpoint_trajectories(runs: Sequence[HealRun], endpoint: str) -> list[Chec
     """One per checkpoint: its replicates that are defined, at the steps that all of them measured.
     A checkpoint without any keeps what it has, so that it is counted as undefined.
     """
+    replicates: dict[str, list[HealRun]] = {}
+    for run in runs:
+        replicates.setdefault(run.checkpoint, []).append(run)
     found = []
-    for checkpoint in dict.fromkeys(r.checkpoint for r in runs):
-        own = defined_runs([r for r in runs if r.checkpoint == checkpoint], endpoint)
+    for members in replicates.values():
+        own = defined_runs(members, endpoint)
         steps = shared_steps(own)
         rows = tuple(values_at(run, endpoint, steps) for run in own)
         found.append(CheckpointTrajectory(tuple(steps), rows))

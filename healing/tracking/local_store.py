@@ -144,6 +144,9 @@ class LocalStore:
     def catch_up(self) -> None:
         """There were no processes before this one."""
 
+    def look_ahead(self, experiment_id: str, wanted: Callable[[RunView], bool]) -> None:
+        """Nothing: what there is lies here."""
+
     def cut_before(self, run: Run, stage: str, settings: Mapping[str, str]) -> list[RunView]:
         """Parents of this process."""
         parents = [

@@ -21,7 +21,7 @@ from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from healing.errors import OutageError, TrackingError
-from healing.tracking.metric_history import finite
+from healing.tracking.metric_history import collection_paused, finite
 from healing.tracking.open_runs import DEFAULT_EXPERIMENT, PROCESS
 from healing.tracking.page_text import has_tag, plain_tags
 from healing.tracking.processes import Process
@@ -110,7 +110,7 @@ def search(experiment_id: str, filter_string: str) -> list[RunView]:
     runs: list[RunView] = []
     token: str | None = None
     while True:
-        with asked(lambda why: f"--filter {filter_string!r}: {why}"):
+        with asked(lambda why: f"--filter {filter_string!r}: {why}"), collection_paused():
             page = MlflowClient().search_runs(
                 [experiment_id],
                 filter_string,
@@ -118,7 +118,7 @@ def search(experiment_id: str, filter_string: str) -> list[RunView]:
                 order_by=["attributes.start_time ASC"],
                 page_token=token,
             )
-        runs += [_view(run) for run in page]
+            runs += [_view(run) for run in page]
         token = page.token
         if not token:
             return runs

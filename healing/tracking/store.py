@@ -22,6 +22,7 @@ from healing.tracking.run_logger import RunLogger
 from healing.tracking.sending.left_behind import Background
 from healing.tracking.sending.outbox import PLACE
 from healing.tracking.sending.sender import BLOCKING_SECONDS, Sender
+from healing.tracking.sending.workers import finished_views
 from healing.tracking.ui import experiment_page, links
 
 T = TypeVar("T")
@@ -60,6 +61,11 @@ class Store(Protocol):
     ) -> RunView | None:
         """The newest finished run with this fingerprint, if there is one: of these parents, or
         (``None``) anywhere.
+        """
+
+    def look_ahead(self, experiment_id: str, wanted: Callable[[RunView], bool]) -> None:
+        """Find all finished runs that are wanted by one question: none of them is asked for again,
+        by its fingerprint or its id.
         """
 
     def cut_before(self, run: Run, stage: str, settings: Mapping[str, str]) -> list[RunView]:
@@ -120,9 +126,12 @@ class MlflowStore:
     ) -> None:
         self._experiment = experiment
         self.tags, self._finished = dict(tags or {}), finished or {}
+        self._ahead: dict[str, RunView] = {}
         self._sender: Sender | None = None
         self._left: Background | None = None
         self._own: dict[str, RunLogger] = {}
+        self._going: list[RunLogger] = []
+        self._ended: dict[str, list[RunLogger]] = {}
         self._lock = threading.Lock()
 
     @property
@@ -191,6 +200,7 @@ class MlflowStore:
     def _remember(self, run: RunLogger) -> None:
         with self._lock:
             self._own[run.run_id] = run
+            self._going.append(run)
 
     @contextlib.contextmanager
     def child(self, parent: Run, name: str, tags: Mapping[str, Any]) -> Iterator[Run]:
@@ -212,9 +222,19 @@ class MlflowStore:
                 gone = error
         return otherwise(gone or OutageError("the tracking store gives no answer"))
 
-    def _told(self) -> list[RunLogger]:
+    def _over(self, fingerprint: str) -> list[RunLogger]:
+        """The finished runs of this process with a fingerprint. What is over is put where it is
+        found by it, so that only runs under way are gone through.
+        """
         with self._lock:
-            return list(self._own.values())
+            going = []
+            for run in self._going:
+                if run.told.status == "FINISHED":
+                    self._ended.setdefault(run.told.tags.get("fingerprint", ""), []).append(run)
+                elif run.told.status == "RUNNING":
+                    going.append(run)
+            self._going = going
+            return list(self._ended.get(fingerprint, ()))
 
     def find_finished(
         self, experiment_id: str, fingerprint: str, below: Collection[str] | None = None
@@ -222,14 +242,12 @@ class MlflowStore:
         """As :func:`healing.tracking.queries.find_finished`; of this process' runs while the store
         is away.
         """
-        own = [
-            _view(run)
-            for run in self._told()
-            if run.told.status == "FINISHED" and run.told.tags.get("fingerprint") == fingerprint
-        ]
+        own = [_view(run) for run in self._over(fingerprint)]
         own = [run for run in own if below is None or run.tags.get(queries.PARENT) in below]
         if own or not experiment_id:
             return own[-1] if own else None
+        if below is None and fingerprint in self._ahead:
+            return self._ahead[fingerprint]
         if below is None and fingerprint in self._finished:
             with contextlib.suppress(TrackingError):  # deleted since
                 return self.get_run(self._finished[fingerprint])
@@ -237,6 +255,14 @@ class MlflowStore:
         return self._ask(
             lambda: queries.find_finished(experiment_id, fingerprint, below), lambda error: None
         )
+
+    def look_ahead(self, experiment_id: str, wanted: Callable[[RunView], bool]) -> None:
+        """As :func:`healing.tracking.sending.workers.finished_views`; none while the store is away,
+        or is still told of earlier runs: these are looked for one by one.
+        """
+        if not experiment_id or (self._left is not None and not self._left.wait(0.0)):
+            return
+        self._ahead = self._ask(lambda: finished_views(experiment_id, wanted), lambda error: {})
 
     def cut_before(self, run: Run, stage: str, settings: Mapping[str, str]) -> list[RunView]:
         """As :func:`healing.tracking.queries.cut_before`; none while the store is away."""

@@ -20,7 +20,6 @@ from mlflow.exceptions import MlflowException
 
 from healing.errors import TrackingError
 from healing.stages.summarize_inputs import (
-    collection_paused,
     from_artifact,
     from_history,
     read_runs,
@@ -224,7 +223,7 @@ def test_garbage_collection_is_left_as_it_was(was_on):
         (gc.enable if was_on else gc.disable)()
 
         def paused_and_failing():
-            with collection_paused():
+            with metric_history.collection_paused():
                 assert not gc.isenabled()
                 raise KeyError("x")
 

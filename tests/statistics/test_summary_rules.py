@@ -255,3 +255,21 @@ def test_n_is_the_n_of_the_interval_and_undefined_checkpoints_stand_beside_it():
     assert (row["rank_recovery_undefined_checkpoints"], row["loss_recovery_n"]) == (1, 4)
     assert "(n = 3, 1 undefined)" in text_table(summary)
     assert "n = 3, 1 checkpoint undefined" in markdown(summary).replace("\u00a0", " ")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_no_run_is_compared_with_every_other(monkeypatch):
+    """A run has hundreds of numbers: comparing each with each is most of the time of 10,000."""
+    compared: list[str] = []
+
+    def noted(self: HealRun, other: object) -> bool:
+        compared.append(self.run_id)
+        return self is other
+
+    monkeypatch.setattr(HealRun, "__eq__", noted)
+    arms = ("haep", "random_tokens", "gaussian_noise")
+    runs = [run for arm in arms for run in nested([(20.0 + c,) * 2 for c in range(8)], arm=arm)]
+    summary = pool([*runs, make_run(math.nan, seed=9, run_id="undefined")])
+    assert [group.n_runs for group in summary.groups] == [16, 17, 16]
+    assert summary.contrasts
+    assert len(compared) < 2 * len(runs)

@@ -6,18 +6,19 @@ import math
 
 import pytest
 
-from healing.tracking import metric_history
-from healing.tracking.metric_history import Point, trajectories
+from healing.tracking.metric_history import DATABASE, PageSize, Point, trajectories
+
+WHOLE, SMALL = PageSize(), PageSize(100, 10)
 
 
-def fetch_from(points: dict[str, list[Point]], calls: list | None = None):
+def fetch_from(points: dict[str, list[Point]], calls: list | None = None, size=WHOLE):
     """A store that, like the real one, answers at most a page and does not say so."""
 
     def fetch(run_ids, metric):
         if calls is not None:
             calls.append((len(run_ids), metric))
         found = [p for p in points.get(metric, []) if p.run_id in run_ids]
-        return found[: metric_history.POINTS_PER_PAGE]
+        return found[: size.points]
 
     return fetch
 
@@ -49,22 +50,23 @@ def test_a_page_holds_a_hundred_runs():
     found = trajectories(fetch_from(points, calls), ids, ["a"])
     assert list(found) == ids
     assert calls == [(100, "a"), (100, "a"), (50, "a")]
+    calls.clear()
+    assert trajectories(fetch_from(points, calls), ids, ["a"], size=DATABASE) == found
+    assert calls == [(250, "a")]
 
 
-def test_cut_pages_are_asked_for_in_halves(monkeypatch):
-    monkeypatch.setattr(metric_history, "POINTS_PER_PAGE", 10)
+def test_cut_pages_are_asked_for_in_halves():
     ids = [f"r{i}" for i in range(7)]
     points = {"a": [p for i in ids for p in line(i, range(4))]}
-    found = trajectories(fetch_from(points), ids, ["a"])
+    found = trajectories(fetch_from(points, size=SMALL), ids, ["a"], size=SMALL)
     assert {i: t.steps for i, t in found.items()} == dict.fromkeys(ids, (0, 1, 2, 3))
 
 
 @pytest.mark.parametrize("length", [10, 11])
-def test_a_run_longer_than_a_page_is_left_out_whole(monkeypatch, length):
+def test_a_run_longer_than_a_page_is_left_out_whole(length):
     """A page that is just full may have been cut: half a trajectory would be wrong."""
-    monkeypatch.setattr(metric_history, "POINTS_PER_PAGE", 10)
     points = {"a": line("long", range(length)) + line("r", range(3)),
               "b": line("long", range(3)) + line("r", range(3))}  # fmt: skip
-    found = trajectories(fetch_from(points), ["long", "r"], ["b", "a"])
+    found = trajectories(fetch_from(points, size=SMALL), ["long", "r"], ["b", "a"], size=SMALL)
     assert list(found) == ["r"]
     assert found["r"].values["a"] == (0.0, 1.0, 2.0)

@@ -8,7 +8,7 @@ are children of; whoever calls it decides where that is.
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
@@ -192,6 +192,21 @@ def chains_of(config: SweepConfig, healers: Mapping[str, tuple[str, Healer]]) ->
     ]
 
 
+def is_of(chains: Collection[Chain]) -> Callable[[RunView], bool]:
+    """Whether a stored run may be one of these chains': it has the model and the seed of one."""
+    firsts = [chain.cells[0] for chain in chains]
+    known = {(cell.label, str(cell.seed)) for cell in firsts}
+    # A landscape has its healing's seed in that run alone.
+    labels = {cell.label for cell in firsts}
+
+    def found(view: RunView) -> bool:
+        model = view.tags.get("model", "")
+        seed = view.params.get("seed")
+        return (model, seed) in known if seed is not None else model in labels
+
+    return found
+
+
 class Watch(Protocol):
     """Whoever follows a chain, and may end it."""
 
@@ -253,7 +268,7 @@ def _run_cell(
         attacks[cell.arm] = path
     heal_cell = HealCell(heal_config(chain.config, cell, chain.source, chain.healer), path)
     done = driver.run_first(HEAL, heal_cell, run)
-    view = driver.store.get_run(done.run_id)
+    view = done.view or driver.store.get_run(done.run_id)
     basin = _basin(chain.config, driver, run, view) if chain.wants_landscape(cell) else None
     return CellResult(cell, view, done.reused, basin=basin)
 
@@ -280,4 +295,4 @@ def _basin(config: SweepConfig, driver: Driver, run: Run, healed: RunView) -> Ru
         verbosity=shared["verbosity"],
     )
     done = driver.run_cell(BASIN, BasinCell(settings), parent=run, reuse=True)
-    return driver.store.get_run(done.run_id)
+    return done.view or driver.store.get_run(done.run_id)

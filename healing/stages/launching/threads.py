@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from healing.config.sweep import SweepConfig
 from healing.stages.cells.sweep_plan import SweepCell
 from healing.stages.driver import Driver
-from healing.stages.launching.chain import CellResult, Chain, run_chain
+from healing.stages.launching.chain import CellResult, Chain, is_of, run_chain
 from healing.stages.launching.launcher import tell, worker_count
 from healing.stages.terminal.console import CellProgress, Cells
 from healing.tracking.run import Run
@@ -54,6 +54,7 @@ class ThreadLauncher:
 
     def run(self, chains: Sequence[Chain], driver: Driver, run: Run) -> list[CellResult]:
         """Every chain; results in the order of the plan."""
+        driver.store.look_ahead(run.experiment_id, is_of(chains))
         stopped = threading.Event()
         with (
             driver.console.cells(sum(len(c.cells) for c in chains), "sweep", "cell") as cells,

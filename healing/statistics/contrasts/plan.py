@@ -231,13 +231,12 @@ def _measure(
 
 def _reach(treatment: Sequence[HealRun], control: Sequence[HealRun]) -> Reach:
     """How far the attacks went, over the seeds in which both are known."""
-    by_seed = [
-        {
-            seed: damage_of([r for r in side if r.seed == seed]).rank_reduction_pct
-            for seed in dict.fromkeys(r.seed for r in side)
-        }
-        for side in (treatment, control)
-    ]
+    by_seed: list[dict[str, float]] = []
+    for side in (treatment, control):
+        own_runs: dict[str, list[HealRun]] = {}
+        for run in side:
+            own_runs.setdefault(run.seed, []).append(run)
+        by_seed.append({s: damage_of(found).rank_reduction_pct for s, found in own_runs.items()})
     rows = [(own, by_seed[1].get(seed, math.nan)) for seed, own in by_seed[0].items()]
     known = [(own, other) for own, other in rows if math.isfinite(own) and math.isfinite(other)]
     if not known:

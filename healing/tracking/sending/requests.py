@@ -379,4 +379,11 @@ class Messenger:
         source = json.dumps({"tags": content["facts"]})
         data = Dataset(content["name"], content["digest"], "code", source)
         tag = InputTag("mlflow.data.context", content["context"])
-        self._client.log_inputs(run, datasets=[DatasetInput(data, [tag])])
+        try:
+            self._client.log_inputs(run, datasets=[DatasetInput(data, [tag])])
+        except MlflowException as error:
+            # A database whose other user entered the same text between MLflow's look and its entry
+            # (3.17.2) has it now.
+            if not ("datasets" in str(error) and "unique constraint" in str(error).lower()):
+                raise
+            self._client.log_inputs(run, datasets=[DatasetInput(data, [tag])])

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import mlflow
 from mlflow.entities import RunTag
@@ -51,9 +51,21 @@ def is_file_of_one_machine() -> bool:
 
 
 def finished_runs(experiment_id: str) -> dict[str, str]:
-    """Fingerprint → newest finished run with it, by one question about all runs."""
+    """Fingerprint → id of the newest finished run with it, as :func:`finished_views`."""
+    return {name: view.run_id for name, view in finished_views(experiment_id).items()}
+
+
+def finished_views(
+    experiment_id: str, wanted: Callable[[RunView], bool] = lambda view: True
+) -> dict[str, RunView]:
+    """Fingerprint → newest finished run with it, by one question about all runs, in pages.
+
+    Args:
+        experiment_id: Where to look.
+        wanted: Which are kept.
+    """
     found = search(experiment_id, "attributes.status = 'FINISHED'")
-    return {r.tags["fingerprint"]: r.run_id for r in found if "fingerprint" in r.tags}
+    return {v.tags["fingerprint"]: v for v in found if "fingerprint" in v.tags and wanted(v)}
 
 
 def close_runs_of_task(experiment_id: str, task: str, why: str) -> int:
