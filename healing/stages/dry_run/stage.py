@@ -118,6 +118,8 @@ def _what_is_healed(config: HealConfig) -> tuple[HealConfig, pathlib.Path | None
     """The configuration with its healer, and the first checkpoint that would be healed; ``None``
     where it is that of a fresh attack.
     """
+    if config.is_parallel:
+        raise ConfigError("memory is not predicted for --parallel: leave it out of the dry run")
     store = MlflowStore()
     config, _ = with_healer(config, store)
     _own_code(METHODS, config.healing_method)
