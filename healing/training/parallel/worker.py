@@ -12,7 +12,7 @@ from healing.config.heal import HealConfig
 from healing.measurements.continuations import continued
 from healing.measurements.diagnosis import Failure
 from healing.measurements.probe import Measurement, Probe
-from healing.models.sharing import own_part
+from healing.models.token_loss import training_loss
 from healing.training.nonfinite import failure_before_training
 from healing.training.parallel.group import Place
 from healing.training.parallel.sharding import (
@@ -138,14 +138,15 @@ class Worker:
         set_optimizer(self._trainer.optimizer, outline, moments)
         self._trainer.load_counts(rest)
 
-    def bytes_here(self) -> dict[str, int]:
-        """Bytes that this rank has of weights, gradients and moments now."""
-        parameters = list(self.model.parameters())
+    def bytes_of_ranks(self, batch: torch.Tensor) -> torch.Tensor:
+        """Bytes of weights, gradients and moments that each rank has: int64 (ranks, 3). The
+        gradients are those of a batch, and are let go again.
+        """
+        share, parameters = self.place.share, list(self.model.parameters())
+        training_loss(self.model, batch[share.rows(len(batch))].to(self.place.device)).backward()  # type: ignore[no-untyped-call]
         gradients = [p.grad for p in parameters if p.grad is not None]
-        states = self.trainer.optimizer.state.values() if self.trainer else ()
+        states = self._trainer.optimizer.state.values()
         moments = [v for s in states for v in s.values() if isinstance(v, torch.Tensor) and v.ndim]
-        return {
-            "weights": own_bytes(iter(parameters)),
-            "gradients": own_bytes(iter(gradients)),
-            "optimiser": sum(own_part(m).nbytes for m in moments),
-        }
+        counts = [[own_bytes(iter(kind)) for kind in (parameters, gradients, moments)]]
+        self.model.zero_grad()
+        return share.gathered(torch.tensor(counts, device=self.place.device)).cpu()
