@@ -313,6 +313,8 @@ def test_sigterm_keeps_the_state_and_fewer_ranks_go_on(store, collapsed):
     wait_for(output, 4, process)
     followers = psutil.Process(process.pid).children(recursive=True)
     assert followers
+    for other in followers:
+        other.send_signal(signal.SIGTERM)  # as a scheduler's, to all: rank 0's to act upon
     process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=90)[0]
     assert process.returncode == 143, said
