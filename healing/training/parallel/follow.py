@@ -42,7 +42,8 @@ def serve(place: Place) -> None:
             worker = None  # the model of a run before
             worker = Worker(place, *given)
         else:
-            getattr(worker, name)(*given)
+            assert worker is not None, "a run has begun"
+            worker.do(name, *given)
     worker = None
     distributed.destroy_process_group()
 

@@ -88,7 +88,7 @@ class Team(Alone):
             raise ParallelError("the ranks of this run lost touch with one another")
         try:
             self._group.tell(name, given)
-            found = getattr(self.worker, name)(*given, *here)
+            found = self.worker.do(name, *given, *here)
         except RuntimeError as error:
             if ended := self._group.death():
                 raise ParallelError(

@@ -65,6 +65,14 @@ class Worker:
         """Whether it is rank 0, which alone keeps what is whole."""
         return self.place.share.rank == 0
 
+    def do(self, name: str, *given: Any) -> Any:
+        """One of the methods below. What it gathered outside of blocks, and no backward pass has
+        let go (of a measurement), is let go then: parameters are parts again.
+        """
+        found = getattr(self, name)(*given)
+        self.model.reshard()  # type: ignore[operator]
+        return found
+
     def take(self, given: Mapping[str, torch.Tensor] | None = None) -> None:
         """The weights of rank 0's whole model."""
         set_weights(self.model, given)
