@@ -10,11 +10,12 @@ probe in float32 (loss, spectra of all blocks) at step 0 and every 10 steps.
 
 One JSON file per model, written anew after every part: the device's speed, healing, the faster
 ways beside the ones that they replaced (benchmarks/two_ways.py), the attack, Hessian products, a
-short Lanczos run. No part begins after ``--minutes``; those left out are recorded as such. At the
-end come the rows for docs/performance.md. A part that runs out of the device's memory is recorded
-as such and the next one goes on. Every part begins without gradients or cached memory of the last
-and has its own peak. The share of the roofline (benchmarks/roofline.py) is that of the training
-steps, and of the whole loop with its measurements.
+short Lanczos run, healing over all GPUs where there are several (benchmarks/ranks.py). No part
+begins after ``--minutes``; those left out are recorded as such. At the end come the rows for
+docs/performance.md. A part that runs out of the device's memory is recorded as such and the next
+one goes on. Every part begins without gradients or cached memory of the last and has its own peak.
+The share of the roofline (benchmarks/roofline.py) is that of the training steps, and of the whole
+loop with its measurements.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ import torch
 from benchmarks import two_ways
 from benchmarks.gpu_wording import sentence, table
 from benchmarks.parts import Numbers, Report, run_part
+from benchmarks.ranks import on_all_gpus
 from benchmarks.roofline import device_speed, roofline, step_bytes, step_flops
 from benchmarks.shapes import loaded_model
 from benchmarks.stopwatch import Stopwatch, seconds_of, synchronize
@@ -266,6 +268,7 @@ def benchmark(
     part("attack", lambda: attack(loaded, attacked, probe, corpus))
     part("hessian_product", lambda: hessian_product(loaded, attacked, corpus))
     part("lanczos", lambda: lanczos(loaded, attacked, corpus))
+    part("ranks", lambda: on_all_gpus(name, config))
     return report.content
 
 

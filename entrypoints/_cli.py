@@ -24,6 +24,7 @@ from entrypoints import _signals
 from entrypoints._help import HELP, LISTS, examples, grouped, with_lists_apart
 from entrypoints._resume import resumed
 from entrypoints._stages import STAGES, EntryPoint
+from healing.config.heal import follows
 from healing.config.options import AUTO, choices_of, fields_of, flag_name, help_of
 from healing.errors import ConfigError, HealingError, OutageError
 from healing.progress import Stop, Stopped
@@ -138,6 +139,13 @@ def run_stage(name: str, entry: EntryPoint, values: dict[str, Any]) -> None:
 
             mark_failed(str(error))
         raise click.UsageError(visible(str(error))) from error
+    if follows(config) and not values.get("dry_run"):
+        from healing.training.parallel.follow import follow_launched
+
+        try:
+            return follow_launched(config.device)
+        except HealingError as error:
+            fail(str(error))
     # Imports torch, which --help and errors of options do not need, and which takes seconds.
     with Console(str(values.get("verbosity", "normal"))).waiting("starting"):
         stage = entry.load(values)

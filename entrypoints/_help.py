@@ -23,7 +23,7 @@ GROUPS = {
         checkpoint_minutes save_healed log_images log_text log_layers log_model register_as
         system_metrics confidence figure_style""",
     "Memory, time and device": """dry_run time_steps device threads workers precision precision_mode
-        gradient_checkpointing""",
+        gradient_checkpointing parallel ranks""",
     "Cluster": """launcher ray_address worker_cpus worker_gpus worker_memory worker_dir retries""",
 }
 """Title → options in the order in which they are shown; what stands nowhere is a detail."""

@@ -59,6 +59,10 @@ class OutageError(TrackingError):
         return TrackingError(str(self), self.reason, self.cure)
 
 
+class ParallelError(HealingError, RuntimeError):
+    """The processes that share a run's work cannot be started, or one of them ended."""
+
+
 class OutputError(HealingError, RuntimeError):
     """The local folder for results cannot be written."""
 

@@ -337,7 +337,7 @@ METHODS = Registry(
     ("check", "n_trainable", "adapted"),
 )
 """``check(config)``, ``n_trainable(model, config)``, ``adapted(model, config, generator)``;
-RATE_RATIO, KEEPS_WEIGHTS and OPTIONS as literals (see ``training/methods/lora.py``)."""
+RATE_RATIO, KEEPS_WEIGHTS, SHARDED and OPTIONS as literals (see ``training/methods/lora.py``)."""
 
 
 def _measurement_objection(facts: Facts) -> str:
@@ -354,6 +354,6 @@ MEASUREMENTS = Registry(
     ("measure",),
     objection=_measurement_objection,
 )
-"""``measure(state: ProbeState) -> Mapping[str, float]``; UNITS as a literal: name → unit. One that
-compares states names those it compares with in NEEDS, of :data:`REFERENCES`, and has
-``remember(model, windows) -> object``, which is called at each of them."""
+"""``measure(state: ProbeState) -> Mapping[str, float]``; UNITS (name → unit) and SHARDED as
+literals. One that compares states names those it compares with in NEEDS, of :data:`REFERENCES`,
+and has ``remember(model, windows) -> object``, which is called at each of them."""

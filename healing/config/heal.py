@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from healing.config.attack import AttackConfig
-from healing.config.options import AUTO, flag_name, help_of, option
+from healing.config.options import AUTO, Options, flag_name, help_of, option
 from healing.config.presets import (
     DEFAULT_MODEL,
     MODELS_HELP,
@@ -24,8 +25,15 @@ from healing.config.shared import (
     TextLoggingOptions,
 )
 from healing.errors import ConfigError
-from healing.registry import ARMS, METHODS, Facts
+from healing.registry import ARMS, MEASUREMENTS, METHODS, Facts
 
+NOT_PARALLEL, SHARDED, REPLICATED = PARALLEL = ("none", "fsdp", "ddp")
+"""Ways to heal one model: by one process; each process with a part of weights, gradients and
+optimiser; each with all of them."""
+MOST_RANKS = 1024
+WORKS_SHARDED = "SHARDED"
+"""Constant of a healing method's or extra measurement's file: whether it works on a model whose
+weights are spread over processes."""
 DEFAULT_STEPS = 500
 DECAYS = ("constant", "cosine", "linear")
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -71,11 +79,94 @@ def _of_the_attack(name: str, choices: tuple[str, ...] | None = None) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class HealConfig(BaseConfig, SavingOptions, TextLoggingOptions, DryRunOptions):
+class ParallelOptions(Options):
+    """Over how many processes one model is spread."""
+
+    parallel: str = option(
+        NOT_PARALLEL,
+        "Heal one model by several processes: fsdp = weights, gradients and optimiser in parts "
+        "(torch's FSDP2), ddp = whole in each; every batch and the probe are divided among them "
+        "(docs/parallel.md). Results are those of one process up to rounding.",
+        choices=PARALLEL,
+        determines=False,
+    )
+    ranks: int = option(
+        0,
+        "parallel: how many processes; 0 = one for each GPU of this machine (on the CPU a number "
+        "has to be given), or as many as torchrun has started.",
+        minimum=0,
+        maximum=MOST_RANKS,
+        determines=False,
+    )
+
+    @property
+    def is_parallel(self) -> bool:
+        """Whether there is more to it than one process."""
+        return self.parallel != NOT_PARALLEL
+
+
+def launched() -> bool:
+    """Whether torchrun, or another launcher with its variables, has started this process."""
+    return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+
+
+def follows(config: Any) -> bool:
+    """Whether this process was launched as another rank than 0 of what a configuration asks for."""
+    return getattr(config, "is_parallel", False) and launched() and os.environ["RANK"] != "0"
+
+
+def check_parallel(config: Any) -> None:
+    """Refuse what cannot be done by several processes, as far as options tell.
+
+    Args:
+        config: Of healing.
+
+    Raises:
+        ConfigError: Options contradict each other.
+    """
+    if not config.is_parallel:
+        if config.ranks:
+            raise ConfigError("--ranks belongs to --parallel: add --parallel fsdp, or leave it out")
+        return
+    flag = f"--parallel {config.parallel}"
+    if config.device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(
+            f"{flag} takes a device per process, --device {config.device} is one: say --device cuda"
+        )
+    if config.precision == "fp16":
+        raise ConfigError(
+            f"{flag} trains in fp32 or under bf16 autocast: use --precision bf16 or fp32"
+        )
+    if config.precision_mode == "pure" and config.precision != "fp32":
+        raise ConfigError(f"{flag} keeps float32 weights: leave out --precision-mode pure")
+    if config.ranks and config.batch_size != "auto":
+        check_batch(int(config.batch_size), config.ranks)
+
+
+def check_batch(batch_size: int, ranks: int) -> None:
+    """Every process must have as many windows of a batch as the others: else the mean of their
+    gradients is not the batch's.
+
+    Raises:
+        ConfigError: It cannot be divided.
+    """
+    if batch_size % ranks:
+        possible = [n for n in range(1, batch_size + 1) if not batch_size % n]
+        raise ConfigError(
+            f"a batch of {batch_size} windows cannot be divided among {ranks} ranks: use "
+            f"--ranks {', '.join(map(str, possible))}, or a --batch-size that is a multiple of "
+            f"{ranks}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class HealConfig(BaseConfig, ParallelOptions, SavingOptions, TextLoggingOptions, DryRunOptions):
     """Healing of one checkpoint, of a folder of checkpoints, or of a fresh attack."""
 
     order = (
         ...,
+        "parallel",
+        "ranks",
         "checkpoint_interval",
         "checkpoint_minutes",
         "resume_run_id",
@@ -231,6 +322,9 @@ class HealConfig(BaseConfig, SavingOptions, TextLoggingOptions, DryRunOptions):
         ARMS.check(self.arm)
         METHODS.check(self.healing_method)
         self._check_method(METHODS.facts(self.healing_method))
+        check_parallel(self)
+        if self.is_parallel:
+            self._check_works_sharded()
         if self.healing_momentum and self.healing_optimizer != "sgd":
             raise ConfigError(
                 "--healing-momentum belongs to --healing-optimizer sgd: leave it out with "
@@ -241,6 +335,20 @@ class HealConfig(BaseConfig, SavingOptions, TextLoggingOptions, DryRunOptions):
         """The options of the fresh attack that are not left to it."""
         values = {name: getattr(self, name) for name in OF_THE_ATTACK}
         return {name: value for name, value in values.items() if value != AUTO}
+
+    def _check_works_sharded(self) -> None:
+        flag = f"--parallel {self.parallel}"
+        method = METHODS.facts(self.healing_method)
+        if not method.get(WORKS_SHARDED, False):
+            raise ConfigError(
+                f"{flag} does not go with --healing-method {method.name}: use --healing-method full"
+            )
+        for name in self.measurement_list():
+            if not MEASUREMENTS.facts(name).get(WORKS_SHARDED, False):
+                raise ConfigError(
+                    f"--measurements {name} needs all weights in one process, {flag} spreads "
+                    "them: leave it out"
+                )
 
     def _check_method(self, method: Facts) -> None:
         rounds = self.precision_mode == "pure" and self.precision != "fp32"

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from healing.measurements.spectrum import OUTLIER_NORM_RATIO, Spectrum
+from healing.models.sharing import ALONE, Share
 
 SURE_RATIO = OUTLIER_NORM_RATIO / 2
 """Rows up to this multiple of the first batch's median norm are taken at once."""
@@ -126,10 +127,13 @@ class MomentAccumulator:
     Args:
         per_window: Keep every window's moments apart (windows × hidden² numbers).
         limit: Norm limit, where an earlier pass has found it.
+        share: Of the windows, that are added here; the moments are those of all ranks'.
     """
 
-    def __init__(self, *, per_window: bool = False, limit: float | None = None) -> None:
-        self._per_window, self._sure = per_window, limit
+    def __init__(
+        self, *, per_window: bool = False, limit: float | None = None, share: Share = ALONE
+    ) -> None:
+        self._per_window, self._sure, self._share = per_window, limit, share
         self._shift: torch.Tensor | None = None
         self._counts: list[torch.Tensor] = []
         self._sums: list[torch.Tensor] = []
@@ -144,12 +148,12 @@ class MomentAccumulator:
         rows, norms = row_norms(hidden)
         self._peaks.append(torch.stack(torch.aminmax(hidden)).abs().amax())
         if self._sure is None:
-            self._sure = SURE_RATIO * float(norms.median())
+            self._sure = SURE_RATIO * float(self._share.first(norms.median()))
         sure = norms <= self._sure
         if self._shift is None:
             # Of the sure rows alone: one attention sink would carry it far off.
             kept = torch.where(sure[..., None], rows, 0.0).sum((0, 1))
-            self._shift = kept / sure.sum().clamp_min(1)
+            self._shift = self._share.first(kept / sure.sum().clamp_min(1))
         rows = rows - self._shift
         if not bool(sure.all()):
             window, token = (~sure).nonzero(as_tuple=True)
@@ -188,7 +192,7 @@ class MomentAccumulator:
         Call once; where :attr:`stale` says so of the result, pass the states again with its limit.
         """
         assert self._shift is not None, "nothing was added"
-        norms = torch.cat(self._norms)
+        norms = self._share.gathered(torch.cat(self._norms))
         finite = bool(torch.isfinite(norms).all())
         limit = OUTLIER_NORM_RATIO * float(norms.median()) if finite else math.inf
         counts, sums, grams = (torch.cat(x) for x in (self._counts, self._sums, self._grams))
@@ -200,11 +204,13 @@ class MomentAccumulator:
                 counts[group] += len(own)
                 sums[group] += own.sum(0)
                 grams[group] += own.T @ own
+        join = self._share.gathered if self._per_window else self._share.total
+        counts, sums, grams = join(counts), join(sums), join(grams)
         # One state that cannot be computed leaves no spectrum to speak of: it is not an outlier.
         dropped = 1.0 - float(counts.sum()) / len(norms) if finite else 0.0
         if not finite:
             counts = counts + (len(norms) - counts.sum()) / len(counts)
-        peak = float(torch.stack(self._peaks).amax())
+        peak = float(self._share.largest(torch.stack(self._peaks).amax()))
         return Moments(counts, sums, grams, self._shift, limit, dropped, peak, finite)
 
     def stale(self, moments: Moments) -> bool:

@@ -24,6 +24,7 @@ from healing.measurements.recovery import State
 from healing.measurements.spectrum import Spectrum
 from healing.models.blocks import block_outputs, evaluation_mode
 from healing.models.loading import LoadedModel
+from healing.models.sharing import ALONE, Share
 from healing.models.token_loss import token_losses
 from healing.progress import counted
 
@@ -132,11 +133,14 @@ class Probe:
         windows: int64 (windows, tokens), on the CPU.
         extra: Names of extra measurements.
         remembered: What those keep that compare states (:meth:`remembering`).
+        share: Of the windows, that this process passes through the model; all ranks measure
+            together, and each gets the measurement of all windows.
     """
 
     windows: torch.Tensor
     extra: tuple[str, ...] = field(default=(), kw_only=True)
     remembered: Remembered = field(default_factory=dict, kw_only=True, repr=False)
+    share: Share = field(default=ALONE, kw_only=True)
 
     @classmethod
     def of(
@@ -179,14 +183,20 @@ class Probe:
         return self.windows.numel()
 
     def _forward(self, model: nn.Module) -> Iterator[tuple[torch.Tensor, list[torch.Tensor]]]:
-        """Losses of every chunk's tokens (tokens,) and its block outputs."""
+        """Losses of every chunk's tokens (tokens,) and its block outputs, of the own share."""
         device = next(model.parameters()).device
         rows = max(1, TOKENS_PER_FORWARD // self.windows.shape[1])
+        windows, own = self.share.filled(self.windows)
         with block_outputs(model) as outputs:
-            chunks = self.windows.split(rows)
-            for chunk in counted(chunks, len(chunks)):
+            chunks = windows.split(rows)
+            for number, chunk in enumerate(counted(chunks, len(chunks))):
                 losses = token_losses(model, chunk.to(device))
-                yield losses, list(outputs)
+                counting = min(len(chunk), own - number * rows)
+                if counting == len(chunk):
+                    yield losses, list(outputs)
+                elif counting > 0:
+                    kept = losses[: counting * (len(losses) // len(chunk))]
+                    yield kept, [hidden[:counting] for hidden in outputs]
 
     @torch.no_grad()
     def loss(self, model: nn.Module) -> float:
@@ -195,7 +205,9 @@ class Probe:
         """
         with evaluation_mode(model):
             parts = [(float(x.double().sum()), x.numel()) for x, _ in self._forward(model)]
-        return sum(total for total, _ in parts) / sum(count for _, count in parts)
+        sums = [sum(total for total, _ in parts), sum(count for _, count in parts)]
+        total, count = self.share.total(torch.tensor(sums, dtype=torch.float64)).tolist()
+        return float(total / count)
 
     @torch.no_grad()
     def window_losses(self, model: nn.Module) -> torch.Tensor:
@@ -203,7 +215,8 @@ class Probe:
         mean is :meth:`loss`. The model's mode is restored.
         """
         with evaluation_mode(model):
-            losses = torch.cat([x.double() for x, _ in self._forward(model)]).cpu()
+            losses = torch.cat([x.double() for x, _ in self._forward(model)])
+            losses = self.share.gathered(losses).cpu()
         return losses.view(len(self.windows), -1).mean(1)
 
     @torch.no_grad()
@@ -268,24 +281,29 @@ class Probe:
         for chunk_losses, outputs in passes():
             losses.append(chunk_losses)
             per_window = errors and outputs[0].shape[-1] <= BOOTSTRAP_MAX_DIMENSION
-            blocks = blocks or [MomentAccumulator(per_window=per_window) for _ in outputs]
+            blocks = blocks or [
+                MomentAccumulator(per_window=per_window, share=self.share) for _ in outputs
+            ]
             for block, hidden in zip(blocks, outputs, strict=True):
                 block.add(hidden)
         moments = [block.finish() for block in blocks]
         if any(b.stale(m) for b, m in zip(blocks, moments, strict=True)):
-            blocks = [MomentAccumulator(per_window=per_window, limit=m.limit) for m in moments]
+            blocks = [
+                MomentAccumulator(per_window=per_window, limit=m.limit, share=self.share)
+                for m in moments
+            ]
             for _, outputs in passes():
                 for block, hidden in zip(blocks, outputs, strict=True):
                     block.add(hidden)
             moments = [block.finish() for block in blocks]
-        return torch.cat(losses), moments
+        return self.share.gathered(torch.cat(losses)), moments
 
     def _rank_error(
         self, passes: _Passes, moments: list[Moments], generator: torch.Generator
     ) -> float:
         if len(moments[0].shift) <= BOOTSTRAP_MAX_DIMENSION:
             return bootstrap_error(moments, generator)
-        influences = [RankInfluence(m) for m in moments]
+        influences = [RankInfluence(m, self.share) for m in moments]
         for _, outputs in passes():
             for influence, hidden in zip(influences, outputs, strict=True):
                 influence.add(hidden)

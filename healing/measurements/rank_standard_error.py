@@ -14,6 +14,7 @@ import torch
 
 from healing.measurements.covariance import Moments, row_norms
 from healing.measurements.spectrum import effective_rank
+from healing.models.sharing import ALONE, Share
 
 BOOTSTRAP_MAX_DIMENSION = 256
 RESAMPLES = 100
@@ -55,9 +56,11 @@ class RankInfluence:
 
     Args:
         moments: Of the same states.
+        share: Of the windows, that are added here.
     """
 
-    def __init__(self, moments: Moments) -> None:
+    def __init__(self, moments: Moments, share: Share = ALONE) -> None:
+        self._share = share
         values, vectors = torch.linalg.eigh(moments.covariance())
         sigma = values.clamp_min(values[-1] * 1e-14).sqrt()
         p = sigma / sigma.sum()
@@ -75,8 +78,8 @@ class RankInfluence:
         self._found.append(torch.where(norms <= self._limit, change, 0.0).sum(1) / self._n)
 
     def per_window(self) -> torch.Tensor:
-        """Influence of every window added, float64 (windows,), on the CPU."""
-        return torch.cat(self._found).cpu()
+        """Influence of every window added on any rank, float64 (windows,), on the CPU."""
+        return self._share.gathered(torch.cat(self._found)).cpu()
 
 
 def linear_error(blocks: Sequence[RankInfluence]) -> float:

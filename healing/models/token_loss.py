@@ -8,7 +8,9 @@ a scale) are asked for whole logits instead.
 
 from __future__ import annotations
 
+import types
 import weakref
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -77,6 +79,36 @@ def _rows(model: PreTrainedModel, windows: torch.Tensor) -> tuple[torch.Tensor, 
     return hidden[:, :-1].flatten(0, 1), windows[:, 1:].flatten()
 
 
+_METHOD = "losses_by_rows"
+"""Name under which a model whose weights are spread over ranks has its losses as a method."""
+
+
+def as_method(model: PreTrainedModel, *, plain: bool) -> str:
+    """Make the losses of a model a method of it, and say its name: they read the output matrix
+    outside of its own forward pass, and whoever gathers a model's weights before ``forward`` must
+    be able to do so before them.
+
+    Args:
+        model: To be spread over ranks.
+        plain: What :func:`plain_head` finds on the model as it is whole.
+    """
+    _TRIED[model] = plain
+
+    def losses(own: PreTrainedModel, loss: Callable[..., torch.Tensor], *given: object) -> object:
+        return loss(own, own.get_output_embeddings(), *given)
+
+    setattr(model, _METHOD, types.MethodType(losses, model))
+    return _METHOD
+
+
+def _of(
+    model: nn.Module, head: nn.Linear, loss: Callable[..., torch.Tensor], *given: object
+) -> torch.Tensor:
+    """A loss of a model, its weights gathered where they are spread."""
+    method = getattr(model, _METHOD, None)
+    return loss(model, head, *given) if method is None else method(loss, *given)
+
+
 def _fused_loss(
     model: PreTrainedModel, head: nn.Linear, windows: torch.Tensor, reduction: str
 ) -> torch.Tensor:
@@ -133,7 +165,7 @@ def token_losses(model: nn.Module, windows: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         head = plain_head(model)
         if head is not None:
-            return _fused_loss(model, head, windows, "none")  # type: ignore[arg-type]
+            return _of(model, head, _fused_loss, windows, "none")
         logits = model(input_ids=windows).logits[:, :-1].flatten(0, 1)
         targets = windows[:, 1:].flatten()
         parts = zip(logits.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True)
@@ -161,5 +193,5 @@ def training_loss(model: nn.Module, windows: torch.Tensor) -> torch.Tensor:
     if head is None or head.weight.dtype != torch.float32:
         return next_token_loss(model, windows)
     if torch.is_autocast_enabled(windows.device.type):
-        return _recomputing_loss(model, head, windows)  # type: ignore[arg-type]
-    return _fused_loss(model, head, windows, "mean")  # type: ignore[arg-type]
+        return _of(model, head, _recomputing_loss, windows)
+    return _of(model, head, _fused_loss, windows, "mean")

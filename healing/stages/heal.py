@@ -63,6 +63,7 @@ from healing.tracking.sending.logged_models import ModelFiles
 from healing.tracking.sending.requests import LOCAL_ID
 from healing.tracking.snapshots import Saving
 from healing.tracking.store import Store
+from healing.training.parallel.group import ranks_of
 
 
 def _write_files(outcome: HealOutcome, folder: pathlib.Path, records: Sequence[Record]) -> None:
@@ -208,6 +209,8 @@ class HealStage(StageDefaults):
             seeds = [config.seed] if attacked is None else [config.seed, int(attacked)]
             healer.check_use(config.healer, config.label, seeds)
         use_threads(cell.config)
+        if cell.config.is_parallel:
+            ranks_of(cell.config)  # what is wrong is said before anything is computed
         if not cell.config.sham:
             return cell
         done = tools.first(self, cell.sham_cell())
@@ -265,6 +268,8 @@ NOT_THE_COMMAND = (
     "verbosity",
     "cache_dir",
     "device",
+    "parallel",
+    "ranks",
     "system_metrics",
     "dry_run",
     "time_steps",
@@ -320,6 +325,8 @@ def _check_early(config: HealConfig, store: Store) -> None:
     store.check_registry(config.register_as)
     applied, healer = with_healer(config, store)
     METHODS.load(applied.healing_method).check(applied)
+    if applied.is_parallel:
+        ranks_of(applied)
     given = (config.collapsed_checkpoint, config.attack_run_id, config.checkpoint_dir)
     if healer and not any(given):
         label = resolve_from_checkpoint(applied, None, "").label

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,6 @@ from healing.models.loading import LoadedModel
 from healing.progress import Safe, during, phase, without_safe_points
 from healing.randomness import named_generator
 from healing.registry import METHODS
-from healing.training.nonfinite import forward_failure
 from healing.training.norm_reset import reset_norms
 from healing.training.precision import Precision
 from healing.training.trainer import Trainer
@@ -122,6 +121,7 @@ def heal_events(
     collapsed: Measurement,
     generator: torch.Generator,
     kept: Mapping[str, Any] | None = None,
+    trainer_of: Callable[[PreTrainedModel, HealConfig], Trainer] = Trainer,
 ) -> Iterator[HealRecord | Safe]:
     """Fine-tune a model in place, yielding a record at step 0, every interval and the last step,
     and a safe point after every step, from whose state the same steps and records follow.
@@ -137,6 +137,7 @@ def heal_events(
         collapsed: Measurement of the model as it comes.
         generator: Draws the data order.
         kept: State of a safe point to go on from; what came before it is not yielded again.
+        trainer_of: Makes what takes the steps.
 
     Ends early after :data:`MAX_CONSECUTIVE_NONFINITE_STEPS` consecutive steps that are not finite,
     and at once where an update leaves weights that are not.
@@ -149,7 +150,7 @@ def heal_events(
     if config.reset_norms and total:
         reset_norms(model)
     with adapted(model, config, generator), precision.weights(model):
-        trainer = Trainer(model, config)
+        trainer = trainer_of(model, config)
         losses: list[float] = []
         norms: list[float] = []
         if kept is not None:
@@ -176,7 +177,7 @@ def heal_events(
                     failure = trainer.first_failure
                     unsound = last and measurement.nonfinite_tokens > 0
                     if unsound and not failure:
-                        module = forward_failure(model, probe.windows) or "probe"
+                        module = trainer.forward_failure(probe.windows) or "probe"
                         failure = Failure(step + 1, FORWARD, module)
                 yield HealRecord(
                     step,
@@ -208,6 +209,7 @@ def replay_healthy(
     windows: torch.Tensor,
     generator: torch.Generator,
     steps: int,
+    trainer_of: Callable[[PreTrainedModel, HealConfig], Trainer] = Trainer,
 ) -> HealthyReplay:
     """The first steps of :func:`heal` on another model, changed in place, up to its first failure.
 
@@ -217,6 +219,7 @@ def replay_healthy(
         windows: Of the run that failed.
         generator: In the state in which the failed run's began.
         steps: Steps to try.
+        trainer_of: Makes what takes them.
     """
     model = loaded.model
     stream = batches(windows, int(config.batch_size), generator)
@@ -224,7 +227,7 @@ def replay_healthy(
     if config.reset_norms:
         reset_norms(model)
     with adapted(model, config, generator), precision.weights(model):
-        trainer = Trainer(model, config)
+        trainer = trainer_of(model, config)
         for _ in range(steps):
             trainer.step(next(stream).to(loaded.device))
             if trainer.failure:

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from healing.measurements.diagnosis import FORWARD, GRADIENT, Failure
+from healing.measurements.diagnosis import FORWARD, GRADIENT, WEIGHTS, Failure
 from healing.models.blocks import evaluation_mode, training_mode
+from healing.models.sharing import ALONE, Share, own_part, whole
 from healing.models.token_loss import training_loss
 from healing.training.precision import FLOAT32, Precision, gradient_norm
 
@@ -24,13 +25,20 @@ def all_finite(tensor: torch.Tensor) -> bool:
     return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
 
 
-def first_nonfinite_parameter(model: nn.Module) -> str:
-    """Name of the first parameter, by registration, that is not finite; empty if there is none."""
+def first_nonfinite_parameter(model: nn.Module, share: Share = ALONE) -> str:
+    """Name of the first parameter, by registration, that is not finite; empty if there is none.
+
+    Args:
+        model: Any; its parameters may be spread over ranks.
+        share: Of this rank, where they are.
+    """
     names, parameters = zip(*model.named_parameters(), strict=True)
-    if bool(torch.isfinite(torch.nn.utils.get_total_norm(p.detach() for p in parameters))):
+    norm = whole(torch.nn.utils.get_total_norm(p.detach() for p in parameters))
+    if bool(torch.isfinite(norm)):
         return ""  # the usual case, in one pass; a norm may also overflow where no weight has
     # One answer for all of them: on an accelerator every question waits for the queue.
-    finite = torch.stack([torch.isfinite(p.detach()).all() for p in parameters]).tolist()
+    broken = torch.stack([~torch.isfinite(own_part(p.detach())).all() for p in parameters])
+    finite = (share.total(broken.long()) == 0).tolist()
     return "" if all(finite) else names[finite.index(False)]
 
 
@@ -83,7 +91,7 @@ def nonfinite_gradients(model: nn.Module) -> Iterator[list[str]]:
 
     def hook(name: str) -> Any:
         def record(parameter: torch.Tensor) -> None:
-            if parameter.grad is not None and not all_finite(parameter.grad):
+            if parameter.grad is not None and not all_finite(whole(parameter.grad)):
                 found.append(name)
 
         return record
@@ -100,15 +108,15 @@ def nonfinite_gradients(model: nn.Module) -> Iterator[list[str]]:
             handle.remove()
 
 
-def takes_a_step(model: nn.Module, batch: torch.Tensor) -> bool:
+def takes_a_step(model: nn.Module, batch: torch.Tensor, share: Share = ALONE) -> bool:
     """Whether loss and gradient norm of one pass in the model's own format are finite; no gradient
     is left behind.
     """
     with training_mode(model):
         model.zero_grad()
-        loss = training_loss(model, batch)
+        loss = training_loss(model, batch[share.rows(len(batch))])
         loss.backward()  # type: ignore[no-untyped-call]
-    finite = all_finite(loss) and all_finite(gradient_norm(model, 0.0))
+    finite = share.everywhere(torch.isfinite(loss)) and all_finite(gradient_norm(model, 0.0))
     model.zero_grad()
     return finite
 
@@ -123,7 +131,8 @@ def diagnose(
     """One forward and backward pass, watched; no gradient is left behind.
 
     A failure is a loss, a gradient or a gradient norm that is not finite. Its origin is
-    :data:`FORWARD` where a module's output or the loss is not finite, else :data:`GRADIENT`.
+    :data:`FORWARD` where a module's output or the loss is not finite, else :data:`GRADIENT`. Of a
+    model that is spread over ranks every rank passes the whole batch, so that all find the same.
 
     Args:
         model: A causal language model, in the precision's weights.
@@ -169,3 +178,33 @@ def forward_failure(model: nn.Module, windows: torch.Tensor) -> str:
             if found:
                 return found[0]
     return ""
+
+
+def failure_before_training(
+    model: nn.Module,
+    batch: torch.Tensor,
+    windows: torch.Tensor,
+    share: Share = ALONE,
+    *,
+    lost: bool = False,
+) -> Failure | None:
+    """What a model in float32 cannot compute before any step, if there is such a thing.
+
+    Tried in this order: forward and backward pass on the first training batch, the forward passes
+    of its measurement, the weights themselves.
+
+    Args:
+        model: A causal language model.
+        batch: int64 (windows, tokens), on the model's device.
+        windows: The probe's, int64 (windows, tokens).
+        share: Of the batch.
+        lost: Whether its measurement found losses that are not finite.
+    """
+    # Watched only where needed: that pass holds the logits of the whole batch.
+    found = None if takes_a_step(model, batch, share) else diagnose(model, batch, step=0)
+    if found:
+        return found
+    if lost:
+        return Failure(0, FORWARD, forward_failure(model, windows) or "probe")
+    broken = first_nonfinite_parameter(model, share)
+    return Failure(0, WEIGHTS, broken) if broken else None

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from healing.models.sharing import whole
+
 FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -109,7 +111,7 @@ def gradient_norm(model: torch.nn.Module, gradient_clip: float) -> torch.Tensor:
     parameters = [p for p in model.parameters() if p.grad is not None]
     gradients = [p.grad for p in parameters if p.grad is not None]
     if all(g.dtype == torch.float32 for g in gradients):
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = whole(torch.nn.utils.get_total_norm(gradients))
     else:  # in fp16 the norm of a finite gradient can itself overflow
         norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]
         norm = torch.linalg.vector_norm(torch.stack(norms))

@@ -12,8 +12,9 @@ import torch
 from healing.config.heal import HealConfig
 from healing.measurements.diagnosis import FORWARD, GRADIENT, UPDATE, WEIGHTS, Failure
 from healing.models.blocks import training_mode
+from healing.models.sharing import ALONE, Share
 from healing.models.token_loss import training_loss
-from healing.training.nonfinite import diagnose, first_nonfinite_parameter
+from healing.training.nonfinite import diagnose, first_nonfinite_parameter, forward_failure
 from healing.training.optimizers import make_optimizer
 from healing.training.precision import Precision, gradient_norm
 from healing.training.rate_schedule import rate_factor
@@ -35,6 +36,8 @@ class Trainer:
         model: In the weights of the configuration's precision (:meth:`Precision.weights`).
         config: Resolved configuration.
         optimizer: Over the model's parameters; ``None`` = the configuration's.
+        share: Of every batch, that this process passes through the model; its gradients are then
+            the means over all ranks.
 
     Attributes:
         steps: Tried.
@@ -51,8 +54,9 @@ class Trainer:
         model: torch.nn.Module,
         config: HealConfig,
         optimizer: torch.optim.Optimizer | None = None,
+        share: Share = ALONE,
     ) -> None:
-        self.model, self.clip = model, config.gradient_clip
+        self.model, self.clip, self.share = model, config.gradient_clip, share
         self.precision = Precision(config.precision, config.precision_mode)
         trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = optimizer or make_optimizer(
@@ -69,7 +73,7 @@ class Trainer:
         self.scaler = self.precision.scaler(next(model.parameters()).device)
         self.steps = self.taken = self.nonfinite = self.scaler_skipped = 0
         self.failure: Failure | None = None
-        self._sound_at_first = not first_nonfinite_parameter(model)
+        self._sound_at_first = not first_nonfinite_parameter(model, share)
         self._first_skipped: Failure | None = None
         self._streak: Failure | None = None
         self._in_a_row, self._broken = 0, False
@@ -101,10 +105,13 @@ class Trainer:
         with training_mode(self.model):
             with self.precision.forward(batch.device):
                 # The labels are shifted there; shifting them here too would train on t+2.
-                loss = training_loss(self.model, batch)
+                loss = training_loss(self.model, batch[self.share.rows(len(batch))])
             self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
-        both = torch.stack([loss.detach().float(), gradient_norm(self.model, self.clip).float()])
+        norm_before = gradient_norm(self.model, self.clip).float()
+        # The shares are of one size, so that the mean of their means is the batch's.
+        mean = self.share.total(loss.detach().float()) / self.share.ranks
+        both = torch.stack([mean, norm_before])
         value, norm = both.tolist()  # one wait for the device
         if math.isfinite(value) and math.isfinite(norm):
             self.scaler.step(self.optimizer)
@@ -126,7 +133,7 @@ class Trainer:
     def _after_update(self) -> None:
         self.taken, self._in_a_row = self.taken + 1, 0
         self._streak = None
-        broken = first_nonfinite_parameter(self.model)
+        broken = first_nonfinite_parameter(self.model, self.share)
         if broken:
             self._broken = True
             origin = UPDATE if self._sound_at_first else WEIGHTS
@@ -151,13 +158,21 @@ class Trainer:
         origin = GRADIENT if math.isfinite(loss) else FORWARD
         return found or Failure(self.steps, origin, "not found again")
 
+    def forward_failure(self, windows: torch.Tensor) -> str:
+        """First module whose output is not finite on some windows; empty where there is none."""
+        return forward_failure(self.model, windows)
+
     def state_dict(self) -> dict[str, Any]:
         """What the next step depends on, weights included, in the format that they are trained in:
         the tensors themselves, not copies.
         """
+        return self.state_of(self.model.state_dict(), self.optimizer.state_dict())
+
+    def state_of(self, weights: Mapping[str, Any], optimizer: Mapping[str, Any]) -> dict[str, Any]:
+        """The same, with weights and optimiser as they are said to be."""
         return {
-            "weights": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "weights": weights,
+            "optimizer": optimizer,
             "scaler": self.scaler.state_dict(),
             "counts": {name: getattr(self, name) for name in _COUNTS},
         }
@@ -166,6 +181,10 @@ class Trainer:
         """Go on from :meth:`state_dict` of a trainer with the same configuration."""
         self.model.load_state_dict(state["weights"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.load_counts(state)
+
+    def load_counts(self, state: Mapping[str, Any]) -> None:
+        """Of a state all but weights and optimiser."""
         self.scaler.load_state_dict(state["scaler"])
         for name, value in state["counts"].items():
             setattr(self, name, value)

@@ -57,7 +57,7 @@ ANSWERS = {
     "-target_rank_reduction -catalyst_length -trajectory_interval "
     "healing_steps healing_lr healing_optimizer healing_momentum healing_warmup healing_decay "
     "healing_method lora_rank lora_alpha sham gradient_checkpointing gradient_clip reset_norms "
-    "-healer -save_healed precision precision_mode "
+    "-healer -save_healed precision precision_mode -parallel -ranks "
     "-checkpoint_interval -checkpoint_minutes -resume_run_id -log_layers -log_images -log_text "
     "-log_model -register_as -system_metrics -dry_run -time_steps",
     "summarize": "experiment filter legacy confidence -figure_style -output_dir -verbosity",

@@ -16,11 +16,11 @@ from healing.measurements.probe import Probe
 from healing.models.loading import load_model
 from healing.randomness import named_generator
 from healing.stages.cells import inputs
-from healing.stages.cells.heal import failure_in_float32
 from healing.stages.cells.inputs import resolve_from_model
 from healing.training.healing_loop import heal, replay_healthy
 from healing.training.nonfinite import (
     diagnose,
+    failure_before_training,
     first_nonfinite_parameter,
     forward_failure,
     nonfinite_gradients,
@@ -408,7 +408,8 @@ def test_control_stops_at_its_first_failure(nano, windows, monkeypatch):
 
 def test_a_gradient_that_float32_cannot_hold_is_found_before_the_first_step(nano, probe):
     """Logits as before, from states 1e30 times as large: only the gradient's norm overflows."""
-    assert failure_in_float32(nano, probe.measure(nano.model), probe, probe.windows[:4]) is None
+    batch, windows = probe.windows[:4], probe.windows
+    assert failure_before_training(nano.model, batch, windows) is None
     norm = nano.model.gpt_neox.final_layer_norm
     with torch.no_grad():
         norm.weight *= 1e30
@@ -416,6 +417,6 @@ def test_a_gradient_that_float32_cannot_hold_is_found_before_the_first_step(nano
         nano.model.get_output_embeddings().weight *= 1e-30
     measured = probe.measure(nano.model)
     assert measured.nonfinite_tokens == 0
-    found = failure_in_float32(nano, measured, probe, probe.windows[:4])
+    found = failure_before_training(nano.model, batch, windows)
     assert found is not None
     assert found.origin == GRADIENT

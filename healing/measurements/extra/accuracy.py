@@ -11,6 +11,8 @@ import torch
 
 from healing.measurements.extra_metrics import ProbeState
 
+SHARDED = True
+"""Works on a model whose weights are spread over processes."""
 UNITS = {"top1": "percent", "top5": "percent"}
 
 

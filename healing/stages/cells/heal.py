@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import pathlib
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,18 +14,12 @@ from healing.config.arm_tags import SHAM_ARM
 from healing.config.fingerprint import NOT_SETTINGS, as_params, fingerprint, not_separating
 from healing.config.heal import HealConfig
 from healing.config.presets import model_slug
+from healing.data.splits import Corpus
 from healing.data.windows import batches
 from healing.errors import CheckpointError
-from healing.measurements.continuations import Continuations, continued, openings_of
-from healing.measurements.diagnosis import (
-    FORWARD,
-    MAX_REPLAY_STEPS,
-    WEIGHTS,
-    Failure,
-    HealthyReplay,
-)
+from healing.measurements.continuations import Continuations, openings_of
+from healing.measurements.diagnosis import MAX_REPLAY_STEPS, Failure, HealthyReplay
 from healing.measurements.kept_measurements import measured
-from healing.measurements.probe import Measurement, Probe
 from healing.measurements.unigram import unigram_loss
 from healing.models.blocks import embedding_matrix
 from healing.models.checkpoints import (
@@ -55,12 +50,8 @@ from healing.stages.cells.inputs import (
     training_windows,
 )
 from healing.training.healing_loop import HealRecord, adapted, heal_events, replay_healthy
-from healing.training.nonfinite import (
-    diagnose,
-    first_nonfinite_parameter,
-    forward_failure,
-    takes_a_step,
-)
+from healing.training.parallel.group import parallel_tags
+from healing.training.parallel.team import Alone, ranks_for
 
 
 def resolve_from_checkpoint(
@@ -142,33 +133,22 @@ def _first_batch(cell: HealCell, windows: torch.Tensor) -> torch.Tensor:
     return next(batches(windows, int(cell.config.batch_size), _data_order(cell)))
 
 
-def failure_in_float32(
-    loaded: LoadedModel, collapsed: Measurement, probe: Probe, batch: torch.Tensor
-) -> Failure | None:
-    """What a model in float32 cannot compute before any step, if there is such a thing.
-
-    Tried in this order: forward and backward pass on the first training batch, the forward passes
-    of its measurement, the weights themselves.
-    """
-    batch = batch.to(loaded.device)
-    # Watched only where needed: that pass holds the logits of the whole batch.
-    found = None if takes_a_step(loaded.model, batch) else diagnose(loaded.model, batch, step=0)
-    if found:
-        return found
-    if collapsed.nonfinite_tokens:
-        return Failure(0, FORWARD, forward_failure(loaded.model, probe.windows) or "probe")
-    broken = first_nonfinite_parameter(loaded.model)
-    return Failure(0, WEIGHTS, broken) if broken else None
-
-
-def _replay_healthy(cell: HealCell, failure: Failure, windows: torch.Tensor) -> HealthyReplay:
+def _replay_healthy(
+    cell: HealCell, failure: Failure, windows: torch.Tensor, ranks: Alone
+) -> HealthyReplay:
     """A failed run's first steps on a fresh healthy model: a second model in memory meanwhile."""
-    healthy = load_for(cell.config)
+    healthy = load_for(_loading(cell.config))
     if cell.config.gradient_checkpointing:
         healthy.model.activation_checkpointing_enable()
     # As long as the run took to the failures that ended it, at most MAX_REPLAY_STEPS.
     steps = min(failure.step, MAX_REPLAY_STEPS)
-    return replay_healthy(healthy, cell.config, windows, _data_order(cell), steps)
+    order = _data_order(cell)
+    return replay_healthy(healthy, cell.config, windows, order, steps, ranks.trainer_of)
+
+
+def _loading(config: HealConfig) -> HealConfig:
+    """Of a model that is spread over ranks, rank 0 has the whole one in the host's memory."""
+    return replace(config, device="cpu") if config.is_parallel else config
 
 
 def heal_cell(cell: HealCell) -> Events[tuple[HealOutcome, LoadedModel]]:
@@ -179,7 +159,7 @@ def heal_cell(cell: HealCell) -> Events[tuple[HealOutcome, LoadedModel]]:
     checkpoint = read_checkpoint(pathlib.Path(cell.checkpoint)) if cell.checkpoint else None
     if checkpoint:
         checkpoint.pin_commit()
-    corpus, loaded, probe = load_inputs(config)
+    corpus, loaded, probe = load_inputs(_loading(config))
     checkpoint = checkpoint or sham_checkpoint(loaded.digest, config)
     _require_collapsed(checkpoint, loaded, cell)
     run_fingerprint = heal_fingerprint(cell, checkpoint, loaded.identity, corpus.digests)
@@ -190,7 +170,12 @@ def heal_cell(cell: HealCell) -> Events[tuple[HealOutcome, LoadedModel]]:
         heal_name(cell, checkpoint, run_fingerprint),
         stored_config(cell, checkpoint, run_fingerprint),
         int(config.healing_steps),
-        tags={**loaded.tags, **lineage(checkpoint), "settings": settings},
+        tags={
+            **loaded.tags,
+            **lineage(checkpoint),
+            "settings": settings,
+            **parallel_tags(config),
+        },
         counts={
             "n_params": loaded.n_params,
             "n_trainable_params": method.n_trainable(loaded.model, config),
@@ -199,28 +184,44 @@ def heal_cell(cell: HealCell) -> Events[tuple[HealOutcome, LoadedModel]]:
         warnings=few_rows_warnings(config, loaded),
         disk=4 * loaded.n_params * config.save_healed,
     )
+    with ranks_for(config, loaded, probe) as ranks:
+        outcome = yield from _healed(cell, corpus, loaded, checkpoint, run_fingerprint, ranks, kept)
+    return outcome, loaded
+
+
+def _healed(
+    cell: HealCell,
+    corpus: Corpus,
+    loaded: LoadedModel,
+    checkpoint: Checkpoint,
+    run_fingerprint: str,
+    ranks: Alone,
+    kept: Mapping[str, Any] | None,
+) -> Events[HealOutcome]:
+    """What a cell computes once its inputs are there, by one process or by several."""
+    config, probe = cell.config, ranks.probe
     enter("healthy measurement")
     probe = probe.remembering(HEALTHY, loaded.model)
     healthy = measured(probe, loaded, config.seed, loaded.digest)
     said = openings_of(probe.windows) if config.log_text else None
-    said = _also(said, HEALTHY, loaded)
+    said = _also(said, HEALTHY, ranks)
     distance = weight_distance(loaded.model, checkpoint.state) if cell.checkpoint else 0.0
     enter("loading the checkpoint")
     if cell.checkpoint:
         load_state(loaded, checkpoint, cell.checkpoint)
+        ranks.refresh()
     checkpoint = checkpoint.without_tensors()
     windows = training_windows(config, corpus, loaded)
     enter("collapsed measurement")
     probe = probe.remembering(COLLAPSED, loaded.model)
     collapsed = measured(probe, loaded, config.seed, checkpoint.digest)
-    said = _also(said, COLLAPSED, loaded)
+    said = _also(said, COLLAPSED, ranks)
     enter("first check")
     if config.gradient_checkpointing:
         loaded.model.activation_checkpointing_enable()
     # Probe only the gradients that will be trained: full ones may not fit beside adapters.
     with adapted(loaded.model, config, _data_order(cell)):
-        batch = _first_batch(cell, windows)
-        in_float32 = failure_in_float32(loaded, collapsed, probe, batch)
+        in_float32 = ranks.first_failure(collapsed, _first_batch(cell, windows))
     outcome = HealOutcome(
         cell,
         run_fingerprint,
@@ -242,7 +243,8 @@ def heal_cell(cell: HealCell) -> Events[tuple[HealOutcome, LoadedModel]]:
         outcome = replace(outcome, records=tuple(kept["records"]))
     loop = kept["loop"] if kept else None
     order = _data_order(cell)
-    for event in heal_events(loaded, config, windows, probe, collapsed, order, loop):
+    trainer_of = ranks.trainer_of
+    for event in heal_events(loaded, config, windows, probe, collapsed, order, loop, trainer_of):
         if isinstance(event, Safe):
             yield replace(event, state=functools.partial(_state, event, outcome.records))
             continue
@@ -250,19 +252,21 @@ def heal_cell(cell: HealCell) -> Events[tuple[HealOutcome, LoadedModel]]:
         outcome = replace(outcome, records=(*known, event))
         metrics = {**event.metrics(), **outcome.recovery(event)}
         yield Record(event.step, metrics, rank_and_perplexity(metrics))
-    last = outcome.records[-1]
+    ranks.finish()
+    said, last = _also(said, "healed", ranks), outcome.records[-1]
     if last.stalled and last.failure and not outcome.in_float32:
         enter("the healthy model through the same steps")
-        outcome = replace(outcome, healthy_replay=_replay_healthy(cell, last.failure, windows))
-    return replace(outcome, said=_also(said, "healed", loaded)), loaded
+        replayed = _replay_healthy(cell, last.failure, windows, ranks)
+        outcome = replace(outcome, healthy_replay=replayed)
+    return replace(outcome, said=said)
 
 
-def _also(said: Continuations | None, state: str, loaded: LoadedModel) -> Continuations | None:
+def _also(said: Continuations | None, state: str, ranks: Alone) -> Continuations | None:
     """What was said so far, and what the model says in its present state, where it is asked."""
     if said is None:
         return None
     enter("continuing text")
-    found = continued(loaded.model, said.openings, said.true.shape[1])
+    found = ranks.continued(said.openings, said.true.shape[1])
     return replace(said, by_state={**said.by_state, state: found})
 
 

@@ -28,6 +28,7 @@ from healing.registry import ARMS, METHODS, Registry
 from healing.stages.cells.heal import resolve_from_checkpoint
 from healing.stages.cells.inputs import load_for, resolve_from_model, use_threads
 from healing.stages.dry_run.peak_memory import Prediction, predict_attack, predict_healing
+from healing.stages.dry_run.per_rank import predict_rank
 from healing.stages.dry_run.tensor_bytes import KINDS
 from healing.stages.dry_run.timing import Cost, attack_costs, healing_costs, in_words
 from healing.stages.healing_run.inputs import (
@@ -111,7 +112,8 @@ def predictions(
         healing = resolve_from_checkpoint(config, read_checkpoint(path) if path else None, path)
     found = {} if path else predictions(fresh_attack_config(healing), console)
     with console.doing("healing without numbers"):
-        return {**found, "heal": (healing, predict_healing(healing, *_place(healing)))}
+        predict = predict_rank if healing.is_parallel else predict_healing
+        return {**found, "heal": (healing, predict(healing, *_place(healing)))}
 
 
 def _what_is_healed(config: HealConfig) -> tuple[HealConfig, pathlib.Path | None]:
@@ -142,6 +144,8 @@ def _place(config: AttackConfig | HealConfig) -> tuple[PreTrainedConfig, torch.d
 
 def _no_estimate(config: AttackConfig | HealConfig, resolved: AttackConfig | HealConfig) -> str:
     """Why no time is estimated; empty where it is."""
+    if getattr(config, "is_parallel", False):
+        return "the steps of several processes are not timed"
     cheap = model_kind(resolved.model) == EMBEDDED
     if config.time_steps == "false" or (config.time_steps == AUTO and not cheap):
         return "--time-steps true loads the model and times one step of each kind"

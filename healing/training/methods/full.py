@@ -11,6 +11,9 @@ from transformers import PreTrainedModel
 
 from healing.config.heal import HealConfig
 
+SHARDED = True
+"""Works on a model whose weights are spread over processes."""
+
 
 def check(config: HealConfig) -> None:
     """Nothing is needed."""

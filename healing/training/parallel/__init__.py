@@ -1,0 +1,1 @@
+"""One model over several processes: how they start and end, and what each does."""
