@@ -265,9 +265,14 @@ def test_a_long_summary_is_described_in_whole_lines():
     assert len(text) <= 8000 < len(whole)
     body = text.removesuffix("\n\nThe rest is in `summary.md`.")
     assert body != text
-    assert whole.startswith(body + "\n")
+    first, title, rest = body.partition("# Recovery summary")
+    assert whole.startswith(title + rest + "\n")
+    assert [line.split("**")[1] for line in first.split("\n\n")[:3]] == [
+        f"nano, HAEP #{number}" for number in (0, 1, 10)
+    ]
+    assert first.strip().endswith("37 more groups below.")
     short = pool([make_run(1.0)])
-    assert description(short) == markdown(short)
+    assert description(short).endswith("%.\n\n" + markdown(short))
 
 
 def test_noise_is_compared_with_the_attacks_it_was_matched_to_alone():

@@ -24,7 +24,6 @@ from typing import IO, Any
 import torch
 from torch import distributed
 
-import healing
 from healing.config.heal import HealConfig, check_batch, launched
 from healing.errors import ConfigError, ParallelError
 from healing.models.loading import resolve_device
@@ -312,7 +311,7 @@ def _await(group: Group, store: distributed.TCPStore) -> None:
 
 def _environment() -> dict[str, str]:
     """Of a started process: this code, found wherever rank 0 found it, and no run of its own."""
-    root = str(pathlib.Path(healing.__file__).parents[1])
+    root = str(pathlib.Path(__file__).parents[3])
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH", "")])]
     left_out = ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "RANK", "WORLD_SIZE", "LOCAL_RANK")
     kept = {name: value for name, value in os.environ.items() if name not in left_out}
