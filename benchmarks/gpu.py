@@ -210,6 +210,7 @@ def configurations(name: str, steps: int, device: torch.device) -> tuple[HealCon
         attack_lr=1e-6,
         target_rank_reduction=1.0,  # the whole budget
         search_steps=2,
+        trajectory_interval=0,
         rayleigh_draws=0,  # Hessian products are a part of their own
         **shared,
     )

@@ -103,8 +103,8 @@ def make_store(folder: pathlib.Path, count: int) -> None:
     parameters and points.
     """
     rng = np.random.default_rng(0)
-    os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
-    client = MlflowClient()
+    os.environ["MLFLOW_TRACKING_URI"] = uri = f"sqlite:///{folder}/mlflow.db"
+    client = MlflowClient(uri)
     experiment = client.create_experiment("bench", artifact_location=f"{folder}/artifacts")
     first = client.create_run(experiment, run_name="heal 0").info.run_id
     client.set_terminated(first)

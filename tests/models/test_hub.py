@@ -31,6 +31,7 @@ from healing.errors import ConfigError, ModelError
 from healing.models.checkpoints import CHECKPOINT_NAME, HEALED_NAME, read_checkpoint
 from healing.models.loading import load_model
 from healing.models.model_files import EMBEDDED_DIR
+from healing.tracking.page_text import plain_tags
 from tests.conftest import ROOT
 from tests.hub_server import Hub, Repository, commit_of
 
@@ -453,7 +454,7 @@ def test_attack_and_heal_of_a_training_checkpoint_from_the_command_line(hub, tmp
     runs = tracking.search_runs([experiment.experiment_id], "tags.model = '70m-deduped@step1000'")
     assert {run.data.tags["stage"] for run in runs} == {"attack", "heal"}
     for run in runs:
-        stage, tags = run.data.tags["stage"], run.data.tags
+        stage, tags = run.data.tags["stage"], plain_tags(run.data.tags)
         assert tags["model_source"] == "EleutherAI/pythia-70m-deduped"
         assert tags["model_revision"] == commit
         assert run.data.params[f"{stage}.revision"] == "step1000"

@@ -273,8 +273,8 @@ def test_dry_run_prints_and_makes_no_run(command, store):
     assert done.exit_code == 0, done.output
     assert "predicted peak:" in done.output
     assert "309,792 parameters" in done.output
-    # 40 steps measured every 10, and both ends with standard errors; 309,792 float32 weights.
-    assert "of at most 40 steps, 6 measurements of 4,096 tokens" in done.output
+    # 40 steps each measured, and both ends with standard errors; 309,792 float32 weights.
+    assert "of at most 40 steps, 42 measurements of 4,096 tokens" in done.output
     assert "17 Hessian products on 1,024 tokens" in done.output
     assert "disk: 0.0012 GB for the checkpoint" in done.output
     assert ("500 steps of 1,024 tokens (512,000), 52 measurements" in done.output) == (
