@@ -113,6 +113,7 @@ class Messenger:
     def __init__(self) -> None:
         self.known: dict[str, str] = {}
         self.joined: dict[str, tuple[dict[str, str], dict[str, str]]] = {}
+        self._not_before: set[str] = set()
         self.unmade: dict[str, str] = {}
         self._experiments: dict[str, str] = {}
         self._of: dict[str, str] = {}
@@ -257,9 +258,14 @@ class Messenger:
         """The run that a request made whose answer was lost; empty where there is none."""
         # A deleted one too: it is not to be made again beside it.
         every = ViewType.ALL
-        for wanted in has_tag(LOCAL_ID, local_id):
+        today, *before = has_tag(LOCAL_ID, local_id)
+        # A name of before is asked for once: two questions a try never both get an answer where
+        # every other one is lost.
+        for wanted in [*(before if local_id not in self._not_before else []), today]:
             if found := self._client.search_runs([experiment], wanted, every, max_results=1):
                 return str(found[0].info.run_id)
+            if wanted != today:
+                self._not_before.add(local_id)
         return ""
 
     def _experiment(self, named: Mapping[str, str]) -> str:
