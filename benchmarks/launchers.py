@@ -21,8 +21,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from unittest import mock
 
+import torch
+
+from benchmarks.stopwatch import Stopwatch
 from benchmarks.table import Row, at_most, ratios, save, show
 from healing.config.sweep import SweepConfig
 from healing.stages import sweep as stage
@@ -72,25 +74,16 @@ def start(parallel: int) -> None:
 def measure(way: str, cells: int, parallel: int, steps: int) -> dict[str, float]:
     """Seconds of one sweep, in this process, and what of it is the cluster's start."""
     config = config_of(way, cells, parallel, steps)
-    pooling: list[float] = []
-    summarized = stage.summarized
-
-    def timed(*arguments: object, **named: object) -> object:
-        begin = time.perf_counter()
-        try:
-            return summarized(*arguments, **named)
-        finally:
-            pooling.append(time.perf_counter() - begin)
-
     starting = 0.0
     if way == "ray":
         begin = time.perf_counter()
         start(parallel)
         starting = time.perf_counter() - begin
-    with mock.patch.object(stage, "summarized", timed):
+    watch = Stopwatch(torch.device("cpu"))
+    with watch.on({"summary": (stage, "summarized")}):
         begin = time.perf_counter()
         stage.sweep(config)
-        took = time.perf_counter() - begin - sum(pooling)
+        took = time.perf_counter() - begin - watch.seconds["summary"]
     count = len(ARMS) * (config.seeds_by_model()["nano"][-1] + 1)
     return {"cells": float(count), "seconds": took, "starting": starting}
 

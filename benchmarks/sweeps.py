@@ -21,8 +21,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from unittest import mock
 
+import torch
+
+from benchmarks.stopwatch import Stopwatch
 from benchmarks.summarize import peak_megabytes, serve
 from benchmarks.table import Row, at_most, save, show
 from benchmarks.trivial_cells import settings, trivial_cells
@@ -41,23 +43,16 @@ def measure(cells: int) -> dict[str, float]:
     planned = chains_of(config, {})
     found = {"cells": float(sum(len(c.cells) for c in planned))}
     found["plan"] = time.perf_counter() - begin
-    pooling: list[float] = []
-    summarized = stage.summarized
-
-    def timed(*arguments: object, **named: object) -> object:
-        start = time.perf_counter()
-        try:
-            return summarized(*arguments, **named)
-        finally:
-            pooling.append(time.perf_counter() - start)
-
-    with trivial_cells(), mock.patch.object(stage, "summarized", timed):
+    with trivial_cells():
         for name in ("first", "again"):
+            watch = Stopwatch(torch.device("cpu"))
             begin, busy = time.perf_counter(), time.process_time()
-            stage.sweep(config)
-            found[name] = time.perf_counter() - begin - pooling[-1]
+            with watch.on({"summary": (stage, "summarized")}):
+                stage.sweep(config)
+            found["summary"] = watch.seconds["summary"]
+            found[name] = time.perf_counter() - begin - found["summary"]
             found[f"{name} cpu"] = time.process_time() - busy
-    return found | {"summary": pooling[-1], "peak": peak_megabytes()}
+    return found | {"peak": peak_megabytes()}
 
 
 @contextlib.contextmanager

@@ -279,7 +279,7 @@ def test_two_commands_at_once_compute_nothing_twice(store, cluster, expected) ->
     assert len(computed()) == len(expected), "a cell was begun twice"
     (experiment,) = {run.info.experiment_id for run in computed()}
     parents = MlflowClient().search_runs([experiment], "tags.stage = 'main'")
-    assert len({run.data.tags["parent"] for run in computed()}) in (1, 2)
+    assert len({run.data.tags["mlflow.parentRunId"] for run in computed()}) in (1, 2)
     assert sum(int(run.data.tags["reused_runs"]) for run in parents) == 9
 
 

@@ -4,8 +4,6 @@ alone.
 
 from __future__ import annotations
 
-import math
-
 from healing.config.attack import AttackConfig
 from healing.config.heal import HealConfig
 from healing.config.shared import RAW_DATA
@@ -101,13 +99,9 @@ def attack_measurements(steps: int, config: AttackConfig) -> int:
         steps: At most taken.
         config: Resolved.
     """
-    deciding = measurements(steps, config.measurement_interval) - 2
-    every, shown = config.measurement_interval, int(config.trajectory_interval)
-    if not shown:
-        return 2 + deciding
-    both = steps // math.lcm(every, shown)
-    also_last = bool(steps % shown == 0 and steps % every)
-    return 2 + deciding + steps // shown - both - also_last
+    intervals = [i for i in (config.measurement_interval, int(config.trajectory_interval)) if i]
+    taken = range(1, steps + 1)
+    return 2 + sum(s == steps or any(s % every == 0 for every in intervals) for s in taken)
 
 
 def _gigabytes(n_params: int) -> str:
