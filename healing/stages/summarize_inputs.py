@@ -6,6 +6,7 @@ store, or points that were lost) is read from its own ``metrics.jsonl``, one dow
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import tempfile
@@ -162,13 +163,15 @@ def panel(view: RunView) -> dict[str, float]:
 
 
 def healer(view: RunView) -> str:
-    """Optimiser and rate for people; empty where a run does not say."""
+    """Optimiser and rate (4 digits) for people; empty where a run does not say."""
     names = {"adamw": "AdamW", "sgd": "SGD"}
     optimizer = view.params.get("heal.healing_optimizer", "")
     rate = view.params.get("heal.healing_lr", "")
     method = view.params.get("heal.healing_method", "full")
     if not (optimizer and rate):
         return ""
+    with contextlib.suppress(ValueError):  # what is no number stays as it is
+        rate = f"{float(rate):.4g}"
     adapters = "" if method == "full" else f", {method}"
     return f"{names.get(optimizer, optimizer)} at {rate}{adapters}"
 

@@ -22,6 +22,7 @@ from healing.errors import TrackingError
 from healing.stages.summarize_inputs import (
     from_artifact,
     from_history,
+    healer,
     read_runs,
 )
 from healing.statistics.heal_runs import ENDPOINTS
@@ -243,6 +244,16 @@ def test_tokens_per_step_come_from_the_configuration_or_the_metric(store):
     for name, value in (("heal.batch_size", "8"), ("heal.sequence_length", "128")):
         client.log_param(stored()[2].run_id, name, value)
     assert [r.tokens_per_step for r in read_runs(stored())] == [96, 0, 1024, 0]
+
+
+@pytest.mark.parametrize(
+    ("rate", "said"),
+    [("0.004494303097145379", "AdamW at 0.004494"), ("0.001", "AdamW at 0.001"),
+     ("1e-05", "AdamW at 1e-05"), ("of a stranger", "AdamW at of a stranger"), ("", "")],
+)  # fmt: skip
+def test_a_rate_that_a_search_drew_is_said_in_four_digits(rate, said):
+    params = {"heal.healing_optimizer": "adamw", "heal.healing_lr": rate}
+    assert healer(queries.RunView("r", "r", "FINISHED", "1", params, {}, {})) == said
 
 
 def test_a_run_that_runs_is_no_failed_one(store):
