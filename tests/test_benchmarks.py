@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Iterator
 from types import SimpleNamespace
 
+import mlflow
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -374,8 +375,10 @@ def test_the_runs_that_are_summarized_are_read_whole(tmp_path, monkeypatch):
     from healing.stages.summarize import find_runs
     from healing.stages.summarize_inputs import read_runs
 
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    mlflow.set_tracking_uri(uri)  # another test may have named its own
     make_store(tmp_path, 12)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     views = find_runs(SummarizeConfig(experiment="bench"))
     assert len(views) == 12
     assert (len(views[0].params), len(views[0].metrics)) == (PARAMS, LATEST)
