@@ -1,6 +1,6 @@
 """Faults of a cluster's workers, installed in each by Ray's set-up hook: at the record of a step a
 worker kills itself, with its disk or without, or says where it is and waits until its machine is
-taken away, or holds its machine until another has come.
+taken away, or holds its machine until another has come, or kills what the sweep counts with.
 
 ``faults.json`` in the folder that ``RAY_FAULTS`` names: part of the name of a run's folder → step
 → fault.
@@ -18,7 +18,9 @@ from collections.abc import Mapping
 from typing import Any
 
 FOLDER = "RAY_FAULTS"
-KILL, LOSE, WAIT, HOLD = "kill", "lose", "wait", "hold"
+KILL, LOSE, WAIT, HOLD, UNCOUNT = "kill", "lose", "wait", "hold", "uncount"
+COUNTING = ("ray::Board", "ray::Claims")
+"""Names of the processes of a sweep's actors."""
 ADDED = "added"
 """File with the id of the machine that came."""
 
@@ -48,6 +50,9 @@ def happen(folder: pathlib.Path, step: str) -> None:
         if faults[step] == HOLD:
             wait_for_a_run_on(place / ADDED)
             continue
+        if faults[step] == UNCOUNT:
+            marker.write_text(json.dumps(kill_actors()))
+            continue
         wait_for_a_stored_state(run)
         if faults[step] in (KILL, LOSE):
             if faults[step] == LOSE:
@@ -60,6 +65,17 @@ def happen(folder: pathlib.Path, step: str) -> None:
         partial.write_text(ray.get_runtime_context().get_node_id())
         partial.replace(marker)
         threading.Event().wait()  # until the machine is gone
+
+
+def kill_actors() -> list[bool]:
+    """Whether each process of an actor ran on the head, before it was killed."""
+    import psutil
+
+    found = [p for p in psutil.process_iter() if p.name().startswith(COUNTING)]
+    on_head = [any("--head" in word for word in p.parent().cmdline()) for p in found]
+    for process in found:
+        process.kill()
+    return on_head
 
 
 def wait_for_a_stored_state(run: str) -> None:

@@ -165,14 +165,15 @@ def test_what_is_missing_is_one_line(monkeypatch):
 
 def test_a_board_counts_the_tries_of_the_cell_that_its_worker_died_in():
     board, now = Board(), Now(0, 2, 0.5, "heal 3/60")
-    assert board.enters(4) == 1
-    assert board.begins((4, 0), now) == 1
+    assert board.enters(4, "a") == 1
+    assert board.begins((4, 0), "a", now) == 1
     board.ended((4, 0), Ended(4, "first", "", "partial"))
-    assert board.begins((4, 1), now) == 1
-    assert board.enters(4) == 2  # the worker died in the second cell
-    assert board.begins((4, 0), now) == 1  # found again
+    # The second answer was lost, and the worker asks again.
+    assert [board.begins((4, 1), "a", now) for _ in range(2)] == [1, 1]
+    assert [board.enters(4, "b") for _ in range(2)] == [2, 2]  # the first died in the second cell
+    assert board.begins((4, 0), "b", now) == 1  # found again
     board.ended((4, 0), Ended(4, "first", "", "partial"))
-    assert board.begins((4, 1), now) == 2
+    assert board.begins((4, 1), "b", now) == 2
     seen = board.read()
     assert seen.ended == [Ended(4, "first", "", "partial")]
     assert (seen.died, seen.now) == ({4: 1}, {4: now})

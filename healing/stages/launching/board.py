@@ -4,7 +4,7 @@ command says to them: an actor's content, without Ray.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass, field
 
 Place = tuple[int, int]
@@ -63,29 +63,32 @@ class Seen:
 
 
 class Board:
-    """Counts tries, and holds the last word of every worker."""
+    """Counts tries, and holds the last word of every worker. What is said twice counts once: an
+    answer may be lost on its way.
+    """
 
     def __init__(self) -> None:
-        self._entered: Counter[int] = Counter()
-        self._tries: Counter[Place] = Counter()
+        self._entered: defaultdict[int, set[str]] = defaultdict(set)
+        self._tries: defaultdict[Place, set[str]] = defaultdict(set)
         self._over: set[Place] = set()
         self._now: dict[int, Now] = {}
         self._ended: list[Ended] = []
         self._said: list[str] = []
         self._signum: int | None = None
 
-    def enters(self, chain: int) -> int:
+    def enters(self, chain: int, worker: str) -> int:
         """A worker takes a chain up; how many did so, this one included."""
-        self._entered[chain] += 1
-        return self._entered[chain]
+        self._entered[chain].add(worker)
+        return len(self._entered[chain])
 
-    def begins(self, place: Place, now: Now) -> int:
+    def begins(self, place: Place, worker: str, now: Now) -> int:
         """A cell begins; the number of this try. One that was over before is found again, and is
         not tried.
         """
         self._now[place[0]] = now
-        self._tries[place] += place not in self._over
-        return self._tries[place]
+        if place not in self._over:
+            self._tries[place].add(worker)
+        return len(self._tries[place])
 
     def tell(self, chain: int, now: Now) -> int | None:
         """How far a cell is; the answer is the signal by which it is to end, if it is."""
@@ -110,7 +113,7 @@ class Board:
         """What is new; cells that ended, and warnings, are told once."""
         ended, self._ended = self._ended, []
         said, self._said = self._said, []
-        died = {chain: n - 1 for chain, n in self._entered.items() if n > 1}
+        died = {chain: len(them) - 1 for chain, them in self._entered.items() if len(them) > 1}
         return Seen(dict(self._now), ended, died, said)
 
     def stop(self, signum: int) -> None:

@@ -16,6 +16,15 @@ OBJECT_STORE = 80 * 2**20
 """Bytes of the store for objects of a cluster that is started here, Ray's least (75 MB) and a
 little: descriptions are all that goes through it."""
 NAMESPACE = "llm-healing"
+ON_HEAD: dict[str, Any] = {
+    "num_cpus": 0,
+    "resources": {"node:__internal_head__": 0.001},
+    "max_restarts": -1,
+    "max_task_retries": -1,
+}
+"""Options of an actor that a sweep needs to its end. Without the head there is no cluster; any
+other machine may be taken away, with what the actor counted. If its process alone dies it begins
+anew, and who asked it meanwhile waits and asks again: an answer may be given twice."""
 _NO_REPORTS = {"RAY_USAGE_STATS_ENABLED": "0"}
 """Of how the cluster is used, which Ray would send to its makers."""
 

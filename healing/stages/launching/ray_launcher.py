@@ -22,7 +22,7 @@ from healing.progress import Stopped
 from healing.stages.driver import Driver
 from healing.stages.launching.board import Board, Seen
 from healing.stages.launching.chain import CellResult, Chain
-from healing.stages.launching.ray_cluster import connected, machines
+from healing.stages.launching.ray_cluster import ON_HEAD, connected, machines
 from healing.stages.launching.ray_worker import Task, code_here, died_text, work
 from healing.stages.launching.shares import CPU, Machine, Share, shares_of
 from healing.stages.terminal.console import CellProgress, Cells
@@ -41,7 +41,7 @@ from healing.tracking.store import MlflowStore
 LOOK_SECONDS = 1.0
 """Between two looks at the board."""
 ANSWER_SECONDS = 10.0
-"""That the board has to answer; it is on this machine."""
+"""That the board has to answer."""
 ENDING_SECONDS = 20.0
 """That workers have to end at a safe point, with their states stored; then they are killed."""
 
@@ -162,7 +162,7 @@ class _Tasks:
             above: Run of the command.
         """
         ray = self._ray
-        board = ray.remote(Board).options(num_cpus=0, max_restarts=-1).remote()
+        board = ray.remote(Board).options(**ON_HEAD).remote()
         finished = ray.put(finished_runs(above.experiment_id))
         try:
             while self._waiting or self._pending:

@@ -13,6 +13,7 @@ import platform
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +30,7 @@ from healing.stages.driver import Driver
 from healing.stages.launching.board import Ended, Now
 from healing.stages.launching.chain import CellResult, Chain, run_chain
 from healing.stages.launching.claims import ClaimedCells, Claims
-from healing.stages.launching.ray_cluster import NAMESPACE
+from healing.stages.launching.ray_cluster import NAMESPACE, ON_HEAD
 from healing.stages.terminal.console import CellProgress, Console
 from healing.tracking.open_runs import Above
 from healing.tracking.processes import only_owner
@@ -82,11 +83,13 @@ class _Here:
         machine: Its name.
         node: Ray's id of it.
         task: Ray's id of the task, the same at every try.
+        worker: Of this try alone.
     """
 
     machine: str
     node: str
     task: str
+    worker: str
 
     def tags(self) -> dict[str, str]:
         """Of every run that is made here."""
@@ -97,7 +100,8 @@ def _here() -> _Here:
     import ray
 
     context = ray.get_runtime_context()
-    return _Here(platform.node(), context.get_node_id(), str(context.get_task_id()))
+    worker = f"{context.get_worker_id()}-{time.time_ns()}"  # a worker runs task after task
+    return _Here(platform.node(), context.get_node_id(), str(context.get_task_id()), worker)
 
 
 def scratch_of(worker_dir: str, node: str) -> pathlib.Path:
@@ -128,12 +132,14 @@ class _Watch:
     Args:
         board: Of the sweep, an actor.
         task: That is run.
+        here: Where it runs.
         store: Whose children have the number of the try as a tag.
         stop: Set where the command says so.
     """
 
-    def __init__(self, board: Any, task: Task, store: MlflowStore, stop: Stop) -> None:
-        self._board, self._task, self._store, self._stop = board, task, store, stop
+    def __init__(self, board: Any, task: Task, here: _Here, store: MlflowStore, stop: Stop) -> None:
+        self._board, self._task, self._here = board, task, here
+        self._store, self._stop = store, stop
         self._now = Now(-1, 1, 0.0, task.chain.title)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="tells the board", daemon=True)
@@ -160,7 +166,8 @@ class _Watch:
         """
         self._now = Now(self._now.cell + 1, runs, 0.0, cell.title)
         place = (self._task.number, self._now.cell)
-        tries = self._asked(lambda: self._board.begins.remote(place, self._now), 1)
+        worker = self._here.worker
+        tries = self._asked(lambda: self._board.begins.remote(place, worker, self._now), 1)
         most = 1 + self._task.chain.config.retries
         if tries > most:
             raise HealingError(died_text(most, self._task.memory))
@@ -184,8 +191,8 @@ class _Watch:
         self._asked(lambda: self._board.say.remote(f"{self._now.text}: {text}"), None)
 
     def _asked(self, call: Callable[[], Any], otherwise: Any) -> Any:
-        """The board's answer; it is on the command's machine, and a command that is gone ends its
-        workers too.
+        """The board's answer. It is there while its command is, and a command that is gone ends
+        its workers too.
         """
         import ray
 
@@ -213,12 +220,11 @@ def _claims(here: _Here, task: Task) -> ClaimedCells:
     import ray
 
     name = f"claims-{task.code[:16]}"  # other code has other fingerprints
-    kept = {"lifetime": "detached", "max_restarts": -1, "num_cpus": 0}
-    options = {"name": name, "namespace": NAMESPACE, "get_if_exists": True, **kept}
+    options = {"name": name, "namespace": NAMESPACE, "get_if_exists": True, "lifetime": "detached"}
 
     def ask(method: str, key: str, holder: str) -> Any:
         try:
-            actor = ray.remote(Claims).options(**options).remote()
+            actor = ray.remote(Claims).options(**options, **ON_HEAD).remote()
             return ray.get(getattr(actor, method).remote(key, holder))
         except (ray.exceptions.RayError, ValueError):  # the latter of two that make it at once
             return None
@@ -277,7 +283,7 @@ def work(task: Task, finished: Mapping[str, str], board: Any) -> list[CellResult
         )
     import ray
 
-    if ray.get(board.enters.remote(task.number)) > 1:
+    if ray.get(board.enters.remote(task.number, here.worker)) > 1:
         again = "its worker died, and the cell is tried again"
         close_runs_of_task(task.above.experiment_id, here.task, again)
     results = None
@@ -299,7 +305,7 @@ def _run(
     store = MlflowStore(tags=tags, finished=finished)
     with (
         store.below(task.above, folder, console.say) as run,
-        _Watch(board, task, store, stop) as watch,
+        _Watch(board, task, here, store, stop) as watch,
     ):
         own = FileSnapshots(STATE_CLASSES)
         states = StoredSnapshots(own, task.above.experiment_id, watch.say)
