@@ -1,9 +1,10 @@
 """Faults of a cluster's workers, installed in each by Ray's set-up hook: at the record of a step a
 worker kills itself, with its disk or without, or says where it is and waits until its machine is
-taken away, or holds its machine until another has come, or kills what the sweep counts with.
+taken away, or holds its machine until another has come. What a sweep counts with kills itself when
+it is asked, before it answers.
 
 ``faults.json`` in the folder that ``RAY_FAULTS`` names: part of the name of a run's folder → step
-→ fault.
+→ fault; or :data:`ACTORS`.
 """
 
 from __future__ import annotations
@@ -18,17 +19,22 @@ from collections.abc import Mapping
 from typing import Any
 
 FOLDER = "RAY_FAULTS"
-KILL, LOSE, WAIT, HOLD, UNCOUNT = "kill", "lose", "wait", "hold", "uncount"
-COUNTING = ("ray::Board", "ray::Claims")
-"""Names of the processes of a sweep's actors."""
+KILL, LOSE, WAIT, HOLD = "kill", "lose", "wait", "hold"
+ACTORS = "actors"
+"""In place of a run's folder: each of :data:`ASKED` kills its actor, once."""
+ASKED = ("Board.enters", "Board.begins", "Board.leaves", "Claims.take")
 ADDED = "added"
 """File with the id of the machine that came."""
 
 
 def install() -> None:
     """Have the faults of this worker happen."""
+    from healing.stages.launching import board, claims
     from healing.tracking.run_files import JsonLines
 
+    kinds = {"Board": board.Board, "Claims": claims.Claims}
+    for asked in ASKED:
+        _die_in(kinds[asked.split(".")[0]], asked)
     append = JsonLines.append
 
     def appended(self: JsonLines, record: Mapping[str, Any]) -> None:
@@ -37,6 +43,29 @@ def install() -> None:
             happen(self.path.parent, str(record["step"]))
 
     JsonLines.append = appended  # type: ignore[method-assign]
+
+
+def _die_in(kind: Any, asked: str) -> None:
+    """Have an actor die when it is first asked this."""
+    name = asked.split(".")[1]
+    answer = getattr(kind, name)
+
+    def answered(self: Any, *words: Any) -> Any:
+        place = pathlib.Path(os.environ[FOLDER])
+        marker = place / asked
+        if ACTORS in json.loads((place / "faults.json").read_text()) and not marker.exists():
+            marker.write_text(" ".join(_raylet()))
+            os.kill(os.getpid(), signal.SIGKILL)
+        return answer(self, *words)
+
+    setattr(kind, name, answered)
+
+
+def _raylet() -> list[str]:
+    """How the node of this process was started."""
+    import psutil
+
+    return psutil.Process().parent().cmdline()
 
 
 def happen(folder: pathlib.Path, step: str) -> None:
@@ -50,9 +79,6 @@ def happen(folder: pathlib.Path, step: str) -> None:
         if faults[step] == HOLD:
             wait_for_a_run_on(place / ADDED)
             continue
-        if faults[step] == UNCOUNT:
-            marker.write_text(json.dumps(kill_actors()))
-            continue
         wait_for_a_stored_state(run)
         if faults[step] in (KILL, LOSE):
             if faults[step] == LOSE:
@@ -65,17 +91,6 @@ def happen(folder: pathlib.Path, step: str) -> None:
         partial.write_text(ray.get_runtime_context().get_node_id())
         partial.replace(marker)
         threading.Event().wait()  # until the machine is gone
-
-
-def kill_actors() -> list[bool]:
-    """Whether each process of an actor ran on the head, before it was killed."""
-    import psutil
-
-    found = [p for p in psutil.process_iter() if p.name().startswith(COUNTING)]
-    on_head = [any("--head" in word for word in p.parent().cmdline()) for p in found]
-    for process in found:
-        process.kill()
-    return on_head
 
 
 def wait_for_a_stored_state(run: str) -> None:
