@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypeVar
 
-from healing.errors import OutageError, TrackingError
+from healing.errors import OutageError
 from healing.tracking import open_runs, queries
 from healing.tracking.open_runs import Above
 from healing.tracking.queries import RunView
@@ -113,8 +113,8 @@ class MlflowStore:
     Args:
         experiment: Where the outermost run goes; empty = where MLflow puts it by itself.
         tags: Of every child, beside its own.
-        finished: Fingerprint → finished run, as another process found them; what is not among them
-            is looked for.
+        finished: Fingerprint → finished run, as another process found them by
+            :meth:`look_ahead`; what is not among them is looked for.
     """
 
     def __init__(
@@ -122,11 +122,10 @@ class MlflowStore:
         experiment: str = "",
         *,
         tags: Mapping[str, Any] | None = None,
-        finished: Mapping[str, str] | None = None,
+        finished: Mapping[str, RunView] | None = None,
     ) -> None:
         self._experiment = experiment
-        self.tags, self._finished = dict(tags or {}), finished or {}
-        self._ahead: dict[str, RunView] = {}
+        self.tags, self._ahead = dict(tags or {}), dict(finished or {})
         self._sender: Sender | None = None
         self._left: Background | None = None
         self._own: dict[str, RunLogger] = {}
@@ -248,9 +247,6 @@ class MlflowStore:
             return own[-1] if own else None
         if below is None and fingerprint in self._ahead:
             return self._ahead[fingerprint]
-        if below is None and fingerprint in self._finished:
-            with contextlib.suppress(TrackingError):  # deleted since
-                return self.get_run(self._finished[fingerprint])
         self._is_caught_up(fingerprint)
         return self._ask(
             lambda: queries.find_finished(experiment_id, fingerprint, below), lambda error: None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from collections import Counter
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from mlflow.tracking import MlflowClient
 
 from healing.stages.sweep import sweep
+from healing.tracking.queries import RunView
 from healing.tracking.sending.workers import finished_views
 from healing.tracking.store import MlflowStore
 from tests.conftest import ROOT
@@ -26,7 +28,8 @@ def asked(store: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Coun
     from benchmarks.trivial_cells import trivial_cells
 
     counts: Counter[str] = Counter()
-    for name in ("search_runs", "get_run", "create_run", "log_batch", "get_metric_history_bulk"):
+    # Not log_batch: how many of them there are, the sender decides by the clock.
+    for name in ("search_runs", "get_run", "create_run", "get_metric_history_bulk"):
         original = getattr(SqlAlchemyStore, name)
 
         def counted(self, *args, name=name, original=original, **kwargs):
@@ -76,7 +79,7 @@ def test_what_another_finished_meanwhile_is_found_though_it_was_not_ahead(asked,
 
 def test_only_runs_that_are_wanted_are_kept(asked, store):
     from benchmarks.trivial_cells import settings
-    from healing.stages.launching.chain import chains_of, is_of
+    from healing.stages.launching.chain import chains_of, is_of, shared_out
 
     sweep(settings(8, store / "output"))
     (experiment,) = [
@@ -86,4 +89,23 @@ def test_only_runs_that_are_wanted_are_kept(asked, store):
     kept = finished_views(experiment, is_of(chains))
     assert {view.params["seed"] for view in kept.values()} == {"0"}
     assert len(kept) == 4 + 3, "the sham has no attack"
-    assert len(finished_views(experiment)) == 2 * len(kept)
+    every = finished_views(experiment)
+    assert len(every) == 2 * len(kept)
+    # A landscape has no seed of its own, but its healing's.
+    for seed in "01":
+        (healed, *_) = (v for v in every.values() if v.params.get("seed") == seed and is_heal(v))
+        tags = {"model": "nano", "fingerprint": f"landscape {seed}", "heal_run_id": healed.run_id}
+        every[tags["fingerprint"]] = dataclasses.replace(
+            healed, run_id=f"basin{seed}", params={}, tags=tags
+        )
+    both = chains_of(settings(8, store / "output"), {})
+    first, second = shared_out(both, every)
+    assert set(first) | set(second) == set(every)
+    assert {view.params.get("seed") for view in first.values()} == {"0", None}
+    assert {view.params.get("seed") for view in second.values()} == {"1", None}
+    assert ("landscape 0" in first, "landscape 1" in second) == (True, True)
+    assert shared_out(chains, every) == [first]
+
+
+def is_heal(view: RunView) -> bool:
+    return view.tags["stage"] == "heal"

@@ -18,7 +18,7 @@ from healing.tracking.sending.workers import (
     close_orphans,
     close_runs_below,
     close_runs_of_task,
-    finished_runs,
+    finished_views,
     settings_of_store,
 )
 from healing.tracking.snapshots import FileSnapshots, Kept
@@ -34,7 +34,7 @@ def test_a_worker_makes_children_of_a_run_that_another_process_has(store):
     with own.start("sweep", {"stage": "main"}, store / "output") as run:
         above = Above.of(run)
         assert above is not None
-        worker = MlflowStore(tags={TASK: "t1"}, finished={"known": "r1"})
+        worker = MlflowStore(tags={TASK: "t1"})
         with worker.below(above, store / "worker", say) as parent:
             worker.tags["try"] = "2"
             with worker.child(parent, "heal", {"stage": "heal", "fingerprint": "f1"}) as child:
@@ -47,7 +47,8 @@ def test_a_worker_makes_children_of_a_run_that_another_process_has(store):
         assert (found.data.tags[TASK], found.data.tags["try"]) == ("t1", "2")
         assert found.data.metrics == {"loss": 2.0}
         assert not (store / "worker/.outbox").exists()
-        assert finished_runs(above.experiment_id) == {"f1": child.run_id}
+        views = finished_views(above.experiment_id)
+        assert {name: view.run_id for name, view in views.items()} == {"f1": child.run_id}
     assert client.get_run(run.run_id).info.status == "FINISHED"
 
 
@@ -56,13 +57,19 @@ def test_finished_runs_that_were_handed_over_are_not_looked_for(store, monkeypat
     with own.start("sweep", {"stage": "main"}) as run:
         with own.child(run, "heal", {"stage": "heal", "fingerprint": "f1"}) as child:
             pass
-        worker = MlflowStore(finished={"f1": child.run_id, "gone": "0" * 32})
-        monkeypatch.setattr("healing.tracking.queries.find_finished", lambda *_: None)
+        worker = MlflowStore(finished=finished_views(run.experiment_id))
+        asked: list[str] = []
+        monkeypatch.setattr(
+            "healing.tracking.queries.find_finished", lambda _, name, *__: asked.append(name)
+        )
+        monkeypatch.setattr("healing.tracking.queries.get_run", pytest.fail)
         found = worker.find_finished(run.experiment_id, "f1")
         assert found is not None
         assert found.run_id == child.run_id
-        assert worker.find_finished(run.experiment_id, "gone") is None  # it was deleted since
+        assert asked == []
+        assert worker.find_finished(run.experiment_id, "f2") is None
         assert worker.find_finished(run.experiment_id, "f1", below=["another"]) is None
+        assert asked == ["f2", "f1"]
 
 
 def left_running(parent: str, task: str) -> str:

@@ -8,7 +8,7 @@ are children of; whoever calls it decides where that is.
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
@@ -205,6 +205,25 @@ def is_of(chains: Collection[Chain]) -> Callable[[RunView], bool]:
         return (model, seed) in known if seed is not None else model in labels
 
     return found
+
+
+def shared_out(chains: Sequence[Chain], found: Mapping[str, RunView]) -> list[dict[str, RunView]]:
+    """What each chain may find again, of what all of them may.
+
+    Args:
+        chains: Of a sweep.
+        found: Fingerprint → stored run, as :func:`is_of` lets through.
+    """
+    firsts = [chain.cells[0] for chain in chains]
+    places = {(cell.label, str(cell.seed)): n for n, cell in enumerate(firsts)}
+    seeds = {view.run_id: view.params["seed"] for view in found.values() if "seed" in view.params}
+    shares: list[dict[str, RunView]] = [{} for _ in chains]
+    for name, view in found.items():
+        seed = view.params.get("seed") or seeds.get(view.tags.get("heal_run_id", ""), "")
+        place = places.get((view.tags.get("model", ""), seed))
+        if place is not None:
+            shares[place][name] = view
+    return shares
 
 
 class Watch(Protocol):

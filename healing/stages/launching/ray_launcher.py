@@ -11,7 +11,7 @@ import contextlib
 import os
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,18 +21,18 @@ from healing.errors import ConfigError, HealingError, TrackingError
 from healing.progress import Stopped
 from healing.stages.driver import Driver
 from healing.stages.launching.board import Board, Seen
-from healing.stages.launching.chain import CellResult, Chain
+from healing.stages.launching.chain import CellResult, Chain, is_of, shared_out
 from healing.stages.launching.ray_cluster import ON_HEAD, connected, machines
 from healing.stages.launching.ray_worker import Task, code_here, died_text, work
 from healing.stages.launching.shares import CPU, Machine, Share, shares_of
 from healing.stages.terminal.console import CellProgress, Cells
 from healing.tracking.open_runs import Above
-from healing.tracking.queries import PARENT
+from healing.tracking.queries import PARENT, RunView
 from healing.tracking.run import Run
 from healing.tracking.sending.workers import (
     close_orphans,
     close_runs_below,
-    finished_runs,
+    finished_views,
     is_file_of_one_machine,
     settings_of_store,
 )
@@ -163,10 +163,11 @@ class _Tasks:
         """
         ray = self._ray
         board = ray.remote(Board).options(**ON_HEAD).remote()
-        finished = ray.put(finished_runs(above.experiment_id))
+        chains = [task.chain for task in self._tasks]
+        known = shared_out(chains, finished_views(above.experiment_id, is_of(chains)))
         try:
             while self._waiting or self._pending:
-                self._submit(board, finished)
+                self._submit(board, known)
                 over, _ = ray.wait(list(self._pending), timeout=LOOK_SECONDS)
                 for ref in over:
                     self._take(ref)
@@ -187,7 +188,7 @@ class _Tasks:
         found = [result for n in range(len(self._tasks)) for result in self._results[n]]
         return [_of_this_sweep(result, above.run_id) for result in found]
 
-    def _submit(self, board: Any, finished: Any) -> None:
+    def _submit(self, board: Any, known: Sequence[Mapping[str, RunView]]) -> None:
         """Hand over what may run: everything, or as much as ``--workers`` says."""
         most = len(self._tasks) if self._config.workers == AUTO else int(self._config.workers)
         while self._waiting and len(self._pending) < most:
@@ -203,7 +204,7 @@ class _Tasks:
                 retry_exceptions=False,
                 name=f"llm-healing {task.chain.title}",
             )
-            self._pending[asked.remote(task, finished, board)] = number
+            self._pending[asked.remote(task, known[number], board)] = number
 
     def _take(self, ref: Any) -> None:
         """What became of a chain.

@@ -34,6 +34,7 @@ from healing.stages.launching.ray_cluster import NAMESPACE, ON_HEAD
 from healing.stages.terminal.console import CellProgress, Console
 from healing.tracking.open_runs import Above
 from healing.tracking.processes import only_owner
+from healing.tracking.queries import RunView
 from healing.tracking.sending.kept_states import StoredSnapshots
 from healing.tracking.sending.outbox import PLACE
 from healing.tracking.sending.workers import TASK, close_runs_of_task, use_store
@@ -261,12 +262,12 @@ def _own_folder(task: Task, here: _Here, board: Any) -> Iterator[pathlib.Path]:
         yield place
 
 
-def work(task: Task, finished: Mapping[str, str], board: Any) -> list[CellResult] | None:
+def work(task: Task, finished: Mapping[str, RunView], board: Any) -> list[CellResult] | None:
     """Run one chain; ``None`` where it was told to stop.
 
     Args:
         task: The chain and its command.
-        finished: Fingerprint → finished run, when the sweep began.
+        finished: Fingerprint → finished run of the chain, when the sweep began.
         board: Of the sweep, an actor.
 
     Raises:
@@ -297,7 +298,7 @@ def work(task: Task, finished: Mapping[str, str], board: Any) -> list[CellResult
 
 
 def _run(
-    task: Task, finished: Mapping[str, str], board: Any, here: _Here, folder: pathlib.Path
+    task: Task, finished: Mapping[str, RunView], board: Any, here: _Here, folder: pathlib.Path
 ) -> list[CellResult] | None:
     stop, console = Stop(), Console("quiet")
     chain = task.chain.below(str(folder), verbosity="quiet")

@@ -50,11 +50,6 @@ def is_file_of_one_machine() -> bool:
     return mlflow.get_tracking_uri().startswith("sqlite:")
 
 
-def finished_runs(experiment_id: str) -> dict[str, str]:
-    """Fingerprint → id of the newest finished run with it, as :func:`finished_views`."""
-    return {name: view.run_id for name, view in finished_views(experiment_id).items()}
-
-
 def finished_views(
     experiment_id: str, wanted: Callable[[RunView], bool] = lambda view: True
 ) -> dict[str, RunView]:
