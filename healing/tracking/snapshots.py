@@ -199,6 +199,24 @@ class FileSnapshots:
         finally:
             if not place.is_symlink():
                 partial.unlink(missing_ok=True)
+        self._settled(place)
+
+    def adopt(self, folder: pathlib.Path, path: pathlib.Path) -> None:
+        """Move a state that was kept elsewhere here, as the newest. Those of this disk stay until
+        newer ones take their places: it is read only when it is gone on from.
+
+        Args:
+            folder: Of the run.
+            path: Named by :meth:`save`, on the same file system.
+        """
+        place = self.place(folder)
+        place.mkdir(parents=True, exist_ok=True)
+        refuse_link(place)
+        path.replace(place / f"{self._next(place):09d}-{path.stem.rpartition('-')[2]}.pt")
+        self._settled(place)
+
+    @staticmethod
+    def _settled(place: pathlib.Path) -> None:
         sync_folder(place)
         for old in _states(place)[:-STATES_KEPT]:
             old.unlink(missing_ok=True)

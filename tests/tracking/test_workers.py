@@ -181,6 +181,41 @@ def test_a_stored_state_that_was_changed_is_not_gone_on_from(store, cut):
     assert snapshots(cut).load(store / "three/run", "f1") is None
 
 
+def test_a_state_of_this_disk_stays_until_the_stored_one_is_known_to_be_whole(store, cut):
+    """It has fewer steps, though more states were written here before it."""
+    here, own = store / "one/run", FileSnapshots([])
+    for step in (1, 2, 3):
+        own.save(here, kept(cut, step))
+    there = snapshots(cut)
+    there.save(store / "two/run", kept(cut, 4))
+    there.close(60.0)
+    assert snapshots(cut).load(here, "f1").step == 4
+    (stored,) = pathlib.Path(store / "mlruns").rglob("state/*.pt")
+    stored.write_bytes(stored.read_bytes()[:-1])
+    for step in (2, 3):
+        own.save(store / "three/run", kept(cut, step))
+    with pytest.warns(UserWarning, match="is damaged and is not gone on from"):
+        assert snapshots(cut).load(store / "three/run", "f1").step == 3
+
+
+def test_what_is_no_folder_of_states_is_no_place_for_a_stored_one(store, cut):
+    states = snapshots(cut)
+    states.save(store / "one/run", kept(cut, 2))
+    states.close(60.0)
+    elsewhere = store / "elsewhere"
+    elsewhere.mkdir()
+    place = FileSnapshots.place(store / "two/run")
+    place.parent.mkdir()
+    place.symlink_to(elsewhere)
+    said: list[str] = []
+    experiment = MlflowClient().get_run(cut).info.experiment_id
+    assert StoredSnapshots(FileSnapshots([]), experiment, said.append).load(
+        store / "two/run", "f1"
+    ) is None  # fmt: skip
+    assert [text.partition(":")[0] for text in said] == ["warning"]
+    assert list(elsewhere.iterdir()) == []
+
+
 def test_a_store_that_takes_no_state_costs_no_run(store, cut, monkeypatch):
     def refused(*arguments: object) -> None:
         raise TrackingError("no room")

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import pathlib
 import re
-import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -61,7 +60,7 @@ class StoredSnapshots:
             if found is None or (here is not None and here.step >= _step(found)):
                 return here
             self._fetch(found, folder)
-        except TrackingError as error:
+        except (TrackingError, OSError) as error:
             self._say(f"warning: the state of another machine cannot be had: {error}")
             return here
         return self._own.load(folder, fingerprint)
@@ -74,14 +73,11 @@ class StoredSnapshots:
         return max(named, key=_step, default=None)
 
     def _fetch(self, run: RunView, folder: pathlib.Path) -> None:
-        """Put a stored state in the place of those of this disk."""
-        name, place = run.tags[STATE], self._own.place(folder)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=place.parent) as partial:
-            path = download(f"runs:/{run.run_id}/{PLACE}/{name}", partial)
-            shutil.rmtree(place, ignore_errors=True)
-            place.mkdir()
-            path.replace(place / name)
+        """Put a stored state before those of this disk."""
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as partial:
+            path = download(f"runs:/{run.run_id}/{PLACE}/{run.tags[STATE]}", partial)
+            self._own.adopt(folder, path)
 
     def save(self, folder: pathlib.Path, kept: Kept) -> None:
         """Keep it on disk; then it is stored, while the cell goes on."""
