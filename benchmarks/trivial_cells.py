@@ -128,8 +128,11 @@ def trivial_cells() -> Iterator[None]:
 
 
 def settings(cells: int, output: pathlib.Path, **changes: Any) -> SweepConfig:
-    """A sweep of so many cells: four arms, as many seeds as it takes."""
+    """A sweep of so many cells: four arms, as many seeds as it takes, those included that selected
+    the model's healer.
+    """
     seeds = -(-cells // len(ARMS))
     values = {"models": "nano", "arms": ",".join(ARMS), "seeds": f"0-{seeds - 1}", "workers": 1,
-              "sham": False, "verbosity": "quiet", "output_dir": str(output)}  # fmt: skip
+              "sham": False, "healer": "none", "verbosity": "quiet",
+              "output_dir": str(output)}  # fmt: skip
     return SweepConfig(**(values | changes))

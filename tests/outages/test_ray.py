@@ -14,6 +14,7 @@ import pathlib
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -81,9 +82,16 @@ def happening(faults: pathlib.Path, wanted: dict[str, dict[str, str]]) -> Iterat
         (faults / "faults.json").write_text("{}")
 
 
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
 def head_of(kind: Any) -> Any:
     """A cluster with its head. Ray gives itself 30 s to start, which may be too few."""
-    small = {"include_dashboard": False, "object_store_memory": 80 * 2**20, "num_cpus": 0}
+    small = {"include_dashboard": False, "object_store_memory": 80 * 2**20, "num_cpus": 0,
+             "ray_client_server_port": free_port()}  # fmt: skip
     why = ""
     for _ in range(3):
         try:
@@ -306,6 +314,16 @@ def command(folder: pathlib.Path, address: str, asked: list[str]) -> subprocess.
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
+
+
+def test_a_command_outside_the_cluster_reaches_it(store, cluster, expected) -> None:
+    """``ray://``: the command is no part of the cluster, as on a laptop."""
+    pytest.importorskip("grpc", reason="pip install 'ray[client]'")
+    port = cluster.head_node._ray_params.ray_client_server_port
+    process = command(store, f"ray://127.0.0.1:{port}", [*SAME, "--seeds=1"])
+    said = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, said
+    assert results() == {key: result for key, result in expected.items() if key[2] == "1"}
 
 
 def test_a_command_that_is_killed_is_gone_on_with(store, cluster, expected) -> None:
