@@ -320,8 +320,11 @@ def test_a_command_outside_the_cluster_reaches_it(store, cluster, expected) -> N
     """``ray://``: the command is no part of the cluster, as on a laptop."""
     pytest.importorskip("grpc", reason="pip install 'ray[client]'")
     port = cluster.head_node._ray_params.ray_client_server_port
-    process = command(store, f"ray://127.0.0.1:{port}", [*SAME, "--seeds=1"])
-    said = process.communicate(timeout=300)[0]
+    for _ in range(3):
+        process = command(store, f"ray://127.0.0.1:{port}", [*SAME, "--seeds=1"])
+        said = process.communicate(timeout=300)[0]
+        if "no Ray cluster could be reached" not in said:  # its proxy loses a server at times
+            break
     assert process.returncode == 0, said
     assert results() == {key: result for key, result in expected.items() if key[2] == "1"}
 
