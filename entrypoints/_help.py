@@ -24,7 +24,8 @@ GROUPS = {
         system_metrics confidence figure_style""",
     "Memory, time and device": """dry_run time_steps device threads workers precision precision_mode
         gradient_checkpointing parallel ranks""",
-    "Cluster": """launcher ray_address worker_cpus worker_gpus worker_memory worker_dir retries""",
+    "Cluster": """launcher ray_address worker_cpus worker_gpus worker_memory worker_dir retries
+        ending_seconds""",
 }
 """Title → options in the order in which they are shown; what stands nowhere is a detail."""
 DETAILS = "Details of the method"

@@ -31,6 +31,10 @@ class MatchError(HealingError, RuntimeError):
     """No scale of the noise does the wanted damage."""
 
 
+class MemoryLackError(HealingError, RuntimeError):
+    """Memory ran out, of the machine or of an accelerator."""
+
+
 class TrackingError(HealingError, RuntimeError):
     """The tracking store cannot be reached, or a run or artifact is not in it.
 

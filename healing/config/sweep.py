@@ -100,6 +100,14 @@ class LaunchOptions(Options):
         maximum=100,
         determines=False,
     )
+    ending_seconds: float = option(
+        20.0,
+        "launcher ray: that cells have, once the command is told to stop, to come to a safe point "
+        "and store their states, three times the weights with AdamW; what takes longer is killed.",
+        minimum=1,
+        maximum=3600,
+        determines=False,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -27,6 +27,7 @@ from healing.stages.stage import Done, Report, Stage, Tools, announce, kept_back
 from healing.stages.terminal.console import Console
 from healing.stages.terminal.heard import PREPARING, Heard
 from healing.stages.terminal.keeping import Keeper
+from healing.stages.terminal.memory import lack_told
 from healing.stages.terminal.own_run import OwnRun
 from healing.stages.terminal.phase_times import Clock, metric_name
 from healing.tracking.journal import Journal
@@ -159,7 +160,7 @@ class Driver:
             heard = Heard(shown, self.stop, self.clock)
             own = OwnRun(self.store, stage, ending, run, parent, heard.tag)
             try:
-                with progress.listening(heard):
+                with progress.listening(heard), lack_told(heard.where):
                     progress.enter(PREPARING)
                     require_writable(stage.output_dir(config))
                     tools = Tools(self.store, functools.partial(self._first, own, config))

@@ -5,6 +5,7 @@ write that fails.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import pathlib
 import shutil
@@ -153,3 +154,33 @@ def writing(folder: pathlib.Path, needed: int = 0) -> Iterator[None]:
             f"{name} could not be written ({reason}): free some of its disk, make it writable, or "
             "name another folder with --output-dir, and start again; what was written before stays"
         ) from error
+
+
+_PLACES: list[str] = []
+
+
+@functools.cache
+def _temporary() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="llm-healing-")
+
+
+def downloads_folder() -> str:
+    """Where files go that are fetched from the store for this process alone. Its end removes them,
+    or that of the block of :func:`downloads_in`.
+    """
+    return _PLACES[-1] if _PLACES else _temporary().name
+
+
+@contextlib.contextmanager
+def downloads_in(folder: pathlib.Path) -> Iterator[None]:
+    """What is fetched in the block goes here; whatever was in it is removed, before and after. For
+    processes that may be killed rather than ended, and do one thing at a time.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    _PLACES.append(str(folder))
+    try:
+        yield
+    finally:
+        _PLACES.pop()
+        shutil.rmtree(folder, ignore_errors=True)

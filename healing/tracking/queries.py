@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import os
 import pathlib
@@ -23,6 +22,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from healing.errors import OutageError, TrackingError
 from healing.tracking.metric_history import collection_paused, finite
 from healing.tracking.open_runs import DEFAULT_EXPERIMENT, PROCESS
+from healing.tracking.output_folder import downloads_folder
 from healing.tracking.page_text import has_tag, plain_tags
 from healing.tracking.processes import Process
 from healing.tracking.run_logger import RunLogger
@@ -340,7 +340,7 @@ def download(uri: str, folder: str | None = None) -> pathlib.Path:
     """
     try:
         # A file of this machine is taken where it is.
-        own = None if uri.startswith("file:") else tempfile.mkdtemp(dir=_downloads())
+        own = None if uri.startswith("file:") else tempfile.mkdtemp(dir=downloads_folder())
         place = folder or own
         return pathlib.Path(_fetched(uri, place))
     except Exception as error:
@@ -361,16 +361,6 @@ def _fetched(uri: str, place: str | None) -> str:
         run_id, _, path = uri.removeprefix("runs:/").partition("/")
         root = MlflowClient().get_run(run_id).info.artifact_uri
         return get_artifact_repository(root).download_artifacts(path, place)
-
-
-@functools.cache
-def _downloads_folder() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="llm-healing-")
-
-
-def _downloads() -> str:
-    """Folder of everything that is fetched for this process alone; its end removes it."""
-    return _downloads_folder().name
 
 
 NOT_FOUND = 404

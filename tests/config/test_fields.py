@@ -36,7 +36,7 @@ ANSWERS = {
     "basin healing_steps healing_lr healer attack_steps "
     "-trajectory_interval corpus tokenizer text_column split_rule batch_size sequence_length "
     "measurement_interval workers -launcher -ray_address -worker_cpus -worker_gpus -worker_memory "
-    "-worker_dir -retries -device -cache_dir -output_dir -verbosity "
+    "-worker_dir -retries -ending_seconds -device -cache_dir -output_dir -verbosity "
     "-checkpoint_interval -checkpoint_minutes -resume_run_id -log_layers -log_images -log_text "
     "-log_model -register_as -system_metrics",
     "attack": "model revision deduped tokenizer corpus max_documents text_column split_rule ~seed "

@@ -218,6 +218,7 @@ def test_the_head_comes_first_then_the_others_then_the_sweep(tmp_path):
     head, *_ = [call for call in found if call[:3] == ["srun", "--overlap", "--nodes=1"]]
     (others,) = (call for call in found if "--nodes=2" in call)
     assert {"--nodelist=n1", "--head", "--num-gpus=1", "--num-cpus=8"} <= set(head)
+    assert all("--cpus-per-task=8" in call for call in (head, others)), "srun gives one"
     assert {"--exclude=n1", "--ntasks=2", "--address=n1:20041"} <= set(others)
     assert found.index(head) < found.index(others)
     up = [i for i, call in enumerate(found) if call[:2] == ["ray", "status"]]
@@ -228,7 +229,20 @@ def test_the_head_comes_first_then_the_others_then_the_sweep(tmp_path):
     assert (options["launcher"], options["ray_address"]) == ("ray", "n1:20041")
     assert (options["models"], options["seeds"]) == ("410m,1b", "0-9")
     assert options["worker_dir"] == "/tmp/llm-healing-41"
+    assert 60 <= options["ending_seconds"] < int(before_the_end().rpartition("@")[2])
     assert "requeue" not in {word for call in found for word in call}
+
+
+def before_the_end() -> str:
+    (found,) = re.findall(r"#SBATCH --signal=.*", SBATCH.read_text())
+    return str(found)
+
+
+def test_an_image_holds_no_passwords():
+    """compose.yaml says that they may be in .env; Dockerfile copies the whole folder."""
+    for name in (".dockerignore", ".gitignore"):
+        lines = (ROOT / name).read_text().splitlines()
+        assert {".env", "**/.env"} & set(lines), name
 
 
 def test_a_job_that_is_told_to_stop_is_queued_again_once_main_is_over(tmp_path):
@@ -262,6 +276,6 @@ def test_ray_has_the_options_that_recipes_start_it_with():
     known = {name for option in scripts.start.params for name in option.opts}
     used = set(re.findall(r"--[a-z-]+", " ".join(re.findall(r'start\+?=\(.*|.*start\[@\].*',
                                                                SBATCH.read_text()))))  # fmt: skip
-    assert used - {"--nodelist", "--exclude"} <= known
+    assert used - {"--nodelist", "--exclude", "--cpus-per-task"} <= known
     params = read("rayjob.yaml")["spec"]["rayClusterSpec"]["headGroupSpec"]["rayStartParams"]
     assert {f"--{name}" for name in params} <= known

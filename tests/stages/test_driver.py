@@ -82,10 +82,14 @@ class Toy(StageDefaults):
                 if step % 2 == 0:
                     metrics = {"total": float(total), "undefined": math.nan}
                     yield Record(step, metrics, f"total {total}")
-                yield Safe(step, state=lambda step=step, total=total: (step, total))
+                yield Safe(step, state=lambda step=step, total=total: self.state(step, total))
             return total
         finally:
             self.closed += 1
+
+    def state(self, step: int, total: int) -> tuple[int, int]:
+        """What is kept of a safe point."""
+        return step, total
 
     def store(self, outcome, records, folder, run_id):
         (folder / "plots").mkdir()
@@ -327,10 +331,15 @@ def test_whoever_waits_for_an_end_hears_that_a_state_is_being_written(tmp_path):
             heard.append((kept.step, stop.is_saving))
             super().save(folder, kept)
 
-    stage = Toy(lambda point: point == "3" and stop.set())
+    class Gathering(Toy):
+        def state(self, step, total):
+            heard.append((step, stop.is_saving))  # ranks gather what is written
+            return super().state(step, total)
+
+    stage = Gathering(lambda point: point == "3" and stop.set())
     with pytest.raises(Stopped):
         run(driver(stop=stop, snapshots=Watched()), stage, Config(str(tmp_path)))
-    assert heard == [(3, True)]
+    assert heard == [(3, True), (3, True)]
     assert not stop.is_saving
 
 

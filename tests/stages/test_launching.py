@@ -5,15 +5,18 @@ their claims.
 from __future__ import annotations
 
 import pickle
+import re
 import sys
 import threading
 from dataclasses import replace
 
 import pytest
+import torch
 
 from healing.config.sweep import SweepConfig
 from healing.errors import ConfigError, HealingError
 from healing.progress import Stopped
+from healing.stages.cells import heal as heal_module
 from healing.stages.driver import Driver
 from healing.stages.launching import claims, ray_launcher, shares
 from healing.stages.launching.board import Board, Ended, Now
@@ -26,6 +29,7 @@ from healing.stages.launching.shares import Machine, Share, share_of, shares_of
 from healing.stages.launching.threads import ThreadLauncher
 from healing.stages.sweep import launcher_of
 from healing.stages.terminal.console import CellProgress, Console
+from healing.stages.terminal.memory import is_lack
 from healing.tracking.local_store import LocalStore
 
 
@@ -91,6 +95,70 @@ def test_a_cell_that_is_not_to_be_tried_fails_and_the_others_go_on(tmp_path):
     assert results[0].failure == "nano none seed 0: tried often enough"
     assert results[1].view is not None
     assert results[1].view.tags["arm"] == "random_tokens"
+
+
+CPU_LACK = (
+    "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you "
+    "tried to allocate 800000000000000 bytes. Error code 12 (Cannot allocate memory)"
+)
+
+
+@pytest.mark.parametrize(
+    "lack",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.\nGPU 0 has 3 GiB"),
+        RuntimeError(CPU_LACK),
+        MemoryError(),
+    ],
+)
+def test_a_cell_that_runs_out_of_memory_fails_and_says_what_was_predicted(
+    tmp_path, monkeypatch, lack
+):
+    real = heal_module.training_windows
+
+    def wanting(config, corpus, loaded):
+        if config.arm == "random_tokens":
+            raise lack
+        return real(config, corpus, loaded)
+
+    settings = config(arms="random_tokens,none", healing_steps=1, batch_size=2, sequence_length=64,
+                      seeds="0", attack_steps=1, output_dir=str(tmp_path),
+                      healer="none")  # fmt: skip
+    (chain,) = chains_of(settings, {})
+    monkeypatch.setattr(heal_module, "training_windows", wanting)
+    driver, watch = Driver(Console("quiet"), LocalStore()), Followed("")
+    with driver.process("sweep", {"stage": "main"}, settings.output_dir) as run:
+        for cell in chain.cells:  # a watch of its own, that does not end the chain
+            watch.is_over = False
+            run_chain(replace(chain, cells=(cell,)), driver, run, watch)
+    failed = {r.cell.arm: r.failure for r in watch.results}
+    assert failed.pop("none") == ""
+    (failure,) = failed.values()
+    said = (str(lack) or "MemoryError").split("\n")[0]
+    assert failure.startswith("nano random_tokens seed 0: memory ran out (")
+    assert said[:60] in failure
+    assert "lower --batch-size or --sequence-length" in failure
+    peak = re.search(r"\(predicted: ([\d.]+) GB at its peak\)", failure)
+    assert peak
+    assert 0.0 < float(peak[1]) < 10.0
+
+
+def test_the_kernels_own_message_of_the_cpu_is_recognized():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(10**14)
+    assert is_lack(caught.value)
+    assert not is_lack(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not is_lack(HealingError("out of memory"))
+
+
+def test_memory_is_predicted_for_the_arm_that_takes_most():
+    both = [config(arms=arms, seeds="0") for arms in ("haep,random_tokens", "random_tokens,haep")]
+    first, second = (shares.predicted_peak(chains_of(c, {})[0]) for c in both)
+    alone = [shares.predicted_peak(chains_of(config(arms=a, seeds="0"), {})[0])
+             for a in ("haep", "random_tokens")]  # fmt: skip
+    assert first == pytest.approx(second, rel=0.01)
+    assert first == pytest.approx(max(alone), rel=0.01)
+    assert min(alone) < 0.95 * max(alone)
 
 
 ONE = Machine("10.0.0.1", 8.0, 0.0)

@@ -10,7 +10,8 @@ from mlflow.tracking import MlflowClient
 
 from healing.errors import TrackingError
 from healing.tracking.open_runs import Above
-from healing.tracking.queries import PARENT
+from healing.tracking.output_folder import downloads_in
+from healing.tracking.queries import PARENT, download
 from healing.tracking.sending import kept_states
 from healing.tracking.sending.kept_states import STATE, STEP, StoredSnapshots
 from healing.tracking.sending.workers import (
@@ -165,6 +166,44 @@ def test_states_of_the_run_that_was_cut_go_when_the_next_is_over(store, cut):
     assert again.load(folder, "f1").step == 2
     again.drop(folder)
     assert names(cut) == []
+
+
+def test_the_states_of_every_run_that_was_cut_go_when_the_cell_is_over(store, cut):
+    """A is killed, B goes on from it and is killed, C finishes. Another machine's, that is under
+    way, keeps its own.
+    """
+    with MlflowStore().start("heal", {"stage": "heal", "fingerprint": "f1"}) as second:
+        pass
+    with MlflowStore().start("heal", {"stage": "heal", "fingerprint": "f1"}) as running:
+        pass
+    client = MlflowClient()
+    for run_id, step in ((cut, 2), (running.run_id, 3), (second.run_id, 4)):
+        states = snapshots(cut)
+        states.save(store / run_id / "run", kept(run_id, step))
+        states.close(60.0)
+        client.update_run(run_id, status="RUNNING" if step == 3 else "KILLED")
+    third = snapshots(cut)
+    assert third.load(store / "three/run", "f1").step == 4
+    third.drop(store / "three/run")
+    assert names(cut) == names(second.run_id) == []
+    assert len(names(running.run_id)) == 1
+
+
+def test_what_a_worker_fetches_is_gone_with_its_chain_and_with_the_next_of_one_that_was_killed(
+    store, cut
+):
+    folder, state = store / "worker/.downloads", store / "file"
+    state.write_text("weights")
+    MlflowClient().log_artifact(cut, str(state))
+    (folder / "of a worker that was killed").mkdir(parents=True)
+    copied = []
+    with downloads_in(folder):
+        assert list(folder.iterdir()) == []
+        root = pathlib.Path(download(f"runs:/{cut}/file"))
+        assert root.read_text() == "weights"
+        copied = list(folder.iterdir())
+    assert len(copied) == 1
+    assert not folder.exists()
 
 
 def test_a_stored_state_that_was_changed_is_not_gone_on_from(store, cut):

@@ -22,7 +22,7 @@ from healing.config.options import AUTO
 from healing.config.presets import preset_for
 from healing.config.shared import SAVING
 from healing.config.sweep import SweepConfig
-from healing.errors import ConfigError, HealingError
+from healing.errors import ConfigError, HealingError, MemoryLackError
 from healing.registry import DAMAGE_CONTROL, SHAM, TREATMENT
 from healing.stages.attack import ATTACK, checkpoint_of
 from healing.stages.basin import BASIN
@@ -32,6 +32,7 @@ from healing.stages.cells.inputs import resolve_from_model
 from healing.stages.cells.sweep_plan import SweepCell, plan
 from healing.stages.driver import Driver
 from healing.stages.heal import HEAL
+from healing.stages.launching.memory import predicted_bytes
 from healing.stages.terminal.console import CellProgress
 from healing.tracking.queries import RunView
 from healing.tracking.run import Run
@@ -262,11 +263,19 @@ def run_chain(chain: Chain, driver: Driver, run: Run, watch: Watch) -> list[Cell
             shown = watch.begins(cell, chain.runs(cell))
             own = driver.within(driver.console.within(shown))
             result = _run_cell(chain, cell, own, run, attacks)
+        except MemoryLackError as error:
+            result = CellResult(cell, failure=f"{cell.title}: {error}{_predicted(chain, cell)}")
         except HealingError as error:
             result = CellResult(cell, failure=f"{cell.title}: {error}")
         results.append(result)
         watch.ended(result)
     return results
+
+
+def _predicted(chain: Chain, cell: SweepCell) -> str:
+    """What memory was to be expected, for a cell that did not have as much."""
+    peak = predicted_bytes(heal_config(chain.config, cell, chain.source, chain.healer))
+    return f" (predicted: {peak / 1e9:.2f} GB at its peak)" if peak else " (none is predicted)"
 
 
 def _run_cell(

@@ -42,8 +42,6 @@ LOOK_SECONDS = 1.0
 """Between two looks at the board."""
 ANSWER_SECONDS = 10.0
 """That the board has to answer."""
-ENDING_SECONDS = 20.0
-"""That workers have to end at a safe point, with their states stored; then they are killed."""
 
 
 class RayLauncher:
@@ -283,7 +281,7 @@ class _Tasks:
             for ref, number in self._pending.items():
                 if number not in seen.now:
                     ray.cancel(ref, force=False)
-        end, left = time.monotonic() + ENDING_SECONDS, list(self._pending)
+        end, left = time.monotonic() + self._config.ending_seconds, list(self._pending)
         while left and (seconds := end - time.monotonic()) > 0:
             with self._unless_gone():
                 _, left = ray.wait(left, num_returns=len(left), timeout=seconds)

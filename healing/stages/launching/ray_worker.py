@@ -20,7 +20,7 @@ from typing import Any
 
 from healing import __version__
 from healing.config.fingerprint import fingerprint
-from healing.errors import ConfigError, HealingError, OutputError
+from healing.errors import ConfigError, HealingError, OutputError, TrackingError
 from healing.models.loading import resolve_device
 from healing.progress import Stop, Stopped
 from healing.stages.cells.code_digest import code_digest
@@ -33,6 +33,7 @@ from healing.stages.launching.claims import ClaimedCells, Claims
 from healing.stages.launching.ray_cluster import NAMESPACE, ON_HEAD
 from healing.stages.terminal.console import CellProgress, Console
 from healing.tracking.open_runs import Above
+from healing.tracking.output_folder import downloads_in
 from healing.tracking.processes import only_owner
 from healing.tracking.queries import RunView
 from healing.tracking.sending.kept_states import StoredSnapshots
@@ -43,14 +44,16 @@ from healing.tracking.store import MlflowStore
 
 TELL_SECONDS = 1.0
 """Between two words of a worker to the command; a stop is heard of as often."""
-STORING_SECONDS = 15.0
-"""For the last states, which are on their way to the store when a worker ends."""
+STORING_SHARE = 0.75
+"""Of the seconds that a worker has to end: for the last states, on their way to the store."""
+DOWNLOADS = ".downloads"
+"""Folder of what a chain fetched from the store, in its own."""
 _CELLS = tuple(f"healing.stages.cells.{name}" for name in ("attack", "heal", "basin"))
 
 
 def code_here() -> str:
     """What has to be the same on every machine, or cells would have other fingerprints."""
-    return fingerprint(__version__, platform.python_version_tuple()[:2], code_digest(*_CELLS))
+    return fingerprint(__version__, platform.python_version(), code_digest(*_CELLS))
 
 
 @dataclass(frozen=True)
@@ -286,9 +289,14 @@ def work(task: Task, finished: Mapping[str, RunView], board: Any) -> list[CellRe
 
     if ray.get(board.enters.remote(task.number, here.worker)) > 1:
         again = "its worker died, and the cell is tried again"
-        close_runs_of_task(task.above.experiment_id, here.task, again)
+        with contextlib.suppress(TrackingError):  # a store that is away: the command does it later
+            close_runs_of_task(task.above.experiment_id, here.task, again)
     results = None
-    with contextlib.suppress(Stopped), _own_folder(task, here, board) as folder:
+    with (
+        contextlib.suppress(Stopped),
+        _own_folder(task, here, board) as folder,
+        downloads_in(folder / DOWNLOADS),
+    ):
         results = _run(task, finished, board, here, folder)
         # What was stopped goes on from it; what the store did not take waits in it.
         if results is not None and not (folder / PLACE).exists():
@@ -317,5 +325,5 @@ def _run(
         except Stopped:
             return None
         finally:
-            states.close(STORING_SECONDS)
+            states.close(STORING_SHARE * chain.config.ending_seconds)
     return None if stop.is_set() else results

@@ -10,10 +10,9 @@ from healing.config.arm_tags import arm_needs
 from healing.config.options import AUTO
 from healing.config.presets import preset_for
 from healing.config.sweep import SweepConfig
-from healing.errors import HealingError
 from healing.registry import ARMS, SHAM
-from healing.stages.dry_run.stage import predictions
 from healing.stages.launching.chain import Chain, heal_config
+from healing.stages.launching.memory import predicted_bytes
 
 CPU = "cpu"
 
@@ -85,18 +84,16 @@ def _gpus(config: SweepConfig, machines: Sequence[Machine]) -> float:
 
 def predicted_peak(chain: Chain) -> int:
     """Bytes that the chain's largest cell takes at its peak on the CPU, as far as that is
-    predicted: of its first arm that is no control; 0 where there is none.
+    predicted: of arms that refer to no other and are no plug-in's, without landscapes; 0 where
+    there is none.
     """
+    peaks = [0]
     for cell in chain.cells:
         if cell.role == SHAM or arm_needs(cell.arm) or not ARMS.facts(cell.arm).built_in:
             continue
         below = chain.below(chain.config.output_dir, device=CPU)
-        try:
-            found = predictions(heal_config(below.config, cell, chain.source, chain.healer))
-        except HealingError:
-            return 0
-        return max(prediction.peak_bytes for _, prediction in found.values())
-    return 0
+        peaks.append(predicted_bytes(heal_config(below.config, cell, chain.source, chain.healer)))
+    return max(peaks)
 
 
 def shares_of(chains: Sequence[Chain], machines: Sequence[Machine]) -> list[Share]:

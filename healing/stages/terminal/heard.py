@@ -43,6 +43,10 @@ class Heard:
         self.times.enter(name)
         self.shown.phase(name, done, total, note)
 
+    def where(self) -> str:
+        """What is done now, for a failure's message."""
+        return f"{self.times.now}, step {self.step}" if self.step else self.times.now
+
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
         """The state is written in the block: timed, and waited for where an end was asked for."""

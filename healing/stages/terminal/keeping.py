@@ -78,9 +78,9 @@ class Keeper:
             return  # nothing was finished since
         self._saved = parts
         plain = [replace(record, write=None) for record in self._records]
-        kept = replace(self._about, state=point.state(), records=plain, step=point.done)
         try:
-            with self._timed():
+            with self._timed():  # ranks gather the state first, which takes a large model a while
+                kept = replace(self._about, state=point.state(), records=plain, step=point.done)
                 self._snapshots.save(self.folder, kept)
         except OSError as error:
             where = f"at step {point.done}" if point.done else "of the preparation"

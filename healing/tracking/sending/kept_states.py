@@ -55,7 +55,9 @@ class StoredSnapshots:
         if here is not None:
             known.add(here.run_id)
         try:
-            found = self._stored(fingerprint)
+            named = self._stored(fingerprint)
+            known |= {run.run_id for run in named if run.status != "RUNNING"}
+            found = max(named, key=_step, default=None)
             known |= {found.run_id} if found else set()
             if found is None or (here is not None and here.step >= _step(found)):
                 return here
@@ -65,12 +67,11 @@ class StoredSnapshots:
             return here
         return self._own.load(folder, fingerprint)
 
-    def _stored(self, fingerprint: str) -> RunView | None:
-        """The run that was left with the most steps, if its state is in the store."""
+    def _stored(self, fingerprint: str) -> list[RunView]:
+        """The runs of a cell that were left and have a state in the store."""
         left = search(self._experiment_id, f"tags.fingerprint = '{fingerprint}'")
         named = [r for r in left if _NAME.fullmatch(r.tags.get(STATE, ""))]
-        named = [r for r in named if r.status != "FINISHED"]
-        return max(named, key=_step, default=None)
+        return [r for r in named if r.status != "FINISHED"]
 
     def _fetch(self, run: RunView, folder: pathlib.Path) -> None:
         """Put a stored state before those of this disk."""
