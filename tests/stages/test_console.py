@@ -208,17 +208,32 @@ def test_a_cell_of_many_speaks_through_the_bar_of_all():
         cells.over(cell, "nano haep")
     assert noting.said == [
         "2 cell",
-        "attack nano haep, bases 4/9",
-        "attack nano haep 30/60",
-        "attack nano haep, search 3/12, ρ 0.1",
-        "attack nano haep",
-        "heal nano haep 5/10",
-        "heal none, healing",
-        "heal nano haep",
-        "1: last: nano haep",
-        "last: nano haep",
+        "1 running, 1 queued; attack nano haep, bases 4/9",
+        "1 running, 1 queued; attack nano haep 30/60",
+        "1 running, 1 queued; attack nano haep, search 3/12, ρ 0.1",
+        "1 running, 1 queued; attack nano haep",
+        "1 running, 1 queued; heal nano haep 5/10",
+        "2 running, 0 queued; heal none, healing",
+        "2 running, 0 queued; heal nano haep",
+        "1: 1 running, 0 queued; last: nano haep",
+        "1 running, 0 queued; last: nano haep",
     ]
     assert noting.shares == [0.0, 0.25, 0.25, 0.5, 0.75, 0.75, 1.0, 0.0]
+
+
+def test_the_bar_counts_cells_that_failed_and_says_what_all_wait_for():
+    noting = Noting()
+    with Cells(noting, 3, "cell") as cells:
+        cells.waiting("waiting for a machine")
+        one = cells.cell(1)
+        one.tell(0.5, "heal nano")
+        cells.over(one, "nano haep", failed=True)
+    assert noting.said[1:] == [
+        "0 running, 3 queued; waiting for a machine",
+        "1 running, 2 queued; heal nano",
+        "1: 0 running, 2 queued, 1 failed; last: nano haep",
+        "0 running, 2 queued, 1 failed; last: nano haep",
+    ]
 
 
 def test_the_bar_of_cells_never_goes_back_within_a_cell():

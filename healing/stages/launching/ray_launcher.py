@@ -151,7 +151,6 @@ class _Tasks:
         self._results: dict[int, list[CellResult]] = {}
         self._shown: dict[tuple[int, int], CellProgress] = {}
         self._died: dict[int, int] = {}
-        self._failed = 0
 
     def run(self, above: Above) -> list[CellResult]:
         """Until all are over.
@@ -248,27 +247,21 @@ class _Tasks:
         for text in seen.said:
             self._driver.console.say(text)
         for ended in seen.ended:
-            self._failed += bool(ended.failure)
             places = [place for place in self._shown if place[0] == ended.chain]
             shown = self._shown.pop(places[0]) if places else self._cells.cell(1)
-            self._cells.over(shown, ended.title)
+            self._cells.over(shown, ended.title, failed=bool(ended.failure))
             if ended.failure:
                 self._driver.console.say(f"failed: {ended.failure}")
             else:
                 self._driver.console.detail(f"{ended.title}: {ended.verdict}")
-        counts = self._counts(seen)
+        if not seen.now and self._pending:
+            self._cells.waiting("waiting for a machine")
         for chain, now in seen.now.items():
             if chain in self._results:
                 continue
             place = (chain, max(0, now.cell))  # before its first it has none
             shown = self._shown.setdefault(place, self._cells.cell(now.runs))
-            self._cells.tell(shown, now.share, f"{counts}; {now.text}")
-
-    def _counts(self, seen: Seen) -> str:
-        running = len(seen.now)
-        queued = len(self._waiting) + max(0, len(self._pending) - running)
-        failed = f", {self._failed} cell(s) failed" if self._failed else ""
-        return f"{running} chain(s) running, {queued} queued{failed}"
+            self._cells.tell(shown, now.share, now.text)
 
     def _end(self, board: Any) -> None:
         """End every task: what runs at its next safe point, what waits at once, and what does

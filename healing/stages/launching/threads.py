@@ -35,7 +35,7 @@ class _Watch:
     def ended(self, result: CellResult) -> None:
         """The bar goes on, and what came of the cell is said."""
         assert self._shown is not None, "a cell that ended had begun"
-        self._cells.over(self._shown, result.cell.title)
+        self._cells.over(self._shown, result.cell.title, failed=bool(result.failure))
         tell(self._driver, result)
 
 

@@ -113,12 +113,12 @@ class Lines:
 
 
 class Cells:
-    """Progress of many cells at once: those that are over, how far the others are, and what the
-    one that spoke last is doing.
+    """Progress of many cells at once: those that are over, how many run, wait and failed, how far
+    those under way are, and what the one that spoke last is doing.
     """
 
     def __init__(self, shown: Progress, total: int, unit: str) -> None:
-        self._shown, self._done = shown, 0
+        self._shown, self._total, self._done, self._failed = shown, total, 0, 0
         self._under_way: dict[CellProgress, float] = {}
         self._lock = threading.Lock()
         shown.begin(total, unit)
@@ -138,12 +138,13 @@ class Cells:
         """Progress of a cell of so many runs."""
         return CellProgress(self, runs)
 
-    def over(self, cell: CellProgress, title: str) -> None:
-        """One more is done."""
+    def over(self, cell: CellProgress, title: str, *, failed: bool = False) -> None:
+        """One more is done, well or not."""
         with self._lock:
             self._under_way.pop(cell, None)
             self._done += 1
-            text = f"last: {title}"
+            self._failed += failed
+            text = self._counted(f"last: {title}")
             self._shown.step(self._done, text)
             self._shown.part(sum(self._under_way.values()), text)
 
@@ -151,7 +152,19 @@ class Cells:
         """A cell that is under way speaks."""
         with self._lock:
             self._under_way[cell] = share
-            self._shown.part(sum(self._under_way.values()), text)
+            self._shown.part(sum(self._under_way.values()), self._counted(text))
+
+    def waiting(self, text: str) -> None:
+        """Nothing is under way, for this reason."""
+        with self._lock:
+            self._shown.part(sum(self._under_way.values()), self._counted(text))
+
+    def _counted(self, text: str) -> str:
+        running = len(self._under_way)
+        queued = max(0, self._total - self._done - running)
+        counts = f"{running} running, {queued} queued"
+        failed = f", {self._failed} failed" if self._failed else ""
+        return f"{counts}{failed}; {text}"
 
 
 class Hears(Protocol):
