@@ -76,9 +76,8 @@ def _range(values: Sequence[float]) -> str:
 def failed_run(result: CellResult) -> HealRun:
     """A cell without a healing run, as the summary lists it."""
     cell = result.cell
-    return HealRun(
-        "none", cell.title, False, model=cell.label, arm=cell.arm, failure=result.failure
-    )
+    why = result.failure.removeprefix(f"{cell.title}: ")  # the list has a column of names
+    return HealRun("none", cell.title, False, model=cell.label, arm=cell.arm, failure=why)
 
 
 def _describe(

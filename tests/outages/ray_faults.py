@@ -1,7 +1,7 @@
 """Faults of a cluster's workers, installed in each by Ray's set-up hook: at the record of a step a
 worker kills itself, with its disk or without, or says where it is and waits until its machine is
-taken away, or holds its machine until another has come. What a sweep counts with kills itself when
-it is asked, before it answers.
+taken away, or holds its machine until another has come, or runs out of memory. What a sweep counts
+with kills itself when it is asked, before it answers.
 
 ``faults.json`` in the folder that ``RAY_FAULTS`` names: part of the name of a run's folder → step
 → fault; or :data:`ACTORS`.
@@ -18,8 +18,10 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 FOLDER = "RAY_FAULTS"
-KILL, LOSE, WAIT, HOLD = "kill", "lose", "wait", "hold"
+KILL, LOSE, WAIT, HOLD, LACK = "kill", "lose", "wait", "hold", "lack"
 ACTORS = "actors"
 """In place of a run's folder: each of :data:`ASKED` kills its actor, once."""
 ASKED = ("Board.enters", "Board.begins", "Board.leaves", "Claims.take")
@@ -79,6 +81,9 @@ def happen(folder: pathlib.Path, step: str) -> None:
         if faults[step] == HOLD:
             wait_for_a_run_on(place / ADDED)
             continue
+        if faults[step] == LACK:
+            marker.write_text(str(os.getpid()))
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.")
         wait_for_a_stored_state(run)
         if faults[step] in (KILL, LOSE):
             if faults[step] == LOSE:

@@ -26,10 +26,11 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from healing.config.sweep import SweepConfig
+from healing.errors import SweepError
 from healing.models.checkpoints import read_checkpoint
 from healing.stages.sweep import sweep
 from healing.tracking.run_files import plain, read_jsonl
-from tests.outages.ray_faults import ACTORS, ADDED, ASKED, FOLDER, HOLD, KILL, LOSE, WAIT
+from tests.outages.ray_faults import ACTORS, ADDED, ASKED, FOLDER, HOLD, KILL, LACK, LOSE, WAIT
 from tests.servers.backends import S3_LOGIN
 from tests.servers.test_servers import running
 
@@ -263,6 +264,25 @@ def test_what_a_sweep_counts_with_may_die(store, cluster, faults, expected) -> N
     assert ["--head" in raylet for raylet in raylets] == [True] * len(ASKED)
     assert results() == one
     assert {run.info.status for run in computed()} == {"FINISHED"}
+
+
+def test_a_cell_that_runs_out_of_memory_is_the_only_one_that_fails(
+    store, cluster, faults, expected, capsys
+) -> None:
+    with (
+        happening(faults, {"haep_seed1_run01": {"4": LACK}}),
+        pytest.raises(SweepError, match="nano haep seed 1: memory ran out"),
+    ):
+        sweep(on_ray(store, seeds="1", verbosity="normal"))
+    lost = ("heal", "haep", "1")
+    assert results() == {k: v for k, v in expected.items() if k[2] == "1" and k != lost}
+    (failed,) = (run for run in computed() if run.info.status == "FAILED")
+    assert failed.data.tags["failure"].startswith("memory ran out (")
+    printed = capsys.readouterr()
+    said = " ".join((printed.out + printed.err).split())
+    assert said.count("failed: nano haep seed 1: memory ran out") == 2, "at once, and in the end"
+    assert "CUDA out of memory. Tried to allocate 9.00 GiB." in said
+    assert "GB at its peak)" in said
 
 
 @pytest.mark.parametrize("name", ["team", "S3"])
