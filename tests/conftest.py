@@ -23,13 +23,14 @@ import torch
 from mlflow.tracking import MlflowClient
 from transformers import GPTNeoXForCausalLM
 
+from healing.config.shared import BaseConfig
 from healing.measurements.kept_measurements import forget
 from healing.measurements.probe import Probe
 from healing.models.loading import LoadedModel, embedded_config, load_model, state_digest
 from healing.randomness import named_generator
 from healing.registry import ARMS, MEASUREMENTS, METHODS
 from healing.stages.cells.code_digest import code_digest, parsed
-from healing.stages.cells.inputs import cached_corpus
+from healing.stages.cells.inputs import corpus_for
 from healing.tracking.sending import sender
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -94,7 +95,7 @@ def store(
 
 @pytest.fixture(scope="session")
 def corpus():
-    return cached_corpus("stdlib", 20_000)
+    return corpus_for(BaseConfig(corpus="stdlib"))
 
 
 @pytest.fixture

@@ -44,7 +44,8 @@ BLANK_LINES, LINE, WHOLE_FILE = SPLIT_RULES = ("blank_lines", "line", "file")
 CACHE_DIR = "~/.cache/llm-healing"
 CACHE_HELP = (
     "Folder that keeps what is made once per healthy model (bases of the low-curvature subspace of "
-    "models above 10 million weights), at most 10 GB; empty = nothing is kept."
+    "models above 10 million weights) and text streamed from the Hub, at most 10 GB of each; "
+    "empty = nothing is kept."
 )
 MOST_OF_A_NAME = 256
 """Characters of a registered model's name that MLflow's databases keep."""

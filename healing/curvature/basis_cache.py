@@ -12,8 +12,6 @@ import hashlib
 import json
 import os
 import pathlib
-import time
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from healing.curvature.subspaces import MatrixSubspace, SingularSubspace
+from healing.kept_files import make_room, written_whole
 from healing.progress import phase
 
 FORMAT = "gram-1"
@@ -33,10 +32,6 @@ LEAST_NUMBERS = 10_000_000
 
 ABOUT = "about"
 """Entry of a file's metadata: which matrices are wide, and the digest of all numbers."""
-PARTIAL = ".partial"
-WRITING_SECONDS = 3600.0
-"""A file that was half written for longer than this was left by a process that died."""
-
 MOST_BYTES = 10 * 10**9
 """Of all files together; the longest unused go first."""
 
@@ -87,35 +82,10 @@ class BasisCache:
         if size > self.most_bytes:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._make_room(size)
-        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PARTIAL}")
-        try:
-            # Written whole, then named: who reads beside this finds all of it or nothing.
-            about = json.dumps({"wide": wide, "sha256": _digest(tensors)})
+        make_room(self.folder, "*.safetensors", size, self.most_bytes)
+        about = json.dumps({"wide": wide, "sha256": _digest(tensors)})
+        with written_whole(path) as partial:
             save_file(tensors, partial, {ABOUT: about})  # of several entries the order varies
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-
-    def _make_room(self, size: int) -> None:
-        """Remove what killed processes left half written, and the longest unused files until
-        ``size`` bytes more fit.
-        """
-        for path in self.folder.glob(f".*{PARTIAL}"):
-            with contextlib.suppress(OSError):
-                if time.time() - path.stat().st_mtime > WRITING_SECONDS:
-                    path.unlink()
-        files = []
-        for path in self.folder.glob("*.safetensors"):
-            with contextlib.suppress(OSError):  # removed by another process
-                status = path.stat()
-                files.append((status.st_mtime, status.st_size, path))
-        total = sum(bytes_ for _, bytes_, _ in files) + size
-        for _, bytes_, path in sorted(files):
-            if total <= self.most_bytes:
-                return
-            path.unlink(missing_ok=True)
-            total -= bytes_
 
 
 def kept_bases(

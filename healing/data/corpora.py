@@ -8,24 +8,26 @@ occurs twice cannot be in two splits and the order of the source does not matter
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import pathlib
 import re
 import sysconfig
 from collections.abc import Iterable, Iterator
-from typing import Any
 
-import huggingface_hub
 import zstandard
 from huggingface_hub import is_offline_mode
 
-from healing.config.shared import BLANK_LINES
+from healing.config.shared import BLANK_LINES, CACHE_DIR
 from healing.data.columns import Flatten, Table, texts_of
-from healing.data.hub import CONNECTION_ERRORS, refusal
+from healing.data.hub import CONNECTION_ERRORS, first_line, refusal
+from healing.data.kept_rows import Row, Wanted, commit_of, is_unreachable, row_cache
 from healing.data.local_files import text_file
 from healing.data.readers import local_documents
 from healing.data.splits import Corpus, split_documents
 from healing.errors import CorpusError
+
+logger = logging.getLogger(__name__)
 
 PILE_ID = "monology/pile-uncopyrighted"
 ALTERNATIVES = (
@@ -72,10 +74,6 @@ def _stdlib_documents() -> Iterator[str]:
     yield from topics.topics.values()
 
 
-def _rows(dataset: Iterable[dict[str, Any]], name: str) -> Table:
-    return Table(name, "row", enumerate(dataset, 1))
-
-
 def _which_configuration(dataset_id: str, error: BaseException) -> str:
     """What to write where a data set has several configurations and none is named, else nothing."""
     found = re.search(r"Config name is missing.*?available configs: \[(.*?)\]", str(error), re.S)
@@ -86,19 +84,31 @@ def _which_configuration(dataset_id: str, error: BaseException) -> str:
     return f"it has {len(names)} configurations ({shown}): name one, as {dataset_id}:{names[0]}"
 
 
-def _hub_documents(name: str, limit: int, column: str, flatten: Flatten | None) -> list[str]:
+def _unavailable(name: str, error: BaseException) -> CorpusError:
+    dataset_id = name.partition(":")[0]
+    reason = _which_configuration(dataset_id, error) or refusal(error, "dataset", dataset_id)
+    if is_offline_mode():
+        reason = (
+            "HF_HUB_OFFLINE forbids the network, and no text of it was kept for the same "
+            "--max-documents and --text-column"
+        )
+    return CorpusError(
+        f"dataset {name!r} could not be loaded from the Hub ({reason}): {ALTERNATIVES}"
+    )
+
+
+def _streamed_rows(name: str, wanted: Wanted, commit: str) -> Iterator[Row]:
     import datasets
 
-    dataset_id, _, configuration = name.partition(":")
     datasets.config.STREAMING_READ_MAX_RETRIES = STREAM_ATTEMPTS
     try:
-        huggingface_hub.HfApi().dataset_info(dataset_id)  # the stream would be retried for minutes
-        dataset = datasets.load_dataset(
-            dataset_id, configuration or None, split="train", streaming=True
+        yield from datasets.load_dataset(
+            wanted.dataset,
+            wanted.configuration or None,
+            split="train",
+            streaming=True,
+            revision=commit,
         )
-        return list(itertools.islice(texts_of([_rows(dataset, name)], column, flatten), limit))
-    except CorpusError:
-        raise
     except (
         *CONNECTION_ERRORS,
         ValueError,
@@ -106,13 +116,35 @@ def _hub_documents(name: str, limit: int, column: str, flatten: Flatten | None) 
         datasets.exceptions.DatasetsError,
         zstandard.ZstdError,
     ) as error:
-        reason = _which_configuration(dataset_id, error)
-        reason = reason or refusal(error, "dataset", dataset_id)
-        if is_offline_mode():
-            reason = "HF_HUB_OFFLINE forbids the network, and streamed text is not kept"
-        raise CorpusError(
-            f"dataset {name!r} could not be loaded from the Hub ({reason}): {ALTERNATIVES}"
-        ) from error
+        raise _unavailable(name, error) from error
+
+
+def _hub_documents(
+    name: str, limit: int, column: str, flatten: Flatten | None, cache_dir: str
+) -> list[str]:
+    dataset_id, _, configuration = name.partition(":")
+    wanted = Wanted(dataset_id, configuration, column, limit)
+    cache = row_cache(cache_dir)
+
+    def texts(rows: Iterable[Row]) -> list[str]:
+        table = Table(name, "row", enumerate(rows, 1))
+        return list(itertools.islice(texts_of([table], column, flatten), limit))
+
+    try:
+        commit = commit_of(dataset_id)
+    except CONNECTION_ERRORS as error:
+        kept = cache.newest(wanted) if is_unreachable(error) else None
+        if kept is None:
+            raise _unavailable(name, error) from error
+        if not is_offline_mode():
+            logger.warning(
+                f"the Hub cannot be asked for dataset {name!r} ({first_line(error)}): its text is "
+                f"the one kept last, of commit {kept[0]}"
+            )
+        return texts(kept[1])
+    except ValueError as error:
+        raise _unavailable(name, error) from error
+    return cache.texts(wanted, commit, lambda: _streamed_rows(name, wanted, commit), texts)
 
 
 def _path(name: str) -> pathlib.Path:
@@ -141,6 +173,7 @@ def load_corpus(
     text_column: str = "",
     split_rule: str = BLANK_LINES,
     flatten: Flatten | None = None,
+    cache_dir: str = CACHE_DIR,
 ) -> Corpus:
     """Load and split a corpus; nothing is ever substituted for what was asked.
 
@@ -153,6 +186,7 @@ def load_corpus(
         split_rule: What parts the documents of local text files, see
             :func:`healing.data.readers.local_documents`.
         flatten: Makes one text of a chat, where ``text_column`` names a column of chats.
+        cache_dir: Folder that keeps what was streamed from the Hub; empty = nothing is kept.
 
     Raises:
         CorpusError: It cannot be loaded; the message names the alternatives.
@@ -166,5 +200,5 @@ def load_corpus(
         texts = itertools.islice(found, max_documents)
     else:
         source = PILE_ID if name == "pile" else name
-        texts = _hub_documents(source, max_documents, text_column, flatten)
+        texts = _hub_documents(source, max_documents, text_column, flatten, cache_dir)
     return split_documents(name, texts)

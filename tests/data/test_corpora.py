@@ -131,7 +131,7 @@ def test_unreachable_hub_is_an_error_not_a_fallback(name, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(CorpusError, match=r"could not be loaded from the Hub.*--corpus stdlib"):
-        load_corpus(name)
+        load_corpus(name, cache_dir="")
 
 
 def test_packing_is_the_token_stream_cut_in_windows(nano):

@@ -21,6 +21,7 @@ from healing.config.attack import AttackConfig
 from healing.config.basin import BasinConfig
 from healing.config.fingerprint import fingerprint
 from healing.config.heal import HealConfig
+from healing.config.shared import BaseConfig
 from healing.curvature.flat_weights import put_weights, weights_of
 from healing.curvature.hessian import HessianOperator
 from healing.curvature.loss_landscape import loss_path
@@ -44,7 +45,7 @@ from healing.stages.cells.basin_outcome import BasinCell, BasinOutcome
 from healing.stages.cells.events import Begin, outcome_of
 from healing.stages.cells.heal import resolve_from_checkpoint, settings_of
 from healing.stages.cells.heal_outcome import HealCell
-from healing.stages.cells.inputs import cached_corpus
+from healing.stages.cells.inputs import corpus_for
 from healing.stages.heal import heal
 from healing.stages.healing_run.inputs import find_checkpoints
 from healing.tracking.store import MlflowStore
@@ -124,7 +125,7 @@ def test_healing_stores_its_end_and_only_basin_takes_it_for_one(store, healed):
 
 
 def cached() -> Corpus:
-    return cached_corpus("stdlib", 20_000)
+    return corpus_for(BaseConfig(corpus="stdlib"))
 
 
 def test_saving_the_healed_state_changes_no_number_and_can_be_left_out(store):

@@ -29,7 +29,7 @@ from healing.stages.driver import Driver
 from healing.stages.heal import heal
 from healing.stages.pretrain import pretrain
 from healing.stages.terminal.console import Console, Silence
-from healing.tracking import queries
+from healing.tracking import output_folder
 from healing.tracking.page_text import plain_tags
 from healing.tracking.run_files import read_json, read_jsonl
 from healing.tracking.snapshots import FileSnapshots, Kept
@@ -319,8 +319,8 @@ def test_an_attack_whose_checkpoints_were_fetched_goes_on_by_its_run(store, name
     client = MlflowClient()
     experiments = [e.experiment_id for e in client.search_experiments()]
     (cut,) = client.search_runs(experiments, "attributes.status = 'KILLED'")
-    queries._downloads_folder().cleanup()
-    queries._downloads_folder.cache_clear()
+    output_folder._temporary().cleanup()
+    output_folder._temporary.cache_clear()
     options = ["--resume-run-id", cut.info.run_id, "--verbosity", "quiet"]
     done = CliRunner().invoke(attack_command, options)
     assert done.exit_code == 0, done.output

@@ -25,6 +25,8 @@ EXCLUDED = {
     "healing.config": "every value that reaches a cell is a field of its resolved configuration",
     "healing.errors": "names of failures; a cell that fails leaves no numbers",
     "healing.data.hub": "how files are fetched; what they hold is hashed as weights and texts",
+    "healing.data.kept_rows": "where rows of the Hub are kept; the texts made of them are hashed",
+    "healing.kept_files": "how files are put into the cache; what they hold has digests",
     "healing.progress": "says how far a loop is, and changes nothing in it",
     "healing.registry": "which file a name stands for; the file in use is a root of its own",
     "healing.stages.cells.code_digest": "this module",

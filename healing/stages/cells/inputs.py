@@ -36,11 +36,17 @@ cached_corpus = functools.lru_cache(maxsize=4)(load_corpus)
 
 def corpus_for(config: BaseConfig) -> Corpus:
     """The corpus that a resolved configuration names."""
-    plain = (config.corpus, config.max_documents)
-    if (config.text_column, config.split_rule) == ("", BLANK_LINES):
-        return cached_corpus(*plain)
-    template = ChatTemplate(config.model, config.revision, config.deduped, config.tokenizer)
-    return cached_corpus(*plain, config.text_column, config.split_rule, template)
+    template: ChatTemplate | None = None
+    if (config.text_column, config.split_rule) != ("", BLANK_LINES):
+        template = ChatTemplate(config.model, config.revision, config.deduped, config.tokenizer)
+    return cached_corpus(
+        config.corpus,
+        config.max_documents,
+        config.text_column,
+        config.split_rule,
+        template,
+        config.cache_dir,
+    )
 
 
 def training_windows(config: BaseConfig, corpus: Corpus, loaded: LoadedModel) -> torch.Tensor:
