@@ -18,6 +18,7 @@ from healing.errors import ConfigError, HealingError
 from healing.progress import Stopped
 from healing.stages.cells import heal as heal_module
 from healing.stages.driver import Driver
+from healing.stages.launching import chain as chain_module
 from healing.stages.launching import claims, ray_launcher, shares
 from healing.stages.launching.board import Board, Ended, Now
 from healing.stages.launching.chain import CellResult, chains_of, run_chain
@@ -137,10 +138,24 @@ def test_a_cell_that_runs_out_of_memory_fails_and_says_what_was_predicted(
     said = (str(lack) or "MemoryError").split("\n")[0]
     assert failure.startswith("nano random_tokens seed 0: memory ran out (")
     assert said[:60] in failure
-    assert "lower --batch-size or --sequence-length" in failure
+    assert "use a smaller batch, window or model" in failure
     peak = re.search(r"\(predicted: ([\d.]+) GB at its peak\)", failure)
     assert peak
     assert 0.0 < float(peak[1]) < 10.0
+
+
+def test_what_cannot_be_predicted_ends_no_chain(monkeypatch):
+    """The failure that it would stand beside is told without it."""
+    (chain,) = chains_of(config(arms="haep,gaussian_noise", seeds="0"), {})
+    attacked = [cell for cell in chain.cells if cell.arm == "haep"]
+    assert chain_module.predicted_bytes(chain, attacked[0]) > 0
+
+    def contradicted(*_):
+        raise ConfigError("--healing-lr and --healer")
+
+    monkeypatch.setattr(chain_module, "heal_config", contradicted)
+    assert {chain_module.predicted_bytes(chain, cell) for cell in chain.cells} == {0}
+    assert chain_module._predicted(chain, chain.cells[0]) == " (none is predicted)"
 
 
 def test_the_kernels_own_message_of_the_cpu_is_recognized():
@@ -152,6 +167,8 @@ def test_the_kernels_own_message_of_the_cpu_is_recognized():
 
 
 def test_memory_is_predicted_for_the_arm_that_takes_most():
+    # What this process takes by itself is part of it, and grows with the first one.
+    shares.predicted_peak(chains_of(config(arms="haep,random_tokens", seeds="0"), {})[0])
     both = [config(arms=arms, seeds="0") for arms in ("haep,random_tokens", "random_tokens,haep")]
     first, second = (shares.predicted_peak(chains_of(c, {})[0]) for c in both)
     alone = [shares.predicted_peak(chains_of(config(arms=a, seeds="0"), {})[0])

@@ -31,8 +31,8 @@ from healing.stages.cells.heal_outcome import HealCell
 from healing.stages.cells.inputs import resolve_from_model
 from healing.stages.cells.sweep_plan import SweepCell, plan
 from healing.stages.driver import Driver
+from healing.stages.dry_run.stage import predictions
 from healing.stages.heal import HEAL
-from healing.stages.launching.memory import predicted_bytes
 from healing.stages.terminal.console import CellProgress
 from healing.tracking.queries import RunView
 from healing.tracking.run import Run
@@ -272,9 +272,20 @@ def run_chain(chain: Chain, driver: Driver, run: Run, watch: Watch) -> list[Cell
     return results
 
 
+def predicted_bytes(chain: Chain, cell: SweepCell) -> int:
+    """Predicted peak of a cell's memory, in its attack or its healing; 0 where none can be
+    predicted, as for plug-ins.
+    """
+    try:
+        found = predictions(heal_config(chain.config, cell, chain.source, chain.healer))
+    except HealingError:
+        return 0
+    return max(prediction.peak_bytes for _, prediction in found.values())
+
+
 def _predicted(chain: Chain, cell: SweepCell) -> str:
     """What memory was to be expected, for a cell that did not have as much."""
-    peak = predicted_bytes(heal_config(chain.config, cell, chain.source, chain.healer))
+    peak = predicted_bytes(chain, cell)
     return f" (predicted: {peak / 1e9:.2f} GB at its peak)" if peak else " (none is predicted)"
 
 

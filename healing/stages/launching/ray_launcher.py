@@ -255,7 +255,7 @@ class _Tasks:
             else:
                 self._driver.console.detail(f"{ended.title}: {ended.verdict}")
         if not seen.now and self._pending:
-            self._cells.waiting("waiting for a machine")
+            self._cells.waiting("waiting for a worker")
         for chain, now in seen.now.items():
             if chain in self._results:
                 continue

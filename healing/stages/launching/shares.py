@@ -11,8 +11,7 @@ from healing.config.options import AUTO
 from healing.config.presets import preset_for
 from healing.config.sweep import SweepConfig
 from healing.registry import ARMS, SHAM
-from healing.stages.launching.chain import Chain, heal_config
-from healing.stages.launching.memory import predicted_bytes
+from healing.stages.launching.chain import Chain, predicted_bytes
 
 CPU = "cpu"
 
@@ -92,7 +91,7 @@ def predicted_peak(chain: Chain) -> int:
         if cell.role == SHAM or arm_needs(cell.arm) or not ARMS.facts(cell.arm).built_in:
             continue
         below = chain.below(chain.config.output_dir, device=CPU)
-        peaks.append(predicted_bytes(heal_config(below.config, cell, chain.source, chain.healer)))
+        peaks.append(predicted_bytes(below, cell))
     return max(peaks)
 
 

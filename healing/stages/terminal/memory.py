@@ -39,6 +39,6 @@ def lack_told(where: Callable[[], str]) -> Iterator[None]:
             raise
         said = " ".join(str(error).split()) or type(error).__name__
         raise MemoryLackError(
-            f"memory ran out ({where()}): {said[:200]}; lower --batch-size or --sequence-length: "
-            "--dry-run predicts what that takes"
+            f"memory ran out ({where()}): {said[:200]}; use a smaller batch, window or model "
+            "(--dry-run of attack and heal predicts what they take)"
         ) from error
