@@ -50,6 +50,8 @@ R = TypeVar("R")
 
 Alone = Callable[[str, Callable[[str], None]], AbstractContextManager[None]]
 """Has the cell of a fingerprint alone for a block; calls a function while it waits for that."""
+OTHERS_SECONDS = 2.0
+"""Between two looks at a run of another process that is waited for."""
 DONE = "done"
 """Phase of a run that ended well."""
 
@@ -116,8 +118,9 @@ class Driver:
                     run = ending.enter_context(
                         self.store.start(title, tags, output, self.console.say)
                     )
-                    for line in self.store.close_left_running(run.experiment_id):
-                        self.console.say(line)
+                    say = self.console.say
+                    for line in self.store.close_left_running(run.experiment_id, say):
+                        say(line)
                     page = self.store.share_view(run.experiment_id)
                 try:
                     yield run
@@ -211,7 +214,7 @@ class Driver:
                 below = None
             if found := self._finished(own, begin, folder, below):
                 return found
-            with self._alone(folder, begin.fingerprint):
+            with self._alone(folder, begin.fingerprint, own.experiment_id, below is None):
                 # Another may have done the same meanwhile.
                 if found := self._finished(own, begin, folder, below):
                     return found
@@ -271,8 +274,13 @@ class Driver:
                     settle(folder, run_id)
 
     @contextlib.contextmanager
-    def _alone(self, folder: pathlib.Path, fingerprint: str) -> Iterator[None]:
-        """Nobody else writes a run's folder, or computes the same elsewhere, meanwhile."""
+    def _alone(
+        self, folder: pathlib.Path, fingerprint: str, experiment_id: str, anybodys: bool
+    ) -> Iterator[None]:
+        """Nobody else writes a run's folder meanwhile, or computes the same elsewhere where a
+        finished run of anybody's is taken. Two that begin in the same moment and share nothing but
+        the store both compute: that costs time, and no number.
+        """
         told: set[str] = set()
 
         def waiting(text: str) -> None:
@@ -286,6 +294,9 @@ class Driver:
                 ending.enter_context(only_owner(folder, waiting))
             if self.alone is not None:
                 ending.enter_context(self.alone(fingerprint, waiting))
+            while anybodys and (other := self.store.under_way(experiment_id, fingerprint)):
+                waiting(f"waiting for run {other.run_id} ({other.name}), which computes the same")
+                time.sleep(OTHERS_SECONDS)
             yield
 
     def _announce(

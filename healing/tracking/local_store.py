@@ -157,7 +157,13 @@ class LocalStore:
         ]
         return since_finished(parents, settings)
 
-    def close_left_running(self, experiment_id: str) -> list[str]:
+    def under_way(self, experiment_id: str, fingerprint: str) -> RunView | None:
+        """There are no other processes."""
+        return None
+
+    def close_left_running(
+        self, experiment_id: str, say: Callable[[str], None] = lambda text: None
+    ) -> list[str]:
         """There are none: this store ends with its process."""
         return []
 

@@ -28,6 +28,7 @@ from healing.tracking.page_text import origin, said
 from healing.tracking.processes import this_process
 from healing.tracking.run import Run as OpenRun
 from healing.tracking.run_logger import RunLogger, now_ms
+from healing.tracking.sending.heartbeat import Heart, beat
 from healing.tracking.sending.outbox import Outbox, Request
 from healing.tracking.sending.requests import CREATE, JOIN, Messenger, create
 from healing.tracking.sending.sender import BLOCKING_SECONDS, Sender
@@ -52,7 +53,10 @@ PROCESS = "process"
 
 
 def _own_process() -> dict[str, str]:
-    return {PROCESS: this_process().text()}
+    return {PROCESS: this_process().text(), **beat()}
+
+
+_HEART = Heart()
 
 
 _OPENING = threading.Lock()
@@ -79,7 +83,8 @@ def _ended(logger: RunLogger, end_ms: int | None = None) -> Iterator[None]:
         _OPEN[logger.run_id] = logger
     try:
         try:
-            yield
+            with _HEART.beats_for(logger):
+                yield
         finally:
             logger.stop_system_metrics()
         logger.flush()

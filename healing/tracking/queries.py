@@ -12,19 +12,18 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import mlflow
-from mlflow.entities import LifecycleStage, Run, RunTag
+from mlflow.entities import LifecycleStage, Run
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
-from healing.errors import OutageError, TrackingError
+from healing.errors import TrackingError
 from healing.tracking.metric_history import collection_paused, finite
-from healing.tracking.open_runs import DEFAULT_EXPERIMENT, PROCESS
+from healing.tracking.open_runs import DEFAULT_EXPERIMENT
 from healing.tracking.output_folder import downloads_folder
 from healing.tracking.page_text import has_tag, plain_tags
-from healing.tracking.processes import Process
 from healing.tracking.run_logger import RunLogger
 from healing.tracking.sending.logged_models import MADE_BY, model_of_version
 from healing.tracking.sending.requests import LOCAL_ID
@@ -36,7 +35,6 @@ from healing.tracking.sending.store_errors import (
     require_active,
     shown,
     store_address,
-    stored,
 )
 
 
@@ -122,57 +120,6 @@ def search(experiment_id: str, filter_string: str) -> list[RunView]:
         token = page.token
         if not token:
             return runs
-
-
-def close_left_running(experiment_id: str) -> list[str]:
-    """End as KILLED the runs of processes of this machine that are gone, as after a hard kill: they
-    would be RUNNING for ever.
-
-    Returns:
-        A line per run.
-    """
-    lines = []
-    for run in search(experiment_id, "attributes.status = 'RUNNING'"):
-        owner = Process.read(run.tags.get(PROCESS, ""))
-        if owner is not None and owner.is_gone:
-            lines.append(_close(run, f"{owner} ended without ending it"))
-    return lines
-
-
-def close_gone_on_with(run_id: str, by: str) -> list[str]:
-    """End as KILLED the run that another goes on with, and what else its process left RUNNING: who
-    has the folder of a run knows that its process is gone, also where that was on another machine.
-
-    Args:
-        run_id: That was left.
-        by: The run that goes on.
-
-    Returns:
-        A line per run; none where it had ended, is not in the store, or is this machine's and
-        there.
-    """
-    try:
-        left = get_run(run_id)
-    except OutageError:
-        raise
-    except TrackingError:
-        return []  # deleted, or of another store
-    text = left.tags.get(PROCESS, "")
-    owner = Process.read(text)
-    if left.status != "RUNNING" or (owner is not None and owner.is_here):
-        return []
-    why = f"{owner or 'its process'} ended without ending it, run {by} goes on"
-    running = search(left.experiment_id, "attributes.status = 'RUNNING'")
-    same = [run for run in running if owner is not None and run.tags.get(PROCESS) == text]
-    return [_close(run, why) for run in same or [left]]
-
-
-def _close(run: RunView, why: str) -> str:
-    """End a run as KILLED; a line that says so."""
-    with stored(f"the end of run {run.run_id}"):
-        MlflowClient().log_batch(run.run_id, tags=[RunTag("failure", why)])
-        MlflowClient().set_terminated(run.run_id, "KILLED")
-    return f"run {run.run_id} ({run.name}) was left running: {why}; it is KILLED now"
 
 
 def get_run(run_id: str) -> RunView:

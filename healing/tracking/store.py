@@ -20,6 +20,7 @@ from healing.tracking.queries import RunView
 from healing.tracking.run import Run
 from healing.tracking.run_logger import RunLogger
 from healing.tracking.sending.left_behind import Background
+from healing.tracking.sending.left_running import LeftRunning, Listener, close_gone_on_with
 from healing.tracking.sending.outbox import PLACE
 from healing.tracking.sending.sender import BLOCKING_SECONDS, Sender
 from healing.tracking.sending.workers import finished_views
@@ -76,8 +77,15 @@ class Store(Protocol):
     def catch_up(self) -> None:
         """Wait until what earlier processes could not send is in the store, or stays here."""
 
-    def close_left_running(self, experiment_id: str) -> list[str]:
-        """End the runs whose process is gone; a line per run."""
+    def under_way(self, experiment_id: str, fingerprint: str) -> RunView | None:
+        """A run of another process with this fingerprint that is computed now, if there is one."""
+
+    def close_left_running(
+        self, experiment_id: str, say: Callable[[str], None] = lambda text: None
+    ) -> list[str]:
+        """End the runs whose process is gone; a line per run. Where that is not known yet, they are
+        ended beside what follows, once it is: ``say`` has those lines.
+        """
 
     def close_gone_on_with(self, run_id: str, by: str) -> list[str]:
         """End a run that another (``by``) goes on with, where its process could not; a line per
@@ -128,6 +136,8 @@ class MlflowStore:
         self.tags, self._ahead = dict(tags or {}), dict(finished or {})
         self._sender: Sender | None = None
         self._left: Background | None = None
+        self._running: LeftRunning | None = None
+        self.listener = Listener()
         self._own: dict[str, RunLogger] = {}
         self._going: list[RunLogger] = []
         self._ended: dict[str, list[RunLogger]] = {}
@@ -178,15 +188,15 @@ class MlflowStore:
         """What was left in the output folder is sent beside the block."""
         self._sender = run.sender
         self._remember(run)
-        if output is None or run.sender.is_away:
-            yield
-            return
-        self._left = Background(output, say)
-        self._left.wait(BLOCKING_SECONDS)
         try:
+            if output is not None and not run.sender.is_away:
+                self._left = Background(output, say)
+                self._left.wait(BLOCKING_SECONDS)
             yield
         finally:
-            self._left.end()
+            for beside in (self._left, self._running):
+                if beside is not None:
+                    beside.end()
 
     def catch_up(self) -> None:
         """Wait until what earlier processes left is in the store, as long as that goes on."""
@@ -269,19 +279,32 @@ class MlflowStore:
             lambda error: [],
         )
 
-    def close_left_running(self, experiment_id: str) -> list[str]:
-        """As :func:`healing.tracking.queries.close_left_running`; none while the store is away, or
-        is still told how earlier runs ended.
+    def under_way(self, experiment_id: str, fingerprint: str) -> RunView | None:
+        """As :meth:`healing.tracking.sending.left_running.Listener.find`; none while the store is
+        away.
+        """
+        if not experiment_id:
+            return None
+        return self._ask(lambda: self.listener.find(experiment_id, fingerprint), lambda error: None)
+
+    def close_left_running(
+        self, experiment_id: str, say: Callable[[str], None] = lambda text: None
+    ) -> list[str]:
+        """As :class:`healing.tracking.sending.left_running.LeftRunning` does, until the end of the
+        process' run; none while the store is away, or is still told how earlier runs ended.
         """
         if not experiment_id or (self._left is not None and not self._left.wait(0.0)):
             return []
-        return self._ask(lambda: queries.close_left_running(experiment_id), lambda error: [])
+        self._running = LeftRunning(experiment_id, self.listener, say)
+        return self._ask(self._running.close, lambda error: [])
 
     def close_gone_on_with(self, run_id: str, by: str) -> list[str]:
-        """As :func:`healing.tracking.queries.close_gone_on_with`; none while the store is away."""
+        """As :func:`healing.tracking.sending.left_running.close_gone_on_with`; none while the store
+        is away.
+        """
         if run_id in self._own:
             return []
-        return self._ask(lambda: queries.close_gone_on_with(run_id, by), lambda error: [])
+        return self._ask(lambda: close_gone_on_with(run_id, by), lambda error: [])
 
     def get_run(self, run_id: str) -> RunView:
         """As :func:`healing.tracking.queries.get_run`."""

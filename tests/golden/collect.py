@@ -76,7 +76,6 @@ SCENARIOS = {
 TIMED = re.compile(r"seconds(/.*)?|tokens_per_second")
 """Names of numbers that differ from run to run."""
 PHASE = "phase"
-PROCESS_TAG = "process"  # of the machine
 """Tag of a run under way: which phases last long enough for it differs from run to run."""
 DRAWN = re.compile(r"\+timestamp\+\d+\+[0-9a-f-]{36}")
 """Of the name of a picture: when it was made, and a random number."""
@@ -84,6 +83,10 @@ LOCAL_ID = "local_run_id"
 """Tag of random text."""
 PROCESS = "process"
 """Tag that names the machine and the process."""
+HEARTBEAT = "heartbeat"
+"""Tag with a time."""
+MACHINES = ("mlflow.", "git_", PHASE, PROCESS, LOCAL_ID, HEARTBEAT)
+"""Beginnings of tags that differ from machine to machine, or from run to run."""
 PICTURES = (".png", ".pdf")
 KEPT_TAGS = ("mlflow.runName", "mlflow.note.content", "mlflow.parentRunId")
 """Tags of MLflow's own that this project sets."""
@@ -228,7 +231,7 @@ class Store:
         tags = {
             k: v
             for k, v in sorted(plain_tags(run.data.tags).items())
-            if k in KEPT_TAGS or not k.startswith(("mlflow.", "git_", PHASE, PROCESS, LOCAL_ID))
+            if k in KEPT_TAGS or not k.startswith(MACHINES)
         }
         inputs = [
             [i.dataset.name, i.dataset.digest, i.tags[0].value] for i in run.inputs.dataset_inputs

@@ -52,7 +52,7 @@ COMMANDS: dict[str, tuple[Any, str]] = {
 WATCHED = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.truncate")
 HIDDEN = (".state", ".previous", ".dropped")
 OWN_TAGS = (
-    "mlflow.", "local_run_id", "process", "resumed_", "seconds", "checkpoint",
+    "mlflow.", "local_run_id", "process", "heartbeat", "resumed_", "seconds", "checkpoint",
 )  # fmt: skip
 """Tags that differ from one run to its repetition: ids, times, paths, who ran it."""
 CHUNKS = 60

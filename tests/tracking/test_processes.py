@@ -17,9 +17,9 @@ import psutil
 import pytest
 from mlflow.tracking import MlflowClient
 
-from healing.tracking import open_runs, queries
+from healing.tracking import open_runs
 from healing.tracking.processes import Process, this_process
-from healing.tracking.sending import requests
+from healing.tracking.sending import left_running, requests
 from tests.conftest import ROOT
 
 ASKING = (
@@ -136,9 +136,9 @@ def test_the_runs_of_who_left_a_state_are_closed_by_who_goes_on(store, other, ch
             client.create_run(own.experiment_id, tags={"process": text}).info.run_id
             for text in (owner, owner, replace(other[1], pid=1, host="node8").text())
         )
-        lines = queries.close_gone_on_with(left, own.run_id)
+        lines = left_running.close_gone_on_with(left, own.run_id)
         status = {i: client.get_run(i).info.status for i in (left, parent, unrelated, own.run_id)}
-        assert queries.close_gone_on_with(left, own.run_id) == [], "nothing is left to do"
+        assert left_running.close_gone_on_with(left, own.run_id) == [], "nothing is left to do"
     ended = "KILLED" if closed else "RUNNING"
     assert list(status.values()) == [ended, ended, "RUNNING", "RUNNING"]
     assert len(lines) == (2 if closed else 0)
@@ -146,7 +146,7 @@ def test_the_runs_of_who_left_a_state_are_closed_by_who_goes_on(store, other, ch
         why = client.get_run(left).data.tags["failure"]
         assert f"ended without ending it, run {own.run_id} goes on" in why
         assert changes.get("host", "") in why
-    assert queries.close_gone_on_with("0" * 32, "x") == []
+    assert left_running.close_gone_on_with("0" * 32, "x") == []
 
 
 def test_a_lock_of_another_user_holds_nobody_up(monkeypatch, tmp_path):

@@ -317,7 +317,8 @@ def _run(
         _Watch(board, task, here, store, stop) as watch,
     ):
         own = FileSnapshots(STATE_CLASSES)
-        states = StoredSnapshots(own, task.above.experiment_id, watch.say)
+        under_way = store.listener.is_under_way
+        states = StoredSnapshots(own, task.above.experiment_id, watch.say, under_way)
         alone = _claims(here, task)
         driver = Driver(console, store, stop=stop, snapshots=states, alone=alone)
         try:

@@ -38,12 +38,18 @@ class StoredSnapshots:
         own: On disk.
         experiment_id: Where runs are looked for that were left on another machine.
         say: Told of a state that could not be stored or fetched.
+        under_way: Whether somebody may be at a run, whose states are not for others then.
     """
 
     def __init__(
-        self, own: FileSnapshots, experiment_id: str, say: Callable[[str], None] = lambda _: None
+        self,
+        own: FileSnapshots,
+        experiment_id: str,
+        say: Callable[[str], None] = lambda _: None,
+        under_way: Callable[[RunView], bool] = lambda _: False,
     ) -> None:
         self._own, self._experiment_id, self._say = own, experiment_id, say
+        self._under_way = under_way
         self._runs: dict[pathlib.Path, set[str]] = {}
         self._uploads = _Uploads(say)
 
@@ -71,7 +77,7 @@ class StoredSnapshots:
         """The runs of a cell that were left and have a state in the store."""
         left = search(self._experiment_id, f"tags.fingerprint = '{fingerprint}'")
         named = [r for r in left if _NAME.fullmatch(r.tags.get(STATE, ""))]
-        return [r for r in named if r.status != "FINISHED"]
+        return [r for r in named if r.status != "FINISHED" and not self._under_way(r)]
 
     def _fetch(self, run: RunView, folder: pathlib.Path) -> None:
         """Put a stored state before those of this disk."""
