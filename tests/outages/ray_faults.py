@@ -1,10 +1,11 @@
 """Faults of a cluster's workers, installed in each by Ray's set-up hook: at the record of a step a
-worker kills itself, with its disk or without, or says where it is and waits until its machine is
-taken away, or holds its machine until another has come, or runs out of memory. What a sweep counts
-with kills itself when it is asked, before it answers.
+worker kills itself, with its disk or without, once or at every try, or says where it is and waits
+until its machine is taken away, or holds its machine until another has come, or runs out of memory,
+or its device fails, or it hears nothing any more. What a sweep counts with kills itself when it is
+asked, before it answers. Machines have other code, or a package that cannot be loaded.
 
 ``faults.json`` in the folder that ``RAY_FAULTS`` names: part of the name of a run's folder → step
-→ fault; or :data:`ACTORS`.
+→ fault; or :data:`ACTORS`; or :data:`UNFIT` → id of a node → what is wrong with it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ import torch
 
 FOLDER = "RAY_FAULTS"
 KILL, LOSE, WAIT, HOLD, LACK = "kill", "lose", "wait", "hold", "lack"
+ALWAYS, DEVICE, DEAF = "always", "device", "deaf"
+UNFIT = "unfit"
+"""In place of a run's folder: machines that are."""
+OTHER_CODE, NO_PACKAGE = "other code", "no package"
 ACTORS = "actors"
 """In place of a run's folder: each of :data:`ASKED` kills its actor, once."""
 ASKED = ("Board.enters", "Board.begins", "Board.leaves", "Claims.take")
@@ -31,12 +36,15 @@ ADDED = "added"
 
 def install() -> None:
     """Have the faults of this worker happen."""
-    from healing.stages.launching import board, claims
+    from healing.stages.launching import board, claims, ray_worker
     from healing.tracking.run_files import JsonLines
 
     kinds = {"Board": board.Board, "Claims": claims.Claims}
     for asked in ASKED:
         _die_in(kinds[asked.split(".")[0]], asked)
+    code_here = ray_worker.code_here
+    ray_worker.code_here = lambda: "other" if _wrong_here() == OTHER_CODE else code_here()
+    ray_worker.Task.__setstate__ = _loaded  # type: ignore[attr-defined]
     append = JsonLines.append
 
     def appended(self: JsonLines, record: Mapping[str, Any]) -> None:
@@ -45,6 +53,20 @@ def install() -> None:
             happen(self.path.parent, str(record["step"]))
 
     JsonLines.append = appended  # type: ignore[method-assign]
+
+
+def _wrong_here() -> str:
+    import ray
+
+    wanted = json.loads((pathlib.Path(os.environ[FOLDER]) / "faults.json").read_text())
+    return str(wanted.get(UNFIT, {}).get(ray.get_runtime_context().get_node_id(), ""))
+
+
+def _loaded(task: Any, state: Mapping[str, Any]) -> None:
+    """What a package of another version makes of a description."""
+    if _wrong_here() == NO_PACKAGE:
+        raise AttributeError("Task has no attribute 'above'")
+    task.__dict__.update(state)
 
 
 def _die_in(kind: Any, asked: str) -> None:
@@ -81,6 +103,15 @@ def happen(folder: pathlib.Path, step: str) -> None:
         if faults[step] == HOLD:
             wait_for_a_run_on(place / ADDED)
             continue
+        if faults[step] == ALWAYS:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if faults[step] == DEAF:
+            marker.write_text(str(os.getpid()))
+            threading.Event().wait()
+        if faults[step] == DEVICE:
+            wait_for_a_stored_state(run)
+            marker.write_text(str(os.getpid()))
+            raise torch.AcceleratorError("CUDA error: unspecified launch failure")
         if faults[step] == LACK:
             marker.write_text(str(os.getpid()))
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.")

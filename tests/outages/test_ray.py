@@ -18,7 +18,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import mlflow
@@ -30,7 +30,23 @@ from healing.errors import SweepError
 from healing.models.checkpoints import read_checkpoint
 from healing.stages.sweep import sweep
 from healing.tracking.run_files import plain, read_jsonl
-from tests.outages.ray_faults import ACTORS, ADDED, ASKED, FOLDER, HOLD, KILL, LACK, LOSE, WAIT
+from tests.outages.ray_faults import (
+    ACTORS,
+    ADDED,
+    ALWAYS,
+    ASKED,
+    DEAF,
+    DEVICE,
+    FOLDER,
+    HOLD,
+    KILL,
+    LACK,
+    LOSE,
+    NO_PACKAGE,
+    OTHER_CODE,
+    UNFIT,
+    WAIT,
+)
 from tests.servers.backends import S3_LOGIN
 from tests.servers.test_servers import running
 
@@ -41,6 +57,9 @@ ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'llm-
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 8
+HOOK = {"runtime_env": {"worker_process_setup_hook": "tests.outages.ray_faults.install"}}
+JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Of another process: how it gives its workers the hook."""
 NODE = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
 
 SAME = ["--arms=haep,gaussian_noise", "--seeds=0-2", "--attack-steps=3", "--noise-match=norm",
@@ -116,8 +135,7 @@ def cluster(faults: pathlib.Path) -> Iterator[Any]:
         try:
             for _ in range(3):
                 found.add_node(**NODE)
-            hook = {"worker_process_setup_hook": "tests.outages.ray_faults.install"}
-            ray.init(address=found.address, namespace="llm-healing", runtime_env=hook,
+            ray.init(address=found.address, namespace="llm-healing", **HOOK,
                      log_to_driver=False, logging_level="ERROR")  # fmt: skip
             yield found
         finally:
@@ -266,6 +284,44 @@ def test_what_a_sweep_counts_with_may_die(store, cluster, faults, expected) -> N
     assert {run.info.status for run in computed()} == {"FINISHED"}
 
 
+def test_what_a_machine_cannot_run_goes_elsewhere(store, cluster, faults, expected, capsys) -> None:
+    """Of three machines one has other code and one no package that can be loaded. On the third a
+    cell kills its worker every time, and a device fails once.
+    """
+    other, lacking, sound = (node.node_id for node in cluster.worker_nodes)
+    wanted = {
+        UNFIT: {other: OTHER_CODE, lacking: NO_PACKAGE},
+        "haep_seed1_run01": {"4": ALWAYS},
+        "haep_seed2_run01": {"6": DEVICE},
+    }
+    given_up = "nano haep seed 1: its worker died in each of 2 tries"
+    with happening(faults, wanted), pytest.raises(SweepError, match=given_up):
+        sweep(on_ray(store, retries=1, verbosity="normal"))
+    assert results() == {k: v for k, v in expected.items() if k != ("heal", "haep", "1")}
+    cut: dict[str, list[str]] = {"1": [], "2": []}
+    for run in computed():
+        assert run.data.tags["ray_node_id"] == sound
+        if run.info.status != "FINISHED":
+            assert run.info.status == "KILLED"
+            cut[run.data.params["seed"]].append(run.data.tags["try"])
+    assert {seed: sorted(tries) for seed, tries in cut.items()} == {"1": ["1", "2"], "2": ["1"]}
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("is given no chains: it has other code than this command") == 1
+    assert said.count("is given no chains: this package cannot be loaded there (Attri") == 1
+    assert said.count("its device failed (CUDA error: unspecified launch failure)") == 1
+    assert said.count(f"failed: {given_up}") == 1
+    # Where there is no machine left, nothing is waited for.
+    nowhere = {UNFIT: dict.fromkeys((other, lacking, sound), OTHER_CODE)}
+    folder = store / "none" / "workers"
+    with (
+        happening(faults, nowhere),
+        pytest.raises(SweepError, match="no machine of the cluster can run it") as caught,
+    ):
+        sweep(on_ray(store, seeds="7", worker_dir=str(folder)))
+    assert len(caught.value.failures) == 3
+    assert not folder.exists()
+
+
 def test_a_cell_that_runs_out_of_memory_is_the_only_one_that_fails(
     store, cluster, faults, expected, capsys
 ) -> None:
@@ -324,7 +380,9 @@ def test_two_commands_at_once_compute_nothing_twice(store, cluster, expected) ->
     assert sum(int(run.data.tags["reused_runs"]) for run in parents) == 9
 
 
-def command(folder: pathlib.Path, address: str, asked: list[str]) -> subprocess.Popen[str]:
+def command(
+    folder: pathlib.Path, address: str, asked: list[str], env: Mapping[str, str] | None = None
+) -> subprocess.Popen[str]:
     """``main`` on the cluster, as a process of its own."""
     arguments = ["--models=nano", "--batch-size=2", "--sequence-length=64", "--launcher=ray",
                  f"--output-dir={folder}/output", "--worker-memory=0", "--device=cpu",
@@ -332,7 +390,7 @@ def command(folder: pathlib.Path, address: str, asked: list[str]) -> subprocess.
     return subprocess.Popen(
         [sys.executable, "-m", "entrypoints.main", *arguments, *asked], text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), **(env or {})},
     )  # fmt: skip
 
 
@@ -369,20 +427,26 @@ def test_a_command_that_is_killed_is_gone_on_with(store, cluster, expected) -> N
     assert {runs[run_id].info.status for run_id in finished} == {"FINISHED"}
 
 
-def test_a_sweep_that_is_stopped_ends_every_run(store, cluster) -> None:
+def test_a_sweep_that_is_stopped_ends_every_run(store, cluster, faults) -> None:
+    """Within 30 s, also where a worker hears nothing any more."""
     asked = ["--arms=none,random_tokens", "--seeds=0-3", "--attack-steps=2",
              "--healing-steps=400", "--measurement-interval=10"]  # fmt: skip
-    process = command(store, cluster.address, asked)
-    end = time.monotonic() + 300
-    while not any(run.info.status == "RUNNING" for run in computed()):
-        assert time.monotonic() < end
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=120)[0]
+    with happening(faults, {"none_seed0_run01": {"10": DEAF}}):
+        process = command(store, cluster.address, asked, env={JOB: json.dumps(HOOK)})
+        end, deaf = time.monotonic() + 300, faults / "none_seed0_run01-10"
+        while not deaf.exists() or len([r for r in computed() if r.info.status == "RUNNING"]) < 3:
+            assert time.monotonic() < end
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.5)
+        stopped = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=120)[0]
+        seconds = time.monotonic() - stopped
     assert process.returncode == 128 + signal.SIGINT, said
     assert {run.info.status for run in computed()} <= {"KILLED", "FINISHED"}
     client = MlflowClient()
     experiment = computed()[0].info.experiment_id
     (parent,) = client.search_runs([experiment], "tags.stage = 'main'")
     assert parent.info.status == "KILLED"
+    assert seconds <= 30, said
+    print(f"ended {seconds:.1f} s after the signal")

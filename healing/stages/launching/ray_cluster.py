@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from healing.errors import ConfigError
@@ -99,6 +99,11 @@ def _as_before() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def elsewhere(nodes: Collection[str]) -> dict[str, str] | None:
+    """The label selector of a task that may run on any machine but these; ``None`` = on any."""
+    return {"ray.io/node-id": f"!in({','.join(nodes)})"} if nodes else None
+
+
 def machines(ray: Any) -> list[Machine]:
     """What is there now."""
     alive = [node for node in ray.nodes() if node["Alive"]]
@@ -108,6 +113,7 @@ def machines(ray: Any) -> list[Machine]:
             float(node["Resources"].get("CPU", 0.0)),
             float(node["Resources"].get("GPU", 0.0)),
             float(node["Resources"].get("memory", 0.0)),
+            str(node["NodeID"]),
         )
         for node in alive
     ]

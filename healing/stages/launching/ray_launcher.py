@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -22,8 +23,9 @@ from healing.progress import Stopped
 from healing.stages.driver import Driver
 from healing.stages.launching.board import Board, Seen
 from healing.stages.launching.chain import CellResult, Chain, is_of, shared_out
-from healing.stages.launching.ray_cluster import ON_HEAD, connected, machines
-from healing.stages.launching.ray_worker import Task, code_here, died_text, work
+from healing.stages.launching.ray_carrier import carried
+from healing.stages.launching.ray_cluster import ON_HEAD, connected, elsewhere, machines
+from healing.stages.launching.ray_worker import Task, Unfit, code_here, died_text
 from healing.stages.launching.shares import CPU, Machine, Share, shares_of
 from healing.stages.terminal.console import CellProgress, Cells
 from healing.tracking.open_runs import Above
@@ -151,6 +153,8 @@ class _Tasks:
         self._results: dict[int, list[CellResult]] = {}
         self._shown: dict[tuple[int, int], CellProgress] = {}
         self._died: dict[int, int] = {}
+        self._unfit: dict[str, Unfit] = {}
+        self._ended: Counter[int] = Counter()
 
     def run(self, above: Above) -> list[CellResult]:
         """Until all are over.
@@ -166,9 +170,9 @@ class _Tasks:
             while self._waiting or self._pending:
                 self._submit(board, known)
                 over, _ = ray.wait(list(self._pending), timeout=LOOK_SECONDS)
+                self._show(board)  # what a chain said before it was over
                 for ref in over:
                     self._take(ref)
-                self._show(board)
                 if self._driver.stop.is_set():
                     raise Stopped(self._driver.stop.signum)
             self._show(board)
@@ -193,15 +197,17 @@ class _Tasks:
             task, share = self._tasks[number], self._shares[number]
             # A worker that dies takes its chain along; the tries of a cell are the board's.
             deaths = (self._config.retries + 1) * len(task.chain.cells)
-            asked = self._ray.remote(work).options(
+            asked = self._ray.remote(carried()).options(
                 num_cpus=share.cpus,
                 num_gpus=share.gpus,
                 memory=share.memory or None,
                 max_retries=deaths,
                 retry_exceptions=False,
+                label_selector=elsewhere(self._unfit),
                 name=f"llm-healing {task.chain.title}",
             )
-            self._pending[asked.remote(task, known[number], board)] = number
+            description = pickle.dumps((task, known[number]))
+            self._pending[asked.remote(description, board)] = number
 
     def _take(self, ref: Any) -> None:
         """What became of a chain.
@@ -214,24 +220,46 @@ class _Tasks:
         try:
             results = self._ray.get(ref)
         except HealingError as error:
-            results = self._failures(task, str(getattr(error, "cause", error)))
+            results = self._failures(number, str(getattr(error, "cause", error)))
         except errors.RayTaskError:
             raise
         except errors.RayError as error:
             tries = self._died.get(number, 0) + 1
             why = " ".join(str(error).split())[:300]
-            results = self._failures(task, f"{died_text(tries, task.memory)} ({why})")
+            results = self._failures(number, f"{died_text(tries, task.memory)} ({why})")
         if results is None:  # it was told to stop
             raise Stopped(self._driver.stop.signum)
-        self._results[number] = results
+        if isinstance(results, tuple):
+            self._hand_on(number, Unfit(*results))
+        else:
+            self._results[number] = results
 
-    def _failures(self, task: Task, why: str) -> list[CellResult]:
+    def _hand_on(self, number: int, unfit: Unfit) -> None:
+        """A machine that can run nothing gets no more chains; what it was given goes elsewhere, if
+        there is another that is large enough.
+        """
+        if unfit.node not in self._unfit:
+            self._driver.console.say(f"note: {unfit.machine} is given no chains: {unfit.why}")
+        self._unfit[unfit.node] = unfit
+        left = [machine for machine in machines(self._ray) if machine.node not in self._unfit]
+        if any(machine.has(self._shares[number]) for machine in left):
+            self._waiting.appendleft(number)
+            return
+        why = "; ".join(sorted({f"{m.machine}: {m.why}" for m in self._unfit.values()}))
+        said = f"no machine of the cluster can run it ({why})"
+        self._results[number] = self._failures(number, said)
+
+    def _failures(self, number: int, why: str) -> list[CellResult]:
         """Of a chain whose cells are not known one by one: what of them finished is found by the
         same command.
         """
-        first = f"{task.chain.title}: {why}"
-        self._driver.console.say(f"failed: {first}")
-        return [CellResult(cell, failure=f"{cell.title}: {why}") for cell in task.chain.cells]
+        chain = self._tasks[number].chain
+        self._driver.console.say(f"failed: {chain.title}: {why}")
+        shown = [self._shown.pop(place) for place in list(self._shown) if place[0] == number]
+        for cell in chain.cells[self._ended[number] :]:
+            own = shown.pop() if shown else self._cells.cell(1)
+            self._cells.over(own, cell.title, failed=True)
+        return [CellResult(cell, failure=f"{cell.title}: {why}") for cell in chain.cells]
 
     def _show(self, board: Any) -> None:
         """Move the bar by what the workers said."""
@@ -247,6 +275,7 @@ class _Tasks:
         for text in seen.said:
             self._driver.console.say(text)
         for ended in seen.ended:
+            self._ended[ended.chain] += 1
             places = [place for place in self._shown if place[0] == ended.chain]
             shown = self._shown.pop(places[0]) if places else self._cells.cell(1)
             self._cells.over(shown, ended.title, failed=bool(ended.failure))

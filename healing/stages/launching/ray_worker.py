@@ -16,11 +16,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
 
 from healing import __version__
 from healing.config.fingerprint import fingerprint
-from healing.errors import ConfigError, HealingError, OutputError, TrackingError
+from healing.errors import HealingError, OutputError, TrackingError
 from healing.models.loading import resolve_device
 from healing.progress import Stop, Stopped
 from healing.stages.cells.code_digest import code_digest
@@ -79,6 +81,20 @@ class Task:
     memory: int = 0
 
 
+class Unfit(NamedTuple):
+    """A machine that can run no chain of this sweep: nothing was begun there.
+
+    Attributes:
+        node: Ray's id of it.
+        machine: Its name.
+        why: In words.
+    """
+
+    node: str
+    machine: str
+    why: str
+
+
 @dataclass(frozen=True)
 class _Here:
     """Where a task runs.
@@ -117,17 +133,24 @@ def scratch_of(worker_dir: str, node: str) -> pathlib.Path:
     own = f"llm-healing-{os.getuid()}"
     root = pathlib.Path(worker_dir).expanduser() if worker_dir else None
     place = (root or pathlib.Path(tempfile.gettempdir()) / own) / node[:12]
-    try:
+    with _usable(place):
         place.mkdir(parents=True, exist_ok=True, mode=0o700)
         if place.parent.stat().st_uid != os.getuid() and not worker_dir:
             raise PermissionError("it belongs to another user")
+    return place
+
+
+@contextlib.contextmanager
+def _usable(place: pathlib.Path) -> Iterator[None]:
+    """A worker's folder that cannot be written is told in one line."""
+    try:
+        yield
     except OSError as error:
         reason = error.strerror or str(error)
         raise OutputError(
             f"--worker-dir: {place} on {platform.node()} cannot be used ({reason}): name a folder "
             "that can be written on every machine"
         ) from error
-    return place
 
 
 class _Watch:
@@ -250,6 +273,7 @@ def _own_folder(task: Task, here: _Here, board: Any) -> Iterator[pathlib.Path]:
     """The chain's folder on this machine, for the block alone; what a try before left is in it.
 
     Raises:
+        OutputError: It cannot be written.
         Stopped: The sweep ends while another command has it.
     """
     import ray
@@ -261,11 +285,15 @@ def _own_folder(task: Task, here: _Here, board: Any) -> Iterator[pathlib.Path]:
             raise Stopped(signum)
 
     place = scratch_of(task.chain.config.worker_dir, here.node) / task.chain.name()
-    with only_owner(place, waiting):
+    with contextlib.ExitStack() as ending:
+        with _usable(place):
+            ending.enter_context(only_owner(place, waiting))
         yield place
 
 
-def work(task: Task, finished: Mapping[str, RunView], board: Any) -> list[CellResult] | None:
+def work(
+    task: Task, finished: Mapping[str, RunView], board: Any
+) -> list[CellResult] | Unfit | None:
     """Run one chain; ``None`` where it was told to stop.
 
     Args:
@@ -274,35 +302,48 @@ def work(task: Task, finished: Mapping[str, RunView], board: Any) -> list[CellRe
         board: Of the sweep, an actor.
 
     Raises:
-        HealingError: Nothing can be run here at all, or the store did not come back.
+        HealingError: The store did not come back.
     """
     use_store(task.store)
     with contextlib.suppress(OSError):  # another machine, which needs none of its files
         os.chdir(task.folder)
     here = _here()
     if code_here() != task.code:
-        raise ConfigError(
-            f"{here.machine} runs other code than this command, or other versions of Python, torch "
-            "or transformers: install the same on every machine"
+        why = (
+            "it has other code than this command, or other versions of Python, torch or "
+            "transformers: install the same on every machine"
         )
+        return Unfit(here.node, here.machine, why)
+    results = None
+    with contextlib.suppress(Stopped), contextlib.ExitStack() as ending:
+        try:
+            folder = ending.enter_context(_own_folder(task, here, board))
+        except OutputError as error:
+            return Unfit(here.node, here.machine, str(error))
+        ending.enter_context(downloads_in(folder / DOWNLOADS))
+        _enter(task, here, board)
+        results = _run(task, finished, board, here, folder)
+        # What was stopped goes on from it; what the store did not take waits in it.
+        if results is not None and not (folder / PLACE).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+    _leave(task, board)
+    return results
+
+
+def _enter(task: Task, here: _Here, board: Any) -> None:
+    """Say who has the chain now, and end what a worker that died in it left running."""
     import ray
 
     if ray.get(board.enters.remote(task.number, here.worker)) > 1:
         again = "its worker died, and the cell is tried again"
         with contextlib.suppress(TrackingError):  # a store that is away: the command does it later
             close_runs_of_task(task.above.experiment_id, here.task, again)
-    results = None
-    with (
-        contextlib.suppress(Stopped),
-        _own_folder(task, here, board) as folder,
-        downloads_in(folder / DOWNLOADS),
-    ):
-        results = _run(task, finished, board, here, folder)
-        # What was stopped goes on from it; what the store did not take waits in it.
-        if results is not None and not (folder / PLACE).exists():
-            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _leave(task: Task, board: Any) -> None:
+    import ray
+
     ray.get(board.leaves.remote(task.number))
-    return results
 
 
 def _run(
@@ -325,6 +366,11 @@ def _run(
             results = run_chain(chain, driver, run, watch)
         except Stopped:
             return None
+        except torch.AcceleratorError as error:
+            # Nothing can be computed by this process any more: it dies, and is tried again.
+            watch.say(f"its device failed ({' '.join(str(error).split())[:200]})")
+            states.close(STORING_SHARE * chain.config.ending_seconds)
+            os._exit(1)
         finally:
             states.close(STORING_SHARE * chain.config.ending_seconds)
     return None if stop.is_set() else results

@@ -25,12 +25,14 @@ class Machine:
         cpus: That may be asked for.
         gpus: Likewise.
         memory: Likewise, bytes.
+        node: Ray's id of it.
     """
 
     address: str
     cpus: float
     gpus: float
     memory: float = math.inf
+    node: str = ""
 
     def has(self, share: Share) -> bool:
         """Whether it is large enough."""
