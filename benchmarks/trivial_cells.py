@@ -15,7 +15,7 @@ from healing.config.sweep import SweepConfig
 from healing.stages.attack import CHECKPOINT_NAME
 from healing.stages.cells.events import Begin, Events, Record
 from healing.stages.cells.heal_outcome import HealCell
-from healing.stages.launching import chain
+from healing.stages.launching import chain_run
 from healing.stages.stage import Report, StageDefaults, Tools, settled
 
 STEPS = (0, 10, 20)
@@ -121,8 +121,8 @@ class TrivialHeal(StageDefaults):
 def trivial_cells() -> Iterator[None]:
     """Chains in the block have these cells in place of the real ones."""
     with (
-        mock.patch.object(chain, "ATTACK", TrivialAttack()),
-        mock.patch.object(chain, "HEAL", TrivialHeal()),
+        mock.patch.object(chain_run, "ATTACK", TrivialAttack()),
+        mock.patch.object(chain_run, "HEAL", TrivialHeal()),
     ):
         yield
 

@@ -91,6 +91,7 @@ def store(
     yield tmp_path
     while mlflow.active_run():
         mlflow.end_run()
+    mlflow.set_tracking_uri(None)  # a hostile address is no other test's
 
 
 @pytest.fixture(scope="session")

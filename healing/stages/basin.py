@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from healing.stages.stage import (
 )
 from healing.stages.terminal.console import Console
 from healing.tracking.git_version import checkout
-from healing.tracking.queries import RunView
+from healing.tracking.queries import CELL_KEY, RunView
 from healing.tracking.run_files import write_json
 from healing.tracking.snapshots import Saving
 from healing.tracking.store import Store
@@ -276,7 +277,10 @@ class BasinStage(StageDefaults):
 
     def tags(self, cell: BasinCell) -> dict[str, Any]:
         """What runs are grouped by."""
-        return {"model": cell.config.label, "arm": cell.arm} if cell.healed else {}
+        if not cell.healed:
+            return {}
+        key = {CELL_KEY: cell.key} if cell.key else {}
+        return {"model": cell.config.label, "arm": cell.arm, **key}
 
     def params(self, cell: BasinCell) -> dict[str, Any]:
         """The configuration, with the arm."""
@@ -294,7 +298,7 @@ class BasinStage(StageDefaults):
 
     def prepare(self, cell: BasinCell, tools: Tools) -> BasinCell:
         """Find the states that the configuration names."""
-        cell = find_cell(cell.config, tools.store)
+        cell = replace(find_cell(cell.config, tools.store), key=cell.key)
         use_threads(inputs_of(cell.config))
         return cell
 

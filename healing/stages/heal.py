@@ -57,6 +57,7 @@ from healing.stages.stage import (
 )
 from healing.stages.terminal.console import Console
 from healing.stages.tuning.healer_files import with_healer
+from healing.tracking.queries import CELL_KEY
 from healing.tracking.run import Run
 from healing.tracking.run_files import read_jsonl, write_json
 from healing.tracking.sending.logged_models import ModelFiles
@@ -180,6 +181,7 @@ class HealStage(StageDefaults):
         tags: dict[str, Any] = {"arm": arm, "model": cell.config.label, **arm_tags(arm)}
         tags |= {"checkpoint": cell.checkpoint, "replicate": cell.replicate}
         tags |= {"sham_run_id": cell.sham_run_id} if cell.sham_run_id else {}
+        tags |= {CELL_KEY: cell.key} if cell.key else {}
         return tags | (cell.healer.tags() if cell.healer else {})
 
     def params(self, cell: HealCell) -> dict[str, Any]:

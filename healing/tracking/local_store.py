@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from healing.errors import TrackingError
+from healing.tracking import queries
 from healing.tracking.page_text import said
 from healing.tracking.queries import PARENT, RunView, since_finished
 from healing.tracking.run import Run
@@ -146,6 +147,11 @@ class LocalStore:
 
     def look_ahead(self, experiment_id: str, wanted: Callable[[RunView], bool]) -> None:
         """Nothing: what there is lies here."""
+
+    def known(self, key: str) -> RunView | None:
+        """The newest finished run of this process with this key."""
+        found = [v for v in self._views() if v.status == "FINISHED"]
+        return queries.by_key(found).get(key)
 
     def cut_before(self, run: Run, stage: str, settings: Mapping[str, str]) -> list[RunView]:
         """Parents of this process."""

@@ -226,6 +226,13 @@ def check_registry(name: str) -> None:
 
 PARENT = MLFLOW_PARENT_RUN_ID
 """Tag of a child: the id of the run above."""
+CELL_KEY = "cell_key"
+"""Tag of a sweep's run: by which a later sweep finds it without loading anything."""
+
+
+def by_key(found: Iterable[RunView]) -> dict[str, RunView]:
+    """Key of a sweep's cell → run, of those that have one; of several the last."""
+    return {view.tags[CELL_KEY]: view for view in found if view.tags.get(CELL_KEY)}
 
 
 def find_finished(

@@ -69,6 +69,11 @@ class Store(Protocol):
         by its fingerprint or its id.
         """
 
+    def known(self, key: str) -> RunView | None:
+        """The newest finished run with this :data:`healing.tracking.queries.CELL_KEY` among those
+        that :meth:`look_ahead` found, if there is one.
+        """
+
     def cut_before(self, run: Run, stage: str, settings: Mapping[str, str]) -> list[RunView]:
         """Parents of the same command (stage and these parameters) that did not finish, since one
         that did; newest first.
@@ -134,6 +139,7 @@ class MlflowStore:
     ) -> None:
         self._experiment = experiment
         self.tags, self._ahead = dict(tags or {}), dict(finished or {})
+        self._by_key = queries.by_key(self._ahead.values())
         self._sender: Sender | None = None
         self._left: Background | None = None
         self._running: LeftRunning | None = None
@@ -269,6 +275,11 @@ class MlflowStore:
         if not experiment_id or (self._left is not None and not self._left.wait(0.0)):
             return
         self._ahead = self._ask(lambda: finished_views(experiment_id, wanted), lambda error: {})
+        self._by_key = queries.by_key(self._ahead.values())
+
+    def known(self, key: str) -> RunView | None:
+        """By its key, without a question."""
+        return self._by_key.get(key)
 
     def cut_before(self, run: Run, stage: str, settings: Mapping[str, str]) -> list[RunView]:
         """As :func:`healing.tracking.queries.cut_before`; none while the store is away."""

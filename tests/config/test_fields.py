@@ -27,7 +27,7 @@ from healing.errors import ConfigError
 from healing.stages.cells.heal_outcome import HealCell
 from healing.stages.cells.sweep_plan import SweepCell
 from healing.stages.healing_run.inputs import fresh_attack_config
-from healing.stages.launching.chain import attack_config
+from healing.stages.launching.cell_configs import attack_config
 
 # Stage → every field, each with its answer: "name" determines numbers and separates runs in a
 # summary; "~name" determines numbers, but runs that differ in it are pooled; "-name" does neither.

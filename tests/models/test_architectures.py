@@ -47,7 +47,7 @@ from healing.stages.cells.heal import attacked_settings, heal_cell, resolve_from
 from healing.stages.cells.heal_outcome import HealCell
 from healing.stages.cells.inputs import load_inputs, resolve_from_model
 from healing.stages.cells.sweep_plan import plan
-from healing.stages.launching.chain import attack_config, heal_config
+from healing.stages.launching.cell_configs import attack_config, heal_config
 
 COMMON = {"vocab_size": 2060, "bos_token_id": 0, "eos_token_id": 0}  # 12 rows beyond the tokenizer
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,

@@ -26,7 +26,7 @@ from healing.stages.cells.heal import resolve_from_checkpoint
 from healing.stages.cells.inputs import corpus_for, load_for
 from healing.stages.cells.sweep_plan import plan
 from healing.stages.healing_run.inputs import fresh_attack_config
-from healing.stages.launching.chain import attack_config, heal_config
+from healing.stages.launching.cell_configs import attack_config, heal_config
 
 OPTIONS = {"tokenizer": "micro", "text_column": "messages", "split_rule": "line"}
 

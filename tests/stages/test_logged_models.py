@@ -25,7 +25,7 @@ from healing.stages.attack import attack
 from healing.stages.basin import find_cell
 from healing.stages.cells.sweep_plan import plan
 from healing.stages.heal import heal
-from healing.stages.launching.chain import attack_config, heal_config
+from healing.stages.launching.cell_configs import attack_config, heal_config
 from healing.tracking.store import MlflowStore
 
 SMALL = {"model": "nano", "sequence_length": 64, "probe_tokens": 512, "batch_size": 2,

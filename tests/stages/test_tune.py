@@ -38,7 +38,7 @@ from healing.stages.cells.sweep_plan import SweepCell
 from healing.stages.cells.trial import TrialCell, trial_cell
 from healing.stages.driver import Driver
 from healing.stages.heal import heal
-from healing.stages.launching.chain import heal_config
+from healing.stages.launching.cell_configs import heal_config
 from healing.stages.sweep import sweep
 from healing.stages.terminal.console import Console
 from healing.stages.tune import Selected, Tuned, healing_of, tune

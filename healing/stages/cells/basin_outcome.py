@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import pathlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from healing.config.basin import BasinConfig
@@ -23,6 +23,7 @@ class BasinCell:
         config: Resolved configuration (:func:`resolve_from_checkpoint`).
         collapsed: Path of the collapsed checkpoint; empty = the healthy state (a sham).
         healed: Path of the healed checkpoint.
+        key: As of :class:`healing.stages.cells.heal_outcome.HealCell`.
 
     Where nothing is resolved yet, both are empty and the configuration says what is meant.
     """
@@ -30,6 +31,7 @@ class BasinCell:
     config: BasinConfig
     collapsed: str = ""
     healed: str = ""
+    key: str = field(default="", compare=False)
 
     @property
     def arm(self) -> str:

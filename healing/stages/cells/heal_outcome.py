@@ -49,6 +49,8 @@ class HealCell:
         sham: Trajectory of the sham of the same seed, replicate and settings: step → state.
         sham_run_id: Run of that sham; empty without one.
         healer: That the configuration's settings are of; ``None`` where none was selected.
+        key: By which a sweep finds it again (:mod:`healing.stages.launching.known_cells`); empty
+            where none asks for it.
     """
 
     config: HealConfig
@@ -57,6 +59,7 @@ class HealCell:
     sham: Mapping[int, State] = field(default_factory=dict, compare=False)
     sham_run_id: str = field(default="", compare=False)
     healer: Healer | None = field(default=None, compare=False)
+    key: str = field(default="", compare=False)
 
     def sham_cell(self) -> HealCell:
         """The healing of the healthy model that this cell is referred to."""

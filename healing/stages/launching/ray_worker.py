@@ -30,7 +30,8 @@ from healing.stages.cells.state_classes import STATE_CLASSES
 from healing.stages.cells.sweep_plan import SweepCell
 from healing.stages.driver import Driver
 from healing.stages.launching.board import Ended, Now
-from healing.stages.launching.chain import CellResult, Chain, run_chain
+from healing.stages.launching.chain import CellResult, Chain
+from healing.stages.launching.chain_run import run_chain
 from healing.stages.launching.claims import ClaimedCells, Claims
 from healing.stages.launching.ray_cluster import NAMESPACE, ON_HEAD
 from healing.stages.terminal.console import CellProgress, Console

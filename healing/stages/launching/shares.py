@@ -11,7 +11,8 @@ from healing.config.options import AUTO
 from healing.config.presets import preset_for
 from healing.config.sweep import SweepConfig
 from healing.registry import ARMS, SHAM
-from healing.stages.launching.chain import Chain, predicted_bytes
+from healing.stages.launching.chain import Chain
+from healing.stages.launching.chain_run import predicted_bytes
 
 CPU = "cpu"
 

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from healing.config.sweep import SweepConfig
 from healing.stages.cells.sweep_plan import SweepCell
 from healing.stages.driver import Driver
-from healing.stages.launching.chain import CellResult, Chain, is_of, run_chain
+from healing.stages.launching.chain import CellResult, Chain, is_of
+from healing.stages.launching.chain_run import run_chain
 from healing.stages.launching.launcher import tell, worker_count
 from healing.stages.terminal.console import CellProgress, Cells
 from healing.tracking.run import Run
