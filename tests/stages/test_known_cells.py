@@ -179,6 +179,17 @@ def test_a_folder_counts_by_what_is_in_its_files(
     assert keys(the_chain(replace(config, models=str(moved)))) == before
 
 
+def test_a_text_counts_by_what_it_says(tmp_path):
+    found = []
+    for word in ("document", "document", "other"):
+        text = tmp_path / "text.txt"
+        text.write_text("\n\n".join(f"Some sentences of {word} {n}. " * 40 for n in range(300)))
+        inputs.cached_corpus.cache_clear()
+        found.append(keys(the_chain(settings(tmp_path, corpus=str(text)))))
+    assert found[0] == found[1]
+    assert not set(found[1].values()) & set(found[2].values())
+
+
 def test_other_code_has_other_keys(tmp_path, monkeypatch):
     chain = the_chain(settings(tmp_path))
     plain = keys(chain)
