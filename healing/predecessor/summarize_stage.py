@@ -79,7 +79,7 @@ def find_results(
     """
     experiment = queries.find_experiment(config.experiment)
     query = LEGACY_RUNS + (f" and {config.filter}" if config.filter else "")
-    found = queries.search(experiment, query)
+    found = queries.search(experiment, query, "--filter")
     # Summaries of imported runs carry the same tags, but no kind.
     views = [v for v in found if v.status == "FINISHED" and "kind" in v.tags]
     if not views:

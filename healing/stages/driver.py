@@ -218,7 +218,8 @@ class Driver:
                 # Another may have done the same meanwhile.
                 if found := self._finished(own, begin, folder, below):
                     return found
-                run = own.open(config)
+                # Before a state is fetched, which takes its time: others wait for this run.
+                run = own.open(config, begin.fingerprint)
                 require_room(folder, begin.disk)
                 kept = self.snapshots.load(folder, begin.fingerprint) if self.snapshots else None
                 self._announce(stage, begin, run, folder, kept)

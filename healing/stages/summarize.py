@@ -66,7 +66,7 @@ def find_runs(config: SummarizeConfig) -> list[RunView]:
     """
     experiment = queries.find_experiment(config.experiment)
     query = HEAL_RUNS + (f" and {config.filter}" if config.filter else "")
-    found = queries.search(experiment, query)
+    found = queries.search(experiment, query, "--filter")
     views = [v for v in found if v.tags.get("role") != "parent" and not is_legacy(v)]
     if not views:
         raise TrackingError(

@@ -80,13 +80,21 @@ def failed_run(result: CellResult) -> HealRun:
     return HealRun("none", cell.title, False, model=cell.label, arm=cell.arm, failure=why)
 
 
+def _device(config: SweepConfig, results: Sequence[CellResult]) -> str:
+    """What cells were computed on: on a cluster this machine need not have it."""
+    if config.launcher != RAY:
+        return resolve_device(config.device).type
+    told = {r.view.tags.get("device", "") for r in results if r.view is not None} - {""}
+    return told.pop() if len(told) == 1 else config.device
+
+
 def _describe(
     config: SweepConfig, summary: Summary, results: list[CellResult], run_id: str, summary_id: str
 ) -> str:
     reused = sum(r.reused for r in results)
     again = f" ({reused} of them finished earlier and not run again)" if reused else ""
     landscape = [f"- {line}" for line in basin_sentences(results)]
-    options = run_page.settings(config, device=resolve_device(config.device).type)
+    options = run_page.settings(config, device=_device(config, results))
     cells = (
         f"Models {config.models}; arms {config.arms}; seeds {config.seeds_text()}. "
         f"{len(results)} cells{again}."

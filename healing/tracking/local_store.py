@@ -145,7 +145,9 @@ class LocalStore:
     def catch_up(self) -> None:
         """There were no processes before this one."""
 
-    def look_ahead(self, experiment_id: str, wanted: Callable[[RunView], bool]) -> None:
+    def look_ahead(
+        self, experiment_id: str, models: Collection[str], wanted: Callable[[RunView], bool]
+    ) -> None:
         """Nothing: what there is lies here."""
 
     def known(self, key: str) -> RunView | None:

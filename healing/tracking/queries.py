@@ -8,7 +8,7 @@ import pathlib
 import posixpath
 import re
 import tempfile
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import mlflow
@@ -99,16 +99,28 @@ def find_experiment(name_or_id: str) -> str:
     return str(found.experiment_id)
 
 
-def search(experiment_id: str, filter_string: str) -> list[RunView]:
+def search(
+    experiment_id: str,
+    filter_string: str,
+    asked_by: str = "",
+    wanted: Callable[[RunView], bool] = lambda view: True,
+) -> list[RunView]:
     """All runs of an experiment that match, oldest first.
 
+    Args:
+        experiment_id: MLflow's id.
+        filter_string: In MLflow's language.
+        asked_by: The option that the user gave it in; empty = it is this program's own.
+        wanted: Which of them are kept.
+
     Raises:
-        TrackingError: The filter string is not valid.
+        TrackingError: The filter string is not valid, or the store does not answer.
     """
+    named = f"{asked_by} {filter_string!r}" if asked_by else "runs could not be looked up"
     runs: list[RunView] = []
     token: str | None = None
     while True:
-        with asked(lambda why: f"--filter {filter_string!r}: {why}"), collection_paused():
+        with asked(lambda why: f"{named}: {why}"), collection_paused():
             page = MlflowClient().search_runs(
                 [experiment_id],
                 filter_string,
@@ -116,7 +128,7 @@ def search(experiment_id: str, filter_string: str) -> list[RunView]:
                 order_by=["attributes.start_time ASC"],
                 page_token=token,
             )
-            runs += [_view(run) for run in page]
+            runs += filter(wanted, map(_view, page))
         token = page.token
         if not token:
             return runs

@@ -6,7 +6,6 @@ A stage asks a :class:`Store` for runs and never sees an MLflow type.
 from __future__ import annotations
 
 import contextlib
-import multiprocessing.pool
 import pathlib
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -23,6 +22,7 @@ from healing.tracking.sending.left_behind import Background
 from healing.tracking.sending.left_running import LeftRunning, Listener, close_gone_on_with
 from healing.tracking.sending.outbox import PLACE
 from healing.tracking.sending.sender import BLOCKING_SECONDS, Sender
+from healing.tracking.sending.waiting import answer
 from healing.tracking.sending.workers import finished_views
 from healing.tracking.ui import experiment_page, links
 
@@ -64,9 +64,11 @@ class Store(Protocol):
         (``None``) anywhere.
         """
 
-    def look_ahead(self, experiment_id: str, wanted: Callable[[RunView], bool]) -> None:
-        """Find all finished runs that are wanted by one question: none of them is asked for again,
-        by its fingerprint or its id.
+    def look_ahead(
+        self, experiment_id: str, models: Collection[str], wanted: Callable[[RunView], bool]
+    ) -> None:
+        """Find all finished runs of some models that are wanted, by one question for each model:
+        none of them is asked for again, by its fingerprint or its id.
         """
 
     def known(self, key: str) -> RunView | None:
@@ -232,7 +234,7 @@ class MlflowStore:
         if not self._is_away:
             keeps = self._sender is not None and self._sender.keeps
             try:
-                return _answer(question, READING_SECONDS if keeps else None)
+                return answer(question, READING_SECONDS if keeps else None)
             except OutageError as error:
                 gone = error
         return otherwise(gone or OutageError("the tracking store gives no answer"))
@@ -268,13 +270,17 @@ class MlflowStore:
             lambda: queries.find_finished(experiment_id, fingerprint, below), lambda error: None
         )
 
-    def look_ahead(self, experiment_id: str, wanted: Callable[[RunView], bool]) -> None:
+    def look_ahead(
+        self, experiment_id: str, models: Collection[str], wanted: Callable[[RunView], bool]
+    ) -> None:
         """As :func:`healing.tracking.sending.workers.finished_views`; none while the store is away,
         or is still told of earlier runs: these are looked for one by one.
         """
         if not experiment_id or (self._left is not None and not self._left.wait(0.0)):
             return
-        self._ahead = self._ask(lambda: finished_views(experiment_id, wanted), lambda error: {})
+        # However long it takes: many runs are many pages, and one by one they take longer.
+        with contextlib.suppress(OutageError):
+            self._ahead = finished_views(experiment_id, models, wanted)
         self._by_key = queries.by_key(self._ahead.values())
 
     def known(self, key: str) -> RunView | None:
@@ -291,12 +297,21 @@ class MlflowStore:
         )
 
     def under_way(self, experiment_id: str, fingerprint: str) -> RunView | None:
-        """As :meth:`healing.tracking.sending.left_running.Listener.find`; none while the store is
-        away.
+        """As :meth:`healing.tracking.sending.left_running.Listener.find`; while the store is away,
+        the one that was there before.
         """
         if not experiment_id:
             return None
-        return self._ask(lambda: self.listener.find(experiment_id, fingerprint), lambda error: None)
+        return self._ask(
+            lambda: self.listener.find(experiment_id, fingerprint),
+            lambda error: self.listener.last(fingerprint),
+        )
+
+    def stored_id(self, run_id: str) -> str:
+        """The store's id of a run of this process that began while it was away; its own until the
+        store has it.
+        """
+        return self._sender.run_id(run_id) if self._sender is not None else run_id
 
     def close_left_running(
         self, experiment_id: str, say: Callable[[str], None] = lambda text: None
@@ -373,21 +388,6 @@ class MlflowStore:
         if self._is_away or not run.experiment_id:
             return ""
         return links.absolute(links.run_page(run.experiment_id, run.run_id))
-
-
-def _answer(question: Callable[[], T], seconds: float | None) -> T:
-    """Ask in a thread that is left where there is no answer in time: the end of the process does
-    not wait for it, as it would for one of an executor.
-
-    Raises:
-        OutageError: There is none.
-        TrackingError: The store refuses.
-    """
-    with multiprocessing.pool.ThreadPool(1) as pool:
-        try:
-            return pool.apply_async(question).get(seconds)
-        except multiprocessing.TimeoutError:
-            raise OutageError("the tracking store gives no answer") from None
 
 
 def _view(run: RunLogger) -> RunView:

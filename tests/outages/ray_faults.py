@@ -36,7 +36,7 @@ ADDED = "added"
 
 def install() -> None:
     """Have the faults of this worker happen."""
-    from healing.stages.launching import board, claims, ray_worker
+    from healing.stages.launching import board, claims, ray_task, ray_worker
     from healing.tracking.run_files import JsonLines
 
     kinds = {"Board": board.Board, "Claims": claims.Claims}
@@ -44,7 +44,7 @@ def install() -> None:
         _die_in(kinds[asked.split(".")[0]], asked)
     code_here = ray_worker.code_here
     ray_worker.code_here = lambda: "other" if _wrong_here() == OTHER_CODE else code_here()
-    ray_worker.Task.__setstate__ = _loaded  # type: ignore[attr-defined]
+    ray_task.Task.__setstate__ = _loaded  # type: ignore[attr-defined]
     append = JsonLines.append
 
     def appended(self: JsonLines, record: Mapping[str, Any]) -> None:

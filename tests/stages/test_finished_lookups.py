@@ -69,7 +69,7 @@ def test_questions_do_not_grow_with_finished_cells(asked, store):
 def test_what_another_finished_meanwhile_is_found_though_it_was_not_ahead(asked, store):
     own, other = MlflowStore(), MlflowStore()
     with own.start("sweep", {"stage": "main"}) as run:
-        own.look_ahead(run.experiment_id, lambda view: True)
+        own.look_ahead(run.experiment_id, (), lambda view: True)
         with other.child(run, "heal", {"stage": "heal", "fingerprint": "f"}) as child:
             pass
         found = own.find_finished(run.experiment_id, "f")
@@ -86,7 +86,7 @@ def test_only_runs_that_are_wanted_are_kept(asked, store):
         e.experiment_id for e in MlflowClient().search_experiments() if e.name != "Default"
     ]
     chains = chains_of(settings(4, store / "output"), {})
-    kept = finished_views(experiment, is_of(chains))
+    kept = finished_views(experiment, {"nano"}, is_of(chains))
     assert {view.params["seed"] for view in kept.values()} == {"0"}
     assert len(kept) == 4 + 3, "the sham has no attack"
     every = finished_views(experiment)

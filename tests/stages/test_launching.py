@@ -5,35 +5,47 @@ their claims.
 from __future__ import annotations
 
 import pickle
+import platform
 import re
+import subprocess
 import sys
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from mlflow.tracking import MlflowClient
 
 from healing.config.sweep import SweepConfig
 from healing.errors import ConfigError, HealingError
 from healing.progress import Stopped
+from healing.stages import sweep as sweep_module
 from healing.stages.cells import heal as heal_module
 from healing.stages.driver import Driver
 from healing.stages.dry_run import peak_memory
 from healing.stages.launching import chain_run as chain_module
-from healing.stages.launching import claims, ray_launcher, shares
+from healing.stages.launching import claims, ray_launcher, ray_worker, shares
 from healing.stages.launching.board import Board, Ended, Now
 from healing.stages.launching.chain import CellResult, chains_of
 from healing.stages.launching.chain_run import run_chain
 from healing.stages.launching.claims import LEASE_SECONDS, ClaimedCells, Claims
+from healing.stages.launching.ray_carrier import carried
 from healing.stages.launching.ray_cluster import connected
 from healing.stages.launching.ray_launcher import RayLauncher, lacking
-from healing.stages.launching.ray_worker import died_text, scratch_of
+from healing.stages.launching.ray_task import Task
+from healing.stages.launching.ray_watch import died_text
+from healing.stages.launching.ray_worker import scratch_of
 from healing.stages.launching.shares import Machine, Share, share_of, shares_of
 from healing.stages.launching.threads import ThreadLauncher
 from healing.stages.sweep import launcher_of
-from healing.stages.terminal.console import CellProgress, Console
+from healing.stages.terminal.console import CellProgress, Cells, Console
 from healing.stages.terminal.memory import is_lack
+from healing.tracking import queries
 from healing.tracking.local_store import LocalStore
+from healing.tracking.open_runs import Above
+from healing.tracking.processes import only_owner
+from healing.tracking.sending.outbox import PLACE
 
 
 def config(**changes) -> SweepConfig:
@@ -227,12 +239,24 @@ def test_what_no_machine_has_is_said():
     assert lacking([Share(8, 0.0, 0)], [ONE, SMALL]) == ""
 
 
-def test_a_store_in_a_file_is_not_for_several_machines(monkeypatch, store):
-    ray_launcher._require_store_of_all([ONE, ONE])
-    with pytest.raises(ConfigError, match="a file of this one: start a server"):
-        ray_launcher._require_store_of_all([ONE, SMALL])
-    monkeypatch.setattr(ray_launcher, "is_file_of_one_machine", lambda: False)
-    ray_launcher._require_store_of_all([ONE, SMALL])
+def test_a_store_of_one_machine_is_not_for_several(monkeypatch, store):
+    here = replace(ONE, host=platform.node())
+    several = ([here, SMALL], [replace(ONE, host="a server, from a laptop")])
+    folder = MlflowClient().create_experiment("in a folder")
+    ray_launcher._require_store_of_all([here, here], folder)
+    for there in several:
+        with pytest.raises(ConfigError, match="a file of this one: start a server"):
+            ray_launcher._require_store_of_all(there, folder)
+    monkeypatch.setattr(ray_launcher, "is_file_of_one_machine", lambda: False)  # PostgreSQL, say
+    elsewhere = [
+        MlflowClient().create_experiment(name, artifact_location=f"{name}:/{name}")
+        for name in ("s3", "mlflow-artifacts")
+    ]
+    for there in several:
+        with pytest.raises(ConfigError, match=r"mlruns.*a folder of each machine's own: start the"):
+            ray_launcher._require_store_of_all(there, folder)
+        for experiment in elsewhere:
+            ray_launcher._require_store_of_all(there, experiment)
 
 
 def test_what_is_missing_is_one_line(monkeypatch):
@@ -253,14 +277,14 @@ def test_what_is_missing_is_one_line(monkeypatch):
 def test_a_board_counts_the_tries_of_the_cell_that_its_worker_died_in():
     board, now = Board(), Now(0, 2, 0.5, "heal 3/60")
     assert board.enters(4, "a") == 1
-    assert board.begins((4, 0), "a", now) == 1
+    assert board.begins((4, 0), "a", now) == (1, 1)
     board.ended((4, 0), Ended(4, "first", "", "partial"))
     # The second answer was lost, and the worker asks again.
-    assert [board.begins((4, 1), "a", now) for _ in range(2)] == [1, 1]
+    assert [board.begins((4, 1), "a", now) for _ in range(2)] == [(1, 1), (1, 1)]
     assert [board.enters(4, "b") for _ in range(2)] == [2, 2]  # the first died in the second cell
-    assert board.begins((4, 0), "b", now) == 1  # found again
+    assert board.begins((4, 0), "b", now) == (1, 1)  # found again
     board.ended((4, 0), Ended(4, "first", "", "partial"))
-    assert board.begins((4, 1), "b", now) == 2
+    assert board.begins((4, 1), "b", now) == (2, 2)
     seen = board.read()
     assert seen.ended == [Ended(4, "first", "", "partial")]
     assert (seen.died, seen.now) == ({4: 1}, {4: now})
@@ -268,6 +292,126 @@ def test_a_board_counts_the_tries_of_the_cell_that_its_worker_died_in():
     board.say("a warning")
     assert [board.read().said for _ in range(2)] == [["a warning"], []]
     assert (board.read().ended, board.read().now) == ([], {})
+
+
+def test_tries_that_come_further_are_not_in_vain():
+    """As where machines are taken away again and again while a long cell goes on."""
+    board, now, place = Board(), Now(0, 2, 0.0, ""), (0, 0)
+    # Where each try goes on: runs of the cell that are over, and steps; None where it died before.
+    since = [(0, 0), (0, 0), (0, 40), (0, 80), (1, 0), None, (1, 0), (1, 20)]
+    vain = []
+    for n, point in enumerate(since):
+        tries, in_vain = board.begins(place, f"worker {n}", now)
+        assert tries == n + 1
+        vain.append(in_vain)
+        if point is not None:
+            board.goes_on(place, point)
+    assert vain == [1, 2, 3, 2, 2, 2, 3, 4]
+    assert board.begins(place, "worker 8", now) == (9, 2)
+
+
+def test_what_dead_workers_left_of_chains_that_are_over_is_removed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(get=lambda answer: answer))
+    board = Board()
+    board.leaves(0, "over")
+    board.leaves(1, "unsent")
+    board.leaves(2, "taken")
+    board.leaves(3)  # it was stopped
+    for name in ("over", "unsent", "taken", "stopped"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "unsent" / PLACE).mkdir()
+    asked = SimpleNamespace(done_with=SimpleNamespace(remote=board.done_with))
+    with only_owner(tmp_path / "taken", pytest.fail):
+        ray_worker._tidy(tmp_path, asked)
+    assert {p.name for p in tmp_path.iterdir() if p.is_dir()} == {"unsent", "taken", "stopped"}
+
+
+class Bar:
+    """What a bar is told."""
+
+    def begin(self, total, unit):
+        self.text = ""
+
+    def step(self, done, text):
+        self.text = text
+
+    def part(self, share, text):
+        self.text = text
+
+
+def test_the_bar_counts_what_is_found_again_and_what_fails_as_a_whole():
+    chains = chains_of(config(launcher="ray", arms="haep,random_tokens", sham=False), {})
+    tasks = [SimpleNamespace(chain=chain, memory=0) for chain in chains]
+    board, bar = Board(), Bar()
+    cells = Cells(bar, 4, "cell")
+    ray = SimpleNamespace(get=lambda answer, timeout=0: answer, exceptions=ray_exceptions())
+    shown = ray_launcher._Tasks(ray, tasks, [], config(), Driver(Console("quiet")), cells)
+    asked = SimpleNamespace(read=SimpleNamespace(remote=board.read))
+
+    def works(chain: int, cell: int, worker: str) -> str:
+        board.begins((chain, cell), worker, Now(cell, 2, 0.1, "heal"))
+        shown._show(asked)
+        return bar.text
+
+    assert works(0, 0, "a") == "1 running, 3 queued; heal"
+    board.ended((0, 0), Ended(0, "first", "", "partial"))
+    assert works(0, 1, "a") == "1 running, 2 queued; heal"
+    assert works(1, 0, "b") == "2 running, 1 queued; heal"
+    # The first worker dies, and another finds its first cell again.
+    assert works(0, 0, "c").startswith("2 running, 1 queued")
+    board.ended((0, 0), Ended(0, "first", "", "partial"))
+    assert works(0, 1, "c").startswith("2 running, 1 queued")
+    # Both chains fail as a whole.
+    for number in (0, 1):
+        board.leaves(number)
+        assert len(shown._failures(number, "the store did not come back")) == 2
+    assert bar.text == "0 running, 0 queued, 3 failed; last: nano random_tokens seed 1"
+
+
+def ray_exceptions():
+    return SimpleNamespace(RayError=RuntimeError)
+
+
+def test_a_machine_without_the_package_says_so():
+    """What Ray carries there is loaded where nothing of this package is."""
+    cloudpickle = pytest.importorskip("ray.cloudpickle", reason="Ray is not installed")
+    carried_there = cloudpickle.dumps(carried())
+    script = (
+        "import pickle, ray, sys, types\n"
+        "sys.modules['healing'] = None\n"
+        "here = types.SimpleNamespace(get_node_id=lambda: 'node 7')\n"
+        "ray.get_runtime_context = lambda: here\n"
+        "run = pickle.loads(sys.stdin.buffer.read())\n"
+        "print(*run(b'', None), sep='|')\n"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", script], input=carried_there, capture_output=True, check=False
+    )
+    assert found.returncode == 0, found.stderr.decode()
+    node, machine, why = found.stdout.decode().strip().split("|")
+    assert (node, machine) == ("node 7", platform.node())
+    assert why.startswith("this package cannot be loaded there (ModuleNotFoundError: ")
+
+
+def test_the_page_names_the_device_of_a_cluster_and_none_that_this_machine_must_have(store):
+    def result(device: str) -> CellResult:
+        view = queries.RunView("1", "n", "FINISHED", "1", {}, {"device": device}, {})
+        return CellResult(chains_of(config(), {})[0].cells[0], view)
+
+    there = config(launcher="ray", device="cuda")
+    assert sweep_module._device(there, [result("cuda"), result("cuda")]) == "cuda"
+    assert sweep_module._device(there, []) == "cuda"
+    unasked = config(launcher="ray")
+    assert sweep_module._device(unasked, [result("cuda")]) == "cuda"
+    assert sweep_module._device(unasked, [result("cuda"), result("cpu")]) == "auto"
+    assert sweep_module._device(config(), []) in ("cpu", "cuda")
+
+
+def test_no_login_is_in_the_text_of_a_task():
+    chain = chains_of(config(), {})[0]
+    store = {"MLFLOW_TRACKING_PASSWORD": "hunter2"}
+    task = Task(0, chain, Above("1", "2", "sweep", {}), store, "/", "code")
+    assert "hunter2" not in repr(task)
 
 
 def test_a_board_hands_on_a_stop():
@@ -278,8 +422,8 @@ def test_a_board_hands_on_a_stop():
 
 
 def test_why_a_cell_is_given_up_names_the_memory_that_it_had():
-    assert died_text(3, 0).startswith("its worker died in each of 3 tries: killed for want")
-    assert "in each of 3 tries; it was given 1.50 GB: killed" in died_text(3, 1_500_000_000)
+    assert "each of 3 tries in a row, none of which came further: killed" in died_text(3, 0)
+    assert "came further; it was given 1.50 GB: killed" in died_text(3, 1_500_000_000)
 
 
 def test_nodes_of_one_machine_have_folders_of_their_own(tmp_path):

@@ -8,12 +8,16 @@ import datetime
 import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 from mlflow.tracking import MlflowClient
 
+from healing.errors import OutageError
 from healing.progress import Stop, Stopped
 from healing.stages.driver import Driver
 from healing.stages.terminal.console import Console
@@ -77,6 +81,158 @@ def test_a_process_says_that_its_runs_are_under_way(store, monkeypatch):
     time.sleep(0.3)
     assert beats(parent) == after
     assert not [t for t in threading.enumerate() if t.name == "heartbeat" and t.is_alive()]
+
+
+def test_a_run_that_began_while_the_store_was_away_has_a_heartbeat_once_it_is_there(experiment):
+    """Under the store's id of it, which it gets later."""
+    known: dict[str, str] = {}
+    sender = SimpleNamespace(is_away=False, run_id=lambda own: known.get(own, own))
+    run = SimpleNamespace(run_id="own", is_local=True, sender=sender)
+    stored, end = left(experiment, "none yet"), time.monotonic() + 30
+    with Heart(0.02).beats_for(run):
+        time.sleep(0.2)
+        known["own"] = stored
+        while MlflowClient().get_run(stored).data.tags[HEARTBEAT] == "none yet":
+            assert time.monotonic() < end
+            time.sleep(0.02)
+
+
+def test_no_failure_ends_the_heartbeats(experiment, monkeypatch):
+    """Without them every run of the process would be taken for left."""
+    failures = iter([ValueError("a defect"), RuntimeError("another")])
+    run = SimpleNamespace(run_id=left(experiment, "none yet"), is_local=False)
+    run.sender = SimpleNamespace(is_away=False, run_id=lambda own: own)
+    set_tag = MlflowClient.set_tag
+
+    def failing(self, *args):
+        if failure := next(failures, None):
+            raise failure
+        set_tag(self, *args)
+
+    monkeypatch.setattr(MlflowClient, "set_tag", failing)
+    end = time.monotonic() + 30
+    with Heart(0.02).beats_for(run):
+        while MlflowClient().get_run(run.run_id).data.tags[HEARTBEAT] == "none yet":
+            assert time.monotonic() < end
+            time.sleep(0.02)
+
+
+def test_a_run_that_came_to_its_own_end_meanwhile_stays_as_it_is(experiment, monkeypatch):
+    """It was found RUNNING, finished, and then its process was gone."""
+    gone = replace(this_process(), start_ticks=1).text()
+    runs = [left(experiment, at(0), process=gone) for _ in range(2)]
+    found = left_running.search
+
+    def searched(*args):
+        views = found(*args)
+        MlflowClient().set_terminated(runs[1], "FINISHED")
+        return views
+
+    monkeypatch.setattr(left_running, "search", searched)
+    (line,) = LeftRunning(experiment, Listener(), pytest.fail).close()
+    assert runs[0] in line
+    assert [status(run_id) for run_id in runs] == ["KILLED", "FINISHED"]
+    assert "failure" not in MlflowClient().get_run(runs[1]).data.tags
+
+
+def test_no_answer_is_no_word_of_a_run_that_was_under_way(store, monkeypatch):
+    now, own, answers = [0.0], MlflowStore(), [True]
+    own.listener = Listener(lambda: now[0])
+    found = left_running.search
+
+    def searched(*args):
+        if not answers[0]:
+            raise OutageError("away")
+        return found(*args)
+
+    monkeypatch.setattr(left_running, "search", searched)
+    with own.start("sweep", {"stage": "main"}) as run:
+        other = left(run.experiment_id, at(0))
+
+        def seen(fingerprint: str = "f6") -> str:
+            view = own.under_way(run.experiment_id, fingerprint)
+            return view.run_id if view else ""
+
+        answers[0] = False
+        assert seen() == "", "nobody was there before"
+        answers[0] = True
+        assert seen() == other
+        answers[0], now[0] = False, 590.0
+        assert (seen(), seen("another")) == (other, "")
+        now[0] = 610.0
+        assert seen() == "", "ten minutes without an answer"
+        answers[0] = True
+        MlflowClient().set_terminated(other, "FINISHED")
+        assert seen() == ""
+        answers[0] = False
+        assert seen() == "", "what is over is forgotten"
+
+
+class Looking(FileSnapshots):
+    """What others see while a state is fetched."""
+
+    seen: list[str]
+
+    def load(self, folder, fingerprint):
+        client = MlflowClient()
+        experiments = [e.experiment_id for e in client.search_experiments()]
+        same = f"attributes.status = 'RUNNING' and tags.fingerprint = '{fingerprint}'"
+        self.seen += [run.info.run_name for run in client.search_runs(experiments, same)]
+        return super().load(folder, fingerprint)
+
+
+def test_a_run_is_seen_while_its_state_is_fetched(store):
+    states = Looking(())
+    states.seen = []
+    d = Driver(Console("quiet"), MlflowStore(), snapshots=states)
+    with d.process("parent", {"stage": "main"}, str(store)) as parent:
+        d.run_cell(Toy(), Config(str(store)), parent=parent, reuse=True)
+    assert states.seen == ["toy 6"]
+
+
+def test_a_state_that_cannot_be_removed_stays_named_and_is_told(store, experiment, monkeypatch):
+    """As long as there is a file somebody can find it."""
+    run_id = str(MlflowClient().create_run(experiment).info.run_id)
+    said: list[str] = []
+    states = StoredSnapshots(FileSnapshots([]), experiment, said.append)
+    states.save(store / "one", Kept("f6", {"w": torch.ones(2)}, [], run_id, 4))
+    while "kept_state" not in (tags := MlflowClient().get_run(run_id).data.tags):
+        time.sleep(0.05)
+    remove = LocalArtifactRepository.delete_artifacts
+
+    def failing(self, path=None):
+        raise MlflowException("no right to delete")
+
+    monkeypatch.setattr(LocalArtifactRepository, "delete_artifacts", failing)
+    states.drop(store / "one")
+    (line,) = said
+    assert line.startswith("warning: a state that is not needed any more stays in the store: the ")
+    assert MlflowClient().get_run(run_id).data.tags["kept_state"] == tags["kept_state"]
+    monkeypatch.setattr(LocalArtifactRepository, "delete_artifacts", remove)
+    states.save(store / "one", Kept("f6", {"w": torch.ones(2)}, [], run_id, 5))
+    states.close(60.0)
+    states.drop(store / "one")
+    assert MlflowClient().get_run(run_id).data.tags["kept_state"] == ""
+    assert MlflowClient().list_artifacts(run_id, "state") == []
+    assert said == [line]
+
+
+def test_a_state_goes_to_the_stores_run_of_one_that_began_while_it_was_away(store, experiment):
+    run_id = str(MlflowClient().create_run(experiment).info.run_id)
+    known: dict[str, str] = {}
+    said: list[str] = []
+    states = StoredSnapshots(
+        FileSnapshots([]), experiment, said.append, id_of=lambda own: known.get(own, own)
+    )
+    states.save(store / "one", Kept("f6", {"w": torch.ones(2)}, [], "own", 4))
+    while not said:
+        time.sleep(0.05)
+    assert said[0].startswith("warning: a state is kept on this machine alone: ")
+    known["own"] = run_id
+    states.save(store / "one", Kept("f6", {"w": torch.ones(2)}, [], "own", 5))
+    states.close(60.0)
+    assert MlflowClient().get_run(run_id).data.tags["kept_state_step"] == "5"
+    assert len(said) == 1
 
 
 def test_a_run_is_made_with_a_heartbeat_that_is_now_in_utc(store):

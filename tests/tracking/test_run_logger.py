@@ -166,7 +166,7 @@ def test_errors_name_what_is_missing(store):
     with pytest.raises(TrackingError, match="no run 'nope'"):
         queries.get_run("nope")
     with pytest.raises(TrackingError, match="--filter 'bad ==='"):
-        queries.search(run.experiment_id, "bad ===")
+        queries.search(run.experiment_id, "bad ===", "--filter")
     with pytest.raises(TrackingError, match="cannot be had"):
         queries.download(f"runs:/{run.run_id}/none.json")
 

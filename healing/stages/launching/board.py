@@ -9,6 +9,21 @@ from dataclasses import dataclass, field
 
 Place = tuple[int, int]
 """Number of a chain, and of a cell in it."""
+Point = tuple[int, int]
+"""How far a cell is: how many of its runs are over, and steps of the next."""
+
+
+@dataclass
+class _Try:
+    """One worker at a cell.
+
+    Attributes:
+        worker: Which.
+        since: Where it went on.
+    """
+
+    worker: str
+    since: Point = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -69,7 +84,8 @@ class Board:
 
     def __init__(self) -> None:
         self._entered: defaultdict[int, set[str]] = defaultdict(set)
-        self._tries: defaultdict[Place, set[str]] = defaultdict(set)
+        self._tries: defaultdict[Place, list[_Try]] = defaultdict(list)
+        self._folders: set[str] = set()
         self._over: set[Place] = set()
         self._now: dict[int, Now] = {}
         self._ended: list[Ended] = []
@@ -81,14 +97,26 @@ class Board:
         self._entered[chain].add(worker)
         return len(self._entered[chain])
 
-    def begins(self, place: Place, worker: str, now: Now) -> int:
-        """A cell begins; the number of this try. One that was over before is found again, and is
-        not tried.
+    def begins(self, place: Place, worker: str, now: Now) -> tuple[int, int]:
+        """A cell begins; the number of this try, and of how many in a row, with this, none went on
+        further than the one before. Where machines are taken away while a cell comes further and
+        further, that is no failure of the cell. One that was over before is found again, and is not
+        tried.
         """
         self._now[place[0]] = now
-        if place not in self._over:
-            self._tries[place].add(worker)
-        return len(self._tries[place])
+        tries = self._tries[place]
+        if place not in self._over and worker not in {one.worker for one in tries}:
+            tries.append(_Try(worker))
+        best, vain = (0, 0), 0
+        for one in tries:
+            vain = 1 if one.since > best else vain + 1
+            best = max(best, one.since)
+        return len(tries), vain
+
+    def goes_on(self, place: Place, since: Point) -> None:
+        """Where the newest try of a cell goes on: from what the tries before left."""
+        if tries := self._tries.get(place):
+            tries[-1].since = max(tries[-1].since, since)
 
     def tell(self, chain: int, now: Now) -> int | None:
         """How far a cell is; the answer is the signal by which it is to end, if it is."""
@@ -105,9 +133,14 @@ class Board:
         """A warning."""
         self._said.append(text)
 
-    def leaves(self, chain: int) -> None:
-        """A worker is through with a chain."""
+    def leaves(self, chain: int, folder: str = "") -> None:
+        """A worker is through with a chain, whose folder is of no use on any machine then."""
         self._now.pop(chain, None)
+        self._folders |= {folder} - {""}
+
+    def done_with(self) -> set[str]:
+        """Names of the folders that are of no use any more."""
+        return self._folders
 
     def read(self) -> Seen:
         """What is new; cells that ended, and warnings, are told once."""

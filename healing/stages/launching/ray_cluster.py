@@ -114,6 +114,7 @@ def machines(ray: Any) -> list[Machine]:
             float(node["Resources"].get("GPU", 0.0)),
             float(node["Resources"].get("memory", 0.0)),
             str(node["NodeID"]),
+            str(node["NodeManagerHostname"]),
         )
         for node in alive
     ]

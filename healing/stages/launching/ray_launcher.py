@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import platform
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,14 +19,16 @@ from typing import Any
 
 from healing.config.options import AUTO
 from healing.config.sweep import SweepConfig
-from healing.errors import ConfigError, HealingError, TrackingError
+from healing.errors import ConfigError, HealingError, OutageError, TrackingError
 from healing.progress import Stopped
 from healing.stages.driver import Driver
 from healing.stages.launching.board import Board, Seen
 from healing.stages.launching.chain import CellResult, Chain, is_of, shared_out
 from healing.stages.launching.ray_carrier import carried
 from healing.stages.launching.ray_cluster import ON_HEAD, connected, elsewhere, machines
-from healing.stages.launching.ray_worker import Task, Unfit, code_here, died_text
+from healing.stages.launching.ray_task import Task, Unfit
+from healing.stages.launching.ray_watch import died_text
+from healing.stages.launching.ray_worker import code_here
 from healing.stages.launching.shares import CPU, Machine, Share, shares_of
 from healing.stages.terminal.console import CellProgress, Cells
 from healing.tracking.open_runs import Above
@@ -35,6 +38,7 @@ from healing.tracking.sending.workers import (
     close_orphans,
     close_runs_below,
     finished_views,
+    folder_of_one_machine,
     is_file_of_one_machine,
     settings_of_store,
 )
@@ -42,6 +46,9 @@ from healing.tracking.store import MlflowStore
 
 LOOK_SECONDS = 1.0
 """Between two looks at the board."""
+DEATHS = 20
+"""Of a chain's workers, for every try of each of its cells: some come to nothing before a cell
+begins, and those of machines that are taken away again and again are no failures."""
 ANSWER_SECONDS = 10.0
 """That the board has to answer."""
 
@@ -70,7 +77,7 @@ class RayLauncher:
             )
         with connected(self._config.ray_address) as ray:
             there = machines(ray)
-            _require_store_of_all(there)
+            _require_store_of_all(there, above.experiment_id)
             predicted = self._config.worker_memory == AUTO
             doing = driver.console.doing("predicting the memory of a cell")
             with doing if predicted else contextlib.nullcontext():
@@ -84,7 +91,8 @@ class RayLauncher:
                 f"{sum(m.gpus for m in there):g} GPUs; a cell takes {shares[0]}"
             )
             driver.store.catch_up()
-            close_orphans(above.experiment_id)
+            with contextlib.suppress(OutageError):  # away for now: the next sweep does it
+                close_orphans(above.experiment_id)
             tasks = [
                 _task(number, chain, share, above)
                 for number, (chain, share) in enumerate(zip(chains, shares, strict=True))
@@ -109,11 +117,22 @@ def _task(number: int, chain: Chain, share: Share, above: Above) -> Task:
     )
 
 
-def _require_store_of_all(there: Sequence[Machine]) -> None:
-    if is_file_of_one_machine() and len({machine.address for machine in there}) > 1:
+def _require_store_of_all(there: Sequence[Machine], experiment_id: str) -> None:
+    """Refuse a store whose runs or files are on this machine alone, where others are to use it."""
+    is_one = len({m.address for m in there}) == 1 and {m.host for m in there} <= {platform.node()}
+    if is_one:
+        return
+    several = "--launcher ray on several machines needs a store that all of them reach"
+    if is_file_of_one_machine():
         raise ConfigError(
-            "--launcher ray on several machines needs a store that all of them reach, and "
-            "MLFLOW_TRACKING_URI is a file of this one: start a server (docs/cluster.md)"
+            f"{several}, and MLFLOW_TRACKING_URI is a file of this one: start a server "
+            "(docs/cluster.md)"
+        )
+    if place := folder_of_one_machine(experiment_id):
+        raise ConfigError(
+            f"{several}, and the files of experiment {experiment_id} would be in {place}, a folder "
+            "of each machine's own: start the server with --serve-artifacts or with S3, and set "
+            "MLFLOW_EXPERIMENT_NAME to a new one (docs/cluster.md)"
         )
 
 
@@ -164,11 +183,14 @@ class _Tasks:
         """
         ray = self._ray
         board = ray.remote(Board).options(**ON_HEAD).remote()
+        remote = ray.remote(carried())
         chains = [task.chain for task in self._tasks]
-        known = shared_out(chains, finished_views(above.experiment_id, is_of(chains)))
+        models = {chain.cells[0].label for chain in chains}
+        found = finished_views(above.experiment_id, models, is_of(chains))
+        known = shared_out(chains, found)
         try:
             while self._waiting or self._pending:
-                self._submit(board, known)
+                self._submit(remote, board, known)
                 over, _ = ray.wait(list(self._pending), timeout=LOOK_SECONDS)
                 self._show(board)  # what a chain said before it was over
                 for ref in over:
@@ -186,18 +208,19 @@ class _Tasks:
             left = "its worker is gone, and ended without ending it"
             with contextlib.suppress(TrackingError):  # a store that is away: the next sweep does it
                 close_runs_below(above.experiment_id, above.run_id, left)
-        found = [result for n in range(len(self._tasks)) for result in self._results[n]]
-        return [_of_this_sweep(result, above.run_id) for result in found]
+        results = [result for n in range(len(self._tasks)) for result in self._results[n]]
+        return [_of_this_sweep(result, above.run_id) for result in results]
 
-    def _submit(self, board: Any, known: Sequence[Mapping[str, RunView]]) -> None:
+    def _submit(self, remote: Any, board: Any, known: Sequence[Mapping[str, RunView]]) -> None:
         """Hand over what may run: everything, or as much as ``--workers`` says."""
         most = len(self._tasks) if self._config.workers == AUTO else int(self._config.workers)
         while self._waiting and len(self._pending) < most:
             number = self._waiting.popleft()
             task, share = self._tasks[number], self._shares[number]
-            # A worker that dies takes its chain along; the tries of a cell are the board's.
-            deaths = (self._config.retries + 1) * len(task.chain.cells)
-            asked = self._ray.remote(carried()).options(
+            # A worker that dies takes its chain along. The tries of a cell are the board's, which
+            # does not count those that came further than the one before.
+            deaths = DEATHS * (self._config.retries + 1) * len(task.chain.cells)
+            asked = remote.options(
                 num_cpus=share.cpus,
                 num_gpus=share.gpus,
                 memory=share.memory or None,
@@ -289,6 +312,8 @@ class _Tasks:
             if chain in self._results:
                 continue
             place = (chain, max(0, now.cell))  # before its first it has none
+            for other in [p for p in self._shown if p[0] == chain and p != place]:
+                self._cells.left(self._shown.pop(other))  # found again after its worker died
             shown = self._shown.setdefault(place, self._cells.cell(now.runs))
             self._cells.tell(shown, now.share, now.text)
 
@@ -305,8 +330,10 @@ class _Tasks:
                     ray.cancel(ref, force=False)
         end, left = time.monotonic() + self._config.ending_seconds, list(self._pending)
         while left and (seconds := end - time.monotonic()) > 0:
-            with self._unless_gone():
+            try:
                 _, left = ray.wait(left, num_returns=len(left), timeout=seconds)
+            except (ray.exceptions.RayError, ValueError):
+                time.sleep(min(LOOK_SECONDS, seconds))  # a cluster that is gone
         for ref in left:
             with self._unless_gone():
                 ray.cancel(ref, force=True)

@@ -27,6 +27,7 @@ class Machine:
         gpus: Likewise.
         memory: Likewise, bytes.
         node: Ray's id of it.
+        host: Its name.
     """
 
     address: str
@@ -34,6 +35,7 @@ class Machine:
     gpus: float
     memory: float = math.inf
     node: str = ""
+    host: str = ""
 
     def has(self, share: Share) -> bool:
         """Whether it is large enough."""

@@ -55,7 +55,8 @@ class ThreadLauncher:
 
     def run(self, chains: Sequence[Chain], driver: Driver, run: Run) -> list[CellResult]:
         """Every chain; results in the order of the plan."""
-        driver.store.look_ahead(run.experiment_id, is_of(chains))
+        models = {chain.cells[0].label for chain in chains}
+        driver.store.look_ahead(run.experiment_id, models, is_of(chains))
         stopped = threading.Event()
         with (
             driver.console.cells(sum(len(c.cells) for c in chains), "sweep", "cell") as cells,

@@ -154,6 +154,11 @@ class Cells:
             self._under_way[cell] = share
             self._shown.part(sum(self._under_way.values()), self._counted(text))
 
+    def left(self, cell: CellProgress) -> None:
+        """It is not under way any more, and not over either."""
+        with self._lock:
+            self._under_way.pop(cell, None)
+
     def waiting(self, text: str) -> None:
         """Nothing is under way, for this reason."""
         with self._lock:
@@ -185,6 +190,11 @@ class CellProgress:
     def __init__(self, cells: Hears, runs: int) -> None:
         self._cells, self._runs, self._over = cells, runs, 0
         self._share = 0.0
+
+    @property
+    def over(self) -> int:
+        """Runs of it that are over."""
+        return self._over
 
     def run(self, title: str) -> Progress:
         """Progress of one of its runs."""

@@ -50,11 +50,15 @@ class OwnRun:
         if self._run is not None:
             self._label(self._run, config)
 
-    def open(self, config: Any) -> Run:
-        """The run, opened now if it is not yet."""
+    def open(self, config: Any, fingerprint: str = "") -> Run:
+        """The run, opened now if it is not yet, with its fingerprint where that is known."""
+        known = {"fingerprint": fingerprint} if fingerprint else {}
+        if self._run is not None and known:
+            self._run.tags(known)
         if self._run is None:
             assert self.parent is not None, "a child has a parent"
-            child = self._store.child(self.parent, self._stage.title(config), self._tags(config))
+            tags = self._tags(config) | known
+            child = self._store.child(self.parent, self._stage.title(config), tags)
             self._run = self._ending.enter_context(child)
             self._tag.start(self._run)
             if self._is_prepared:

@@ -14,7 +14,6 @@ from typing import Protocol
 
 from mlflow.tracking import MlflowClient
 
-from healing.errors import TrackingError
 from healing.tracking.sending.store_errors import stored
 
 HEARTBEAT = "heartbeat"
@@ -31,6 +30,8 @@ def beat() -> dict[str, str]:
 class _OfASender(Protocol):
     @property
     def is_away(self) -> bool: ...
+
+    def run_id(self, own: str) -> str: ...
 
 
 class Beating(Protocol):
@@ -81,8 +82,12 @@ class Heart:
             with self._lock:
                 runs = list(self._runs.values())
             for run in runs:
-                if run.is_local or run.sender.is_away or over.is_set():
+                # The store's id of it, once it has one: it may have been away when the run began.
+                known = run.sender.run_id(run.run_id)
+                is_unknown = run.is_local and known == run.run_id
+                if is_unknown or run.sender.is_away or over.is_set():
                     continue
-                with contextlib.suppress(TrackingError), stored(f"the heartbeat of {run.run_id}"):
+                # Whatever it is: without this thread all runs would be taken for left.
+                with contextlib.suppress(Exception), stored(f"the heartbeat of {known}"):
                     for key, value in beat().items():
-                        MlflowClient().set_tag(run.run_id, key, value)
+                        MlflowClient().set_tag(known, key, value)

@@ -39,6 +39,7 @@ class StoredSnapshots:
         experiment_id: Where runs are looked for that were left on another machine.
         say: Told of a state that could not be stored or fetched.
         under_way: Whether somebody may be at a run, whose states are not for others then.
+        id_of: The store's id of a run of this process, which may have begun while it was away.
     """
 
     def __init__(
@@ -47,11 +48,12 @@ class StoredSnapshots:
         experiment_id: str,
         say: Callable[[str], None] = lambda _: None,
         under_way: Callable[[RunView], bool] = lambda _: False,
+        id_of: Callable[[str], str] = lambda run_id: run_id,
     ) -> None:
         self._own, self._experiment_id, self._say = own, experiment_id, say
         self._under_way = under_way
         self._runs: dict[pathlib.Path, set[str]] = {}
-        self._uploads = _Uploads(say)
+        self._uploads = _Uploads(say, id_of)
 
     def load(self, folder: pathlib.Path, fingerprint: str) -> Kept | None:
         """The one with the most steps, of this disk or of the store; only a better one is fetched.
@@ -112,8 +114,8 @@ def _step(run: RunView) -> int:
 class _Uploads:
     """Stores states one after the other, of each run the newest only."""
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self._say, self._told = say, False
+    def __init__(self, say: Callable[[str], None], id_of: Callable[[str], str]) -> None:
+        self._say, self._id_of, self._told = say, id_of, set[str]()
         self._waiting: dict[str, tuple[pathlib.Path, int]] = {}
         self._stored: dict[str, str] = {}
         self._under_way, self._closed = "", False
@@ -132,8 +134,8 @@ class _Uploads:
         with self._changed:
             self._waiting.pop(run_id, None)
             self._changed.wait_for(lambda: self._under_way != run_id)
-        with self._failure_said():
-            _remove(run_id)
+        with self._failure_said("a state that is not needed any more stays in the store"):
+            _remove(self._id_of(run_id))
 
     def close(self, seconds: float) -> None:
         """Nothing more comes."""
@@ -151,23 +153,26 @@ class _Uploads:
                 run_id = self._under_way = next(iter(self._waiting))
                 path, step = self._waiting.pop(run_id)
             try:
-                with self._failure_said():
-                    _store(run_id, path, step, self._stored.get(run_id, ""))
+                with self._failure_said("a state is kept on this machine alone"):
+                    _store(self._id_of(run_id), path, step, self._stored.get(run_id, ""))
                     self._stored[run_id] = path.name
+                    self._told.discard("a state is kept on this machine alone")
             finally:
                 with self._changed:
                     self._under_way = ""
                     self._changed.notify_all()
 
     @contextlib.contextmanager
-    def _failure_said(self) -> Iterator[None]:
-        """A store that is away, or takes no files, costs the net and nothing else."""
+    def _failure_said(self, what: str) -> Iterator[None]:
+        """A store that is away, or takes no files, costs the net and nothing else: that is said
+        once, until it takes some again.
+        """
         try:
             yield
         except TrackingError as error:
-            if not self._told:
-                self._told = True
-                self._say(f"warning: a state is kept on this machine alone: {error}")
+            if what not in self._told:
+                self._told.add(what)
+                self._say(f"warning: {what}: {error}")
 
 
 def _store(run_id: str, path: pathlib.Path, step: int, before: str) -> None:
@@ -187,9 +192,10 @@ def _store(run_id: str, path: pathlib.Path, step: int, before: str) -> None:
 
 
 def _remove(run_id: str) -> None:
+    """The tag goes last: as long as there is a file, it is named."""
     with stored(f"the removal of the state of run {run_id}"):
         client = MlflowClient()
         run = client.get_run(run_id)
         if run.data.tags.get(STATE):
-            client.log_batch(run_id, tags=[RunTag(STATE, ""), RunTag(STEP, "")])
             get_artifact_repository(run.info.artifact_uri).delete_artifacts(PLACE)
+            client.log_batch(run_id, tags=[RunTag(STATE, ""), RunTag(STEP, "")])

@@ -13,18 +13,17 @@ import threading
 import time
 from collections.abc import Callable
 
-from mlflow.entities import RunTag
-from mlflow.tracking import MlflowClient
-
 from healing.errors import OutageError, TrackingError
 from healing.tracking.open_runs import PROCESS
 from healing.tracking.processes import Process, this_process
 from healing.tracking.queries import RunView, get_run, search
 from healing.tracking.sending.heartbeat import BEAT_SECONDS, HEARTBEAT
-from healing.tracking.sending.store_errors import stored
+from healing.tracking.sending.workers import end_left
 
 SILENT_SECONDS = 180.0
 """Without a heartbeat, of a store that answers: the process is gone."""
+UNANSWERED_SECONDS = 600.0
+"""That a run of another process is waited for while the store does not answer."""
 LONG_AGO = datetime.timedelta(days=1)
 """No two clocks differ by as much, whatever time zones they were set in."""
 _RUNNING = "attributes.status = 'RUNNING'"
@@ -40,6 +39,7 @@ class Listener:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock, self._lock = clock, threading.Lock()
         self._heard: dict[str, tuple[str, float, float]] = {}
+        self._found: dict[str, tuple[RunView, float]] = {}
 
     def is_under_way(self, run: RunView) -> bool:
         """Whether another process may be at a run. It takes some looks to know that one of another
@@ -69,7 +69,20 @@ class Listener:
     def find(self, experiment_id: str, fingerprint: str) -> RunView | None:
         """A run of another process that computes the same now."""
         same = search(experiment_id, f"{_RUNNING} and tags.fingerprint = '{fingerprint}'")
-        return next((run for run in same if self.is_under_way(run)), None)
+        found = next((run for run in same if self.is_under_way(run)), None)
+        with self._lock:
+            self._found.pop(fingerprint, None)
+            if found is not None:
+                self._found[fingerprint] = (found, self._clock())
+        return found
+
+    def last(self, fingerprint: str) -> RunView | None:
+        """What :meth:`find` found, where it cannot ask now: nothing follows from no answer, but
+        after :data:`UNANSWERED_SECONDS` without one nobody is waited for.
+        """
+        with self._lock:
+            found, then = self._found.get(fingerprint, (None, 0.0))
+        return found if self._clock() - then < UNANSWERED_SECONDS else None
 
 
 def _is_long_ago(beat: str) -> bool:
@@ -113,7 +126,7 @@ class LeftRunning:
             if owner is None:
                 continue  # nobody knows whose it is
             if owner.is_gone or _is_long_ago(run.tags.get(HEARTBEAT, _NEVER)):
-                lines.append(_close(run, f"{owner} ended without ending it"))
+                lines += _close(run, f"{owner} ended without ending it")
             elif not owner.is_here and HEARTBEAT in run.tags:
                 self._listener.is_under_way(run)
                 self._first[run.run_id] = run.tags[HEARTBEAT]
@@ -145,7 +158,8 @@ class LeftRunning:
                 del self._first[run_id]
                 owner = Process.read(run.tags.get(PROCESS, ""))
                 silent = f"nothing is heard of {owner} since {first}"
-                self._say(_close(run, silent))
+                for line in _close(run, silent):
+                    self._say(line)
 
 
 _NEVER = datetime.datetime.max.replace(tzinfo=datetime.UTC).isoformat()
@@ -177,12 +191,11 @@ def close_gone_on_with(run_id: str, by: str) -> list[str]:
     why = f"{owner or 'its process'} ended without ending it, run {by} goes on"
     running = search(left.experiment_id, _RUNNING)
     same = [run for run in running if owner is not None and run.tags.get(PROCESS) == text]
-    return [_close(run, why) for run in same or [left]]
+    return [line for run in same or [left] for line in _close(run, why)]
 
 
-def _close(run: RunView, why: str) -> str:
-    """End a run as KILLED; a line that says so."""
-    with stored(f"the end of run {run.run_id}"):
-        MlflowClient().log_batch(run.run_id, tags=[RunTag("failure", why)])
-        MlflowClient().set_terminated(run.run_id, "KILLED")
-    return f"run {run.run_id} ({run.name}) was left running: {why}; it is KILLED now"
+def _close(run: RunView, why: str) -> list[str]:
+    """End a run as KILLED; a line that says so, none where it had come to its own end."""
+    if not end_left(run.run_id, why):
+        return []
+    return [f"run {run.run_id} ({run.name}) was left running: {why}; it is KILLED now"]

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import multiprocessing.pool
 import pathlib
 import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
-from healing.errors import OutputError, TrackingError
+from healing.errors import OutageError, OutputError, TrackingError
 from healing.tracking.output_folder import with_room
 from healing.tracking.sending.outbox import Outbox, Request, refused_text
 from healing.tracking.sending.store_errors import short
+
+T = TypeVar("T")
 
 
 class CarryOut(Protocol):
@@ -123,3 +126,18 @@ def unheard_text(outbox: Outbox | None, refused: Sequence[TrackingError]) -> str
             f"{len(refused)} request(s) were refused by the store. The first: {short(refused[0])}"
         )
     return f"{len(refused)} request(s) {refused_text(outbox.folder, short(refused[0]))}"
+
+
+def answer(question: Callable[[], T], seconds: float | None) -> T:
+    """Ask in a thread that is left where there is no answer in time: the end of the process does
+    not wait for it, as it would for one of an executor.
+
+    Raises:
+        OutageError: There is none.
+        TrackingError: The store refuses.
+    """
+    with multiprocessing.pool.ThreadPool(1) as pool:
+        try:
+            return pool.apply_async(question).get(seconds)
+        except multiprocessing.TimeoutError:
+            raise OutageError("the tracking store gives no answer") from None

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+import urllib.parse
+from collections.abc import Callable, Collection, Mapping
 
 import mlflow
 from mlflow.entities import RunTag
@@ -50,17 +51,34 @@ def is_file_of_one_machine() -> bool:
     return mlflow.get_tracking_uri().startswith("sqlite:")
 
 
+def folder_of_one_machine(experiment_id: str) -> str:
+    """Where an experiment's files are, if every machine would look for them on its own disk."""
+    with stored(f"where the files of experiment {experiment_id} are"):
+        place: str = MlflowClient().get_experiment(experiment_id).artifact_location
+    return place if urllib.parse.urlsplit(place).scheme in ("", "file") else ""
+
+
 def finished_views(
-    experiment_id: str, wanted: Callable[[RunView], bool] = lambda view: True
+    experiment_id: str,
+    models: Collection[str] = (),
+    wanted: Callable[[RunView], bool] = lambda view: True,
 ) -> dict[str, RunView]:
-    """Fingerprint → newest finished run with it, by one question about all runs, in pages.
+    """Fingerprint → newest finished run with it, by one question about all runs of each model, in
+    pages.
 
     Args:
         experiment_id: Where to look.
+        models: Their names, as tags have them; none = all.
         wanted: Which are kept.
     """
-    found = search(experiment_id, "attributes.status = 'FINISHED'")
-    return {v.tags["fingerprint"]: v for v in found if "fingerprint" in v.tags and wanted(v)}
+    is_quoted = any("'" in model for model in models)
+    of = [""] if is_quoted or not models else [f" and tags.model = '{m}'" for m in sorted(models)]
+    return {
+        view.tags["fingerprint"]: view
+        for model in of
+        for view in search(experiment_id, f"attributes.status = 'FINISHED'{model}", wanted=wanted)
+        if "fingerprint" in view.tags
+    }
 
 
 def close_runs_of_task(experiment_id: str, task: str, why: str) -> int:
@@ -92,8 +110,16 @@ def _is_over(run_id: str) -> bool:
 
 
 def _close(runs: list[RunView], why: str) -> int:
-    for run in runs:
-        with stored(f"the end of run {run.run_id}"):
-            MlflowClient().log_batch(run.run_id, tags=[RunTag("failure", why)])
-            MlflowClient().set_terminated(run.run_id, "KILLED")
-    return len(runs)
+    return sum(end_left(run.run_id, why) for run in runs)
+
+
+def end_left(run_id: str, why: str) -> bool:
+    """End as KILLED a run that was left RUNNING; whether it was, since it may have come to its own
+    end after it was found.
+    """
+    if get_run(run_id).status != "RUNNING":
+        return False
+    with stored(f"the end of run {run_id}"):
+        MlflowClient().log_batch(run_id, tags=[RunTag("failure", why)])
+        MlflowClient().set_terminated(run_id, "KILLED")
+    return True

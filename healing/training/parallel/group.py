@@ -12,12 +12,13 @@ import contextlib
 import datetime
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any
 
@@ -42,6 +43,8 @@ there is nothing more to do.
 READY = "ready"
 """Beginning of the names under which started processes say that they are there."""
 HEAD = "127.0.0.1"
+INTERFACE, LOOPBACK = "GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo"
+"""Gloo's variable, and the interface of that address."""
 
 
 @dataclass(frozen=True)
@@ -259,11 +262,40 @@ def _end_launched() -> None:
         distributed.destroy_process_group()
 
 
+def own_store(wait: datetime.timedelta) -> distributed.TCPStore:
+    """Where processes of this machine meet, and no others can: by itself torch's listens on every
+    address, and what goes through it is trusted.
+
+    Args:
+        wait: For an answer.
+    """
+    listening = socket.create_server((HEAD, 0))  # a port that is free
+    return distributed.TCPStore(
+        HEAD,
+        listening.getsockname()[1],
+        is_master=True,
+        wait_for_workers=False,
+        timeout=wait,
+        master_listen_fd=listening.detach(),  # which closes it
+    )
+
+
+@contextlib.contextmanager
+def _on_this_machine() -> Iterator[None]:
+    """Likewise gloo's own connections, which it opens at the address of the machine's name."""
+    given = os.environ.get(INTERFACE)
+    os.environ.setdefault(INTERFACE, LOOPBACK)
+    try:
+        yield
+    finally:
+        if given is None:
+            del os.environ[INTERFACE]
+
+
 def _started(ranks: int, kind: str) -> Group:
     """Other ranks as processes of this machine."""
     wait = datetime.timedelta(seconds=SECONDS_TO_START)
-    # Port 0: the system chooses one that is free. The store waits for nobody itself.
-    store = distributed.TCPStore(HEAD, 0, is_master=True, wait_for_workers=False, timeout=wait)
+    store = own_store(wait)
     # They live as long as the group, which closes them.
     said = [tempfile.TemporaryFile() for _ in range(1, ranks)]  # noqa: SIM115
     others = [
@@ -281,9 +313,10 @@ def _started(ranks: int, kind: str) -> Group:
     group.place.use()
     try:
         _await(group, store)
-        distributed.init_process_group(
-            _backend(kind), store=store, rank=0, world_size=ranks, timeout=PATIENCE
-        )
+        with _on_this_machine():
+            distributed.init_process_group(
+                _backend(kind), store=store, rank=0, world_size=ranks, timeout=PATIENCE
+            )
     except BaseException:
         group.broken = True
         for process in others:
@@ -315,4 +348,4 @@ def _environment() -> dict[str, str]:
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH", "")])]
     left_out = ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "RANK", "WORLD_SIZE", "LOCAL_RANK")
     kept = {name: value for name, value in os.environ.items() if name not in left_out}
-    return {**kept, "PYTHONPATH": os.pathsep.join(paths)}
+    return {INTERFACE: LOOPBACK, **kept, "PYTHONPATH": os.pathsep.join(paths)}
