@@ -26,15 +26,22 @@ def written_whole(path: pathlib.Path) -> Iterator[pathlib.Path]:
         partial.unlink(missing_ok=True)
 
 
-def make_room(folder: pathlib.Path, pattern: str, size: int, most_bytes: int) -> None:
+def make_room(
+    folder: pathlib.Path,
+    pattern: str,
+    size: int,
+    most_bytes: int,
+    replaced: pathlib.Path | None = None,
+) -> None:
     """Remove what killed processes left half written, and the files of a pattern with the oldest
-    times until more fit.
+    times until more fit. One that may not be removed stays, and the bound is passed.
 
     Args:
         folder: Of the files.
         pattern: That their names match.
         size: Bytes that are to fit.
         most_bytes: Of all files together.
+        replaced: One of them that goes in any case.
     """
     for path in folder.glob(f".*{PARTIAL}"):
         with contextlib.suppress(OSError):
@@ -44,10 +51,12 @@ def make_room(folder: pathlib.Path, pattern: str, size: int, most_bytes: int) ->
     for path in folder.glob(pattern):
         with contextlib.suppress(OSError):  # removed by another process
             status = path.stat()
-            files.append((status.st_mtime, status.st_size, path))
+            if path != replaced:
+                files.append((status.st_mtime, status.st_size, path))
     total = sum(bytes_ for _, bytes_, _ in files) + size
     for _, bytes_, path in sorted(files):
         if total <= most_bytes:
             return
-        path.unlink(missing_ok=True)
-        total -= bytes_
+        with contextlib.suppress(PermissionError):
+            path.unlink(missing_ok=True)
+            total -= bytes_

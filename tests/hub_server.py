@@ -65,6 +65,8 @@ class Hub:
         breaks: End of a file's path → bytes after which its connection is broken off, every time.
         stops: End of a file's path → bytes after which no more of it is sent, on no connection.
         silent: Whether requests are accepted and never answered.
+        instead: Status and content with which the next questions about data sets are answered;
+            status 0 = as ever.
         requests: All requests so far.
     """
 
@@ -72,6 +74,7 @@ class Hub:
     breaks: dict[str, int] = field(default_factory=dict)
     stops: dict[str, int] = field(default_factory=dict)
     silent: bool = False
+    instead: list[tuple[int, bytes]] = field(default_factory=list)
     requests: list[Request] = field(default_factory=list)
 
     def __enter__(self) -> Self:
@@ -129,6 +132,10 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 time.sleep(30)
                 return
             path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path).strip("/")
+            if hub.instead and path.startswith("api/datasets/"):
+                status, body = hub.instead.pop(0)
+                if status:  # 0: as ever
+                    return self._send(status, {"Content-Type": "text/html"}, body)
             if found := re.fullmatch(r"api/(models|datasets)/([^/]+/[^/]+)(?:/(.*))?", path):
                 return self._api(f"{found[1]}/{found[2]}", found[3] or "", posted)
             if found := re.fullmatch(r"(datasets/)?([^/]+/[^/]+)/resolve/(.+)", path):

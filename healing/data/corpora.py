@@ -21,7 +21,7 @@ from huggingface_hub import is_offline_mode
 from healing.config.shared import BLANK_LINES, CACHE_DIR
 from healing.data.columns import Flatten, Table, texts_of
 from healing.data.hub import CONNECTION_ERRORS, first_line, refusal
-from healing.data.kept_rows import Row, Wanted, commit_of, is_unreachable, row_cache
+from healing.data.kept_rows import Row, Wanted, commit_of, is_unreachable, pin, row_cache
 from healing.data.local_files import text_file
 from healing.data.readers import local_documents
 from healing.data.splits import Corpus, split_documents
@@ -139,8 +139,9 @@ def _hub_documents(
         if not is_offline_mode():
             logger.warning(
                 f"the Hub cannot be asked for dataset {name!r} ({first_line(error)}): its text is "
-                f"the one kept last, of commit {kept[0]}"
+                f"the one used last, of commit {kept[0]}"
             )
+        pin(dataset_id, kept[0])
         return texts(kept[1])
     except ValueError as error:
         raise _unavailable(name, error) from error
@@ -165,6 +166,13 @@ def require_named(name: str) -> None:
     looks_local = name.startswith((".", "/", "~")) or text_file(path) is not None
     if looks_local or name.count("/") != 1:
         raise CorpusError(f"no corpus {name!r} (no such file, and not a Hub id): {ALTERNATIVES}")
+
+
+def dataset_of(name: str) -> str:
+    """The Hub's data set that a corpus is; empty = it comes from elsewhere."""
+    if name == "stdlib" or os.path.lexists(_path(name)):
+        return ""
+    return PILE_ID if name == "pile" else name.partition(":")[0]
 
 
 def load_corpus(

@@ -11,6 +11,7 @@ import glob
 import json
 import os
 import pathlib
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -96,10 +97,14 @@ class Snapshot:
     commit: str
 
 
+_TOKEN = re.compile(r"Bearer\s+[^'\"\s]+|\bhf_\w[^'\"\s]*")
+"""A login in an error's text, whatever characters crept into it: what is printed is kept."""
+
+
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its type where it has none."""
+    """The first line of an error's text without logins, or its type where it has none."""
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return _TOKEN.sub("***", lines[0]) if lines else type(error).__name__
 
 
 def refusal(error: BaseException, kind: str, repo: str) -> str:

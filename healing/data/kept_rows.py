@@ -8,7 +8,6 @@ compressed: reading one runs no code. Its first line says what it holds, its las
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import importlib.metadata
 import json
@@ -23,7 +22,9 @@ from typing import Any
 import filelock
 import huggingface_hub
 import zstandard
+from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
 
 from healing.data.columns import wanted_columns
 from healing.data.compressed import DAMAGE, open_bytes
@@ -36,7 +37,7 @@ FORMAT = "rows-1"
 """Part of every question: another way of keeping rows needs another name."""
 
 MOST_BYTES = 10 * 10**9
-"""Of all files together; what was fetched first goes first."""
+"""Of all files together; what was used last goes last."""
 
 ENDING = ".jsonl.zst"
 SAY_AFTER_SECONDS = 2.0
@@ -83,25 +84,67 @@ class Wanted:
         return f"{readable}-{hashlib.sha256(words.encode()).hexdigest()[:16]}"
 
 
-@functools.cache
+_PINNED: dict[str, str] = {}
+
+
+def pin(dataset: str, commit: str) -> None:
+    """Let a data set mean one commit in this process, if it means none yet: the one that all
+    workers of a sweep read, whatever the Hub has by then.
+    """
+    _PINNED.setdefault(dataset, commit)
+
+
 def commit_of(dataset: str) -> str:
-    """Commit of a data set as the Hub says now, asked once per process.
+    """Commit of a data set: as it is pinned, else as the Hub says when this process first asks.
 
     Raises:
         HTTPError, OSError: The Hub cannot be reached, or refuses.
         ValueError: The id, or what the Hub says, cannot be one.
     """
-    found = huggingface_hub.HfApi().dataset_info(dataset).sha or ""
+    if dataset not in _PINNED:
+        pin(dataset, _asked(dataset))
+    return _PINNED[dataset]
+
+
+def _asked(dataset: str) -> str:
+    """A Hub that is asked too often, or has a short failure, is asked again some times."""
+    huggingface_hub.utils.validate_repo_id(dataset)
+    answer = http_backoff(
+        "GET",
+        f"{constants.ENDPOINT}/api/datasets/{dataset}",
+        params={"expand": "sha"},
+        headers=build_hf_headers(),
+        timeout=constants.HF_HUB_ETAG_TIMEOUT,
+        max_retries=RETRIES,
+        retry_on_exceptions=(),
+    )
+    hf_raise_for_status(answer)
+    try:
+        found = str(answer.json().get("sha"))
+    except (ValueError, AttributeError) as error:
+        raise ConnectionError("what answers there is not the Hub") from error
     if not re.fullmatch(r"[0-9a-f]{40}", found):
         raise ValueError(f"the Hub names no commit of it, but {found[:80]!r}")
     return found
 
 
+RETRIES = 3
+"""Of a question to the Hub, after 1, 2 and 4 seconds."""
+_LATER = (407, 408, 425, 429)
+"""Answers that are none: of a proxy that wants a login, or to come back later."""
+
+
 def is_unreachable(error: BaseException) -> bool:
     """Whether the Hub gave no answer, of the errors that asking it ends with: what it has not, or
-    does not give to everyone, is not looked for on the disk.
+    does not give to everyone, is not looked for on the disk; nor where the question cannot be put,
+    as with a login that no request can hold.
     """
-    return not (isinstance(error, HfHubHTTPError) and error.response.status_code < 500)
+    if type(error).__name__ == "LocalProtocolError":
+        return False
+    if not isinstance(error, HfHubHTTPError):
+        return True
+    status = error.response.status_code
+    return status >= 500 or status in _LATER
 
 
 @dataclass(frozen=True)
@@ -136,6 +179,8 @@ class RowCache:
         question = wanted.question() | {"commit": commit}
         with contextlib.suppress(_DamagedError):  # told once it is this process' turn
             if (kept := _rows(path, question)) is not None:
+                with contextlib.suppress(OSError):
+                    os.utime(path)  # what is used last goes last
                 return read(kept)
         with _turn(path) as is_writable:
             kept = _rows_or_warning(path, question)
@@ -148,7 +193,7 @@ class RowCache:
         return read(kept)
 
     def newest(self, wanted: Wanted) -> tuple[str, list[Row]] | None:
-        """Commit and rows that were fetched last, for when the Hub cannot be asked; ``None`` where
+        """Commit and rows that were used last, for when the Hub cannot be asked; ``None`` where
         nothing is kept.
         """
         found = []
@@ -169,7 +214,7 @@ class RowCache:
                 size = partial.stat().st_size
                 if size > self.most_bytes:
                     raise _UnkeepableError(f"{size} bytes, of {self.most_bytes} at most")
-                make_room(path.parent, f"*{ENDING}", size, self.most_bytes)
+                make_room(path.parent, f"*{ENDING}", size, self.most_bytes, path)
         except (OSError, zstandard.ZstdError, _UnkeepableError) as error:
             _say_unkept(path.parent, error)
 
@@ -187,16 +232,29 @@ def _say_unkept(folder: pathlib.Path, error: BaseException) -> None:
 
 @contextlib.contextmanager
 def _turn(path: pathlib.Path) -> Iterator[bool]:
-    """The block runs in one process of the machine at a time; whether the folder can be written,
-    without which nobody waits for anybody.
+    """The block runs in one process of the machine at a time; whether the folder can be written.
+    Where it cannot, or has no locks, nobody waits for anybody.
     """
-    lock = filelock.FileLock(path.with_name(f".{path.name}.lock"))
+    # By itself it would take a file for a lock where there are none, which nobody gives back whose
+    # machine is gone.
+    lock = filelock.FileLock(path.with_name(f".{path.name}.lock"), fallback_to_soft=False)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _acquire(lock)
     except OSError as error:
         _say_unkept(path.parent, error)
         yield False
+        return
+    try:
+        _acquire(lock)
+    except OSError as error:
+        if not os.access(path.parent, os.W_OK):
+            _say_unkept(path.parent, error)
+            yield False
+            return
+        logger.warning(
+            f"{path.parent} cannot be locked ({error}): several processes may fetch the same text"
+        )
+        yield True
         return
     try:
         yield True
@@ -231,7 +289,7 @@ def _line(row: Row) -> bytes:
     try:
         text = json.dumps(row, ensure_ascii=False)
         is_same = all(isinstance(cell, str) for cell in row.values()) or json.loads(text) == row
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise _UnkeepableError(str(error)) from error
     if not is_same:
         raise _UnkeepableError("a chat holds what is no JSON")
@@ -273,7 +331,7 @@ def _rows(path: pathlib.Path, question: Row) -> list[Row] | None:
             raise _DamagedError("its digest is another one")
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (*DAMAGE, ValueError) as error:
+    except (*DAMAGE, ValueError, RecursionError) as error:
         raise _DamagedError(str(error)) from error
     if lines[:1] != [question]:
         raise _DamagedError("it holds other rows than its name says")

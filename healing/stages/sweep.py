@@ -15,7 +15,7 @@ from healing.registry import DAMAGE_CONTROL, TREATMENT
 from healing.reporting import run_page
 from healing.reporting.markdown import markdown, opening
 from healing.stages.driver import Driver
-from healing.stages.launching.chain import CellResult, chains_of
+from healing.stages.launching.chain import CellResult, at_one_commit, chains_of
 from healing.stages.launching.launcher import Launcher
 from healing.stages.launching.threads import ThreadLauncher
 from healing.stages.summarize import OVERVIEW, show_summary, summarized
@@ -152,7 +152,10 @@ def sweep(config: SweepConfig, driver: Driver | None = None) -> Summary:
                     "--arms: it gets the strength 1 (noise of one standard deviation of each "
                     "tensor)"
                 )
-        chains = chains_of(config, healers_of(config, driver.store))
+        with console.waiting("asking the Hub for the version of the text"):
+            chains = at_one_commit(chains_of(config, healers_of(config, driver.store)))
+        if texts := {f"{d}@{commit}" for chain in chains for d, commit in chain.commits}:
+            run.tags({"texts": ", ".join(sorted(texts))})
         results = launcher_of(config).run(chains, driver, run)
         views = [r.view for r in results if r.view is not None]
         failures = [r.failure for r in results if r.failure]

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextvars
 import hashlib
 import json
+import os
 import pathlib
 import random
 import subprocess
@@ -18,6 +19,7 @@ from collections.abc import Iterator
 import filelock
 import pytest
 
+from healing.data import kept_rows
 from healing.data.columns import Table, texts_of
 from healing.data.kept_rows import ENDING, Row, RowCache, Wanted, row_cache
 from healing.data.splits import split_documents
@@ -93,7 +95,7 @@ def test_a_second_process_downloads_nothing_and_an_offline_one_asks_nothing(hub,
     assert hub.sent("0.jsonl.zst") > 0
     hub.requests.clear()
     assert loaded(hub, tmp_path) == first
-    assert [r.path for r in hub.requests] == [f"/api/datasets/{NAME}"]
+    assert [r.path for r in hub.requests] == [f"/api/datasets/{NAME}?expand=sha"]
     hub.requests.clear()
     assert loaded(hub, tmp_path, HF_HUB_OFFLINE="1") == first
     assert not hub.requests
@@ -122,7 +124,7 @@ def test_two_processes_at_once_download_once(hub, tmp_path):
     both = [started(hub, tmp_path / "both") for _ in range(2)]
     assert [ended(process) for process in both] == [(alone, [])] * 2
     assert hub.sent("0.jsonl.zst") == sent
-    assert len([r for r in hub.requests if r.path == f"/api/datasets/{NAME}"]) == 2
+    assert len([r for r in hub.requests if r.path == f"/api/datasets/{NAME}?expand=sha"]) == 2
 
 
 @pytest.mark.slow
@@ -161,6 +163,45 @@ def test_a_cache_that_cannot_be_written_costs_a_warning(hub, tmp_path):
     assert blocked.read_text() == "not a folder"
     assert loaded(hub, tmp_path, *more, "") == (found, [])  # nothing is to be kept
     assert not kept_files(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_hub_that_is_busy_is_asked_again_and_then_done_without(hub, tmp_path):
+    busy = [(429, b"slow down"), (502, b"<html>bad gateway</html>"), (503, b"")]
+    hub.instead = list(busy)
+    found, retries = loaded(hub, tmp_path)
+    assert found == digests_of("old")
+    assert len([line for line in retries if line.startswith("Retrying in")]) == 3
+    assert len(retries) == 6, "what the library says of it, and nothing else"
+    assert len([r for r in hub.requests if r.path.startswith(f"/api/datasets/{NAME}?")]) == 4
+    hub.repositories[f"datasets/{NAME}"] = repository("new")
+    for answer in (busy[0], (407, b"log in to the proxy"), (200, b"<html>log in</html>")):
+        hub.instead = [answer] * 4
+        found, warned = loaded(hub, tmp_path)
+        assert found == digests_of("old")
+        (warning,) = (line for line in warned if "Retrying" not in line and "thrown" not in line)
+        assert "the Hub cannot be asked for dataset 'own/texts'" in warning
+        assert "its text is the one used last, of commit" in warning
+    hub.instead = [(403, b"no")]
+    refused, _ = loaded(hub, tmp_path)
+    assert "403" in refused["error"]
+
+
+@pytest.mark.slow
+def test_a_login_that_no_request_can_hold_is_not_printed_and_no_outage(hub, tmp_path):
+    assert loaded(hub, tmp_path)[1] == []
+    refused, warned = loaded(hub, tmp_path, HF_TOKEN="hf_SEC\x0bRET")
+    said = f"{refused} {warned}"
+    assert "could not be loaded from the Hub (Illegal header value" in refused["error"]
+    assert ("SEC" in said, "RET" in said) == (False, False)
+
+
+def test_a_pinned_data_set_is_not_asked_for(monkeypatch):
+    monkeypatch.setattr(kept_rows, "_PINNED", {})
+    monkeypatch.setattr(kept_rows, "_asked", pytest.fail)
+    kept_rows.pin("own/texts", COMMIT)
+    kept_rows.pin("own/texts", "1" * 40)  # too late
+    assert kept_rows.commit_of("own/texts") == COMMIT
 
 
 WANTED = Wanted(NAME, "", "", 100)
@@ -215,6 +256,93 @@ def test_what_decides_the_rows_decides_the_file(cache):
     cache.texts(WANTED, "1" * 40, stream, plain)
     assert stream.times == 6
     assert len(list(cache.folder.glob(f"*{ENDING}"))) == 6
+
+
+@pytest.mark.parametrize("what", ["datasets", "format"])
+def test_what_reads_the_rows_decides_the_file_too(cache, monkeypatch, what):
+    stream = Stream(ROWS)
+    cache.texts(WANTED, COMMIT, stream, plain)
+    if what == "datasets":
+        monkeypatch.setattr("importlib.metadata.version", lambda name: f"{name} 99")
+    else:
+        monkeypatch.setattr(kept_rows, "FORMAT", "rows-99")
+    assert cache.newest(WANTED) is None
+    cache.texts(WANTED, COMMIT, stream, plain)
+    assert stream.times == 2
+
+
+def test_who_finds_a_file_waits_for_nobody(cache):
+    expected = cache.texts(WANTED, COMMIT, Stream(ROWS), plain)
+    (path,) = cache.folder.glob(f"*{ENDING}")
+    found: list[list[str]] = []
+    with filelock.FileLock(path.with_name(f".{path.name}.lock"), thread_local=False):
+        reading = threading.Thread(
+            target=lambda: found.append(cache.texts(WANTED, COMMIT, pytest.fail, plain)),
+            daemon=True,
+        )
+        reading.start()
+        reading.join(30)
+    assert found == [expected]
+
+
+def test_what_was_used_last_goes_last(cache):
+    for number, seconds in enumerate((1000, 2000)):
+        cache.texts(WANTED, str(number) * 40, Stream(ROWS), plain)
+        (path,) = cache.folder.glob(f"*{str(number) * 40}{ENDING}")
+        os.utime(path, (seconds, seconds))
+    assert (cache.newest(WANTED) or ("",))[0] == "1" * 40
+    cache.texts(WANTED, "0" * 40, pytest.fail, plain)
+    assert (cache.newest(WANTED) or ("",))[0] == "0" * 40
+
+
+def test_a_folder_without_locks_keeps_nonetheless(cache, caplog, monkeypatch):
+    def none(*_, **__):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", none)
+    stream = Stream(ROWS)
+    first, again = (cache.texts(WANTED, COMMIT, stream, plain) for _ in range(2))
+    assert (first, stream.times) == (again, 1)
+    (record,) = caplog.records
+    assert "cannot be locked ([Errno 37] No locks available)" in record.message
+
+
+def test_a_file_that_may_not_be_removed_stays_and_the_new_one_is_kept(cache, monkeypatch):
+    cache.texts(WANTED, COMMIT, Stream(ROWS), plain)
+    (path,) = cache.folder.glob(f"*{ENDING}")
+    unlink = pathlib.Path.unlink
+
+    def refusing(self, missing_ok=False):
+        if self == path:
+            raise PermissionError(1, "Operation not permitted")
+        unlink(self, missing_ok=missing_ok)
+
+    monkeypatch.setattr(pathlib.Path, "unlink", refusing)
+    full = RowCache(cache.folder, most_bytes=path.stat().st_size + 5)
+    stream = Stream(ROWS)
+    for _ in range(2):
+        full.texts(WANTED, "1" * 40, stream, plain)
+    assert stream.times == 1
+    assert path.exists()
+
+
+def test_a_damaged_file_does_not_count_beside_the_one_that_replaces_it(cache, caplog):
+    for number in range(2):
+        cache.texts(WANTED, str(number) * 40, Stream(ROWS), plain)
+    first, second = sorted(cache.folder.glob(f"*{ENDING}"))
+    size = first.stat().st_size + second.stat().st_size
+    second.write_bytes(second.read_bytes()[:-1])
+    RowCache(cache.folder, most_bytes=size + 5).texts(WANTED, "1" * 40, Stream(ROWS), plain)
+    assert first.exists()
+
+
+def test_a_chat_that_is_too_deep_for_json_is_read_and_not_kept(cache, caplog):
+    chat: list[object] = []
+    for _ in range(100_000):
+        chat = [chat]
+    wanted, stream = Wanted(NAME, "", "chat", 100), Stream([{"chat": chat}])
+    assert cache.texts(wanted, COMMIT, stream, lambda rows: [str(len(list(rows)))]) == ["1"]
+    assert "cannot be kept" in caplog.text
 
 
 def test_names_stay_in_the_folder(tmp_path):

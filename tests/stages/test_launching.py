@@ -4,6 +4,7 @@ their claims.
 
 from __future__ import annotations
 
+import logging
 import pickle
 import platform
 import re
@@ -24,17 +25,18 @@ from healing.stages import sweep as sweep_module
 from healing.stages.cells import heal as heal_module
 from healing.stages.driver import Driver
 from healing.stages.dry_run import peak_memory
+from healing.stages.launching import chain as description
 from healing.stages.launching import chain_run as chain_module
 from healing.stages.launching import claims, ray_launcher, ray_worker, shares
 from healing.stages.launching.board import Board, Ended, Now
-from healing.stages.launching.chain import CellResult, chains_of
+from healing.stages.launching.chain import CellResult, at_one_commit, chains_of
 from healing.stages.launching.chain_run import run_chain
 from healing.stages.launching.claims import LEASE_SECONDS, ClaimedCells, Claims
 from healing.stages.launching.ray_carrier import carried
 from healing.stages.launching.ray_cluster import connected
 from healing.stages.launching.ray_launcher import RayLauncher, lacking
 from healing.stages.launching.ray_task import Task
-from healing.stages.launching.ray_watch import died_text
+from healing.stages.launching.ray_watch import died_text, warnings_to
 from healing.stages.launching.ray_worker import scratch_of
 from healing.stages.launching.shares import Machine, Share, share_of, shares_of
 from healing.stages.launching.threads import ThreadLauncher
@@ -405,6 +407,44 @@ def test_the_page_names_the_device_of_a_cluster_and_none_that_this_machine_must_
     assert sweep_module._device(unasked, [result("cuda")]) == "cuda"
     assert sweep_module._device(unasked, [result("cuda"), result("cpu")]) == "auto"
     assert sweep_module._device(config(), []) in ("cpu", "cuda")
+
+
+def test_all_processes_of_a_sweep_read_one_commit_of_a_data_set(monkeypatch, tmp_path):
+    asked, pinned = [], []
+
+    def commit_of(dataset):
+        asked.append(dataset)
+        if dataset == "own/away":
+            raise ConnectionError("away")
+        return "c" * 40
+
+    monkeypatch.setattr(description, "commit_of", commit_of)
+    monkeypatch.setattr(chain_module, "pin", lambda *what: pinned.append(what))
+    chains = chains_of(config(models="70m,410m,nano"), {})  # `auto`: the Pile, and nano's own text
+    found = at_one_commit(chains)
+    assert asked == ["monology/pile-uncopyrighted"]
+    commits = {chain.title: chain.commits for chain in found}
+    assert commits["nano seed 0"] == ()
+    pile = ("monology/pile-uncopyrighted", "c" * 40)
+    assert commits["70m seed 0"] == commits["410m seed 1"] == (pile,)
+    assert [chain.name() for chain in found] == [chain.name() for chain in chains]
+    named = at_one_commit(chains_of(config(corpus="own/texts:english"), {}))
+    assert {chain.commits for chain in named} == {(("own/texts", "c" * 40),)}
+    for left in ("own/away", str(tmp_path)):
+        assert {c.commits for c in at_one_commit(chains_of(config(corpus=left), {}))} == {()}
+    watch = Followed("")
+    watch.is_over = True
+    assert run_chain(named[0], Driver(Console("quiet"), LocalStore()), None, watch) == []
+    assert pinned == [("own/texts", "c" * 40)]
+
+
+def test_what_a_worker_warns_of_is_told():
+    said = []
+    with warnings_to(said.append):
+        logging.getLogger("healing.data.corpora").warning("the text is the one used last")
+        logging.getLogger("another").warning("not ours")
+    logging.getLogger("healing.data.corpora").warning("afterwards")
+    assert said == ["warning: the text is the one used last"]
 
 
 def test_no_login_is_in_the_text_of_a_task():

@@ -7,13 +7,19 @@ are children of; whoever calls it decides where that is.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from healing.config.fingerprint import as_params, fingerprint, not_determining
 from healing.config.healer import Healer
+from healing.config.options import AUTO
+from healing.config.presets import preset_for
 from healing.config.sweep import SweepConfig
+from healing.data.corpora import dataset_of
+from healing.data.hub import CONNECTION_ERRORS
+from healing.data.kept_rows import commit_of
 from healing.registry import DAMAGE_CONTROL, SHAM, TREATMENT
 from healing.stages.cells.sweep_plan import SweepCell, plan
 from healing.tracking.queries import RunView
@@ -42,12 +48,14 @@ class Chain:
         cells: In the order in which they are run: what others refer to comes first.
         source: Of the healer, as it was named; empty = none.
         healer: Of the model; ``None`` = the default one.
+        commits: The Hub's data sets that are read, each with the commit that all processes read.
     """
 
     config: SweepConfig
     cells: tuple[SweepCell, ...]
     source: str = ""
     healer: Healer | None = None
+    commits: tuple[tuple[str, str], ...] = ()
 
     @property
     def title(self) -> str:
@@ -93,6 +101,28 @@ def chains_of(config: SweepConfig, healers: Mapping[str, tuple[str, Healer]]) ->
         Chain(config, tuple(cells), *healers.get(cells[0].label, ("", None)))
         for cells in plan(config)
     ]
+
+
+def at_one_commit(chains: Sequence[Chain]) -> list[Chain]:
+    """The same chains, which read the Hub's data sets as they are now, whenever and wherever each
+    of them runs. What the Hub does not answer for is left to each process.
+    """
+    corpora = {_corpus_of(chain) for chain in chains}
+    found: dict[str, str] = {}
+    for dataset in sorted({dataset_of(name) for name in corpora} - {""}):
+        with contextlib.suppress(*CONNECTION_ERRORS, ValueError):
+            found[dataset] = commit_of(dataset)
+    return [
+        replace(chain, commits=((dataset, found[dataset]),))
+        if (dataset := dataset_of(_corpus_of(chain))) in found
+        else chain
+        for chain in chains
+    ]
+
+
+def _corpus_of(chain: Chain) -> str:
+    named = chain.config.corpus
+    return preset_for(chain.cells[0].model).corpus if named == AUTO else named
 
 
 def is_of(chains: Collection[Chain]) -> Callable[[RunView], bool]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from healing.data.kept_rows import pin
 from healing.errors import ConfigError, HealingError, MemoryLackError
 from healing.registry import SHAM
 from healing.stages.attack import ATTACK, checkpoint_of
@@ -49,6 +50,8 @@ def run_chain(chain: Chain, driver: Driver, run: Run, watch: Watch) -> list[Cell
         run: Parent of all runs.
         watch: Told of every cell.
     """
+    for dataset, commit in chain.commits:
+        pin(dataset, commit)
     results: list[CellResult] = []
     attacks: dict[SweepCell, str] = {}
     for cell in chain.cells:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import pathlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from healing.errors import HealingError
@@ -116,6 +118,29 @@ class RayWatch:
     def _follow(self) -> None:
         while not self._ended.wait(TELL_SECONDS):
             self._tell()
+
+
+class _Warnings(logging.Handler):
+    """Hands warnings on."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        super().__init__(logging.WARNING)
+        self._say = say
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """One of them."""
+        self._say(f"{record.levelname.lower()}: {record.getMessage()}")
+
+
+@contextlib.contextmanager
+def warnings_to(say: Callable[[str], None]) -> Iterator[None]:
+    """What this package warns of in the block is told: a worker's own output goes nowhere."""
+    handler, logger = _Warnings(say), logging.getLogger("healing")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 class ToldStates(StoredSnapshots):

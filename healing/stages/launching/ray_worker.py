@@ -33,7 +33,7 @@ from healing.stages.launching.chain_run import run_chain
 from healing.stages.launching.claims import ClaimedCells, Claims
 from healing.stages.launching.ray_cluster import NAMESPACE, ON_HEAD
 from healing.stages.launching.ray_task import Task, Unfit
-from healing.stages.launching.ray_watch import RayWatch, ToldStates
+from healing.stages.launching.ray_watch import RayWatch, ToldStates, warnings_to
 from healing.stages.terminal.console import Console
 from healing.tracking.output_folder import downloads_in
 from healing.tracking.processes import only_owner, owned_if_free
@@ -231,6 +231,7 @@ def _run(
     with (
         store.below(task.above, folder, console.say) as run,
         RayWatch(board, task, here.worker, store, stop) as watch,
+        warnings_to(watch.say),
     ):
         own = FileSnapshots(STATE_CLASSES)
         states = ToldStates(
