@@ -272,7 +272,7 @@ def render(summary: Summary, figures: Mapping[str, pathlib.Path]) -> str:
             healer_note=healer_note(summary),
             methods=METHODS,
             failed=_run_rows((r, r.failure) for r in summary.failed),
-            running=_run_rows((r, "") for r in summary.running),
+            running=_run_rows((r, r.heard) for r in summary.running),
             running_note=RUNNING_NOTE,
             repeats=_run_rows((r.run, r.why) for r in summary.repeats),
             repeats_note=REPEATS_NOTE,

@@ -24,7 +24,8 @@ from healing.statistics.summary import Summary
 
 RUNNING_NOTE = (
     "The store does not say that these have ended: they are still running, or were killed so hard "
-    "that nothing could be stored any more (MLflow keeps such a run RUNNING). They are not counted."
+    "that nothing could be stored any more (MLflow keeps such a run RUNNING until a sweep ends it, "
+    "minutes after it was last heard of). They are not counted."
 )
 MOST_IN_OPENING = 3
 """Lines that a folded description shows, with the head of the figure."""
@@ -104,7 +105,7 @@ def markdown(summary: Summary) -> str:
     for table in secondary_tables(summary):
         lines += _section(table)
     lines += _listing("Failed runs", [(r, r.failure) for r in summary.failed])
-    lines += _listing("Still running", [(r, "") for r in summary.running], RUNNING_NOTE)
+    lines += _listing("Still running", [(r, r.heard) for r in summary.running], RUNNING_NOTE)
     lines += _listing("Repeated runs", [(r.run, r.why) for r in summary.repeats], REPEATS_NOTE)
     undefined = [(r, r.undefined_reason) for r in summary.undefined]
     lines += _listing("Runs without a defined rank recovery", undefined)

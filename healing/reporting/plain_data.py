@@ -250,7 +250,7 @@ def as_json(summary: Summary) -> dict[str, Any]:
         },
         "scaling": {arm: dataclasses.asdict(s) for arm, s in summary.slopes.items()},
         "failed": _run_records((r, r.failure) for r in summary.failed),
-        "running": _run_records((r, "no end is stored") for r in summary.running),
+        "running": _run_records((r, r.heard or "no end is stored") for r in summary.running),
         "repeats": [
             {**entry, "counted_run_id": r.kept.run_id}
             for entry, r in zip(

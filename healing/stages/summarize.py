@@ -314,10 +314,14 @@ def summarized(
     return summary, folder, run.run_id
 
 
+def _where(run: HealRun) -> str:
+    return f"{run.run_id}, {run.heard}" if run.heard else run.run_id
+
+
 def _left_out(summary: Summary) -> list[str]:
     return [
         *(f"failed: {run.name}: {run.failure}" for run in summary.failed),
-        *(f"still running, or killed: {run.name} ({run.run_id})" for run in summary.running),
+        *(f"still running, or killed: {run.name} ({_where(run)})" for run in summary.running),
         *(f"not counted: {r.run.name} ({r.run.run_id}) {r.why}" for r in summary.repeats),
     ]
 

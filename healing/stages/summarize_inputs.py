@@ -22,6 +22,7 @@ from healing.tracking import metric_history
 from healing.tracking.metric_history import Trajectory, trajectories
 from healing.tracking.queries import RunView
 from healing.tracking.run_files import read_jsonl
+from healing.tracking.sending.heartbeat import HEARTBEAT
 from healing.tracking.store import MlflowStore, Store
 
 STEP_METRIC = "nonfinite_tokens"
@@ -194,7 +195,9 @@ def _failed(view: RunView, why: str) -> HealRun:
 
 def _read(view: RunView, known: dict[str, Trajectory], store: Store) -> HealRun:
     if view.status in RUNNING:
-        return HealRun(view.run_id, view.name, finished=False, running=True)
+        beat = view.tags.get(HEARTBEAT, "")[:40].replace("T", " ").removesuffix("+00:00")
+        heard = f"last heard of at {beat} UTC" if beat else ""
+        return HealRun(view.run_id, view.name, finished=False, running=True, heard=heard)
     if view.status != "FINISHED":
         return _failed(view, view.tags.get("failure", f"status {view.status}"))
     try:

@@ -50,6 +50,7 @@ class HealRun:
         fingerprint: Hash of all that determines the numbers; empty where unknown.
         tokens_per_step: Training tokens of one optimiser step; 0 where unknown.
         running: The store does not say that it ended.
+        heard: When its process last said that it is under way, for people; empty where it did not.
         role: Of the arm (:data:`healing.registry.ROLES`), as the run says; empty = by its name.
         label: Of the arm, for people, as the run says; empty = by its name.
         rank_recovery_error: Standard error of measurement of its rank recovery, points; NaN where
@@ -85,6 +86,7 @@ class HealRun:
     fingerprint: str = ""
     tokens_per_step: int = 0
     running: bool = False
+    heard: str = ""
     role: str = ""
     label: str = ""
     rank_recovery_error: float = math.nan

@@ -262,6 +262,8 @@ def test_a_run_that_runs_is_no_failed_one(store):
         done, running = read_runs(stored())
     assert (running.run_id, running.running, running.finished) == (run.run_id, True, False)
     assert running.failure == ""
+    beat = mlflow.tracking.MlflowClient().get_run(run.run_id).data.tags["heartbeat"]
+    assert running.heard == f"last heard of at {beat[:10]} {beat[11:19]} UTC"
     assert (done.running, done.fingerprint) == (False, "")
     assert read_runs(stored())[1].fingerprint == ""  # finished, but without a trajectory
     client = mlflow.tracking.MlflowClient()

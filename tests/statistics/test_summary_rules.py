@@ -11,6 +11,7 @@ from scipy import stats as scipy_stats
 
 from healing.reporting.cautions import CAUSES, all_notes
 from healing.reporting.contrasts import comparison_gaps, half_recovery_sentence
+from healing.reporting.html import render
 from healing.reporting.markdown import markdown
 from healing.reporting.plain_data import as_json, group_rows
 from healing.reporting.tables import text_table
@@ -211,15 +212,17 @@ def test_a_repeat_with_other_numbers_is_news():
 
 
 def test_a_running_run_is_not_called_failed():
-    running = HealRun("r", "slow one", finished=False, running=True)
+    heard = "last heard of at 2026-11-28 05:00:00 UTC"
+    running = HealRun("r", "slow one", finished=False, running=True, heard=heard)
     summary = pool([make_run(10.0), running])
     assert (summary.failed, summary.running) == ((), (running,))
     text = markdown(summary)
     assert "Failed runs" not in text
     assert "## Still running (1)" in text
-    assert "- slow one (r)" in text
+    assert f"- slow one (r): {heard}" in text
     assert "killed so hard" in text
-    assert as_json(summary)["running"][0]["run_id"] == "r"
+    assert as_json(summary)["running"] == [{"run_id": "r", "name": "slow one", "why": heard}]
+    assert heard in render(summary, {})
 
 
 def test_one_undefined_replicate_leaves_its_checkpoint_in_the_fits():
