@@ -17,6 +17,7 @@ from healing.stages.cells.events import Begin, Events, Record
 from healing.stages.cells.heal_outcome import HealCell
 from healing.stages.launching import chain_run
 from healing.stages.stage import Report, StageDefaults, Tools, settled
+from healing.tracking.queries import CELL_KEY
 
 STEPS = (0, 10, 20)
 ARMS = ("none", "haep", "random_tokens", "spectral")
@@ -68,7 +69,7 @@ class TrivialHeal(StageDefaults):
     def tags(self, config: HealCell) -> Mapping[str, Any]:
         """What runs are grouped by."""
         own = config.config
-        return {"arm": own.arm, "model": own.label, **arm_tags(own.arm)}
+        return {"arm": own.arm, "model": own.label, **arm_tags(own.arm), CELL_KEY: config.key}
 
     def params(self, config: HealCell) -> Mapping[str, Any]:
         """The configuration's fields."""

@@ -9,6 +9,7 @@ fingerprints are all derived from (or tested against) these fields.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
 import typing
 import unicodedata
@@ -141,12 +142,17 @@ def scalar_type(annotation: Any) -> type:
 
 def fields_of(config: Any) -> Iterator[tuple[dataclasses.Field[Any], type, bool]]:
     """Yield (field, scalar type, may be ``auto``) of a configuration class or object, in order."""
-    cls = config if isinstance(config, type) else type(config)
+    yield from _fields_of(config if isinstance(config, type) else type(config))
+
+
+@functools.cache  # a sweep of thousands of cells makes some configurations for each
+def _fields_of(cls: type) -> tuple[tuple[dataclasses.Field[Any], type, bool], ...]:
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    for field in map(fields.__getitem__, ordered_names(cls)):
-        annotation = hints[field.name]
-        yield field, scalar_type(annotation), isinstance(annotation, types.UnionType)
+    return tuple(
+        (field, scalar_type(hints[field.name]), isinstance(hints[field.name], types.UnionType))
+        for field in map(fields.__getitem__, ordered_names(cls))
+    )
 
 
 def _check_number(name: str, value: float, meta: typing.Mapping[str, Any], whole: bool) -> None:
