@@ -10,36 +10,36 @@ import threading
 import pytest
 
 from healing.errors import OutageError, TrackingError
-from healing.tracking.store import _answer
+from healing.tracking.sending.waiting import answer
 
 
 def test_an_answer_or_its_error_comes_back() -> None:
-    assert _answer(lambda: 3, 60.0) == 3
-    assert _answer(lambda: None, None) is None
+    assert answer(lambda: 3, 60.0) == 3
+    assert answer(lambda: None, None) is None
 
     def refused() -> int:
         raise TrackingError("no")
 
     with pytest.raises(TrackingError, match="no"):
-        _answer(refused, 60.0)
+        answer(refused, 60.0)
 
 
 def test_who_gets_no_answer_in_time_goes_on() -> None:
     never = threading.Event()
     with pytest.raises(OutageError, match="no answer"):
-        _answer(never.wait, 0.0)
+        answer(never.wait, 0.0)
     never.set()
 
 
 @pytest.mark.slow
-def test_a_process_ends_though_its_question_has_no_answer() -> None:
+def test_a_process_ends_though_its_question_has_noanswer() -> None:
     """A server may send its answer byte by byte, for ever."""
     script = """
         import threading
         from healing.errors import OutageError
-        from healing.tracking.store import _answer
+        from healing.tracking.sending.waiting import answer
         try:
-            _answer(threading.Event().wait, 0.0)
+            answer(threading.Event().wait, 0.0)
         except OutageError as error:
             print(error)
     """
