@@ -135,7 +135,9 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             if hub.instead and path.startswith("api/datasets/"):
                 status, body = hub.instead.pop(0)
                 if status:  # 0: as ever
-                    return self._send(status, {"Content-Type": "text/html"}, body)
+                    return self._send(
+                        status, {"Content-Type": "text/html", "Retry-After": "3600"}, body
+                    )
             if found := re.fullmatch(r"api/(models|datasets)/([^/]+/[^/]+)(?:/(.*))?", path):
                 return self._api(f"{found[1]}/{found[2]}", found[3] or "", posted)
             if found := re.fullmatch(r"(datasets/)?([^/]+/[^/]+)/resolve/(.+)", path):

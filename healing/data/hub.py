@@ -97,7 +97,7 @@ class Snapshot:
     commit: str
 
 
-_TOKEN = re.compile(r"Bearer\s+[^'\"\s]+|\bhf_\w[^'\"\s]*")
+_TOKEN = re.compile(r"Bearer\s+[^'\"\s]+|\bhf_[A-Za-z0-9]{20}[^'\"\s]*")
 """A login in an error's text, whatever characters crept into it: what is printed is kept."""
 
 

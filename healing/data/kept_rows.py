@@ -15,6 +15,7 @@ import logging
 import os
 import pathlib
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -24,7 +25,7 @@ import huggingface_hub
 import zstandard
 from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
-from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
 from healing.data.columns import wanted_columns
 from healing.data.compressed import DAMAGE, open_bytes
@@ -37,7 +38,7 @@ FORMAT = "rows-1"
 """Part of every question: another way of keeping rows needs another name."""
 
 MOST_BYTES = 10 * 10**9
-"""Of all files together; what was used last goes last."""
+"""Of all files together; what was not used for longest goes first."""
 
 ENDING = ".jsonl.zst"
 SAY_AFTER_SECONDS = 2.0
@@ -109,15 +110,19 @@ def commit_of(dataset: str) -> str:
 def _asked(dataset: str) -> str:
     """A Hub that is asked too often, or has a short failure, is asked again some times."""
     huggingface_hub.utils.validate_repo_id(dataset)
-    answer = http_backoff(
-        "GET",
-        f"{constants.ENDPOINT}/api/datasets/{dataset}",
-        params={"expand": "sha"},
-        headers=build_hf_headers(),
-        timeout=constants.HF_HUB_ETAG_TIMEOUT,
-        max_retries=RETRIES,
-        retry_on_exceptions=(),
-    )
+    for seconds in (*AGAIN_AFTER, None):
+        answer = get_session().get(
+            f"{constants.ENDPOINT}/api/datasets/{dataset}",
+            params={"expand": "sha"},
+            headers=build_hf_headers(),
+            timeout=constants.HF_HUB_ETAG_TIMEOUT,
+        )
+        if seconds is None or not _is_busy(answer.status_code):
+            break
+        # Not as long as it asks for, as the library would: there may be a text on this disk.
+        for _ in range(seconds):
+            tick()
+            time.sleep(1.0)
     hf_raise_for_status(answer)
     try:
         found = str(answer.json().get("sha"))
@@ -128,10 +133,12 @@ def _asked(dataset: str) -> str:
     return found
 
 
-RETRIES = 3
-"""Of a question to the Hub, after 1, 2 and 4 seconds."""
-_LATER = (407, 408, 425, 429)
-"""Answers that are none: of a proxy that wants a login, or to come back later."""
+AGAIN_AFTER = (1, 2, 4)
+"""Seconds after which a question to the Hub is asked again."""
+
+
+def _is_busy(status: int) -> bool:
+    return status >= 500 or status in (408, 425, 429)
 
 
 def is_unreachable(error: BaseException) -> bool:
@@ -144,7 +151,7 @@ def is_unreachable(error: BaseException) -> bool:
     if not isinstance(error, HfHubHTTPError):
         return True
     status = error.response.status_code
-    return status >= 500 or status in _LATER
+    return _is_busy(status) or status == 407  # of a proxy that wants a login
 
 
 @dataclass(frozen=True)

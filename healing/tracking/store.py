@@ -276,7 +276,8 @@ class MlflowStore:
         """As :func:`healing.tracking.sending.workers.finished_views`; none while the store is away,
         or is still told of earlier runs: these are looked for one by one.
         """
-        if not experiment_id or (self._left is not None and not self._left.wait(0.0)):
+        is_told = self._left is not None and not self._left.wait(0.0)
+        if not experiment_id or is_told or self._is_away:
             return
         # However long it takes: many runs are many pages, and one by one they take longer.
         with contextlib.suppress(OutageError):

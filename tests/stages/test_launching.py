@@ -5,6 +5,7 @@ their claims.
 from __future__ import annotations
 
 import logging
+import pathlib
 import pickle
 import platform
 import re
@@ -19,15 +20,15 @@ import torch
 from mlflow.tracking import MlflowClient
 
 from healing.config.sweep import SweepConfig
-from healing.errors import ConfigError, HealingError
-from healing.progress import Stopped
+from healing.errors import ConfigError, HealingError, MemoryLackError
+from healing.progress import Stop, Stopped
 from healing.stages import sweep as sweep_module
 from healing.stages.cells import heal as heal_module
 from healing.stages.driver import Driver
 from healing.stages.dry_run import peak_memory
 from healing.stages.launching import chain as description
 from healing.stages.launching import chain_run as chain_module
-from healing.stages.launching import claims, ray_launcher, ray_worker, shares
+from healing.stages.launching import claims, known_cells, ray_launcher, ray_worker, shares
 from healing.stages.launching.board import Board, Ended, Now
 from healing.stages.launching.chain import CellResult, at_one_commit, chains_of
 from healing.stages.launching.chain_run import run_chain
@@ -48,6 +49,7 @@ from healing.tracking.local_store import LocalStore
 from healing.tracking.open_runs import Above
 from healing.tracking.processes import only_owner
 from healing.tracking.sending.outbox import PLACE
+from healing.tracking.sending.workers import in_folder_of_files
 
 
 def config(**changes) -> SweepConfig:
@@ -241,24 +243,59 @@ def test_what_no_machine_has_is_said():
     assert lacking([Share(8, 0.0, 0)], [ONE, SMALL]) == ""
 
 
-def test_a_store_of_one_machine_is_not_for_several(monkeypatch, store):
+def test_a_store_in_a_file_is_not_for_several_machines(monkeypatch, store):
     here = replace(ONE, host=platform.node())
     several = ([here, SMALL], [replace(ONE, host="a server, from a laptop")])
-    folder = MlflowClient().create_experiment("in a folder")
-    ray_launcher._require_store_of_all([here, here], folder)
+    ray_launcher._require_store_of_all([here, here])
     for there in several:
         with pytest.raises(ConfigError, match="a file of this one: start a server"):
-            ray_launcher._require_store_of_all(there, folder)
+            ray_launcher._require_store_of_all(there)
     monkeypatch.setattr(ray_launcher, "is_file_of_one_machine", lambda: False)  # PostgreSQL, say
-    elsewhere = [
-        MlflowClient().create_experiment(name, artifact_location=f"{name}:/{name}")
-        for name in ("s3", "mlflow-artifacts")
-    ]
     for there in several:
-        with pytest.raises(ConfigError, match=r"mlruns.*a folder of each machine's own: start the"):
-            ray_launcher._require_store_of_all(there, folder)
-        for experiment in elsewhere:
-            ray_launcher._require_store_of_all(there, experiment)
+        ray_launcher._require_store_of_all(there)
+
+
+def test_a_machine_that_does_not_see_what_others_store_is_given_nothing(store):
+    chain, above = chains_of(config(), {})[0], Above("1", "2", "sweep", {})
+    folder = MlflowClient().create_experiment("in a folder")
+    server = MlflowClient().create_experiment("s3", artifact_location="s3://bucket/place")
+    code = ray_worker.code_here()
+
+    def why(**changes) -> str:
+        return ray_worker.why_unfit(Task(0, chain, above, {}, "/", code, **changes), "node 7")
+
+    with in_folder_of_files(server) as proof:
+        assert proof == ""
+    with in_folder_of_files(folder) as proof:
+        assert why(proof=proof) == ""
+        elsewhere = proof.replace(str(store), "/elsewhere")
+        assert f"go to {pathlib.Path(elsewhere).parent}, which is another" in why(proof=elsewhere)
+    assert not pathlib.Path(proof).exists()
+    assert why(only_on="node 7") == why(only_on="") == ""
+    assert why(only_on="laptop").startswith("MLFLOW_TRACKING_URI is a file of laptop: start a")
+    other = ray_worker.why_unfit(Task(0, chain, above, {}, "/", "other"), "node 7")
+    assert other.startswith("it has other code than this command")
+
+
+def test_what_a_key_is_made_of_is_shown_and_can_be_stopped(tmp_path, monkeypatch):
+    """A long text, a large model: nothing of the cell has a run yet."""
+    (chain,) = chains_of(config(seeds="0", arms="none", output_dir=str(tmp_path)), {})
+    said: list[str] = []
+    hears = SimpleNamespace(tell=lambda cell, share, text: said.append(text))
+    driver = Driver(Console("quiet", CellProgress(hears, 1)), LocalStore())
+    assert len(chain_module._key(chain, chain.cells[0], driver)) == 16
+    assert "nano none seed 0, reading text" in said
+    driver.stop.set()
+    with pytest.raises(Stopped):
+        chain_module._key(chain, chain.cells[0], driver)
+
+    def lacking(config):
+        raise MemoryError
+
+    driver.stop = Stop()
+    monkeypatch.setattr(known_cells, "corpus_for", lacking)
+    with pytest.raises(MemoryLackError, match=r"memory ran out \(reading text\)"):
+        chain_module._key(chain, chain.cells[0], driver)
 
 
 def test_what_is_missing_is_one_line(monkeypatch):

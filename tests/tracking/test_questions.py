@@ -32,7 +32,7 @@ def test_who_gets_no_answer_in_time_goes_on() -> None:
 
 
 @pytest.mark.slow
-def test_a_process_ends_though_its_question_has_noanswer() -> None:
+def test_a_process_ends_though_its_question_has_no_answer() -> None:
     """A server may send its answer byte by byte, for ever."""
     script = """
         import threading

@@ -15,10 +15,11 @@ from healing.tracking.queries import PARENT, download
 from healing.tracking.sending import kept_states
 from healing.tracking.sending.kept_states import STATE, STEP, StoredSnapshots
 from healing.tracking.sending.workers import (
+    CHAIN,
     TASK,
     close_orphans,
     close_runs_below,
-    close_runs_of_task,
+    close_runs_of_chain,
     finished_views,
     settings_of_store,
 )
@@ -76,7 +77,7 @@ def test_finished_runs_that_were_handed_over_are_not_looked_for(store, monkeypat
 def left_running(parent: str, task: str) -> str:
     client = MlflowClient()
     experiment = client.get_run(parent).info.experiment_id
-    tags = {PARENT: parent, TASK: task} if task else {PARENT: parent}
+    tags = {PARENT: parent, TASK: task, CHAIN: task[1:]} if task else {PARENT: parent}
     return str(client.create_run(experiment, tags=tags).info.run_id)
 
 
@@ -92,7 +93,7 @@ def test_runs_of_dead_workers_are_ended(store):
             every = (first, second, orphan, threads)
             return {r for r in every if client.get_run(r).info.status == "RUNNING"}
 
-        assert close_runs_of_task(run.experiment_id, "t1", "its worker died") == 1
+        assert close_runs_of_chain(run.experiment_id, run.run_id, 1, "its worker died") == 1
         assert running() == {second, orphan, threads}
         ended = client.get_run(first)
         assert (ended.info.status, ended.data.tags["failure"]) == ("KILLED", "its worker died")

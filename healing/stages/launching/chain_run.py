@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from healing import progress
 from healing.data.kept_rows import pin
 from healing.errors import ConfigError, HealingError, MemoryLackError
+from healing.progress import Stopped
 from healing.registry import SHAM
 from healing.stages.attack import ATTACK, checkpoint_of
 from healing.stages.basin import BASIN
@@ -18,7 +20,8 @@ from healing.stages.heal import HEAL
 from healing.stages.launching.cell_configs import attack_config, basin_config, heal_config
 from healing.stages.launching.chain import CellResult, Chain
 from healing.stages.launching.known_cells import basin_key, heal_key
-from healing.stages.terminal.console import CellProgress
+from healing.stages.terminal.console import CellProgress, phase_text
+from healing.stages.terminal.memory import lack_told
 from healing.tracking.queries import RunView
 from healing.tracking.run import Run
 
@@ -99,7 +102,7 @@ def _run_cell(
         run: Parent of all runs.
         attacks: As of :func:`_attacked`.
     """
-    key = heal_key(chain, cell)
+    key = _key(chain, cell, driver)
     if view := driver.store.known(key):
         reused = True
     else:
@@ -109,6 +112,21 @@ def _run_cell(
         view, reused = done.view or driver.store.get_run(done.run_id), done.reused
     basin = _basin(chain, driver, run, view) if chain.wants_landscape(cell) else None
     return CellResult(cell, view, reused, basin=basin)
+
+
+def _key(chain: Chain, cell: SweepCell, driver: Driver) -> str:
+    """What identifies a cell's healing; reading what it is made of is shown, and can be stopped."""
+    now = ""
+
+    def told(name: str, done: int, total: int | None, note: str = "") -> None:
+        nonlocal now
+        now = name
+        if driver.stop.is_set():
+            raise Stopped(driver.stop.signum)
+        driver.console.told(f"{cell.title}, {phase_text(name, done, total, note)}")
+
+    with progress.listening(told), lack_told(lambda: now):
+        return heal_key(chain, cell)
 
 
 def _attacked(

@@ -19,9 +19,10 @@ from healing.config.fingerprint import fingerprint
 from healing.config.heal import HealConfig
 from healing.errors import HealingError
 from healing.models.loading import resolve_device
-from healing.models.local_models import weight_files
+from healing.models.local_models import ADAPTER_WEIGHTS, weight_files
 from healing.models.model_files import Location, locate, tokenizer_location
 from healing.models.weight_headers import UnusableError
+from healing.progress import during, enter, tick
 from healing.registry import SHAM
 from healing.stages.cells.attack import attack_code
 from healing.stages.cells.code_digest import code_digest
@@ -31,8 +32,10 @@ from healing.stages.cells.sweep_plan import SweepCell
 from healing.stages.launching.cell_configs import attack_config, heal_config
 from healing.stages.launching.chain import Chain
 
-OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack")
-"""Endings of large files, which count only where they are the model's."""
+BESIDE_WEIGHTS = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+"""Endings of configurations, tokenizers and templates."""
+BLOCK = 2**24
+"""Bytes of a file between two moments at which a stop is heard."""
 
 
 def heal_key(chain: Chain, cell: SweepCell) -> str:
@@ -41,11 +44,14 @@ def heal_key(chain: Chain, cell: SweepCell) -> str:
     """
     try:
         config = heal_config(chain.config, cell, chain.source, chain.healer)
+        attack = "" if cell.role == SHAM else _attack_key(chain, cell)
+        sources = _sources(config)
+        enter("reading text")
         return fingerprint(
             "heal",
             config,
-            "" if cell.role == SHAM else _attack_key(chain, cell),
-            _sources(config),
+            attack,
+            sources,
             corpus_for(config).digests,
             heal_code(config, *measurement_modules(config)),
             device_kind(config),
@@ -75,6 +81,7 @@ def _attack_key(chain: Chain, cell: SweepCell) -> str:
 
 def _sources(config: HealConfig) -> list[Any]:
     """Content of the model's files, and of the tokenizer's where another one is named."""
+    enter("looking at the model's files")
     found = [_content(locate(config.model, config.revision, config.deduped, weights=False))]
     if config.tokenizer:
         found.append(_content(tokenizer_location(config.tokenizer)))
@@ -86,13 +93,15 @@ def _content(place: Location) -> list[Any]:
     if place.commit:
         return [place.source, place.commit]
     folder = place.folder
-    own = {folder / place.gguf} if place.gguf else {*weight_files(folder)}
-    own |= {folder / name for name in ("adapter_model.safetensors", "adapter_model.bin")}
-    files = [path for path in sorted(folder.iterdir()) if path.is_file()]
+    if place.gguf:
+        read = {folder / place.gguf}  # with its configuration and its tokenizer
+    else:
+        read = {path for path in folder.iterdir() if path.suffix.lower() in BESIDE_WEIGHTS}
+        read |= {*weight_files(folder), *(folder / name for name in ADAPTER_WEIGHTS)}
     digests = {
-        path.name: _digest(path, path.stat().st_mtime_ns)
-        for path in files
-        if path in own or path.suffix.lower() not in OTHER_WEIGHTS
+        str(path.relative_to(folder)): _digest(path, path.stat().st_mtime_ns)
+        for path in sorted(read)
+        if path.is_file()
     }
     return [digests, _content(place.base) if place.base else []]
 
@@ -100,5 +109,9 @@ def _content(place: Location) -> list[Any]:
 @functools.lru_cache(maxsize=256)
 def _digest(path: pathlib.Path, changed: int) -> str:
     """Of one file's content, once a process and change."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    with during("reading the model's files"), path.open("rb") as file:
+        while block := file.read(BLOCK):
+            tick()
+            digest.update(block)
+    return digest.hexdigest()

@@ -27,7 +27,6 @@ from healing.stages.launching.chain import CellResult, Chain, is_of, shared_out
 from healing.stages.launching.ray_carrier import carried
 from healing.stages.launching.ray_cluster import ON_HEAD, connected, elsewhere, machines
 from healing.stages.launching.ray_task import Task, Unfit
-from healing.stages.launching.ray_watch import died_text
 from healing.stages.launching.ray_worker import code_here
 from healing.stages.launching.shares import CPU, Machine, Share, shares_of
 from healing.stages.terminal.console import CellProgress, Cells
@@ -38,7 +37,7 @@ from healing.tracking.sending.workers import (
     close_orphans,
     close_runs_below,
     finished_views,
-    folder_of_one_machine,
+    in_folder_of_files,
     is_file_of_one_machine,
     settings_of_store,
 )
@@ -77,7 +76,7 @@ class RayLauncher:
             )
         with connected(self._config.ray_address) as ray:
             there = machines(ray)
-            _require_store_of_all(there, above.experiment_id)
+            _require_store_of_all(there)
             predicted = self._config.worker_memory == AUTO
             doing = driver.console.doing("predicting the memory of a cell")
             with doing if predicted else contextlib.nullcontext():
@@ -93,16 +92,19 @@ class RayLauncher:
             driver.store.catch_up()
             with contextlib.suppress(OutageError):  # away for now: the next sweep does it
                 close_orphans(above.experiment_id)
-            tasks = [
-                _task(number, chain, share, above)
-                for number, (chain, share) in enumerate(zip(chains, shares, strict=True))
-            ]
             total = sum(len(chain.cells) for chain in chains)
-            with driver.console.cells(total, "sweep", "cell") as cells:
+            with (
+                in_folder_of_files(above.experiment_id) as proof,
+                driver.console.cells(total, "sweep", "cell") as cells,
+            ):
+                tasks = [
+                    _task(number, chain, share, above, proof)
+                    for number, (chain, share) in enumerate(zip(chains, shares, strict=True))
+                ]
                 return _Tasks(ray, tasks, shares, self._config, driver, cells).run(above)
 
 
-def _task(number: int, chain: Chain, share: Share, above: Above) -> Task:
+def _task(number: int, chain: Chain, share: Share, above: Above, proof: str) -> Task:
     config = chain.config
     # A machine may have a GPU that was not asked for.
     device = CPU if not share.gpus and config.device == AUTO else config.device
@@ -114,25 +116,18 @@ def _task(number: int, chain: Chain, share: Share, above: Above) -> Task:
         os.getcwd(),
         code_here(),
         share.memory,
+        platform.node() if is_file_of_one_machine() else "",
+        proof,
     )
 
 
-def _require_store_of_all(there: Sequence[Machine], experiment_id: str) -> None:
-    """Refuse a store whose runs or files are on this machine alone, where others are to use it."""
+def _require_store_of_all(there: Sequence[Machine]) -> None:
+    """Refuse a store that is a file of this machine, where others are to use it."""
     is_one = len({m.address for m in there}) == 1 and {m.host for m in there} <= {platform.node()}
-    if is_one:
-        return
-    several = "--launcher ray on several machines needs a store that all of them reach"
-    if is_file_of_one_machine():
+    if is_file_of_one_machine() and not is_one:
         raise ConfigError(
-            f"{several}, and MLFLOW_TRACKING_URI is a file of this one: start a server "
-            "(docs/cluster.md)"
-        )
-    if place := folder_of_one_machine(experiment_id):
-        raise ConfigError(
-            f"{several}, and the files of experiment {experiment_id} would be in {place}, a folder "
-            "of each machine's own: start the server with --serve-artifacts or with S3, and set "
-            "MLFLOW_EXPERIMENT_NAME to a new one (docs/cluster.md)"
+            "--launcher ray on several machines needs a store that all of them reach, and "
+            "MLFLOW_TRACKING_URI is a file of this one: start a server (docs/cluster.md)"
         )
 
 
@@ -186,7 +181,9 @@ class _Tasks:
         remote = ray.remote(carried())
         chains = [task.chain for task in self._tasks]
         models = {chain.cells[0].label for chain in chains}
-        found = finished_views(above.experiment_id, models, is_of(chains))
+        found: dict[str, RunView] = {}
+        with contextlib.suppress(OutageError):  # each worker asks for itself then
+            found = finished_views(above.experiment_id, models, is_of(chains))
         known = shared_out(chains, found)
         try:
             while self._waiting or self._pending:
@@ -239,7 +236,7 @@ class _Tasks:
             Exception: What no part of the program expected.
         """
         number = self._pending.pop(ref)
-        task, errors = self._tasks[number], self._ray.exceptions
+        errors = self._ray.exceptions
         try:
             results = self._ray.get(ref)
         except HealingError as error:
@@ -247,9 +244,9 @@ class _Tasks:
         except errors.RayTaskError:
             raise
         except errors.RayError as error:
-            tries = self._died.get(number, 0) + 1
             why = " ".join(str(error).split())[:300]
-            results = self._failures(number, f"{died_text(tries, task.memory)} ({why})")
+            times = self._died.get(number, 0) + 1
+            results = self._failures(number, f"its worker died {times} times ({why})")
         if results is None:  # it was told to stop
             raise Stopped(self._driver.stop.signum)
         if isinstance(results, tuple):

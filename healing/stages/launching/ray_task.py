@@ -22,6 +22,9 @@ class Task:
         folder: Of the command: paths are relative to it, where the machine has it.
         code: Of the command, as of :func:`healing.stages.launching.ray_worker.code_here`.
         memory: Bytes that were asked for it; 0 = none.
+        only_on: Name of the machine whose file the store is; empty = others reach it too.
+        proof: A file in the folder that files of runs go to, where they go to one: who does not
+            see it has another folder of that name. Empty = they go to a server.
     """
 
     number: int
@@ -31,6 +34,8 @@ class Task:
     folder: str
     code: str
     memory: int = 0
+    only_on: str = ""
+    proof: str = ""
 
 
 class Unfit(NamedTuple):

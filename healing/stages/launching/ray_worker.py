@@ -39,7 +39,7 @@ from healing.tracking.output_folder import downloads_in
 from healing.tracking.processes import only_owner, owned_if_free
 from healing.tracking.queries import RunView
 from healing.tracking.sending.outbox import PLACE
-from healing.tracking.sending.workers import TASK, close_runs_of_task, use_store
+from healing.tracking.sending.workers import CHAIN, TASK, close_runs_of_chain, use_store
 from healing.tracking.snapshots import FileSnapshots
 from healing.tracking.store import MlflowStore
 
@@ -113,7 +113,7 @@ def _usable(place: pathlib.Path) -> Iterator[None]:
         ) from error
 
 
-def _claims(here: _Here, task: Task) -> ClaimedCells:
+def _claims(task: Task) -> ClaimedCells:
     """Of a chain: its next try has what a worker that died held. All commands of the cluster share
     the actor, which outlives each.
     """
@@ -129,7 +129,8 @@ def _claims(here: _Here, task: Task) -> ClaimedCells:
         except (ray.exceptions.RayError, ValueError):  # the latter of two that make it at once
             return None
 
-    return ClaimedCells(ask, f"Ray's task {here.task}", task.above.experiment_id)
+    holder = f"chain {task.number} of run {task.above.run_id}"  # also where it was handed on
+    return ClaimedCells(ask, holder, task.above.experiment_id)
 
 
 @contextlib.contextmanager
@@ -174,17 +175,14 @@ def work(
     with contextlib.suppress(OSError):  # another machine, which needs none of its files
         os.chdir(task.folder)
     here = _here()
-    if code_here() != task.code:
-        why = (
-            "it has other code than this command, or other versions of Python, torch or "
-            "transformers: install the same on every machine"
-        )
+    if why := why_unfit(task, here.machine):
         return Unfit(here.node, here.machine, why)
     results = None
     with contextlib.suppress(Stopped), contextlib.ExitStack() as ending:
         try:
             folder = ending.enter_context(_own_folder(task, here, board))
         except OutputError as error:
+            ray.get(board.leaves.remote(task.number))  # it may have waited for the folder
             return Unfit(here.node, here.machine, str(error))
         ending.enter_context(downloads_in(folder / DOWNLOADS))
         _enter(task, here, board)
@@ -198,6 +196,24 @@ def work(
     return results
 
 
+def why_unfit(task: Task, machine: str) -> str:
+    """Why no chain of a sweep can run here, in words; empty where it can."""
+    if code_here() != task.code:
+        return (
+            "it has other code than this command, or other versions of Python, torch or "
+            "transformers: install the same on every machine"
+        )
+    if task.only_on not in ("", machine):
+        return f"MLFLOW_TRACKING_URI is a file of {task.only_on}: start a server (docs/cluster.md)"
+    if task.proof and not pathlib.Path(task.proof).is_file():
+        return (
+            f"files of runs go to {pathlib.Path(task.proof).parent}, which is another folder there "
+            "than here: share it, or start the server with --serve-artifacts or S3, and set "
+            "MLFLOW_EXPERIMENT_NAME to a new experiment (docs/cluster.md)"
+        )
+    return ""
+
+
 def _enter(task: Task, here: _Here, board: Any) -> None:
     """Say who has the chain now, and end what a worker that died in it left running."""
     import ray
@@ -205,7 +221,7 @@ def _enter(task: Task, here: _Here, board: Any) -> None:
     if ray.get(board.enters.remote(task.number, here.worker)) > 1:
         again = "its worker died, and the cell is tried again"
         with contextlib.suppress(TrackingError):  # a store that is away: the command does it later
-            close_runs_of_task(task.above.experiment_id, here.task, again)
+            close_runs_of_chain(task.above.experiment_id, task.above.run_id, task.number, again)
 
 
 def _tidy(scratch: pathlib.Path, board: Any) -> None:
@@ -226,7 +242,7 @@ def _run(
 ) -> list[CellResult] | None:
     stop, console = Stop(), Console("quiet")
     chain = task.chain.below(str(folder), verbosity="quiet")
-    tags = here.tags() | {"device": resolve_device(chain.config.device).type}
+    tags = here.tags() | {CHAIN: task.number, "device": resolve_device(chain.config.device).type}
     store = MlflowStore(tags=tags, finished=finished)
     with (
         store.below(task.above, folder, console.say) as run,
@@ -242,7 +258,7 @@ def _run(
             store.stored_id,
         )
         states.told = watch.goes_on
-        alone = _claims(here, task)
+        alone = _claims(task)
         driver = Driver(console, store, stop=stop, snapshots=states, alone=alone)
         try:
             results = run_chain(chain, driver, run, watch)

@@ -281,6 +281,11 @@ class Console:
         if address:
             self.say(f"MLflow: {address}")
 
+    def told(self, text: str) -> None:
+        """What a cell does that has no run yet."""
+        if self._cell is not None:
+            self._cell.tell(0.0, text)
+
     def progress(self, title: str) -> Progress:
         """Progress of one run."""
         if self._cell is not None:

@@ -4,21 +4,27 @@ finished, how to reach it, and the ends of runs whose worker died.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import urllib.parse
-from collections.abc import Callable, Collection, Mapping
+import uuid
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 import mlflow
 from mlflow.entities import RunTag
 from mlflow.tracking import MlflowClient
+from mlflow.utils.file_utils import local_file_uri_to_path
 
 from healing.errors import TrackingError
+from healing.tracking.output_folder import writing
 from healing.tracking.queries import PARENT, RunView, get_run, search
 from healing.tracking.sending.store_errors import stored
 
 TASK = "ray_task_id"
-"""Tag of a run that a worker made: the task that it is of, the same at every try."""
+"""Tag of a run that a worker made: the task that it is of, the same wherever Ray tries it again."""
+CHAIN = "chain"
+"""Tag of a run that a worker made: the number of its chain in the sweep."""
 RUN_ID = "MLFLOW_RUN_ID"
 """Of the command's own run: no worker's."""
 
@@ -51,11 +57,29 @@ def is_file_of_one_machine() -> bool:
     return mlflow.get_tracking_uri().startswith("sqlite:")
 
 
-def folder_of_one_machine(experiment_id: str) -> str:
-    """Where an experiment's files are, if every machine would look for them on its own disk."""
+@contextlib.contextmanager
+def in_folder_of_files(experiment_id: str) -> Iterator[str]:
+    """A file, for the block, where MLflow's clients write an experiment's files, if that is a
+    folder: other machines see it where they share that. Empty where files go to a server.
+
+    Raises:
+        OutputError: The folder cannot be written.
+    """
     with stored(f"where the files of experiment {experiment_id} are"):
         place: str = MlflowClient().get_experiment(experiment_id).artifact_location
-    return place if urllib.parse.urlsplit(place).scheme in ("", "file") else ""
+    if urllib.parse.urlsplit(place).scheme not in ("", "file"):
+        yield ""
+        return
+    folder = pathlib.Path(local_file_uri_to_path(place)).absolute()
+    proof = folder / f".llm-healing-{uuid.uuid4().hex}"
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        proof.touch()
+    try:
+        yield str(proof)
+    finally:
+        with contextlib.suppress(OSError):
+            proof.unlink()
 
 
 def finished_views(
@@ -81,9 +105,12 @@ def finished_views(
     }
 
 
-def close_runs_of_task(experiment_id: str, task: str, why: str) -> int:
-    """End as KILLED what a task that is over left RUNNING; how many runs that were."""
-    return _close(search(experiment_id, f"{_RUNNING} and tags.{TASK} = '{task}'"), why)
+def close_runs_of_chain(experiment_id: str, run_id: str, chain: int, why: str) -> int:
+    """End as KILLED what a worker that is gone left RUNNING of a chain of the sweep with this run;
+    how many runs that were.
+    """
+    own = f"tags.`{PARENT}` = '{run_id}' and tags.{CHAIN} = '{chain}'"
+    return _close(search(experiment_id, f"{_RUNNING} and {own}"), why)
 
 
 def close_runs_below(experiment_id: str, run_id: str, why: str) -> int:

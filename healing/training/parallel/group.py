@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any
 
@@ -43,8 +43,10 @@ there is nothing more to do.
 READY = "ready"
 """Beginning of the names under which started processes say that they are there."""
 HEAD = "127.0.0.1"
-INTERFACE, LOOPBACK = "GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo"
-"""Gloo's variable, and the interface of that address."""
+INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
+"""Variables of what exchanges between ranks, which by itself does so at the address of the
+machine's name, and the interface that is this machine's alone."""
 
 
 @dataclass(frozen=True)
@@ -154,12 +156,14 @@ class Group:
         others: Processes that this one has started.
         said: What they wrote to standard error.
         broken: Whether an exchange was left in the middle: nothing more can be said then.
+        own: Variables of this process' environment while there is the group.
     """
 
     place: Place
     others: Sequence[subprocess.Popen[bytes]] = ()
     said: Sequence[IO[bytes]] = ()
     broken: bool = False
+    own: Mapping[str, str] = field(default_factory=dict)
     _over: threading.Event = field(default_factory=threading.Event)
 
     @property
@@ -205,7 +209,13 @@ class Group:
                 process.wait()
         for stream in self.said:
             stream.close()
+        self.forget()
         distributed.destroy_process_group()
+
+    def forget(self) -> None:
+        """Leave the environment as it was."""
+        for name in self.own:
+            os.environ.pop(name, None)
 
     def watch(self) -> None:
         """Give up exchanges between GPUs once a rank is gone, whose peers would wait for a day;
@@ -280,18 +290,6 @@ def own_store(wait: datetime.timedelta) -> distributed.TCPStore:
     )
 
 
-@contextlib.contextmanager
-def _on_this_machine() -> Iterator[None]:
-    """Likewise gloo's own connections, which it opens at the address of the machine's name."""
-    given = os.environ.get(INTERFACE)
-    os.environ.setdefault(INTERFACE, LOOPBACK)
-    try:
-        yield
-    finally:
-        if given is None:
-            del os.environ[INTERFACE]
-
-
 def _started(ranks: int, kind: str) -> Group:
     """Other ranks as processes of this machine."""
     wait = datetime.timedelta(seconds=SECONDS_TO_START)
@@ -309,16 +307,18 @@ def _started(ranks: int, kind: str) -> Group:
         for rank, stream in enumerate(said, 1)
     ]
     device = torch.device(kind, 0) if kind == "cuda" else torch.device("cpu")
-    group = Group(Place(Share(0, ranks), device), others, said)
+    own = {name: LOOPBACK for name in INTERFACES if name not in os.environ}
+    group = Group(Place(Share(0, ranks), device), others, said, own=own)
+    os.environ.update(own)  # read again for every mesh
     group.place.use()
     try:
         _await(group, store)
-        with _on_this_machine():
-            distributed.init_process_group(
-                _backend(kind), store=store, rank=0, world_size=ranks, timeout=PATIENCE
-            )
+        distributed.init_process_group(
+            _backend(kind), store=store, rank=0, world_size=ranks, timeout=PATIENCE
+        )
     except BaseException:
         group.broken = True
+        group.forget()
         for process in others:
             process.kill()
             process.wait()
@@ -348,4 +348,5 @@ def _environment() -> dict[str, str]:
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH", "")])]
     left_out = ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "RANK", "WORLD_SIZE", "LOCAL_RANK")
     kept = {name: value for name, value in os.environ.items() if name not in left_out}
-    return {INTERFACE: LOOPBACK, **kept, "PYTHONPATH": os.pathsep.join(paths)}
+    own = dict.fromkeys(INTERFACES, LOOPBACK)
+    return {**own, **kept, "PYTHONPATH": os.pathsep.join(paths)}
