@@ -4,6 +4,7 @@ where nothing differs that decides their numbers.
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 import shutil
@@ -21,7 +22,9 @@ from healing.stages.launching import known_cells
 from healing.stages.launching.chain import Chain, chains_of
 from healing.stages.launching.known_cells import heal_key
 from healing.stages.sweep import sweep
+from healing.stages.tuning.healer_files import healers_of
 from healing.tracking import queries
+from healing.tracking.local_store import LocalStore
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -122,13 +125,58 @@ def test_what_decides_an_attack_is_in_the_keys_of_all_that_refer_to_it(tmp_path)
     plain = keys(the_chain(settings(tmp_path)))
     changed = keys(the_chain(settings(tmp_path, attack_steps=3)))
     assert {arm for arm in plain if plain[arm] != changed[arm]} == set(plain) - {"none"}
-    # The noise takes no steps of its own: what changed it is the attack that it is matched to.
-    unmatched = settings(tmp_path, arms="gaussian_noise,random_tokens")
-    alone = [keys(the_chain(replace(unmatched, attack_steps=n))) for n in (2, 3)]
-    assert alone[0]["random_tokens"] != alone[1]["random_tokens"]
     draws = settings(tmp_path, control_draws=2)
     noises = [c for c in the_chain(draws).cells if c.arm == "gaussian_noise"]
     assert len({heal_key(the_chain(draws), cell) for cell in noises}) == len(noises) == 2
+
+
+@pytest.mark.parametrize(
+    ("changed", "arms", "refer"),
+    [
+        ("haep", "random_tokens,haep,gaussian_noise", {"haep", "gaussian_noise"}),
+        ("random_tokens", "random_tokens,haep,ray", {"random_tokens", "ray"}),
+        ("haep", "random_tokens,haep,ray", {"haep", "ray"}),
+    ],
+)
+def test_what_decides_a_reference_is_in_the_keys_of_what_refers_to_it(
+    tmp_path, monkeypatch, changed, arms, refer
+):
+    """Another attack of one arm alone: controls are matched to it, rays take its direction."""
+    chain = the_chain(settings(tmp_path, arms=arms, ray_of="random_tokens", noise_match="auto"))
+    plain, code = keys(chain), known_cells.attack_code
+    monkeypatch.setattr(
+        known_cells, "attack_code", lambda c: "other" if c.arm == changed else code(c)
+    )
+    found = keys(chain)
+    assert {arm for arm in plain if plain[arm] != found[arm]} == refer
+
+
+@pytest.mark.parametrize(
+    ("changes", "arms"),
+    [
+        ({"sham": False}, {"random_tokens", "haep", "gaussian_noise"}),
+        ({"noise_match": "loss"}, {"gaussian_noise"}),
+        ({"tokenizer": "micro"}, {"none", "random_tokens", "haep", "gaussian_noise"}),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_decides_some_numbers_is_in_the_keys_of_these(tmp_path, changes, arms):
+    plain = keys(the_chain(settings(tmp_path)))
+    changed = keys(the_chain(settings(tmp_path, **changes)))
+    assert {arm for arm in plain if arm in changed and plain[arm] != changed[arm]} == arms
+
+
+def test_a_healer_is_in_the_keys(tmp_path):
+    config = SweepConfig(models="nano", seeds="0", healer="none", output_dir=str(tmp_path))
+    chain = the_chain(config)
+    (own,) = chains_of(config, healers_of(replace(config, healer="nano"), LocalStore()))
+    assert own.healer is not None
+    plain, healed = keys(chain), keys(own)
+    assert not set(plain.values()) & set(healed.values())
+    # The same settings, of another search: the numbers are equal, what they say is not.
+    found = replace(own.healer, seeds=(*own.healer.seeds, 99))
+    assert found.digest != own.healer.digest
+    assert not set(keys(replace(own, healer=found)).values()) & set(healed.values())
 
 
 def test_what_decides_no_number_is_in_no_key(tmp_path):
@@ -159,6 +207,29 @@ def _touched(folder: pathlib.Path) -> None:
 
 def _other_weights(folder: pathlib.Path) -> None:
     (folder / "optimizer.pt").write_bytes(b"0" * 64)
+    (folder / "training.log").write_text("step 1")
+
+
+def _in_shards(folder: pathlib.Path) -> None:
+    """The weights in a file of a subfolder, as an index may name it."""
+    state = load_file(folder / "model.safetensors")
+    (folder / "parts").mkdir()
+    (folder / "model.safetensors").rename(folder / "parts/a.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(state, "parts/a.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def test_shards_in_a_subfolder_count(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(EMBEDDED_DIR / "nano", folder)
+    _in_shards(folder)
+    config = settings(tmp_path, models=str(folder), corpus="stdlib")
+    first = keys(the_chain(config))
+    path = folder / "parts/a.safetensors"
+    state = load_file(path)
+    next(iter(state.values())).view(-1)[0] += 1e-3
+    save_file(state, path, {"format": "pt"})
+    assert not set(keys(the_chain(config)).values()) & set(first.values())
 
 
 @pytest.mark.parametrize(

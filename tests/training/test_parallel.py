@@ -37,7 +37,7 @@ from healing.stages.dry_run.per_rank import part_bytes, predict_rank
 from healing.stages.heal import heal
 from healing.tracking.run_files import read_jsonl
 from healing.tracking.snapshots import FileSnapshots, Kept
-from healing.training.parallel.group import own_store, ranks_of
+from healing.training.parallel.group import LOOPBACK, own_store, ranks_of
 from healing.training.parallel.team import ranks_for
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -215,6 +215,31 @@ def test_several_ranks_find_what_one_process_finds(collapsed, parallel, ranks, c
     for state, said in alone.said.by_state.items():
         assert torch.equal(said, outcome.said.by_state[state])
     assert children() == []
+
+
+def listening_at(*processes: psutil.Process) -> set[str]:
+    found = [c for p in processes for c in p.net_connections("inet")]
+    return {c.laddr.ip for c in found if c.status == psutil.CONN_LISTEN}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["fsdp", "ddp"])
+def test_ranks_exchange_on_this_machine_alone(collapsed, parallel, monkeypatch):
+    """Also where the machine's name has another address, as most have."""
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    before = dict(os.environ)
+    mine = {c.laddr for c in psutil.Process().net_connections("inet")}
+    events, _ = until_step(cell_of(collapsed, parallel=parallel, ranks=2), 2)
+    own = {c.laddr.ip for c in psutil.Process().net_connections("inet") if c.laddr not in mine}
+    followers = children()
+    assert len(followers) == 1
+    addresses = {ip.removeprefix("::ffff:") for ip in own | listening_at(*followers)}
+    assert addresses == {"127.0.0.1"}
+    # Where the machine's name has this address, the variables alone show whether it was chosen.
+    for environment in (os.environ, followers[0].environ()):
+        assert environment["GLOO_SOCKET_IFNAME"] == environment["NCCL_SOCKET_IFNAME"] == LOOPBACK
+    events.close()
+    assert dict(os.environ) == before
 
 
 @pytest.mark.slow
