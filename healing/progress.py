@@ -10,6 +10,7 @@ import contextlib
 import contextvars
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -167,13 +168,20 @@ class Stop(threading.Event):
 
     Attributes:
         signum: Of the signal that asked; 0 = none did.
+        since: When it was first set, seconds of :func:`time.monotonic`; ``None`` = it is not.
     """
 
     signum = 0
 
     def __init__(self) -> None:
         super().__init__()
+        self.since: float | None = None
         self._saving, self._counting = 0, threading.Lock()
+
+    def set(self) -> None:
+        """Ask for the end."""
+        self.since = time.monotonic() if self.since is None else self.since
+        super().set()
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:

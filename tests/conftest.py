@@ -37,8 +37,14 @@ ROOT = pathlib.Path(__file__).parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
 
+LONGEST = ("test_ray.py", "test_kill_points.py", "test_golden.py", "test_concurrency.py")
+"""Modules that go first: what takes minutes is not to begin when all others are over."""
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests marked fuzz run only where they are asked for."""
+    """The longest first; tests marked fuzz run only where they are asked for."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
     if "fuzz" in config.getoption("markexpr"):
         return
     left_out = [item for item in items if item.get_closest_marker("fuzz")]

@@ -101,7 +101,7 @@ class LaunchOptions(Options):
         determines=False,
     )
     ending_seconds: float = option(
-        20.0,
+        15.0,
         "launcher ray: that cells have, once the command is told to stop, to come to a safe point "
         "and store their states, three times the weights with AdamW; what takes longer is killed.",
         minimum=1,

@@ -85,7 +85,9 @@ PROCESS = "process"
 """Tag that names the machine and the process."""
 HEARTBEAT = "heartbeat"
 """Tag with a time."""
-MACHINES = ("mlflow.", "git_", PHASE, PROCESS, LOCAL_ID, HEARTBEAT)
+CELL_KEY = "cell_key"
+"""Tag that holds the id of a run, of landscapes."""
+MACHINES = ("mlflow.", "git_", PHASE, PROCESS, LOCAL_ID, HEARTBEAT, CELL_KEY)
 """Beginnings of tags that differ from machine to machine, or from run to run."""
 PICTURES = (".png", ".pdf")
 KEPT_TAGS = ("mlflow.runName", "mlflow.note.content", "mlflow.parentRunId")

@@ -319,7 +319,7 @@ def test_what_a_machine_cannot_run_goes_elsewhere(store, cluster, faults, expect
         pytest.raises(SweepError, match="no machine of the cluster can run it") as caught,
     ):
         sweep(on_ray(store, seeds="7", worker_dir=str(folder)))
-    assert len(caught.value.failures) == 3
+    assert str(caught.value).startswith("3 cell(s) failed")
     assert not folder.exists()
 
 
@@ -397,6 +397,11 @@ def command(
         given = [text.removeprefix("--").partition("=") for text in (*arguments, *asked)]
         named = [text for k, _, v in given for text in ("-P", f"{k.replace('-', '_')}={v}")]
         line = ["-m", "mlflow", "run", str(ROOT), "-e", "main", "--env-manager", "local", *named]
+        path = f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        env = {
+            "PATH": path,
+            **(env or {}),
+        }  # it starts `python`, as where the environment is active
     return subprocess.Popen(
         [sys.executable, *line], text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

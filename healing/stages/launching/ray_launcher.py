@@ -325,7 +325,8 @@ class _Tasks:
             for ref, number in self._pending.items():
                 if number not in seen.now:
                     ray.cancel(ref, force=False)
-        end, left = time.monotonic() + self._config.ending_seconds, list(self._pending)
+        asked = self._driver.stop.since or time.monotonic()
+        end, left = asked + self._config.ending_seconds, list(self._pending)
         while left and (seconds := end - time.monotonic()) > 0:
             try:
                 _, left = ray.wait(left, num_returns=len(left), timeout=seconds)
