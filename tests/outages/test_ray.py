@@ -29,6 +29,7 @@ from healing.config.sweep import SweepConfig
 from healing.errors import SweepError
 from healing.models.checkpoints import read_checkpoint
 from healing.stages.sweep import sweep
+from healing.tracking.open_runs import DEFAULT_EXPERIMENT
 from healing.tracking.run_files import plain, read_jsonl
 from tests.outages.ray_faults import (
     ACTORS,
@@ -169,6 +170,17 @@ def computed() -> list[Any]:
     return [run for run in found if run.data.tags["stage"] in ("attack", "heal")]
 
 
+def told(key: tuple[str, ...]) -> list[str]:
+    """What became of a cell's runs."""
+    names = ("fingerprint", "try", "failure", "resumed_from", "mlflow.parentRunId", "ray_node_id")
+    return [
+        f"{run.info.run_id} {run.info.status} {run.info.start_time}-{run.info.end_time} "
+        f"{[run.data.tags.get(name, '')[:60] for name in names]}"
+        for run in computed()
+        if (run.data.tags["stage"], run.data.tags["arm"], run.data.params.get("seed")) == key
+    ]
+
+
 def results() -> dict[tuple[str, ...], Any]:
     """Stage, arm and seed → every number that a finished run left: points in the store, the file of
     its records, the digest of its weights. Nothing of it is there twice.
@@ -178,7 +190,7 @@ def results() -> dict[tuple[str, ...], Any]:
     for run in (r for r in computed() if r.info.status == "FINISHED"):
         tags, run_id = run.data.tags, run.info.run_id
         key = (tags["stage"], tags["arm"], run.data.params["seed"])
-        assert key not in found, "a cell is there twice"
+        assert key not in found, f"a cell is there twice: {told(key)}"
         history = {
             name: [(m.step, repr(m.value)) for m in client.get_metric_history(run_id, name)]
             for name in run.data.metrics
@@ -396,7 +408,8 @@ def command(
     if by_mlflow:
         given = [text.removeprefix("--").partition("=") for text in (*arguments, *asked)]
         named = [text for k, _, v in given for text in ("-P", f"{k.replace('-', '_')}={v}")]
-        line = ["-m", "mlflow", "run", str(ROOT), "-e", "main", "--env-manager", "local", *named]
+        line = ["-m", "mlflow", "run", str(ROOT), "-e", "main", "--env-manager", "local",
+                "--experiment-name", DEFAULT_EXPERIMENT, *named]  # fmt: skip
         path = f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         env = {
             "PATH": path,
