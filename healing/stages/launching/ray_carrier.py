@@ -8,6 +8,19 @@ from collections.abc import Callable
 from typing import Any
 
 
+BROKEN = (
+    ImportError,
+    AttributeError,
+    TypeError,
+    ValueError,
+    LookupError,
+    RuntimeError,
+    SyntaxError,
+    OSError,
+)
+"""What an installation raises that is another one, in parts, or not there."""
+
+
 def carried() -> Callable[[bytes, Any], Any]:
     """A function that takes a pickled chain, with what its cells may find again, and the board of
     the sweep; its answers are those of :func:`healing.stages.launching.ray_worker.work`.
@@ -26,7 +39,7 @@ def carried() -> Callable[[bytes, Any], Any]:
             from healing.stages.launching.ray_worker import work
 
             task, finished = pickle.loads(description)
-        except Exception as error:  # noqa: BLE001 (a broken installation raises all kinds)
+        except BROKEN as error:
             why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             node = ray.get_runtime_context().get_node_id()
             return node, platform.node(), f"this package cannot be loaded there ({why})"
