@@ -169,7 +169,12 @@ def require_named(name: str) -> None:
 
 
 def dataset_of(name: str) -> str:
-    """The Hub's data set that a corpus is; empty = it comes from elsewhere."""
+    """The Hub's data set that a corpus is; empty = it comes from elsewhere.
+
+    Raises:
+        CorpusError: See :func:`require_named`.
+    """
+    require_named(name)
     if name == "stdlib" or os.path.lexists(_path(name)):
         return ""
     return PILE_ID if name == "pile" else name.partition(":")[0]

@@ -467,8 +467,9 @@ def test_all_processes_of_a_sweep_read_one_commit_of_a_data_set(monkeypatch, tmp
     assert [chain.name() for chain in found] == [chain.name() for chain in chains]
     named = at_one_commit(chains_of(config(corpus="own/texts:english"), {}))
     assert {chain.commits for chain in named} == {(("own/texts", "c" * 40),)}
-    for left in ("own/away", str(tmp_path)):
+    for left in ("own/away", str(tmp_path), "mistyped.txt", "./own/mistyped"):
         assert {c.commits for c in at_one_commit(chains_of(config(corpus=left), {}))} == {()}
+    assert asked[-1] == "own/away", "the Hub is not told how files here are called"
     watch = Followed("")
     watch.is_over = True
     assert run_chain(named[0], Driver(Console("quiet"), LocalStore()), None, watch) == []

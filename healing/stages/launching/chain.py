@@ -20,6 +20,7 @@ from healing.config.sweep import SweepConfig
 from healing.data.corpora import dataset_of
 from healing.data.hub import CONNECTION_ERRORS
 from healing.data.kept_rows import commit_of
+from healing.errors import CorpusError
 from healing.registry import DAMAGE_CONTROL, SHAM, TREATMENT
 from healing.stages.cells.sweep_plan import SweepCell, plan
 from healing.tracking.queries import RunView
@@ -107,17 +108,14 @@ def at_one_commit(chains: Sequence[Chain]) -> list[Chain]:
     """The same chains, which read the Hub's data sets as they are now, whenever and wherever each
     of them runs. What the Hub does not answer for is left to each process.
     """
-    corpora = {_corpus_of(chain) for chain in chains}
-    found: dict[str, str] = {}
-    for dataset in sorted({dataset_of(name) for name in corpora} - {""}):
-        with contextlib.suppress(*CONNECTION_ERRORS, ValueError):
-            found[dataset] = commit_of(dataset)
-    return [
-        replace(chain, commits=((dataset, found[dataset]),))
-        if (dataset := dataset_of(_corpus_of(chain))) in found
-        else chain
-        for chain in chains
-    ]
+    commits: dict[str, tuple[tuple[str, str], ...]] = {}
+    for corpus in sorted({_corpus_of(chain) for chain in chains}):
+        commits[corpus] = ()
+        # What is wrong with a name, or with the Hub, the cells say.
+        with contextlib.suppress(*CONNECTION_ERRORS, ValueError, CorpusError):
+            if dataset := dataset_of(corpus):
+                commits[corpus] = ((dataset, commit_of(dataset)),)
+    return [replace(chain, commits=commits[_corpus_of(chain)]) for chain in chains]
 
 
 def _corpus_of(chain: Chain) -> str:
